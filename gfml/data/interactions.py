@@ -1,0 +1,143 @@
+"""The one type every recommender reads: who interacted with what, in three disjoint parts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+
+from gfml.errors import UserError
+
+
+def csr_from_pairs(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> sp.csr_array:
+    """Binary CSR matrix [num_users, num_items]; repeated pairs count once, indices ascend in each row."""
+    users = np.asarray(users, dtype=np.int64)
+    items = np.asarray(items, dtype=np.int64)
+    keys = np.unique(users * num_items + items)
+    rows, columns = np.divmod(keys, max(num_items, 1))
+    indptr = np.zeros(num_users + 1, dtype=np.int64)
+    np.cumsum(np.bincount(rows, minlength=num_users), out=indptr[1:])
+    matrix = sp.csr_array((np.ones(len(keys), dtype=np.float32), columns, indptr), shape=(num_users, num_items))
+    matrix.has_sorted_indices = True
+    return matrix
+
+
+def pairs_from_csr(matrix: sp.csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """The stored (user, item) pairs as two int64 arrays, ordered by user, then item."""
+    users = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+    return users, matrix.indices.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """Implicit feedback of ``num_users`` users on ``num_items`` items.
+
+    train, valid, test: binary CSR [U, I], float32 ones, sorted unique indices, disjoint.
+        ``valid`` has no entries when the data set ships none and none was cut off.
+    user_ids, item_ids: what row u / column i was called in the source (strings or integers);
+        None when rows are the source's own 0-based numbers.
+    true_item_mass, true_user_mass: log-masses of the generator, only for synthetic data.
+    notes: what reading dropped or found (``{"duplicates dropped": 3}``), for the report.
+    """
+
+    name: str
+    train: sp.csr_array
+    valid: sp.csr_array
+    test: sp.csr_array
+    user_ids: np.ndarray | None = None
+    item_ids: np.ndarray | None = None
+    true_user_mass: np.ndarray | None = None
+    true_item_mass: np.ndarray | None = None
+    notes: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (self.train.shape == self.valid.shape == self.test.shape):
+            raise ValueError(f"train, valid and test differ in shape: {self.train.shape}, {self.valid.shape}, {self.test.shape}")
+
+    @property
+    def num_users(self) -> int:
+        return self.train.shape[0]
+
+    @property
+    def num_items(self) -> int:
+        return self.train.shape[1]
+
+    def split(self, name: str) -> sp.csr_array:
+        """The part called ``train``, ``valid`` or ``test``."""
+        if name not in ("train", "valid", "test"):
+            raise ValueError(f"unknown split {name!r}: choose train, valid or test")
+        return getattr(self, name)
+
+    @cached_property
+    def item_popularity(self) -> np.ndarray:
+        """Train interactions of each item, int64 [I]."""
+        return np.bincount(self.train.indices, minlength=self.num_items).astype(np.int64)
+
+    @cached_property
+    def user_activity(self) -> np.ndarray:
+        """Train interactions of each user, int64 [U]."""
+        return np.diff(self.train.indptr).astype(np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over shape and all three parts: equal data gives an equal fingerprint."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.valid, self.test):
+            digest.update(np.asarray(part.shape, dtype=np.int64).tobytes())
+            digest.update(part.indptr.astype(np.int64).tobytes())
+            digest.update(part.indices.astype(np.int64).tobytes())
+        return digest.hexdigest()
+
+    def seen(self, split: str) -> sp.csr_array:
+        """What must not be recommended when ``split`` is judged: train, and for test also valid."""
+        if split == "valid":
+            return self.train
+        if split == "test":
+            return self.train_and_valid
+        raise ValueError(f"only valid and test are judged, not {split!r}")
+
+    @cached_property
+    def train_and_valid(self) -> sp.csr_array:
+        """Union of train and valid as binary CSR."""
+        if self.valid.nnz == 0:
+            return self.train
+        first, second = pairs_from_csr(self.train), pairs_from_csr(self.valid)
+        return csr_from_pairs(
+            np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]]), self.num_users, self.num_items
+        )
+
+    def refit(self) -> Interactions:
+        """The same data with valid moved into train: for the final number after selection."""
+        empty = csr_from_pairs(np.empty(0, np.int64), np.empty(0, np.int64), self.num_users, self.num_items)
+        return replace(self, train=self.train_and_valid, valid=empty)
+
+    def with_validation(self, ratio: float, seed: int) -> Interactions:
+        """Cut a validation part from train: ``ratio`` of each user's pairs, at random.
+
+        A user with n train pairs gives max(1, round(ratio * n)) of them if n >= 3 and none
+        otherwise, so at least two always stay. Train pairs already set aside are untouched.
+        ratio 0 returns the data as it is.
+        """
+        if not 0 <= ratio < 1:
+            raise UserError(f"found a validation ratio of {ratio}, wanted 0 <= ratio < 1: mend --val_ratio")
+        if ratio == 0:
+            return self
+        if self.valid.nnz:
+            raise ValueError("the data has a validation part already; it would be mixed with a new one")
+        users, items = pairs_from_csr(self.train)
+        degree = self.user_activity
+        take = np.where(degree >= 3, np.minimum(np.maximum(1, np.rint(ratio * degree).astype(np.int64)), degree - 2), 0)
+        # Rank each pair within its user by a random key; the first `take` of a user are held out.
+        order = np.lexsort((np.random.default_rng(seed).random(len(users)), users))
+        rank = np.arange(len(users)) - np.repeat(self.train.indptr[:-1].astype(np.int64), degree)
+        held = np.zeros(len(users), dtype=bool)
+        held[order] = rank < np.repeat(take, degree)
+        shape = (self.num_users, self.num_items)
+        return replace(
+            self,
+            train=csr_from_pairs(users[~held], items[~held], *shape),
+            valid=csr_from_pairs(users[held], items[held], *shape),
+        )

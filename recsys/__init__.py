@@ -1,0 +1,1 @@
+"""Recommenders with a gravity score: MF, LightGCN and CML on implicit feedback."""
