@@ -1,0 +1,1 @@
+"""Metrics of ranked lists; pure functions that know nothing of models."""

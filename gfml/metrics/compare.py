@@ -1,0 +1,91 @@
+"""How sure a mean over users is, and whether two runs on the same users differ."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A mean and its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class PairedTests(NamedTuple):
+    """Two-sided tests of a mean difference (first - second) over ``n`` users.
+
+    t, t_pvalue: paired t-test. wilcoxon, wilcoxon_pvalue: signed-rank test, zero differences dropped.
+    """
+
+    n: int
+    mean_difference: float
+    t: float
+    t_pvalue: float
+    wilcoxon: float
+    wilcoxon_pvalue: float
+
+
+def bootstrap_mean(values: np.ndarray, *, resamples: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
+    """Percentile interval of the mean over users, users drawn with replacement; NaN values are left out.
+
+    Memory: a block of resamples at a time, at most about 32 MiB.
+    Errors: ValueError without values, or for a level outside (0, 1).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    values = values[~np.isnan(values)]
+    if len(values) == 0 or not 0 < level < 1:
+        raise ValueError(f"a bootstrap needs values and 0 < level < 1, not {len(values)} values and level {level}")
+    rng = np.random.default_rng(seed)
+    rows = max(1, (2 << 20) // len(values))
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    drawn = [values[rng.integers(len(values), size=(size, len(values)), dtype=np.int32)].mean(axis=1) for size in sizes]
+    low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def paired_differences(
+    first_users: np.ndarray, first: np.ndarray, second_users: np.ndarray, second: np.ndarray
+) -> np.ndarray:
+    """first - second for each user, where both have a value.
+
+    Errors: ValueError unless both runs judged the same users in the same order.
+    """
+    if not np.array_equal(first_users, second_users):
+        raise ValueError(
+            f"the runs judged different users ({len(first_users)} and {len(second_users)}): they cannot be paired"
+        )
+    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    return difference[~np.isnan(difference)]
+
+
+def bootstrap_difference(
+    first: np.ndarray, second: np.ndarray, *, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Interval of mean(first - second), the same users drawn for both; users without a value in either are left out."""
+    difference = paired_differences(np.arange(len(first)), first, np.arange(len(second)), second)
+    return bootstrap_mean(difference, resamples=resamples, level=level, seed=seed)
+
+
+def paired_tests(first: np.ndarray, second: np.ndarray) -> PairedTests:
+    """Paired t-test and Wilcoxon signed-rank test; p = 1 if the runs do not differ anywhere.
+
+    Errors: ValueError for fewer than two users.
+    """
+    from scipy import stats
+
+    difference = paired_differences(np.arange(len(first)), first, np.arange(len(second)), second)
+    if len(difference) < 2:
+        raise ValueError(f"a paired test needs at least two users, not {len(difference)}")
+    mean = float(difference.mean())
+    if not difference.any():
+        return PairedTests(len(difference), mean, 0.0, 1.0, 0.0, 1.0)
+    if np.ptp(difference) == 0:
+        t = (float(np.copysign(np.inf, mean)), 0.0)
+    else:
+        t = stats.ttest_1samp(difference, 0.0)
+    signed = stats.wilcoxon(difference, zero_method="wilcox")
+    return PairedTests(len(difference), mean, float(t[0]), float(t[1]), float(signed.statistic), float(signed.pvalue))
