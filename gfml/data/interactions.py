@@ -12,11 +12,19 @@ import scipy.sparse as sp
 from gfml.errors import UserError
 
 
+def sorted_unique(keys: np.ndarray) -> np.ndarray:
+    """The distinct values in ascending order; by sorting, which is several times faster here than hashing."""
+    ordered = np.sort(keys)
+    keep = np.ones(len(ordered), dtype=bool)
+    keep[1:] = ordered[1:] != ordered[:-1]
+    return ordered[keep]
+
+
 def csr_from_pairs(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> sp.csr_array:
     """Binary CSR matrix [num_users, num_items]; repeated pairs count once, indices ascend in each row."""
     users = np.asarray(users, dtype=np.int64)
     items = np.asarray(items, dtype=np.int64)
-    keys = np.unique(users * num_items + items)
+    keys = sorted_unique(users * num_items + items)
     rows, columns = np.divmod(keys, max(num_items, 1))
     indptr = np.zeros(num_users + 1, dtype=np.int64)
     np.cumsum(np.bincount(rows, minlength=num_users), out=indptr[1:])
