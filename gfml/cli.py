@@ -1,0 +1,398 @@
+"""Command lines shared by every program: strict flags, TOML configs that are themselves flags, one-line errors.
+
+Precedence, lowest first: parser default, TOML files in the order given, command line. A TOML file is turned into
+argument tokens placed before the user's and everything is parsed once, so one parser checks types, choices and names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gfml.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    import torch
+
+MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch")
+
+# Flags of the moment: never written to a config, or reading it back would repeat the deed.
+UNSAVED = frozenset({"help", "config", "resume", "overwrite", "eval_only", "run_name", "gpu_id"})
+# Where a run happens and what it prints, not what it computes: no part of a run's identity.
+LOCATION_FLAGS = UNSAVED | {"device", "threads", "out", "progress", "tensorboard", "checkpoint_every"}
+
+
+class Options(argparse.Namespace):
+    """Parsed flags. ``explicit`` names those set on the command line or in a TOML file."""
+
+    # A slot, so that vars(options) holds the flags alone.
+    __slots__ = ("explicit",)
+    explicit: frozenset[str]
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.default in (None, argparse.SUPPRESS) or action.nargs == 0 or "%(default)" in text
+        return text if silent or not action.option_strings else f"{text} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser without guesses.
+
+    Flags are never abbreviated; each is accepted with ``-`` and ``_`` between its words, unless the other spelling
+    is a flag of its own or :meth:`one_spelling` forbids it. Errors are one line on stderr and exit code 2; they list
+    the choices, name the nearest flag and, for values from a TOML file, the file.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        self._exact: set[str] = set()
+        self._origin: dict[str, str] = {}
+        super().__init__(*args, exit_on_error=False, **kwargs)
+        # The standard pattern takes -1e-3 for a flag.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^-inf$")
+
+    def one_spelling(self, *flags: str) -> None:
+        """Accept these flags only as written: no automatic second spelling with ``-`` or ``_``."""
+        for flag in flags:
+            if flag not in self._option_string_actions:
+                raise ValueError(f"{flag} is not a flag of this parser")
+        self._exact.update(flags)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> Options:  # type: ignore[override]
+        """Parse a command line, with the TOML files it names; see the module's docstring."""
+        files, own = self._split_configs(list(sys.argv[1:] if args is None else args))
+        own = self._respell(own)
+        tokens = self._config_tokens(files) + own
+        try:
+            options, unknown = super().parse_known_args(tokens, Options())
+        except argparse.ArgumentError as error:
+            self.error(f"{error}{self._where(error, own)}")
+        if unknown:
+            self._unknown(unknown)
+        options.explicit = frozenset(self._dests(tokens))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def config_of(self, options: argparse.Namespace) -> dict[str, Any]:
+        """Every flag's value under its name, ready for :func:`toml_text`: the resolved config.
+
+        A value of None is left out when it is the default and written as "none" when it is not.
+        """
+        config: dict[str, Any] = {}
+        for action in self._actions:
+            if not action.option_strings or action.dest in UNSAVED or isinstance(action, argparse._VersionAction):
+                continue
+            value = getattr(options, action.dest)
+            key = action.option_strings[0].lstrip("-")
+            if value is not None:
+                config[key] = list(value) if isinstance(value, (tuple, list)) else value
+            elif action.default is not None:
+                config[key] = "none"
+        return config
+
+    # -- spelling
+
+    def _respell(self, tokens: list[str]) -> list[str]:
+        end = tokens.index("--") if "--" in tokens else len(tokens)
+        return [self._known_spelling(token) for token in tokens[:end]] + tokens[end:]
+
+    def _known_spelling(self, token: str) -> str:
+        """``token`` with its flag spelled as the parser knows it; unchanged when that is unknown or ambiguous."""
+        name, equals, value = token.partition("=")
+        if not name.startswith("--") or name in self._option_string_actions:
+            return token
+        plain = name.replace("_", "-")
+        found = [flag for flag in self._flags() if flag not in self._exact and flag.replace("_", "-") == plain]
+        return f"{found[0]}{equals}{value}" if len(found) == 1 else token
+
+    def _flags(self) -> list[str]:
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+    def _dests(self, tokens: Iterable[str]) -> set[str]:
+        """The destinations of the flags among ``tokens``."""
+        names = {token.partition("=")[0] if token.startswith("--") else token[:2] for token in tokens}
+        return {action.dest for flag, action in self._option_string_actions.items() if flag in names}
+
+    # -- errors
+
+    def _unknown(self, tokens: list[str]) -> NoReturn:
+        flag = next((token.partition("=")[0] for token in tokens if token.startswith("-")), None)
+        if flag is None:
+            self.error(f"found {tokens[0]!r} where no value is wanted; see --help")
+        self.error(f"unknown flag {flag}{suggest(flag, self._flags()) or '; see --help'}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            near = suggest(str(value), names)
+            raise argparse.ArgumentError(action, f"unknown value {str(value)!r}: choose one of {', '.join(names)}{near}")
+
+    def _where(self, error: argparse.ArgumentError, own: list[str]) -> str:
+        flags = (error.argument_name or "").split("/")
+        path = next((self._origin[flag] for flag in flags if flag in self._origin), None)
+        if path is None:
+            return ""
+        action = self._option_string_actions[flags[0]]
+        return f" (set in {path}{' and on the command line' if action.dest in self._dests(own) else ''})"
+
+    # -- TOML files
+
+    def _split_configs(self, tokens: list[str]) -> tuple[list[str], list[str]]:
+        """Take ``--config`` out of the tokens; ``--resume RUN`` puts RUN/config.toml before the other files."""
+        files, rest, base = [], [], []
+        tokens = tokens[::-1]
+        while tokens:
+            token = tokens.pop()
+            if token == "--":
+                rest += [token, *tokens[::-1]]
+                break
+            name, equals, value = token.partition("=")
+            if name not in ("--config", "--resume") or name not in self._option_string_actions or not (equals or tokens):
+                rest.append(token)
+                continue
+            value = value if equals else tokens.pop()
+            if name == "--config":
+                files.append(value)
+            else:
+                base = [str(Path(value) / "config.toml")]
+                rest.append(f"--resume={value}")
+        if base and not Path(base[0]).is_file():
+            self.error(f"--resume found no run: there is no file {base[0]}; give the directory of an earlier run")
+        return base + files, rest
+
+    def _config_tokens(self, files: list[str]) -> list[str]:
+        """Argument tokens of all files; of a key set twice, the later file counts."""
+        tokens: dict[str, list[str]] = {}
+        self._origin = {}
+        for path in files:
+            seen: dict[str, str] = {}
+            for key, value in self._read_toml(path).items():
+                flag = self._flag_of(key, path)
+                if flag in seen:
+                    self.error(f"{path} sets {flag} twice, as {seen[flag]} and {key}: keep one")
+                seen[flag] = key
+                tokens[flag] = self._tokens_of(flag, key, value, path)
+                self._origin[flag] = path
+        # The files themselves come last: a list before them cannot swallow a positional argument of the user's.
+        return [token for part in tokens.values() for token in part] + [f"--config={path}" for path in files]
+
+    def _read_toml(self, path: str) -> dict[str, Any]:
+        try:
+            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            self.error(f"no config file {path}: check --config")
+        except OSError as error:
+            self.error(f"cannot read the config file {path}: {error.strerror}")
+        except UnicodeDecodeError:
+            self.error(f"the config file {path} is not UTF-8 text: save it as TOML in UTF-8")
+        except tomllib.TOMLDecodeError as error:
+            self.error(f"the config file {path} is not valid TOML: {error}")
+
+    def _flag_of(self, key: str, path: str) -> str:
+        flag = self._known_spelling(f"--{key}")
+        action = self._option_string_actions.get(flag)
+        known = [name for name, action in self._option_string_actions.items() if _is_config_flag(name, action)]
+        if action is None or flag not in known:
+            near = suggest(key, [name[2:] for name in known]) or "; keys are flag names without the leading --"
+            self.error(f"{path} sets the unknown key {key!r}{near}")
+        return next(name for name in action.option_strings if name.startswith("--"))
+
+    def _tokens_of(self, flag: str, key: str, value: Any, path: str) -> list[str]:
+        action = self._option_string_actions[flag]
+        if isinstance(value, dict):
+            self.error(f"{path} has the table [{key}]: configs are flat, write {key} = VALUE")
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, (bool, int, float, str)) for item in items):
+            self.error(f"{path} sets {key} to {value!r}: values are strings, numbers, booleans and lists of these")
+        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+            return self._switch_tokens(action, flag, key, value, path)
+        words = [_word(item, action) for item in items]
+        if isinstance(value, list) and action.nargs is not None:
+            if any(word.startswith("--") for word in words):
+                self.error(f"{path} sets {key} to {value!r}: no value of a list may start with --")
+            return [flag, *words]
+        return [f"{flag}=[{', '.join(words)}]" if isinstance(value, list) else f"{flag}={words[0]}"]
+
+    def _switch_tokens(self, action: argparse.Action, flag: str, key: str, value: Any, path: str) -> list[str]:
+        # bool is an int: 0 and 1 pass, 2 and "yes" do not.
+        if isinstance(value, (str, float, list)) or value not in (0, 1):
+            self.error(f"{path} sets {key} to {value!r}: choose true or false")
+        if value:
+            return [flag]
+        no = f"--no-{flag[2:]}"
+        return [no] if no in action.option_strings else []
+
+
+def _is_config_flag(name: str, action: argparse.Action) -> bool:
+    if not name.startswith("--") or action.dest in ("help", "config", "resume"):
+        return False
+    return not (isinstance(action, argparse.BooleanOptionalAction) and name.startswith("--no-"))
+
+
+def _word(value: bool | int | float | str, action: argparse.Action) -> str:
+    if isinstance(value, bool):
+        return str(int(value)) if action.type is int else str(value).lower()
+    return value if isinstance(value, str) else repr(value)
+
+
+def toml_text(config: Mapping[str, Any]) -> str:
+    """A flat TOML document, keys in the order given; :class:`Parser` reads it back to equal values."""
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in config.items())
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (str, Path)):
+        # A JSON string is a TOML basic string, but for the one control character JSON leaves raw.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    raise ValueError(f"found a {type(value).__name__} in a config, wanted strings, numbers, booleans or lists of these")
+
+
+# -- argument types
+
+
+def topks(text: str) -> tuple[int, ...]:
+    """Cut-offs K, ascending without repeats, from ``"[10, 20]"``, ``"10,20"`` or ``"10 20"``."""
+    words = re.split(r"[\s,]+", re.sub(r"^\s*[\[(]|[\])]\s*$", "", text).strip(" ,"))
+    if not all(re.fullmatch(r"[0-9]+", word) and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted positive whole numbers such as 10 20 or [10, 20]")
+    return tuple(sorted({int(word) for word in words}))
+
+
+class TopksAction(argparse.Action):
+    """``--topks 10 20``, ``--topks 10,20`` and ``--topks "[10, 20]"``; use with ``nargs="+"``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            setattr(namespace, self.dest, topks(" ".join(values)))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def number(
+    kind: type = float, *, above: float | None = None, least: float | None = None, most: float | None = None,
+    none: bool = False,
+) -> Callable[[str], Any]:
+    """An argument type: a finite number with above < x, least <= x <= most; ``none=True`` also takes "none"."""
+    bounds = ((above, ">"), (least, ">="), (most, "<="))
+    wanted = " and ".join(f"{sign} {bound}" for bound, sign in bounds if bound is not None)
+    wanted = f"{'a whole number' if kind is int else 'a number'} {wanted}".strip() + (" or none" if none else "")
+
+    def parse(text: str) -> Any:
+        if none and text.lower() == "none":
+            return None
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        good = abs(value) < float("inf") and (above is None or value > above)
+        if not (good and (least is None or value >= least) and (most is None or value <= most)):
+            raise argparse.ArgumentTypeError(f"found {text!r}, wanted {wanted}")
+        return value
+
+    return parse
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted auto, cpu, cuda or cuda:N")
+    return text
+
+
+# -- common flags
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Seed, device and run directory, the same in every program."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), default=2020, help="seed of every generator")
+    group.add_argument("--device", type=_device, default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
+    group.add_argument("--gpu_id", type=number(int, least=0), default=0, metavar="N",
+                       help="old name of --device cuda:N; the CPU is used where there is no CUDA device")
+    group.add_argument("--threads", type=number(int, least=0), default=0, metavar="N",
+                       help="CPU threads; 0 leaves the choice to PyTorch")
+    group.add_argument("--out", default="runs", metavar="DIR", help="directory that holds the run directories")
+    group.add_argument("--run-name", metavar="NAME", help="name of the run directory instead of the automatic one")
+    group.add_argument("--config", metavar="FILE", action="append", help="TOML file of flags; a later file wins")
+    group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its config.toml is the base of the flags")
+    group.add_argument("--overwrite", action="store_true", help="start anew; an earlier run is kept under NAME~1, NAME~2, ...")
+    group.add_argument("--eval-only", action="store_true", help="evaluate the best weights of the run, train nothing")
+    group.add_argument("--checkpoint-every", type=number(int, least=1), default=10, metavar="N",
+                       help="epochs between checkpoints; every evaluation writes one too")
+    group.add_argument("--progress", action=argparse.BooleanOptionalAction, default=None,
+                       help="progress bar; without the flag, only on a terminal")
+    group.add_argument("--tensorboard", type=int, choices=(0, 1), default=0, help="write TensorBoard files")
+
+
+def add_mirror_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the mirror-gradient step, the same in every program."""
+    group = parser.add_argument_group("mirror gradient")
+    group.add_argument("--mirror", choices=MIRROR_MODES, default="off", help="kind of the mirror step")
+    group.add_argument("--mirror-alpha1", type=number(), default=1.0, metavar="A", help="weight of the first, descending step")
+    group.add_argument("--mirror-alpha2", type=number(), default=0.2, metavar="A", help="weight of the second, ascending step")
+    group.add_argument("--mirror-every", type=number(int, least=1), default=3, metavar="N", help="batches between mirror steps")
+    group.add_argument("--mirror-clip", type=number(above=0, none=True), default=None, metavar="NORM",
+                       help="largest gradient norm, or none")
+
+
+def resolve_device(options: Options) -> torch.device:
+    """The device that ``--device`` or ``--gpu_id`` asks for.
+
+    ``--device`` counts when it is not auto. Raises UserError when the asked CUDA device does not exist.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = options.device
+    if name == "auto":
+        if count == 0:
+            if "gpu_id" in options.explicit:
+                print("note: there is no CUDA device, --gpu_id is ignored and the CPU is used", file=sys.stderr)
+            return torch.device("cpu")
+        name = f"cuda:{options.gpu_id}" if "gpu_id" in options.explicit else "cuda"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"found {count} CUDA devices, wanted {name}: choose a smaller number or --device cpu")
+    return device
+
+
+def set_threads(options: Options) -> None:
+    """Apply ``--threads``."""
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+
+
+def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call ``main(argv)`` and return the exit code: 0, 2 after a UserError, 130 after Ctrl-C.
+
+    Any other exception keeps its traceback. Use as ``sys.exit(run_main(main))``.
+    """
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        # The run directory, if one was open, left a note that says how to go on.
+        note = "; ".join(getattr(interrupt, "__notes__", ())) or "run the same command again to continue"
+        print(f"interrupted: {note}", file=sys.stderr)
+        return 130
