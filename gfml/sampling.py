@@ -1,0 +1,205 @@
+"""Training triples and negatives: vectorised, on the model's device, reproducible epoch by epoch.
+
+An epoch is a function of (seed, epoch number) alone: a resumed run draws what the uninterrupted run would
+have drawn, and the number of epochs asked for does not alter earlier ones.
+
+Schemes (``scheme``), for a train matrix with T pairs over U users:
+
+    user         T draws of a uniform user (with replacement), then a uniform positive of that user; draws of
+                 users without positives are left out. The published LightGCN Python sampler.
+    interaction  every train pair once, shuffled.
+    per_user     floor(T / U) uniform positives for every user, in user order. The published C++ sampler.
+
+Each positive gets W negatives, uniform over the items the user has not in train (test items may be drawn).
+A user who has every item can have no negative and is left out; the number of such users is ``num_saturated``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from gfml.errors import UserError
+
+SCHEMES = ("user", "interaction", "per_user")
+NEGATIVES_PER_DRAW = 1 << 21
+
+
+class PairSet:
+    """Exact membership of (user, item) pairs, for rejecting false negatives, on one device.
+
+    A bitmap of U x I bits when it fits the budget (one gather per query), else a binary search in the sorted
+    int64 keys user * I + item behind a small hashed bitmap that settles most queries at once.
+    """
+
+    def __init__(self, matrix: sp.csr_array, device: torch.device | str = "cpu", budget_mb: int = 512) -> None:
+        self.num_users, self.num_items = matrix.shape
+        users = np.repeat(np.arange(self.num_users, dtype=np.int64), np.diff(matrix.indptr))
+        self._keys = torch.from_numpy(users * self.num_items + matrix.indices.astype(np.int64)).to(device)
+        cells = self.num_users * self.num_items
+        self._exact = cells // 8 <= budget_mb << 20
+        # Sixteen times as many bits as pairs leave about 6 % of the queries to the binary search.
+        self._bits = cells if self._exact else 1 << max(20, int(np.ceil(np.log2(16 * max(1, len(users))))))
+        slots = torch.unique(self._slot(self._keys))
+        self._map = torch.zeros(self._bits // 8 + 1, dtype=torch.uint8, device=device)
+        # Slots are distinct, so adding bit values sets bits.
+        self._map.index_put_((slots >> 3,), _bit(slots), accumulate=True)
+
+    def contains(self, users: Tensor, items: Tensor) -> Tensor:
+        """Bool, shaped like the broadcast of int64 ids ``users`` and ``items``."""
+        keys = users * self.num_items + items
+        slots = self._slot(keys)
+        byte = self._map.index_select(0, (slots >> 3).view(-1)).view(slots.shape)
+        hit = (byte >> (slots & 7).to(torch.uint8)) & 1 != 0
+        if self._exact:
+            return hit
+        # Most queries end here; only the possible hits are searched.
+        found = hit.view(-1).nonzero().squeeze(1)
+        wanted = keys.reshape(-1)[found]
+        position = torch.searchsorted(self._keys, wanted).clamp_(max=max(len(self._keys) - 1, 0))
+        hit.view(-1)[found] = self._keys[position] == wanted
+        return hit
+
+    def _slot(self, keys: Tensor) -> Tensor:
+        if self._exact:
+            return keys
+        # Multiplicative hashing (Knuth): the top bits of key * odd constant, modulo 2^64.
+        shift = 64 - self._bits.bit_length() + 1
+        return ((keys * -7046029254386353131) >> shift) & (self._bits - 1)
+
+
+@dataclass(frozen=True)
+class Triples:
+    """One batch: users [B], positives [B], negatives [B] (W = 1) or [B, W]; int64 on one device."""
+
+    users: Tensor
+    pos: Tensor
+    neg: Tensor
+
+    def __len__(self) -> int:
+        return self.users.shape[0]
+
+
+class TripleSampler:
+    """Draws epochs of triples from a binary train matrix; see the module text.
+
+    num_negatives: W >= 1; with W = 1 negatives are [B]. batch_size: the last batch may be smaller.
+    Raises :class:`UserError` when no user can give a triple.
+    """
+
+    def __init__(
+        self,
+        train: sp.csr_array,
+        *,
+        batch_size: int,
+        seed: int,
+        scheme: str = "user",
+        num_negatives: int = 1,
+        device: torch.device | str = "cpu",
+        budget_mb: int = 512,
+    ) -> None:
+        if scheme not in SCHEMES:
+            raise ValueError(f"unknown sampling scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
+        if batch_size < 1 or num_negatives < 1:
+            raise ValueError(f"found batch size {batch_size} and {num_negatives} negatives, wanted at least 1 of each")
+        self.scheme, self.batch_size, self.num_negatives, self.seed = scheme, batch_size, num_negatives, seed
+        self.num_users, self.num_items = train.shape
+        self.device = torch.device(device)
+        degree = torch.from_numpy(np.diff(train.indptr).astype(np.int64)).to(self.device)
+        self.num_saturated = int((degree == self.num_items).sum())
+        self._usable = (degree > 0) & (degree < self.num_items)
+        self._all_usable = bool(self._usable.all())
+        if not bool(self._usable.any()):
+            raise UserError(
+                f"found no user with both a train item and an item left over ({self.num_users} users, "
+                f"{self.num_items} items, {train.nnz} train pairs): nothing to learn from, check the data"
+            )
+        self._degree = degree
+        self._start = torch.from_numpy(train.indptr[:-1].astype(np.int64)).to(self.device)
+        self._items = torch.from_numpy(train.indices.astype(np.int64)).to(self.device)
+        self._known = PairSet(train, self.device, budget_mb)
+
+    def epoch(self, epoch: int) -> TripleBatches:
+        """The batches of one epoch. The same (seed, epoch) gives the same triples."""
+        users, pos = getattr(self, f"_pairs_{self.scheme}")(self._generator(epoch, 0))
+        return TripleBatches(self, users, pos, epoch)
+
+    def negatives(self, users: Tensor, generator: torch.Generator) -> Tensor:
+        """Uniform items outside each user's train items: [n] for W = 1, else [n, W].
+
+        Draws for everybody, then again only where a train item was hit. A user with every item raises
+        ValueError: its rejection would never end.
+        """
+        if self.num_saturated and bool((self._degree[users] == self.num_items).any()):
+            raise ValueError("a user who has every item has no negative; leave such users out")
+        shape = (len(users),) if self.num_negatives == 1 else (len(users), self.num_negatives)
+        items = torch.randint(self.num_items, shape, generator=generator, device=self.device)
+        wide = users if self.num_negatives == 1 else users[:, None].expand(shape)
+        flat_items, flat_users = items.view(-1), wide.reshape(-1)
+        open_slots = self._known.contains(flat_users, flat_items).nonzero().squeeze(1)
+        while len(open_slots):
+            again = torch.randint(self.num_items, (len(open_slots),), generator=generator, device=self.device)
+            flat_items[open_slots] = again
+            open_slots = open_slots[self._known.contains(flat_users[open_slots], again)]
+        return items
+
+    def _generator(self, epoch: int, stream: int) -> torch.Generator:
+        # SeedSequence mixes the numbers so that neighbouring seeds, epochs and streams share nothing.
+        state = np.random.SeedSequence([self.seed, epoch, stream]).generate_state(1, np.uint64)[0]
+        return torch.Generator(self.device).manual_seed(int(state) & (2**63 - 1))
+
+    def _pairs_user(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        count = len(self._items)
+        users = torch.randint(self.num_users, (count,), generator=generator, device=self.device)
+        if not self._all_usable:
+            users = users[self._usable[users]]
+        return users, self._random_positive(users, generator)
+
+    def _pairs_per_user(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        each = len(self._items) // self.num_users
+        users = torch.arange(self.num_users, device=self.device)
+        users = users[self._usable].repeat_interleave(max(each, 1))
+        return users, self._random_positive(users, generator)
+
+    def _pairs_interaction(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(len(self._items), generator=generator, device=self.device)
+        users, pos = torch.repeat_interleave(self._degree)[order], self._items[order]
+        if self._all_usable:
+            return users, pos
+        keep = self._usable[users]
+        return users[keep], pos[keep]
+
+    def _random_positive(self, users: Tensor, generator: torch.Generator) -> Tensor:
+        # A 31-bit draw scaled to 0..degree-1: uniform up to degree / 2^31, and much cheaper than floats.
+        draw = torch.randint(2**31, (len(users),), generator=generator, device=self.device)
+        offset = (draw * self._degree.index_select(0, users)) >> 31
+        return self._items.index_select(0, offset.add_(self._start.index_select(0, users)))
+
+
+class TripleBatches:
+    """The batches of one epoch; ``len`` is their number. Iterating again yields the same batches."""
+
+    def __init__(self, sampler: TripleSampler, users: Tensor, pos: Tensor, epoch: int) -> None:
+        self.users, self.pos = users, pos
+        self._sampler, self._epoch = sampler, epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.users) // self._sampler.batch_size)
+
+    def __iter__(self) -> Iterator[Triples]:
+        size, generator = self._sampler.batch_size, self._sampler._generator(self._epoch, 1)
+        # Negatives of many batches at once cost less than batch by batch; a block bounds their memory.
+        block = size * max(1, NEGATIVES_PER_DRAW // (size * self._sampler.num_negatives))
+        for start in range(0, len(self.users), block):
+            users, pos = self.users[start : start + block], self.pos[start : start + block]
+            neg = self._sampler.negatives(users, generator)
+            yield from map(Triples, users.split(size), pos.split(size), neg.split(size))
+
+
+def _bit(slots: Tensor) -> Tensor:
+    return torch.ones_like(slots, dtype=torch.uint8) << (slots & 7).to(torch.uint8)

@@ -1,0 +1,192 @@
+"""The recommender: an encoder (MF, LightGCN or CML tables), a gravity score and one of seven losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gfml import losses
+from gfml.cml import (
+    FeatureProjection,
+    SquaredDistanceScorer,
+    covariance_rows,
+    feature_loss,
+    mined_hinge,
+    project_batch_,
+)
+from gfml.encoders import Embedded, Tables
+from gfml.gravity import Gravity, GravityScorer
+from gfml.sampling import Triples
+from gfml.topk import Factors, FactorScorer, Scorer
+
+MODELS = ("mf", "lgn", "cml")
+INFER_MODES = ("mat", "dot", "gravity", "original")
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Weights of the six pair losses (:func:`gfml.losses.pair_loss`)."""
+
+    mix_ratio: float = 0.5
+    decay: float = 1e-4
+    mass_decay: float = 1e-2
+    compat: bool = False
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """Collaborative Metric Learning: the hinge, its regularisers and the ball. radius None: no ball."""
+
+    margin: float = 1.9
+    use_rank_weight: bool = False
+    cov_weight: float = 0.0
+    feature_weight: float = 0.1
+    radius: float | None = None
+
+
+class Recommender(nn.Module):
+    """Scores users and items and gives the loss of a batch of triples.
+
+    encoder makes the vectors; gravity the gravity score (its masses are never propagated over a graph);
+    features, with item_features [I, F], is CML's feature regulariser.
+    """
+
+    def __init__(
+        self,
+        encoder: Tables,
+        gravity: Gravity,
+        loss_mode: str,
+        *,
+        pair: PairOptions = PairOptions(),
+        metric: MetricOptions = MetricOptions(),
+        features: FeatureProjection | None = None,
+        item_features: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if loss_mode not in losses.LOSS_MODES:
+            raise ValueError(f"unknown loss mode {loss_mode!r}: choose one of {', '.join(losses.LOSS_MODES)}")
+        self.encoder, self.gravity, self.loss_mode = encoder, gravity, loss_mode
+        self.pair, self.metric, self.features = pair, metric, features
+        self.register_buffer("item_features", item_features, persistent=False)
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        """{"loss": total, named parts}: what :func:`gfml.train.fit` takes."""
+        if self.loss_mode == "cml":
+            return self._metric_loss(batch)
+        items = torch.cat([batch.pos[:, None], batch.neg.view(len(batch), -1)], 1)
+        embedded = self.encoder(batch.users, items)
+        return losses.pair_loss(
+            self.loss_mode,
+            dot=self._split(self._dot(embedded)) if self.loss_mode in ("dot", "bpr", "mix", "mix_bpr") else None,
+            gravity=self._gravity_scores(embedded, batch.users, items),
+            emb_reg=losses.embedding_reg(embedded.ego_user, embedded.ego_items[:, 0], embedded.ego_items[:, 1:]),
+            mass=self._mass_reg(batch.users, items),
+            decay=self.pair.decay,
+            mass_decay=self.pair.mass_decay,
+            mix_ratio=self.pair.mix_ratio,
+            compat=self.pair.compat,
+        )
+
+    def after_step(self, batch: Triples) -> None:
+        """Pull the touched rows into the ball, when there is one."""
+        if self.metric.radius is not None:
+            items = torch.cat([batch.pos[:, None], batch.neg.view(len(batch), -1)], 1)
+            project_batch_(self.encoder, batch.users, items, self.metric.radius)
+
+    def scorer(self, infer_mode: str = "mat") -> Scorer:
+        """All-item scores with the score that was trained.
+
+        mat: dot and bpr rank by the dot product; gravity and bpr_gra by g; mix and mix_bpr by
+        (1 - rho) dot + rho g; cml by minus the squared distance. dot and gravity force one of the two.
+        original: as published, where only loss mode gravity on MF ranks by g, on vectors that are not normalised.
+        """
+        user, item = (part.detach() for part in self.encoder.vectors())
+        choice = self._ranking_score(infer_mode)
+        if choice == "dot":
+            return FactorScorer(user, item)
+        if choice == "cml":
+            return SquaredDistanceScorer(user, item)
+        if choice == "blend":
+            return BlendScorer(self.gravity, user, item, self.pair.mix_ratio)
+        return GravityScorer(self.gravity, user, item, emb_norm=False if infer_mode == "original" else None)
+
+    def _ranking_score(self, infer_mode: str) -> str:
+        if infer_mode not in INFER_MODES:
+            raise ValueError(f"unknown infer mode {infer_mode!r}: choose one of {', '.join(INFER_MODES)}")
+        if infer_mode in ("dot", "gravity"):
+            return infer_mode
+        if infer_mode == "original":
+            return "gravity" if self.loss_mode == "gravity" and type(self.encoder) is Tables else "dot"
+        return {"gravity": "gravity", "bpr_gra": "gravity", "mix": "blend", "mix_bpr": "blend", "cml": "cml"}.get(
+            self.loss_mode, "dot"
+        )
+
+    def parameter_groups(self, decay: float, mass_decays: bool) -> list[dict[str, object]]:
+        """Optimizer groups: decoupled decay on tables and projections, on masses only if asked, never on lambda."""
+        mass = list(self.gravity.mass.parameters())
+        lamb = [p for name, p in self.gravity.named_parameters() if name == "log_lamb"]
+        special = {id(p) for p in mass + lamb}
+        rest = [p for p in self.parameters() if id(p) not in special]
+        groups = [(rest, decay), (mass, decay if mass_decays else 0.0), (lamb, 0.0)]
+        return [{"params": params, "weight_decay": weight} for params, weight in groups if params]
+
+    def _gravity_scores(self, embedded: Embedded, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.loss_mode in ("dot", "bpr"):
+            return None
+        return self._split(self.gravity(embedded.user, embedded.items, users, items))
+
+    def _mass_reg(self, users: Tensor, items: Tensor) -> Tensor | float:
+        if self.loss_mode in ("dot", "bpr") or not self.pair.mass_decay:
+            return 0.0
+        user, item = self.gravity.mass.raw(users, items)
+        pos, neg = (None, None) if item is None else self._split(item)
+        return (losses.mass_reg_compat if self.pair.compat else losses.mass_reg)(user, pos, neg)
+
+    def _metric_loss(self, batch: Triples) -> dict[str, Tensor]:
+        options = self.metric
+        mined = mined_hinge(
+            self.encoder,
+            batch.users,
+            batch.pos,
+            batch.neg,
+            margin=options.margin,
+            use_rank_weight=options.use_rank_weight,
+        )
+        parts = {"hinge": mined.hinge.loss}
+        if options.cov_weight:
+            rows = covariance_rows(self.encoder, batch.users, batch.pos)
+            parts["covariance"] = options.cov_weight * losses.covariance(rows)
+        if self.features is not None:
+            items = torch.cat([batch.pos, batch.neg.reshape(-1)]).unique()
+            vectors = self.encoder.nodes[items + self.encoder.num_users]
+            parts["features"] = options.feature_weight * feature_loss(self.features(self.item_features[items]), vectors)
+        return {"loss": sum(parts.values()), **parts}
+
+    @staticmethod
+    def _dot(embedded: Embedded) -> Tensor:
+        return (embedded.user[:, None] * embedded.items).sum(-1)
+
+    @staticmethod
+    def _split(scores: Tensor) -> tuple[Tensor, Tensor]:
+        return scores[:, 0], scores[:, 1:]
+
+
+class BlendScorer:
+    """(1 - rho) dot + rho g for all items; no dot-product form, so blocks are scored in full."""
+
+    def __init__(self, gravity: Gravity, user: Tensor, item: Tensor, mix_ratio: float) -> None:
+        self.dot, self.gravity = FactorScorer(user, item), GravityScorer(gravity, user, item)
+        self.mix_ratio = mix_ratio
+        self.num_users, self.num_items = user.shape[0], item.shape[0]
+
+    def score(self, users: Tensor) -> Tensor:
+        """Blended scores of users [B] with every item: [B, I]."""
+        return self.dot.score(users).mul_(1 - self.mix_ratio).add_(self.gravity.score(users), alpha=self.mix_ratio)
+
+    def factors(self) -> Factors | None:
+        """The dot product alone when rho is 0, the gravity form when it is 1, else None."""
+        if self.mix_ratio == 0:
+            return self.dot.factors()
+        return self.gravity.factors() if self.mix_ratio == 1 else None
