@@ -10,9 +10,9 @@ from gfml.data.interactions import Interactions
 from gfml.data.splits import assemble, split_per_user
 from gfml.errors import UserError
 
-_BLOCK = 1024  # users per random stream: part of the definition of the data, not a tuning knob
+_BLOCK = 256  # users per random stream: part of the definition of the data, not a tuning knob
 _ROUNDS = 12  # rejection rounds before a user's remaining draws are made exactly over the whole catalogue
-_CELLS = 512  # groups of neighbouring items that share one bound on the distance
+_CELLS = 256  # groups of neighbouring items that share one bound on the distance
 
 
 @dataclass(frozen=True)
@@ -194,32 +194,40 @@ def _draw_block(
     owned = np.empty(0, dtype=np.int64)  # sorted keys: position of the user in the block * I + item
     # A user who wants much of the catalogue would reject for ever: the exact draw is cheaper.
     sparse = np.where(pulled * 16 <= num_items, pulled, 0)
+    bound, table = _cell_table(world, cells, users)
     for _ in range(_ROUNDS):
         missing = sparse - np.bincount(owned // num_items, minlength=len(users))
         if not missing.any():
             break
-        owned = _add(owned, _propose(world, cells, users, missing, rng), missing, num_items)
+        owned = _add(owned, _propose(world, cells, users, bound, table, missing, rng), missing, num_items)
     owned = _add_exactly(world, users, owned, pulled, rng)
     owned = _add_noise(num_items, owned, wanted, rng)
     return owned % num_items
 
 
-def _bounds(world: _World, cells: _Cells, users: np.ndarray) -> np.ndarray:
-    """Upper bound of the log pull of user b on any item of cell c. [B, C]."""
+def _cell_table(world: _World, cells: _Cells, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Upper bound [B, C] of the log pull of user b on the items of cell c, and the cells' cumulative shares [B * C].
+
+    A share is mass times bound; row b of the table runs through (b, b + 1], so that one search serves all users.
+    """
     cosine = world.user[users] @ cells.centre.T
     to_centre = np.sqrt(np.maximum(2 - 2 * cosine, 0))
-    return world.log_pull(np.maximum(to_centre - cells.radius, 0) ** 2)
+    bound = world.log_pull(np.maximum(to_centre - cells.radius, 0) ** 2)
+    weight = np.cumsum(np.diff(cells.cumulative[cells.start]) * np.exp(bound), axis=1)
+    return bound, (weight / weight[:, -1:] + np.arange(len(users))[:, None]).ravel()
 
 
-def _propose(world: _World, cells: _Cells, users: np.ndarray, missing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _propose(
+    world: _World,
+    cells: _Cells,
+    users: np.ndarray,
+    bound: np.ndarray,
+    table: np.ndarray,
+    missing: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
     """Accepted keys in the order of the proposals: a cell by mass and bound, an item in it by mass, then accept or not."""
-    bound = _bounds(world, cells, users)
-    cell_mass = np.diff(cells.cumulative[cells.start])
-    weight = np.cumsum(cell_mass * np.exp(bound), axis=1)
-    count = np.where(missing > 0, 8 * missing + 16, 0)
-    who = np.repeat(np.arange(len(users)), count)
-    # One search for all users: row b of the cumulative weights is shifted into (b, b + 1].
-    table = (weight / weight[:, -1:] + np.arange(len(users))[:, None]).ravel()
+    who = np.repeat(np.arange(len(users)), np.where(missing > 0, 8 * missing + 8, 0))
     cell = np.searchsorted(table, who + rng.random(len(who)), side="right") - who * len(cells.centre)
     cell = np.clip(cell, 0, len(cells.centre) - 1)
     low, high = cells.cumulative[cells.start[cell]], cells.cumulative[cells.start[cell + 1]]
