@@ -11,7 +11,8 @@ Use with any loop; the closure computes the loss of one fixed batch and does not
     for batch in batches:
         report = mirror.step(lambda: loss_fn(model, batch))
 
-with ``gfml.train.fit(..., step=mirror)``, or by hand when a batch needs several backward passes::
+with ``gfml.train.fit(..., step=mirror)`` (with ``counter="epoch"`` let its ``batches(epoch)`` call
+``mirror.new_epoch()`` first), or by hand when a batch needs several backward passes::
 
     if mirror.is_mirror_step():
         with mirror.first_half():
@@ -203,10 +204,15 @@ class MirrorGradient:
         return StepReport(loss, terms, mirror_loss, True, self._skipped, self._diagnosis)
 
     def __call__(self, closure: Closure, optimizer: Optimizer) -> dict[str, Any]:
-        """``step`` in the form of ``gfml.train.fit``: returns the terms of the first half."""
+        """``step`` in the form of ``gfml.train.fit``.
+
+        Returns the terms of the first half; on mirrored batches also mirror_loss and the diagnostics.
+        """
         if optimizer is not self.optimizer:
             raise ValueError("the mirror step was built for another optimizer: pass fit the one it wraps")
-        return self.step(closure).terms
+        report = self.step(closure)
+        mirror_loss = {} if report.mirror_loss is None else {"mirror_loss": report.mirror_loss}
+        return report.terms | mirror_loss | report.diagnostics
 
     # ------------------------------------------------------------------ the three kinds of gradient
 
@@ -303,7 +309,8 @@ class MirrorGradient:
             raise UserError(f"found clip={self.clip}, wanted a norm above 0, or none")
         if self.clip_halves == "second" and self.mode != "two_step":
             raise UserError(f"clip_halves='second' is defined for mode two_step, not {self.mode}: use 'both'")
-        if self.enabled and self.mode == "precond" and not isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        is_adam = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW)
+        if self.enabled and self.mode == "precond" and not is_adam:
             found = type(self.optimizer).__name__
             raise UserError(f"mode precond needs Adam or AdamW, found {found}: use sgd_mirror or fused")
 
@@ -386,7 +393,9 @@ class MirrorGradient:
             for p in group["params"]:
                 if p.grad is None or not self._is_mirrored(p):
                     continue
-                direction = p.grad if self.mode != "precond" else _adam_direction(self.optimizer.state[p], p.grad, group)
+                direction = p.grad
+                if self.mode == "precond":
+                    direction = _adam_direction(self.optimizer.state[p], p.grad, group)
                 if isinstance(rate, Tensor):
                     p.add_(direction * (rate * factor))
                 else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gfml.errors import UserError
 from gfml.mirror import MODES, MirrorGradient, mirror_step
+from gfml.train import fit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RTOL, ATOL = 1e-7, 1e-11
@@ -157,8 +158,10 @@ def test_published_trajectories_of_the_network(golden, variant, setting):
     clip = float(golden["mlp_clip"]) if extra == "clip" else None
     mirror = MirrorGradient(optimizer, **settings_of(golden, setting), clip=clip, **PUBLISHED)
     base, period = golden["mlp_sched"]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: base ** (e / period)) if extra == "sched" else None
-    plan = golden["plan_e444" if extra == "sched" else "plan_e12"]
+    scheduler, plan = None, golden["plan_e12"]
+    if extra == "sched":
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: base ** (e / period))
+        plan = golden["plan_e444"]
     check(trace(problem, mirror, plan, scheduler), golden, f"mlp_{variant}_{setting}", ALL_ARRAYS)
 
 
@@ -422,9 +425,34 @@ def test_as_the_step_of_fit():
     optimizer = torch.optim.SGD([theta], lr=0.1)
     mirror = MirrorGradient(optimizer, every=1)
     terms = mirror(lambda: {"loss": (theta**2).sum(), "fit": theta[0]}, optimizer)
+    mirror_loss = terms.pop("mirror_loss")
     assert terms == {"loss": torch.tensor(5.0), "fit": torch.tensor(1.0)}
+    assert mirror_loss.item() == pytest.approx(5.0 * 0.8**2)
     with pytest.raises(ValueError, match="another optimizer"):
         mirror(lambda: {"loss": (theta**2).sum()}, torch.optim.SGD([theta], lr=0.1))
+
+
+def test_fit_with_the_mirror_step_equals_a_hand_written_loop():
+    batches = some_batches(5)
+    ends = []
+    for by_hand in (True, False):
+        model = small_model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        mirror = MirrorGradient(optimizer, counter="epoch")
+        if by_hand:
+            for _ in range(2):
+                mirror.new_epoch()
+                losses = [mirror.step(lambda x=x, m=model: batch_loss(m, x)).loss.item() for x in batches]
+        else:
+            result = fit(
+                model, optimizer, batches=lambda epoch: mirror.new_epoch() or batches, run=None, epochs=2, step=mirror,
+                loss_fn=lambda x: {"loss": batch_loss(model, x)}, select="val/epoch", progress=False,
+                evaluate=lambda split: {"epoch": float(optimizer.state[model[0].weight]["step"])},
+            )
+        ends.append(flat(list(model.parameters())))
+    assert np.array_equal(*ends)
+    assert result.best_value == 14  # two epochs of five batches, two of them mirrored
+    assert result.history[-1]["train/loss"] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -619,7 +647,8 @@ def test_sparse_gradients():
     for sparse in (False, True):
         torch.manual_seed(0)
         table = nn.Embedding(6, 3, sparse=sparse)
-        mirror_step(lambda t=table: (t(torch.tensor([1, 1, 4])) ** 2).sum(), torch.optim.SGD(table.parameters(), lr=0.1))
+        optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+        mirror_step(lambda t=table: (t(torch.tensor([1, 1, 4])) ** 2).sum(), optimizer)
         ends.append(table.weight.detach())
     torch.testing.assert_close(*ends)
 
