@@ -83,9 +83,8 @@ def test_popularity_ranks_equal_counts_by_item():
 def test_item_knn_equals_loops(similarity, k, shrink):
     data = block_model()
     scorer = item_knn(data, k=k, shrink=shrink, similarity=similarity)
-    np.testing.assert_allclose(
-        all_scores(scorer), knn_by_loops(data.train.toarray().astype(float), k, shrink, similarity), rtol=1e-5, atol=1e-6
-    )
+    expected = knn_by_loops(data.train.toarray().astype(float), k, shrink, similarity)
+    np.testing.assert_allclose(all_scores(scorer), expected, rtol=1e-5, atol=1e-6)
     assert np.diff(scorer.weights.T.tocsr().indptr).max() <= k
 
 
@@ -237,7 +236,8 @@ def test_selection_takes_the_first_of_equals_and_never_reads_test():
     empty = csr_from_pairs(np.empty(0), np.empty(0), data.num_users, data.num_items)
     grid = [{"k": 5}, {"k": 5, "shrink": 0.0}]
     assert select_knn(data, grid).settings == {"k": 5}
-    assert select_knn(Interactions("no test", data.train, data.valid, empty), grid).scores == select_knn(data, grid).scores
+    without_test = Interactions("no test", data.train, data.valid, empty)
+    assert select_knn(without_test, grid).scores == select_knn(data, grid).scores
 
 
 def test_selection_needs_a_validation_part():
