@@ -12,7 +12,7 @@ from gfml.data.interactions import Interactions
 from gfml.errors import UserError
 from gfml.metrics.beyond import beyond_accuracy
 from gfml.metrics.ranking import means, ranking_metrics
-from gfml.topk import Scorer, topk_items
+from gfml.topk import BYTES_PER_SCORE, Scorer, full_precision, topk_items
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def evaluate(
     part = data.split(split)
     users = np.flatnonzero(np.diff(part.indptr)).astype(np.int64)
     if len(users) == 0:
-        raise UserError(f"found no {split} interactions in {data.name}, wanted at least one: cut some off or choose another split")
+        raise UserError(
+            f"found no {split} interactions in {data.name}, wanted at least one: cut some off or choose another split"
+        )
     seen = None if split == "train" else data.seen(split)
     ids = torch.from_numpy(users).to(device)
     top = topk_items(scorer, ids, ks[-1], seen=seen, memory_mb=memory_mb).cpu().numpy()
@@ -80,3 +82,20 @@ def check_cutoffs(ks: Sequence[int]) -> tuple[int, ...]:
     if not found or found[0] < 1:
         raise ValueError(f"cut-offs must be positive integers, at least one, not {list(ks)}")
     return found
+
+
+@torch.no_grad()
+def mean_item_scores(
+    scorer: Scorer, users: np.ndarray, *, memory_mb: float = 256, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """Mean of score() for every item over ``users``, float64 [I].
+
+    Not from factors(): a ranking key is only some increasing image of the score.
+    """
+    if len(users) == 0:
+        raise ValueError("a mean over users needs at least one user")
+    ids = torch.as_tensor(users, dtype=torch.int64, device=device)
+    rows = max(1, int(memory_mb * 2**20) // (2 * BYTES_PER_SCORE * int(scorer.num_items)))
+    with full_precision():
+        total = sum(scorer.score(chunk).sum(dim=0, dtype=torch.float64) for chunk in ids.split(rows))
+    return (total / len(users)).cpu().numpy()

@@ -169,7 +169,8 @@ def score_blocks(scorer: Scorer, users: Tensor, memory_mb: float) -> Iterator[Te
         block = scorer.score(chunk)
         if block.shape != (len(chunk), scorer.num_items) or not block.is_floating_point():
             raise ValueError(
-                f"score() gave {block.dtype} of shape {tuple(block.shape)}, wanted floats {(len(chunk), scorer.num_items)}"
+                f"score() gave {block.dtype} of shape {tuple(block.shape)}, "
+                f"wanted floats of shape {(len(chunk), scorer.num_items)}"
             )
         yield block
 

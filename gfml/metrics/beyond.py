@@ -179,7 +179,9 @@ def group_shares(groups: dict[str, np.ndarray], popularity: np.ndarray, relevant
     return shares | {f"{name}_judged_share": share(judged, group) for name, group in groups.items()}
 
 
-def user_group_accuracy(hits: np.ndarray, num_relevant: np.ndarray, labels: np.ndarray, k: int) -> dict[str, np.ndarray]:
+def user_group_accuracy(
+    hits: np.ndarray, num_relevant: np.ndarray, labels: np.ndarray, k: int
+) -> dict[str, np.ndarray]:
     """recall and ndcg at k of each user group, NaN for users outside it."""
     values = {"recall": recall(hits, num_relevant, k), "ndcg": ndcg(hits, num_relevant, k)}
     return {

@@ -56,5 +56,8 @@ def reference_evaluate(scores, data, split: str, ks) -> tuple[np.ndarray, dict[s
     seen = rows_as_sets(data.seen(split), users)
     relevant = rows_as_sets(judged, users)
     top = [reference_topk(scores[u], hidden, max(ks)) for u, hidden in zip(users, seen, strict=True)]
-    rows = [{name: value for k in ks for name, value in reference_metrics(t, r, k).items()} for t, r in zip(top, relevant, strict=True)]
+    rows = [
+        {name: value for k in ks for name, value in reference_metrics(listed, wanted, k).items()}
+        for listed, wanted in zip(top, relevant, strict=True)
+    ]
     return np.array(top), {name: np.array([row[name] for row in rows]) for name in rows[0]}
