@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import re
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -279,19 +280,12 @@ def read_pairs_npz(path: str | os.PathLike[str]) -> Records:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files if name in ("user", "movie", "item")}
-    except (OSError, ValueError, EOFError, zlib.error, zipfile_error()) as error:
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no readable .npz ({error}): fetch the file again") from error
     item = arrays.get("item", arrays.get("movie"))
     if "user" not in arrays or item is None:
         raise UserError(f"{path}: found arrays {sorted(arrays)}, wanted user and item: fetch the file again")
     return Records(_array_ids(arrays["user"], path, "user"), _array_ids(item, path, "item"))
-
-
-def zipfile_error() -> type[Exception]:
-    """The error of a damaged zip archive."""
-    import zipfile
-
-    return zipfile.BadZipFile
 
 
 def _array_ids(ids: Any, path: Path, what: str) -> np.ndarray:
@@ -458,7 +452,7 @@ def read_table(
         "part": _find_column(path, names, None, PART_NAMES, "part"),
     }
     column = {role: None if name is None else frame[name] for role, name in pick.items()}
-    first_line = frame.attrs.get("first_line", 1)
+    first_line = frame.attrs.get("first_line", 0)
     return Records(
         _column_ids(column["user"], path, first_line),
         _column_ids(column["item"], path, first_line),
@@ -495,7 +489,7 @@ def _text_frame(path: Path) -> Any:
         frame = pd.read_csv(io.BytesIO(raw), sep=separator, low_memory=False, keep_default_na=False, na_values=[""],
                             skipinitialspace=True, **options)  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise UserError(f"{path} is no readable table ({str(error).strip().splitlines()[-1]}): correct the file") from error
+        raise UserError(f"{path} is no readable table ({_last_line(error)}): correct it; adjacency lists are read by folder") from error
     if bare:
         frame.columns = [*("user", "item", "rating", "time")[: frame.shape[1]], *map(str, range(4, frame.shape[1]))]
     else:
@@ -504,6 +498,10 @@ def _text_frame(path: Path) -> Any:
         raise UserError(f"{path} has a header and no rows: wanted interactions, write the file again")
     frame.attrs["first_line"] = 1 if bare else 2
     return frame
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1][:120]
 
 
 def _utf8(raw: bytes) -> bytes:
@@ -542,7 +540,8 @@ def _find_column(path: Path, names: list[str], asked: str | None, usual: Sequenc
 
 
 def _row_error(path: Path, first_line: int, row: int, found: object, wanted: str) -> UserError:
-    return UserError(f"{path}, line {first_line + row}: found {found!r}, wanted {wanted}: correct or remove the line")
+    place = f"line {first_line + row}" if first_line else f"row {row + 1}"
+    return UserError(f"{path}, {place}: found {found!r}, wanted {wanted}: correct or remove it")
 
 
 def _column_ids(column: Any, path: Path, first_line: int) -> np.ndarray:
@@ -563,17 +562,10 @@ def _column_ids(column: Any, path: Path, first_line: int) -> np.ndarray:
             raise _row_error(path, first_line, row, value[row].item(), wanted)
         return value.astype(np.int64)
     text = column.astype(str).to_numpy().astype(np.str_)
-    if np.char.isdigit(text).all():
-        return _digit_ids(text, path, first_line, wanted)
+    # Text files give numbers as numbers, so that only those beyond 64 bits arrive here as strings.
+    if first_line and np.char.isdecimal(text).all():
+        raise _row_error(path, first_line, int(np.argmax(np.char.str_len(text))), text[np.argmax(np.char.str_len(text))].item(), wanted)
     return text
-
-
-def _digit_ids(text: np.ndarray, path: Path, first_line: int, wanted: str) -> np.ndarray:
-    values = [int(one) for one in text.tolist()]
-    for row, value in enumerate(values):
-        if value > 2**63 - 1:
-            raise _row_error(path, first_line, row, str(text[row]), wanted)
-    return np.array(values, dtype=np.int64)
 
 
 def _column_numbers(column: Any, path: Path, first_line: int) -> np.ndarray | None:

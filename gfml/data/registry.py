@@ -303,18 +303,16 @@ def find(known: KnownDataset, data_root: str | os.PathLike[str] | None, *, allow
     """
     roots = data_roots(data_root)
     found = locate(known, roots)
-    reason = "no download is offered"
-    if found is None and known.download is not None:
-        reason = "downloading is switched off"
-        if allow_download:
-            try:
-                fetch(known, roots[0] if data_root is not None or os.environ.get("GFML_DATA") else roots[-1])
-            except UserError as error:
-                reason = str(error).split(":  ")[0]
-            else:
-                found = locate(known, roots)
+    if found is None and known.download is not None and allow_download:
+        try:
+            fetch(known, roots[0] if data_root is not None or os.environ.get("GFML_DATA") else roots[-1])
+        except UserError as error:
+            if error.__cause__ is None:  # it came through, but is not what was published
+                raise
+            raise _not_found(known, roots, f"the download failed: {error.__cause__}") from error
+        found = locate(known, roots)
     if found is None:
-        raise _not_found(known, roots, reason)
+        raise _not_found(known, roots, "no download is offered" if known.download is None else "downloading is off")
     return found
 
 
@@ -322,7 +320,7 @@ def _not_found(known: KnownDataset, roots: list[Path], reason: str) -> UserError
     files = " or ".join(" + ".join(layout.files.values()) for layout in known.layouts)
     searched = ", ".join(str(root / known.folders[0]) for root in roots)
     return UserError(
-        f"data set {known.name} not found in {searched} ({reason}): put {files} there (from {known.source}) or give --data-root DIR"
+        f"data set {known.name} not found in {searched} ({reason}): put {files} there, from {known.source}, or give --data-root DIR"
     )
 
 
