@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"{flag} is not a flag of this parser")
         self._exact.update(flags)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> Options:  # type: ignore[override]
+    def parse_args(self, args: Sequence[str] | None = None) -> Options:  # type: ignore[override]
         """Parse a command line, with the TOML files it names; see the module's docstring."""
         files, own = self._split_configs(list(sys.argv[1:] if args is None else args))
         own = self._respell(own)
@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         """
         config: dict[str, Any] = {}
         for action in self._actions:
-            if not action.option_strings or action.dest in UNSAVED or isinstance(action, argparse._VersionAction):
+            if not action.option_strings or action.dest in UNSAVED or not hasattr(options, action.dest):
                 continue
             value = getattr(options, action.dest)
             key = action.option_strings[0].lstrip("-")
@@ -137,7 +137,8 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             names = [str(choice) for choice in action.choices]
             near = suggest(str(value), names)
-            raise argparse.ArgumentError(action, f"unknown value {str(value)!r}: choose one of {', '.join(names)}{near}")
+            message = f"unknown value {str(value)!r}: choose one of {', '.join(names)}{near}"
+            raise argparse.ArgumentError(action, message)
 
     def _where(self, error: argparse.ArgumentError, own: list[str]) -> str:
         flags = (error.argument_name or "").split("/")
@@ -159,7 +160,8 @@ class Parser(argparse.ArgumentParser):
                 rest += [token, *tokens[::-1]]
                 break
             name, equals, value = token.partition("=")
-            if name not in ("--config", "--resume") or name not in self._option_string_actions or not (equals or tokens):
+            known = name in ("--config", "--resume") and name in self._option_string_actions
+            if not known or not (equals or tokens):
                 rest.append(token)
                 continue
             value = value if equals else tokens.pop()
@@ -287,7 +289,11 @@ class TopksAction(argparse.Action):
 
 
 def number(
-    kind: type = float, *, above: float | None = None, least: float | None = None, most: float | None = None,
+    kind: type = float,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
     none: bool = False,
 ) -> Callable[[str], Any]:
     """An argument type: a finite number with above < x, least <= x <= most; ``none=True`` also takes "none"."""
@@ -321,35 +327,35 @@ def _device(text: str) -> str:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Seed, device and run directory, the same in every program."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), default=2020, help="seed of every generator")
-    group.add_argument("--device", type=_device, default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
-    group.add_argument("--gpu_id", type=number(int, least=0), default=0, metavar="N",
-                       help="old name of --device cuda:N; the CPU is used where there is no CUDA device")
-    group.add_argument("--threads", type=number(int, least=0), default=0, metavar="N",
-                       help="CPU threads; 0 leaves the choice to PyTorch")
-    group.add_argument("--out", default="runs", metavar="DIR", help="directory that holds the run directories")
-    group.add_argument("--run-name", metavar="NAME", help="name of the run directory instead of the automatic one")
-    group.add_argument("--config", metavar="FILE", action="append", help="TOML file of flags; a later file wins")
-    group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its config.toml is the base of the flags")
-    group.add_argument("--overwrite", action="store_true", help="start anew; an earlier run is kept under NAME~1, NAME~2, ...")
-    group.add_argument("--eval-only", action="store_true", help="evaluate the best weights of the run, train nothing")
-    group.add_argument("--checkpoint-every", type=number(int, least=1), default=10, metavar="N",
-                       help="epochs between checkpoints; every evaluation writes one too")
-    group.add_argument("--progress", action=argparse.BooleanOptionalAction, default=None,
-                       help="progress bar; without the flag, only on a terminal")
-    group.add_argument("--tensorboard", type=int, choices=(0, 1), default=0, help="write TensorBoard files")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=number(int, least=0, most=2**32 - 1), default=2020, metavar="N", help="seed of every generator")
+    add("--device", type=_device, default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
+    add("--gpu_id", type=number(int, least=0), default=0, metavar="N",
+        help="old name of --device cuda:N; the CPU is used where there is no CUDA device")
+    add("--threads", type=number(int, least=0), default=0, metavar="N",
+        help="CPU threads; 0 leaves the choice to PyTorch")
+    add("--out", default="runs", metavar="DIR", help="directory that holds the run directories")
+    add("--run-name", metavar="NAME", help="name of the run directory instead of the automatic one")
+    add("--config", metavar="FILE", action="append", help="TOML file of flags; a later file wins")
+    add("--resume", metavar="RUN_DIR", help="continue this run; its config.toml is the base of the flags")
+    add("--overwrite", action="store_true", help="start anew; an earlier run is kept as NAME~1, NAME~2, ...")
+    add("--eval-only", action="store_true", help="evaluate the best weights of the run, train nothing")
+    add("--checkpoint-every", type=number(int, least=1), default=10, metavar="N",
+        help="epochs between checkpoints; every evaluation writes one too")
+    add("--progress", action=argparse.BooleanOptionalAction, default=None,
+        help="progress bar; without the flag, only on a terminal")
+    add("--tensorboard", type=int, choices=(0, 1), default=0, help="write TensorBoard files")
 
 
 def add_mirror_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the mirror-gradient step, the same in every program."""
-    group = parser.add_argument_group("mirror gradient")
-    group.add_argument("--mirror", choices=MIRROR_MODES, default="off", help="kind of the mirror step")
-    group.add_argument("--mirror-alpha1", type=number(), default=1.0, metavar="A", help="weight of the first, descending step")
-    group.add_argument("--mirror-alpha2", type=number(), default=0.2, metavar="A", help="weight of the second, ascending step")
-    group.add_argument("--mirror-every", type=number(int, least=1), default=3, metavar="N", help="batches between mirror steps")
-    group.add_argument("--mirror-clip", type=number(above=0, none=True), default=None, metavar="NORM",
-                       help="largest gradient norm, or none")
+    add = parser.add_argument_group("mirror gradient").add_argument
+    add("--mirror", choices=MIRROR_MODES, default="off", help="kind of the mirror step")
+    add("--mirror-alpha1", type=number(), default=1.0, metavar="A", help="factor of the descending step")
+    add("--mirror-alpha2", type=number(), default=0.2, metavar="A", help="factor of the inverted, ascending step")
+    add("--mirror-every", type=number(int, least=1), default=3, metavar="N", help="a mirror step every N batches")
+    add("--mirror-clip", type=number(above=0, none=True), default=None, metavar="NORM",
+        help="largest gradient norm, or none")
 
 
 def resolve_device(options: Options) -> torch.device:

@@ -163,9 +163,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
             error.add_note(f"the run is incomplete; continue it with --resume {shlex.quote(str(self.path))}")
         if self._lock is not None:
@@ -201,7 +199,7 @@ class Run:
         found = self._facts.get("data")
         if found not in (None, fingerprint):
             raise UserError(
-                f"the data has changed since {self.path} was started (fingerprint {found[:12]}, now {fingerprint[:12]}): "
+                f"the data has changed since {self.path} was started ({found[:12]}, now {fingerprint[:12]}): "
                 "bring the old data back or start anew with --overwrite"
             )
         if found is None and self._lock is not None:
@@ -211,7 +209,8 @@ class Run:
         """Append one line to ``metrics.jsonl``. ``row`` has an "epoch"; numbers that are not finite become null."""
         self._writable()
         line = json.dumps({key: _json_number(value) for key, value in row.items()}, allow_nan=False)
-        with _os_errors(self.path / "metrics.jsonl"), open(self.path / "metrics.jsonl", "a", encoding="utf-8") as stream:
+        path = self.path / "metrics.jsonl"
+        with _os_errors(path), open(path, "a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -330,7 +329,9 @@ def _require_run(path: Path) -> None:
 
 def _require_run_or_nothing(path: Path) -> None:
     """Never write into, or rename, a directory that somebody else filled."""
-    if path.is_dir() and not (path / "config.toml").exists() and any(not p.name.startswith(".") for p in path.iterdir()):
+    if not path.is_dir() or (path / "config.toml").exists():
+        return
+    if any(not entry.name.startswith(".") for entry in path.iterdir()):
         raise UserError(f"{path} is a directory but not a run: give another --run-name or --out")
 
 
@@ -365,7 +366,8 @@ def _compare(path: Path, config: Mapping[str, Any], exclude: Collection[str], *,
     if not resume:
         raise UserError(f"{path} holds a run with {text}: give --resume {path}, another --run-name or --overwrite")
     if not EXTENDABLE.issuperset(changed):
-        raise UserError(f"{path} was started with {text}: only {' and '.join(sorted(EXTENDABLE))} may change on --resume")
+        free = " and ".join(sorted(EXTENDABLE))
+        raise UserError(f"{path} was started with {text}: with --resume only {free} may change")
     return True
 
 

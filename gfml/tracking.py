@@ -54,8 +54,7 @@ class Tracker:
             self._open().add_histogram(name, numbers, step)
 
     def projector(
-        self, name: str, embedding: Tensor, metadata: Sequence[object] | Sequence[Sequence[object]],
-        columns: Sequence[str] | None = None, step: int = 0,
+        self, name: str, embedding: Tensor, metadata: Sequence[Any], columns: Sequence[str] | None = None, step: int = 0
     ) -> None:
         """Embedding projector: embedding [N, D] and a label, or with ``columns`` a row of labels, for each of the N."""
         if len(metadata) != len(embedding):
@@ -63,9 +62,9 @@ class Tracker:
         if self.log_dir is None:
             return
         # The metadata file has one line per point and tabs between columns.
-        rows = [[_clean(cell) for cell in row] if columns else _clean(row) for row in metadata]  # type: ignore[union-attr]
-        header = list(columns) if columns else None
-        self._open().add_embedding(embedding.detach().float().cpu(), rows, tag=name, global_step=step, metadata_header=header)
+        rows: list[Any] = [[_clean(cell) for cell in row] if columns else _clean(row) for row in metadata]
+        points, header = embedding.detach().float().cpu(), list(columns) if columns else None
+        self._open().add_embedding(points, rows, metadata_header=header, global_step=step, tag=name)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """A matplotlib figure; it is closed afterwards."""
@@ -93,7 +92,7 @@ class Tracker:
             except OSError as error:
                 raise explain_os_error(error, self.log_dir) from error
             except ImportError as error:
-                raise UserError(f"TensorBoard is not usable ({error}): install tensorboard or give --tensorboard 0") from None
+                raise UserError(f"cannot use TensorBoard ({error}): install it or give --tensorboard 0") from None
         return self._writer
 
 

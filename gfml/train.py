@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from gfml.errors import UserError, suggest
+from gfml.errors import UserError, choice_error
 from gfml.runs import Run, damaged, load_state, rng_state, set_rng_state
 from gfml.tracking import Tracker
 
@@ -31,7 +31,11 @@ SPLITS = {"val": "valid", "valid": "valid", "test": "test"}
 
 
 class Step(Protocol):
-    """One update of the parameters: computes ``closure()``, with its "loss", as often as it needs."""
+    """One update of the parameters: calls ``closure()`` as often as it needs and returns its terms.
+
+    The terms are detached copies of the values before the update. A step may have ``state_dict`` and
+    ``load_state_dict``, which checkpoints use, and ``new_epoch()``, which is called before the first batch.
+    """
 
     def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms: ...
 
@@ -42,17 +46,19 @@ class Stateful(Protocol):
 
 
 def plain_step(closure: Closure, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None) -> Terms:
-    """One ordinary optimizer step; returns the terms of the closure.
+    """One ordinary optimizer step; returns the terms of the closure, detached.
 
     clip_norm: largest L2 norm of the whole gradient, e.g. ``partial(plain_step, clip_norm=1.0)``.
     """
     optimizer.zero_grad(set_to_none=True)
     terms = closure()
     terms["loss"].backward()
+    # Copies: a term may be a parameter itself, which is about to move.
+    values = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in terms.items()}
     if clip_norm is not None:
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
     optimizer.step()
-    return terms
+    return values
 
 
 class EarlyStopping:
@@ -222,18 +228,19 @@ class TermMeans:
 
     def add(self, terms: Terms) -> None:
         """Take the terms of one batch. UserError names epoch, step and every term when the loss is nan or infinite."""
-        self._waiting.append({key: value.detach() if isinstance(value, Tensor) else value for key, value in terms.items()})
+        self._waiting.append(dict(terms))
         loss = terms["loss"]
         if len(self._waiting) >= self.check_every or not isinstance(loss, Tensor) or loss.device.type == "cpu":
             self.flush()
 
     def flush(self) -> None:
         """Read the waiting terms back and check them."""
-        tensors = [value for terms in self._waiting for value in terms.values() if isinstance(value, Tensor)]
+        tensors = [v.detach() for terms in self._waiting for v in terms.values() if isinstance(v, Tensor)]
         numbers = iter(torch.stack([tensor.double().reshape(()) for tensor in tensors]).tolist() if tensors else ())
         waiting, self._waiting = self._waiting, []
         for terms in waiting:
-            self._count({key: next(numbers) if isinstance(value, Tensor) else float(value) for key, value in terms.items()})
+            read = {key: next(numbers) if isinstance(v, Tensor) else float(v) for key, v in terms.items()}
+            self._count(read)
 
     def _count(self, terms: dict[str, float]) -> None:
         self.step += 1
@@ -275,14 +282,14 @@ class FitResult:
     def selection(self) -> dict[str, Any]:
         """How the reported epoch was chosen, for ``run.finish``."""
         part, _, metric = self.select.partition("/")
-        on_test = part == "test"
+        on_test = "selected on test (optimistic, as in the original code)"
         return {
             "epoch": self.best_epoch,
             "metric": metric,
             "split": part,
             "value": self.best_value if self.best_epoch is not None else None,
             "rule": "highest value, the earliest epoch of equal ones",
-            "protocol": "selected on test: optimistic, as in the original code" if on_test else "selected on validation",
+            "protocol": on_test if part == "test" else "selected on validation",
             "weights": self.weights,
             "epochs_trained": self.epochs,
             "stopped_early": self.stopped_early,
@@ -370,7 +377,8 @@ def fit(
         batches, or the checkpoint does not belong to this model.
     """
     if eval_every < 1 or epochs < 0:
-        raise UserError(f"found {epochs} epochs and an evaluation every {eval_every}: wanted epochs >= 0 and every >= 1")
+        found = f"found {epochs} epochs and an evaluation every {eval_every}"
+        raise UserError(f"{found}, wanted epochs >= 0 and every >= 1: mend --epochs, --eval_every")
     split, metric = _parse_select(select)
     parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema, **(stateful or {})}
     parts["step"] = step if hasattr(step, "state_dict") else None
@@ -443,6 +451,8 @@ def _train_epoch(
 ) -> dict[str, float]:
     """One pass over the batches; the mean of every term."""
     model.train()
+    if hasattr(step, "new_epoch"):
+        step.new_epoch()
     device_type = next(model.parameters()).device.type
     means = TermMeans(epoch, check_every)
     iterable = batches(epoch)
@@ -477,9 +487,10 @@ def _evaluate(best: BestKeeper, evaluate: Callable[[str], Mapping[str, float]], 
 
 def _selected(values: Mapping[str, float], metric: str, select: str, epoch: int) -> float:
     if metric not in values:
-        raise UserError(f"no metric {metric!r} to select on: choose one of {', '.join(values)}{suggest(metric, values)}")
+        raise choice_error("selection metric", metric, values)
     if not math.isfinite(values[metric]):
-        raise UserError(f"{select} is {values[metric]} at epoch {epoch}, so no epoch can be selected: is that part empty?")
+        found = f"{select} is {values[metric]} at epoch {epoch}"
+        raise UserError(f"{found}, wanted a finite number: is that part of the data empty? Mend --val_ratio")
     return values[metric]
 
 
@@ -534,7 +545,7 @@ def _restore_best(state: _Progress, run: Run, select: str) -> None:
 
 
 def load_best(model: nn.Module, run_dir: str | Path) -> dict[str, Any]:
-    """Load ``best.pt`` of a run into the model; returns its "epoch", "metric", "value" and which "weights" they are."""
+    """Load ``best.pt`` of a run into the model; returns its epoch, metric, value and which weights they are."""
     path = Path(run_dir) / "best.pt"
     saved = load_state(path)
     try:
@@ -561,7 +572,7 @@ class _Display:
             from tqdm import tqdm
 
             form = "{percentage:3.0f}%|{bar}| {n:.1f}/{total_fmt} epochs [{elapsed}<{remaining}{postfix}]"
-            self._bar = tqdm(total=self._epochs, initial=self._done, bar_format=form, file=sys.stderr, dynamic_ncols=True)
+            self._bar = tqdm(total=self._epochs, initial=self._done, bar_format=form, dynamic_ncols=True)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -578,10 +589,10 @@ class _Display:
             self._bar.set_postfix_str(f"loss {row.get('train/loss', math.nan):.4f}", refresh=False)
             self._bar.update(0)
         if judged and self._lines:
-            terms = [f"{key.removeprefix('train/')} {value:.4f}" for key, value in row.items() if key.startswith("train/")]
-            seconds = time.perf_counter() - self._started
-            words = [f"epoch {row['epoch']:>4}", *terms, f"{select} {row[select]:.4f}{' *' if better else ''}"]
-            self._write("  ".join([*words, f"[{seconds:.0f}s]"]))
+            terms = [f"{key[6:]} {value:.4f}" for key, value in row.items() if key.startswith("train/")]
+            chosen = f"{select} {row[select]:.4f}{' *' if better else ''}"
+            seconds = f"[{time.perf_counter() - self._started:.0f}s]"
+            self._write("  ".join([f"epoch {row['epoch']:>4}", *terms, chosen, seconds]))
 
     def _write(self, line: str) -> None:
         if self._bar is not None:
