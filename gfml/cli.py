@@ -161,7 +161,7 @@ class Parser(argparse.ArgumentParser):
                 break
             name, equals, value = token.partition("=")
             known = name in ("--config", "--resume") and name in self._option_string_actions
-            if not known or not (equals or tokens):
+            if not known or not (equals or (tokens and not tokens[-1].startswith("--"))):
                 rest.append(token)
                 continue
             value = value if equals else tokens.pop()

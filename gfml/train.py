@@ -30,6 +30,10 @@ Closure = Callable[[], Terms]
 SPLITS = {"val": "valid", "valid": "valid", "test": "test"}
 
 
+# Longest time that a crash may cost, as far as epochs end that often.
+CHECKPOINT_SECONDS = 120.0
+
+
 class Step(Protocol):
     """One update of the parameters: calls ``closure()`` as often as it needs and returns its terms.
 
@@ -305,6 +309,7 @@ class _Progress:
     best: BestKeeper
     stopping: EarlyStopping
     epoch: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
     rows: list[dict[str, Any]] = field(default_factory=list)
 
@@ -370,7 +375,8 @@ def fit(
     scheduler: stepped after every epoch, without a metric. ema: updated after every batch.
     stateful: further objects with state_dict and load_state_dict, such as a sampler with its own generator.
     evaluate_first: evaluate the untrained model as epoch 0.
-    checkpoint_every: epochs between checkpoints, besides the one at every evaluation and at the end.
+    checkpoint_every: epochs between checkpoints, besides those at every evaluation and, where epochs are long,
+        every two minutes.
     amp: bfloat16 autocast around loss_fn. compile_loss: torch.compile it.
     progress: True a bar, None a bar on a terminal and otherwise a line per evaluation, False silent.
     Raises UserError when the loss or the selected metric is not finite, the metric does not exist, there are no
@@ -509,7 +515,8 @@ def _finish_epoch(
     if run is None:
         return
     run.log(row)
-    if checkpoint:
+    if checkpoint or time.monotonic() - state.saved_at > CHECKPOINT_SECONDS:
+        state.saved_at = time.monotonic()
         run.checkpoint(state.state_dict())
     if better:
         run.save_best(state.best.state)

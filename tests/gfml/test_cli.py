@@ -27,7 +27,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--topks", nargs="+", action=cli.TopksAction, default=(10, 20), help="cut-offs")
     parser.add_argument("--names", nargs="+", default=["a"], help="names")
     parser.add_argument("--bounds", nargs=2, type=float, default=None, help="range")
-    parser.add_argument("--use_rank_weight", action=argparse.BooleanOptionalAction, default=False, help="weight by rank")
+    parser.add_argument("--use_rank_weight", action=argparse.BooleanOptionalAction, default=False, help="by rank")
     parser.add_argument("--plain", action="store_true", help="a switch")
     parser.add_argument("--patience", type=cli.number(int, least=1, none=True), default=30, help="evaluations")
     parser.add_argument("--comment", default="lgn", help="text")
@@ -232,6 +232,8 @@ def test_missing_and_unreadable_configs(tmp_path, capsys):
     (tmp_path / "bin.toml").write_bytes(b"\xff\xfe")
     assert "not UTF-8" in error_of(capsys, "--config", str(tmp_path / "bin.toml"))
     assert "expected one argument" in error_of(capsys, "--config")
+    assert "expected one argument" in error_of(capsys, "--config", "--lr", "1")
+    assert "expected one argument" in error_of(capsys, "--resume", "--lr", "1")
 
 
 def test_booleans_may_be_written_as_numbers_and_back(tmp_path):

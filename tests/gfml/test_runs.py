@@ -264,7 +264,8 @@ def test_two_processes_never_write_to_one_run(tmp_path):
 
 
 def test_the_lock_dies_with_its_process(tmp_path):
-    code = f"import os; from gfml.runs import Run; Run.open({str(tmp_path)!r}, 'demo', {CONFIG!r}, label='toy'); os._exit(9)"
+    code = "import os; from gfml.runs import Run; "
+    code += f"Run.open({str(tmp_path)!r}, 'demo', {CONFIG!r}, label='toy'); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert run_state(tmp_path / run_id("demo", "toy", CONFIG)) == "incomplete"
     with open_run(tmp_path):
@@ -318,7 +319,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
             try:
                 raise OSError(errno.ENOSPC, "No space left on device")
             except OSError:
-                raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")  # noqa: B904
+                raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904 (as torch.save does)
 
         monkeypatch.setattr(torch, "save", full)
         with pytest.raises(UserError, match="disk full while writing .*last.pt") as error:

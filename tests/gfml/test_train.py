@@ -201,7 +201,8 @@ def test_plain_step_is_an_optimizer_step():
             for parameter in two.parameters():
                 parameter -= 0.1 * parameter.grad
     torch.testing.assert_close(weights_of(one), weights_of(two), rtol=1e-6, atol=1e-6)
-    assert not terms["loss"].requires_grad and terms["bias"].item() == pytest.approx(before.item())  # as it was before the step
+    assert not terms["loss"].requires_grad
+    assert terms["bias"].item() == pytest.approx(before.item())  # as it was before the step
 
 
 def test_clipping_bounds_the_whole_gradient():
@@ -373,7 +374,8 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, value):
             terms["extra"] = torch.tensor(value)
         return terms
 
-    with pytest.raises(UserError, match=rf"the loss is {value} at epoch 2, step 2 \(loss {value}, mse .*extra {value}\)"):
+    message = rf"the loss is {value} at epoch 2, step 2 \(loss {value}, mse .*extra {value}\)"
+    with pytest.raises(UserError, match=message):
         with open_run(tmp_path) as run:
             problem.fit(run, 4, loss_fn=loss)
     assert run_state(run.path) == "failed"
@@ -484,6 +486,16 @@ def test_a_crash_between_any_two_files_continues_exactly(tmp_path, monkeypatch, 
     equal_files(whole, broken)
 
 
+@pytest.mark.parametrize(("seconds", "kept"), [(1e9, [3, 4, 6]), (-1.0, [1, 2, 3, 4, 5, 6])])
+def test_checkpoints_are_written_when_due(tmp_path, monkeypatch, seconds, kept):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", seconds)
+    saved = []
+    monkeypatch.setattr(Run, "checkpoint", lambda self, state: saved.append(state["epoch"]))
+    with open_run(tmp_path) as run:
+        Problem().fit(run, 6, eval_every=4, checkpoint_every=3)
+    assert saved == kept
+
+
 def test_early_stopping_survives_a_break(tmp_path):
     def evaluate(problem):
         # 0.2 at the second evaluation is never beaten.
@@ -552,7 +564,7 @@ def test_checkpoints_of_something_else_are_refused(tmp_path):
     other = Problem()
     other.model[0] = nn.Linear(5, 8)
     with open_run(tmp_path) as run:
-        with pytest.raises(UserError, match=r"cannot use the checkpoint .*last.pt \(of another model.*delete it") as error:
+        with pytest.raises(UserError, match=r"checkpoint .*last.pt \(of another model.*delete it") as error:
             other.fit(run, 2)
         assert "\n" not in str(error.value)
         with pytest.raises(UserError, match="last.pt.*it holds ema.*wanted optimizer"):
