@@ -128,13 +128,13 @@ class Mass(nn.Module):
 
 
 class Gravity(nn.Module):
-    """g(u, i) = mass_scale * mu(u, i) - lambda * log(Q(x_u, y_i) + eps); see the module text.
+    """g(u, i) = mu(u, i) - lambda * log(Q(x_u, y_i) + eps); see the module text.
 
     distance: a kind (l2, l1, emd, kl) or a :class:`~gfml.distances.SquaredDistance` with its options.
     lamb: lambda > 0, learnable (through its logarithm) with ``learn_lamb``. eps > 0: in units of Q; the
     gradient norm for l2 peaks at |x - y| = sqrt(eps) with lambda / sqrt(eps) and vanishes at x = y.
     emb_norm: rows are L2-normalised first, in training and in ranking (the published code forgets it when
-    ranking). mass_scale: an inference-time factor on mu; below 1 it damps popularity without retraining.
+    ranking). Ranking takes a ``mass_scale``, a factor on mu: below 1 it damps popularity without retraining.
     Distances are computed in float32 at least, also under autocast.
     """
 
@@ -160,7 +160,7 @@ class Gravity(nn.Module):
             raise ValueError(f"found eps {eps}, wanted a finite eps > 0")
         self.distance = SquaredDistance(distance) if isinstance(distance, str) else distance
         self.mass = Mass(num_users, num_items, mass, combine=combine, param=mass_param, init=mass_init)
-        self.eps, self.emb_norm, self.mass_scale = eps, emb_norm, 1.0
+        self.eps, self.emb_norm = eps, emb_norm
         log_lamb = torch.tensor(math.log(lamb), dtype=torch.float64).to(torch.get_default_dtype())
         if learn_lamb:
             self.log_lamb = nn.Parameter(log_lamb)
@@ -183,19 +183,27 @@ class Gravity(nn.Module):
 
     def from_sq_distance(self, sq_distance: Tensor, mu: Tensor | float = 0.0) -> Tensor:
         """The score of given squared distances and log-mass terms (shapes broadcast)."""
-        return self.mass_scale * mu - self.lamb * torch.log(sq_distance + self.eps)
+        return mu - self.lamb * torch.log(sq_distance + self.eps)
 
     def all_items(
-        self, x: Tensor, y: Tensor, users: Tensor | None = None, *, emb_norm: bool | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        users: Tensor | None = None,
+        *,
+        emb_norm: bool | None = None,
+        mass_scale: float = 1.0,
     ) -> Tensor:
-        """Scores of queries x [B, D] with all items y [I, D]: [B, I]. No gradient is meant to flow here."""
+        """Scores of queries x [B, D] with all items y [I, D]: [B, I]. For ranking: no gradient is meant to flow."""
         with torch.autocast(x.device.type, enabled=False):
             sq_distance = self.distance.all_pairs(self._prepare(x, emb_norm), self._prepare(y, emb_norm))
             score = sq_distance.add_(self.eps).log_().mul_(-self.lamb)
-            return score.add_(self.mass_scale * self.mass.all_items(users))
+            return score.add_(mass_scale * self.mass.all_items(users))
 
     @torch.no_grad()
-    def factors(self, x: Tensor, y: Tensor, *, emb_norm: bool | None = None) -> Factors | None:
+    def factors(
+        self, x: Tensor, y: Tensor, *, emb_norm: bool | None = None, mass_scale: float = 1.0
+    ) -> Factors | None:
         """Vectors whose dot product ranks like g, in D + 2 dimensions; None where no such form exists.
 
         Ranking by g descending equals ranking by (Q + eps) * c_i ascending with c_i = exp(-M(a_i) / lambda),
@@ -217,9 +225,9 @@ class Gravity(nn.Module):
             return None
         query = torch.cat([form.query, form.query_bias[:, None] + self.eps, torch.ones_like(x[:, :1])], 1)
         key = torch.cat([form.key, torch.ones_like(y[:, :1]), form.key_bias[:, None]], 1)
-        if self.mass.item is not None and self.mass_scale:
-            # Only ratios of c matter: the largest mass gets c = 1, so that no factor overflows.
-            scaled = self.mass_scale * self.mass.log_item() / self.lamb
+        if self.mass.item is not None and mass_scale:
+            # Only ratios of c matter: the smallest mass gets c = 1, so that no factor overflows.
+            scaled = mass_scale * self.mass.log_item() / self.lamb
             if scaled.max() - scaled.min() > MAX_LOG_RANGE:
                 return None
             key = key * torch.exp(scaled.min() - scaled)[:, None]
@@ -234,21 +242,24 @@ class GravityScorer:
     """All-item gravity scores of fixed user and item vectors, for ranking (a :class:`gfml.topk.Scorer`).
 
     emb_norm None follows the gravity module; False ranks raw vectors whatever training did (as published).
+    mass_scale: factor on the log-mass term; 0 ranks by distance alone.
     """
 
-    def __init__(self, gravity: Gravity, user: Tensor, item: Tensor, *, emb_norm: bool | None = None) -> None:
+    def __init__(
+        self, gravity: Gravity, user: Tensor, item: Tensor, *, emb_norm: bool | None = None, mass_scale: float = 1.0
+    ) -> None:
         self.gravity, self.user, self.item = gravity, user, item
         self.num_users, self.num_items = user.shape[0], item.shape[0]
-        self.emb_norm = gravity.emb_norm if emb_norm is None else emb_norm
+        self._how = {"emb_norm": emb_norm, "mass_scale": mass_scale}
 
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:
         """g of users [B] with every item, [B, I], masses included."""
-        return self.gravity.all_items(self.user[users], self.item, users, emb_norm=self.emb_norm)
+        return self.gravity.all_items(self.user[users], self.item, users, **self._how)
 
     def factors(self) -> Factors | None:
         """See :meth:`Gravity.factors`."""
-        return self.gravity.factors(self.user, self.item, emb_norm=self.emb_norm)
+        return self.gravity.factors(self.user, self.item, **self._how)
 
 
 def unit_rows(rows: Tensor) -> Tensor:

@@ -69,13 +69,15 @@ class Recommender(nn.Module):
             raise ValueError(f"unknown loss mode {loss_mode!r}: choose one of {', '.join(losses.LOSS_MODES)}")
         self.encoder, self.gravity, self.loss_mode = encoder, gravity, loss_mode
         self.pair, self.metric, self.features = pair, metric, features
+        self._touched: tuple[Tensor, Tensor] | None = None
         self.register_buffer("item_features", item_features, persistent=False)
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         """{"loss": total, named parts}: what :func:`gfml.train.fit` takes."""
+        items = torch.cat([batch.pos[:, None], batch.neg.view(len(batch), -1)], 1)
+        self._touched = (batch.users, items)
         if self.loss_mode == "cml":
             return self._metric_loss(batch)
-        items = torch.cat([batch.pos[:, None], batch.neg.view(len(batch), -1)], 1)
         embedded = self.encoder(batch.users, items)
         return losses.pair_loss(
             self.loss_mode,
@@ -89,18 +91,23 @@ class Recommender(nn.Module):
             compat=self.pair.compat,
         )
 
-    def after_step(self, batch: Triples) -> None:
-        """Pull the touched rows into the ball, when there is one."""
-        if self.metric.radius is not None:
-            items = torch.cat([batch.pos[:, None], batch.neg.view(len(batch), -1)], 1)
-            project_batch_(self.encoder, batch.users, items, self.metric.radius)
+    def project(self) -> None:
+        """After an optimizer step: pull the rows of the last batch into the ball, when there is one."""
+        if self.metric.radius is not None and self._touched is not None:
+            project_batch_(self.encoder, *self._touched, self.metric.radius)
 
-    def scorer(self, infer_mode: str = "mat") -> Scorer:
+    @property
+    def ranks_by_gravity(self) -> bool:
+        """Whether the default ranking contains the gravity score, and so the item masses."""
+        return self._ranking_score("mat") in ("gravity", "blend")
+
+    def scorer(self, infer_mode: str = "mat", mass_scale: float = 1.0) -> Scorer:
         """All-item scores with the score that was trained.
 
         mat: dot and bpr rank by the dot product; gravity and bpr_gra by g; mix and mix_bpr by
         (1 - rho) dot + rho g; cml by minus the squared distance. dot and gravity force one of the two.
         original: as published, where only loss mode gravity on MF ranks by g, on vectors that are not normalised.
+        mass_scale: factor on the log-masses in g.
         """
         user, item = (part.detach() for part in self.encoder.vectors())
         choice = self._ranking_score(infer_mode)
@@ -109,8 +116,9 @@ class Recommender(nn.Module):
         if choice == "cml":
             return SquaredDistanceScorer(user, item)
         if choice == "blend":
-            return BlendScorer(self.gravity, user, item, self.pair.mix_ratio)
-        return GravityScorer(self.gravity, user, item, emb_norm=False if infer_mode == "original" else None)
+            return BlendScorer(self.gravity, user, item, self.pair.mix_ratio, mass_scale)
+        emb_norm = False if infer_mode == "original" else None
+        return GravityScorer(self.gravity, user, item, emb_norm=emb_norm, mass_scale=mass_scale)
 
     def _ranking_score(self, infer_mode: str) -> str:
         if infer_mode not in INFER_MODES:
@@ -176,8 +184,9 @@ class Recommender(nn.Module):
 class BlendScorer:
     """(1 - rho) dot + rho g for all items; no dot-product form, so blocks are scored in full."""
 
-    def __init__(self, gravity: Gravity, user: Tensor, item: Tensor, mix_ratio: float) -> None:
-        self.dot, self.gravity = FactorScorer(user, item), GravityScorer(gravity, user, item)
+    def __init__(self, gravity: Gravity, user: Tensor, item: Tensor, mix_ratio: float, mass_scale: float = 1.0) -> None:
+        self.dot = FactorScorer(user, item)
+        self.gravity = GravityScorer(gravity, user, item, mass_scale=mass_scale)
         self.mix_ratio = mix_ratio
         self.num_users, self.num_items = user.shape[0], item.shape[0]
 

@@ -20,26 +20,33 @@ SPLIT_CHOICES = ("native", "per-user", "global", "leave-one-out", "time")
 def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo") -> None:
     """Add the flags of :func:`load_dataset`; their names are its keywords."""
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default=dataset, help="a known name, a file (CSV, TSV, .inter, Parquet, .dat) or a folder with train.txt and test.txt")
-    data.add_argument("--data-root", metavar="DIR", help="where data sets lie (default: $GFML_DATA, ./data, ~/.cache/gfml/data)")
-    data.add_argument("--download", action=argparse.BooleanOptionalAction, default=True, help="fetch a missing data set where its terms allow it")
+    data.add_argument("--dataset", default=dataset,
+                      help="a known name, a file (CSV, TSV, .inter, Parquet) or a folder with train.txt")  # fmt: skip
+    data.add_argument("--data-root", metavar="DIR",
+                      help="where data sets lie (default: $GFML_DATA, ./data, ~/.cache/gfml/data)")  # fmt: skip
+    data.add_argument("--download", action=argparse.BooleanOptionalAction, default=True,
+                      help="fetch a missing data set where its terms allow it")  # fmt: skip
     data.add_argument("--cache-dir", metavar="DIR", help="where parsed data is kept (default: ~/.cache/gfml/parsed)")
-    data.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True, help="keep parsed data; otherwise read the source files each time")
+    data.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
+                      help="keep parsed data; otherwise read the source files each time")  # fmt: skip
     for role in ("user", "item", "rating", "time"):
         data.add_argument(f"--{role}-col", metavar="NAME", help=f"column of the {role} (default: the usual names)")
     data.add_argument("--threshold", type=float, metavar="T", help="keep interactions with rating >= T (default: all)")
-    data.add_argument("--kcore", type=int, default=0, metavar="K", help="keep users and items with K interactions or more (default: 0, all)")
+    data.add_argument("--kcore", type=int, default=0, metavar="K",
+                      help="keep users and items with K interactions or more (default: 0, all)")  # fmt: skip
     data.add_argument("--split", choices=SPLIT_CHOICES, help="how to cut (default: the published split, else per-user)")
-    data.add_argument("--split-ratios", type=float, nargs=3, metavar=("TRAIN", "VALID", "TEST"), help="shares (default: 0.8 0.1 0.1)")
-    data.add_argument("--split-seed", type=int, default=2020, metavar="SEED", help="seed of every random cut (default: 2020)")
+    data.add_argument("--split-ratios", type=float, nargs=3, metavar=("TRAIN", "VALID", "TEST"),
+                      help="shares (default: 0.8 0.1 0.1)")  # fmt: skip
+    data.add_argument("--split-seed", type=int, default=2020, metavar="SEED",
+                      help="seed of every random cut (default: 2020)")  # fmt: skip
     data.add_argument("--val-ratio", "--val_ratio", dest="val_ratio", type=float, default=0.1, metavar="R",
-                      help="share of train cut off for validation if the data has none; 0: none (default: 0.1)")  # fmt: skip
+                      help="share of train cut off for validation if the data has none (default: 0.1)")  # fmt: skip
     demo = parser.add_argument_group("generated data (--dataset demo or synthetic)")
     demo.add_argument("--demo-users", type=int, metavar="N", help="users (default: 1500)")
     demo.add_argument("--demo-items", type=int, metavar="N", help="items (default: 1000)")
     demo.add_argument("--demo-interactions", type=int, metavar="N", help="interactions (default: 45000)")
-    demo.add_argument("--demo-tail", type=float, metavar="X", help="exponent of the power law of popularity (default: 1.0)")
-    demo.add_argument("--demo-noise", type=float, metavar="X", help="share of interactions without reason (default: 0.02)")
+    demo.add_argument("--demo-tail", type=float, metavar="X", help="exponent of the popularity law (default: 1.0)")
+    demo.add_argument("--demo-noise", type=float, metavar="X", help="share of random interactions (default: 0.02)")
     demo.add_argument("--demo-seed", type=int, metavar="SEED", help="seed of the generator (default: 2020)")
 
 
