@@ -30,15 +30,15 @@ def download(url: str, target: Path, checksum: str | None = None, *, progress: b
         _fetch(url, partial, progress)
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"cannot download {url} ({reason}): try again, or fetch it by other means and give --data-root") from error
+        raise UserError(f"cannot download {url} ({reason}): try again, or give --data-root") from error
     except OSError as error:
-        raise UserError(f"cannot write {partial} ({error.strerror}): give a writable directory with --data-root") from error
+        raise UserError(f"cannot write {partial} ({error.strerror}): give a writable --data-root") from error
     if checksum is not None:
         kind, wanted = checksum.split(":")
         found = file_hash(partial, kind)
         if found != wanted:
             partial.unlink()
-            raise UserError(f"{url} has {kind} {found[:16]}..., wanted {wanted[:16]}...: removed, try again or report the change")
+            raise UserError(f"{url} has {kind} {found[:16]}..., wanted {wanted[:16]}...: removed it, try again")
     os.replace(partial, target)
 
 

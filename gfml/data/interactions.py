@@ -63,7 +63,8 @@ class Interactions:
 
     def __post_init__(self) -> None:
         if not (self.train.shape == self.valid.shape == self.test.shape):
-            raise ValueError(f"train, valid and test differ in shape: {self.train.shape}, {self.valid.shape}, {self.test.shape}")
+            shapes = f"{self.train.shape}, {self.valid.shape}, {self.test.shape}"
+            raise ValueError(f"train, valid and test differ in shape: {shapes}")
 
     @property
     def num_users(self) -> int:

@@ -63,14 +63,19 @@ def load_generated(name: str, shape: Mapping[str, object], cut: Cut) -> Interact
     again = _prepare(records, name, cut)
     kept_users = slice(None) if again.user_ids is None else again.user_ids
     kept_items = slice(None) if again.item_ids is None else again.item_ids
-    return replace(again, true_user_mass=data.true_user_mass[kept_users], true_item_mass=data.true_item_mass[kept_items])
+    user_mass, item_mass = data.true_user_mass[kept_users], data.true_item_mass[kept_items]
+    return replace(again, true_user_mass=user_mass, true_item_mass=item_mass)
 
 
 # Read -------------------------------------------------------------------------------------------
 
 
 def find_source(
-    dataset: str, data_root: str | os.PathLike[str] | None, columns: Mapping[str, str | None], *, allow_download: bool = True
+    dataset: str,
+    data_root: str | os.PathLike[str] | None,
+    columns: Mapping[str, str | None],
+    *,
+    allow_download: bool = True,
 ) -> Source:
     """A known name, else a folder, else a file; UserError with the known names otherwise."""
     name = registry.ALIASES.get(dataset, dataset)
@@ -87,7 +92,8 @@ def find_source(
     if path.is_file():
         return Source(path.name.split(".")[0], {"all": path}, lambda: read_table(path, **columns), columns)
     if os.sep in dataset or path.suffix:
-        raise UserError(f"no file or folder {path}: give --dataset a path that exists or one of {', '.join(registry.known_names())}")
+        names = ", ".join(registry.known_names())
+        raise UserError(f"no file or folder {path}: give --dataset a path that exists or one of {names}")
     raise choice_error("data set", dataset, [*registry.known_names(), *registry.ALIASES])
 
 
@@ -99,7 +105,8 @@ def _folder_layout(path: Path) -> tuple[registry.Layout, registry.Paths]:
             paths = registry.present(path, layout)
             if paths is not None:
                 return layout, paths
-    raise UserError(f"{path} holds no train.txt: wanted adjacency lists train.txt and test.txt (plain or .gz), or give one file")
+    wanted = "adjacency lists train.txt and test.txt (plain or .gz)"
+    raise UserError(f"{path} holds no train.txt: wanted {wanted}, or give one file")
 
 
 def load_source(source: Source, cut: Cut, cache_dir: Path | None = None, *, use_cache: bool = True) -> Interactions:

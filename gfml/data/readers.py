@@ -25,8 +25,8 @@ from gfml.errors import UserError, suggest
 PARTS = ("train", "valid", "test")
 
 USER_NAMES = ("user_id", "userid", "user", "uid", "u", "reviewerid", "reviewer_id", "customer_id", "session_id")
-ITEM_NAMES = ("item_id", "itemid", "item", "iid", "i", "movieid", "movie_id", "movie", "product_id", "productid", "asin",
-              "parent_asin", "book_id", "business_id", "artist_id", "artistid", "track_id")  # fmt: skip
+ITEM_NAMES = ("item_id", "itemid", "item", "iid", "i", "movieid", "movie_id", "movie", "product_id", "productid",
+              "asin", "parent_asin", "book_id", "business_id", "artist_id", "artistid", "track_id")  # fmt: skip
 RATING_NAMES = ("rating", "ratings", "score", "stars", "overall", "weight", "count", "label")
 TIME_NAMES = ("timestamp", "time", "unixreviewtime", "datetime", "date", "ts")
 PART_NAMES = ("x_label",)
@@ -95,6 +95,11 @@ def join_parts(parts: Mapping[str, Records]) -> Records:
 # Bytes ------------------------------------------------------------------------------------------
 
 
+def _short(error: Exception) -> str:
+    """The text of an error on one line."""
+    return " ".join(str(error).split())[:160]
+
+
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The content of ``path``, unpacked if it is gzip (told by its first bytes, not its name)."""
     path = Path(path)
@@ -132,7 +137,7 @@ class _Tokens(NamedTuple):
 
     def error(self, index: int, wanted: str) -> UserError:
         line = int(self.line[index]) + 1
-        return UserError(f"{self.path}, line {line}: found {self.text(index)!r}, wanted {wanted}: correct or remove the line")
+        return UserError(f"{self.path}, line {line}: found {self.text(index)!r}, wanted {wanted}: correct or remove it")
 
 
 def _tokens(raw: bytes, path: Path) -> _Tokens:
@@ -227,7 +232,9 @@ def read_adjacency_parts(paths: Mapping[str, str | os.PathLike[str]]) -> Records
     return join_parts({name: read_adjacency(path) for name, path in paths.items()})
 
 
-def _read_numbers(path: str | os.PathLike[str], columns: Sequence[str], *, separator: bytes = b"\t") -> list[np.ndarray]:
+def _read_numbers(
+    path: str | os.PathLike[str], columns: Sequence[str], *, separator: bytes = b"\t"
+) -> list[np.ndarray]:
     """Columns of a headerless numeric table: ``user`` and ``item`` int64, the others float64.
 
     ``columns`` names all columns; a line with another number of fields is an error.
@@ -240,7 +247,7 @@ def _read_numbers(path: str | os.PathLike[str], columns: Sequence[str], *, separ
     if len(wrong):
         wanted = f"{len(columns)} fields ({', '.join(columns)})"
         line = int(wrong[0])
-        raise UserError(f"{path}, line {line + 1}: found {count[line]} fields, wanted {wanted}: correct or remove the line")
+        raise UserError(f"{path}, line {line + 1}: found {count[line]} fields, wanted {wanted}: correct or remove it")
     read = []
     for index, name in enumerate(columns):
         column = tokens.at(slice(index, None, len(columns)))
@@ -281,11 +288,18 @@ def read_pairs_npz(path: str | os.PathLike[str]) -> Records:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files if name in ("user", "movie", "item")}
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no readable .npz ({error}): fetch the file again") from error
+        raise UserError(f"{path} is no readable .npz ({_short(error)}): fetch the file again") from error
     item = arrays.get("item", arrays.get("movie"))
     if "user" not in arrays or item is None:
         raise UserError(f"{path}: found arrays {sorted(arrays)}, wanted user and item: fetch the file again")
     return Records(_array_ids(arrays["user"], path, "user"), _array_ids(item, path, "item"))
+
+
+def _is_no_id(array: np.ndarray) -> np.ndarray:
+    """Mask of the numbers that are negative, broken or, as floats, too large to be exact."""
+    if array.dtype.kind == "f":
+        return ~((array >= 0) & (array < 2**53) & (array == np.floor(array)))
+    return (array < 0) | (array > np.uint64(2**63 - 1)) if array.dtype.kind == "u" else array < 0
 
 
 def _array_ids(ids: Any, path: Path, what: str) -> np.ndarray:
@@ -296,11 +310,10 @@ def _array_ids(ids: Any, path: Path, what: str) -> np.ndarray:
         array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iuf"):
         raise UserError(f"{path}: found {what} ids of type {array.dtype}, wanted a list of integers: check the file")
-    whole = np.ones(len(array), dtype=bool) if array.dtype.kind != "f" else (array == np.floor(array)) & (np.abs(array) < 2**53)
-    bad = np.flatnonzero(~whole | (array < 0) | (array > 2**63 - 1) if array.dtype.kind != "i" else array < 0)
+    bad = np.flatnonzero(_is_no_id(array))
     if len(bad):
-        row = int(bad[0])
-        raise UserError(f"{path}, row {row + 1}: found {what} id {array[row]}, wanted an integer >= 0 within 64 bits: correct the file")
+        found = f"row {int(bad[0]) + 1}: found {what} id {array[bad[0]]}"
+        raise UserError(f"{path}, {found}, wanted an integer >= 0 within 64 bits: correct the file")
     return array.astype(np.int64)
 
 
@@ -358,8 +371,8 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin-1")
 
 
-_HARMLESS: dict[tuple[str, str], Any] = {("builtins", kind.__name__): kind for kind in (list, tuple, dict, set, frozenset)}
-_HARMLESS |= {("builtins", kind.__name__): kind for kind in (int, float, bool, str, complex)}
+_PLAIN = (list, tuple, dict, set, frozenset, int, float, bool, str, complex)
+_HARMLESS: dict[tuple[str, str], Any] = {("builtins", kind.__name__): kind for kind in _PLAIN}
 _HARMLESS |= {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _latin1}
 for _package in ("numpy.core", "numpy._core"):
     _HARMLESS[f"{_package}.multiarray", "_reconstruct"] = _empty_array
@@ -388,9 +401,10 @@ def load_pickled(path: str | os.PathLike[str]) -> object:
         return _RestrictedUnpickler(io.BytesIO(raw)).load()
     except pickle.UnpicklingError as error:
         wanted = "only lists, dicts, numbers, strings and numpy arrays"
-        raise UserError(f"{path} was refused ({error}): wanted a pickle with {wanted}; convert it to text") from error
+        raise UserError(f"{path} was refused ({_short(error)}): wanted a pickle with {wanted}; convert it to text") from error
     except Exception as error:  # a damaged pickle fails in any way at all
-        raise UserError(f"{path} is no readable pickle ({type(error).__name__}: {error}): fetch the file again") from error
+        reason = f"{type(error).__name__}: {_short(error)}"
+        raise UserError(f"{path} is no readable pickle ({reason}): fetch the file again") from error
 
 
 def _plain(value: Any) -> Any:
@@ -408,13 +422,14 @@ def read_mcl_pickle(path: str | os.PathLike[str]) -> Records:
         items = _array_ids([item for one in lists for item in one], path, "item")
         return Records(users, items, numbered=True)
     if not isinstance(loaded, (tuple, list, np.ndarray)) or len(loaded) != 3:
-        found = f"{type(loaded).__name__}"
-        raise UserError(f"{path}: found a {found}, wanted (users, items, ratings) or a dict user -> items: fetch the file again")
+        found, wanted = type(loaded).__name__, "(users, items, ratings) or a dict user -> items"
+        raise UserError(f"{path}: found a {found}, wanted {wanted}: fetch the file again")
     users, items, ratings = (_plain(column) for column in loaded)
     users, items = _array_ids(users, path, "user"), _array_ids(items, path, "item")
     ratings = np.asarray(ratings, dtype=np.float64)
     if not len(users) == len(items) == len(ratings):
-        raise UserError(f"{path}: found {len(users)} users, {len(items)} items, {len(ratings)} ratings, wanted equal numbers")
+        lengths = f"{len(users)} users, {len(items)} items, {len(ratings)} ratings"
+        raise UserError(f"{path}: found {lengths}, wanted equal numbers: fetch the file again")
     return Records(users, items, ratings, numbered=True)
 
 
@@ -471,7 +486,7 @@ def _parquet_frame(path: Path) -> Any:
     try:
         return pd.read_parquet(path)
     except ImportError as error:
-        raise UserError(f"reading {path} needs pyarrow: pip install 'gfml[parquet]', or write the data as CSV") from error
+        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow, or write the data as CSV") from error
     except Exception as error:
         raise UserError(f"{path} is no readable Parquet file ({type(error).__name__}): write it again") from error
 
@@ -489,7 +504,8 @@ def _text_frame(path: Path) -> Any:
         frame = pd.read_csv(io.BytesIO(raw), sep=separator, low_memory=False, keep_default_na=False, na_values=[""],
                             skipinitialspace=True, **options)  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        raise UserError(f"{path} is no readable table ({_last_line(error)}): correct it; adjacency lists are read by folder") from error
+        hint = "correct it, or give the folder if it is an adjacency list"
+        raise UserError(f"{path} is no readable table ({_short(error)}): {hint}") from error
     if bare:
         frame.columns = [*("user", "item", "rating", "time")[: frame.shape[1]], *map(str, range(4, frame.shape[1]))]
     else:
@@ -498,10 +514,6 @@ def _text_frame(path: Path) -> Any:
         raise UserError(f"{path} has a header and no rows: wanted interactions, write the file again")
     frame.attrs["first_line"] = 1 if bare else 2
     return frame
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1][:120]
 
 
 def _utf8(raw: bytes) -> bytes:
@@ -518,7 +530,8 @@ def _separator(path: Path, head: str) -> str:
     counts = {separator: head.count(separator) for separator in ("\t", ",", ";", "|", " ")}
     best = max(counts, key=lambda separator: counts[separator])
     if counts[best] == 0:
-        raise UserError(f"{path}, line 1: found one column {head[:40]!r}, wanted at least user and item separated by commas or tabs")
+        wanted = "at least user and item, separated by commas or tabs"
+        raise UserError(f"{path}, line 1: found one column {head[:40]!r}, wanted {wanted}")
     return best
 
 
@@ -526,16 +539,19 @@ def _is_number(cell: str) -> bool:
     return bool(re.fullmatch(r'\s*"?[-+]?\d+(\.\d+)?([eE][-+]?\d+)?"?\s*', cell))
 
 
-def _find_column(path: Path, names: list[str], asked: str | None, usual: Sequence[str], role: str, *, required: bool = False) -> str | None:
+def _find_column(
+    path: Path, names: list[str], asked: str | None, usual: Sequence[str], role: str, *, required: bool = False
+) -> str | None:
     """The column for ``role``: the one asked for, else the first usual name present, else None."""
+    listed = ", ".join(names)
     if asked is not None:
         if asked not in names:
-            raise UserError(f"{path} has no column {asked!r} for --{role}-col: found {', '.join(names)}{suggest(asked, names)}")
+            raise UserError(f"{path} has no column {asked!r} for --{role}-col: found {listed}{suggest(asked, names)}")
         return asked
     lower = {name.lower(): name for name in reversed(names)}
     found = next((lower[name] for name in usual if name in lower), None)
     if found is None and required:
-        raise UserError(f"{path} has no {role} column that is recognised: found {', '.join(names)}; name it with --{role}-col")
+        raise UserError(f"{path} has no {role} column that is recognised: found {listed}; name it with --{role}-col")
     return found
 
 
@@ -552,19 +568,16 @@ def _column_ids(column: Any, path: Path, first_line: int) -> np.ndarray:
         raise _row_error(path, first_line, int(missing[0]), "", wanted)
     if column.dtype.kind in "iuf":
         value = column.to_numpy()
-        bad = value < 0
-        if value.dtype.kind == "u":
-            bad |= value > np.uint64(2**63 - 1)
-        if value.dtype.kind == "f":
-            bad |= (value != np.floor(value)) | (np.abs(value) >= 2**53)
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
+        bad = np.flatnonzero(_is_no_id(value))
+        if len(bad):
+            row = int(bad[0])
             raise _row_error(path, first_line, row, value[row].item(), wanted)
         return value.astype(np.int64)
     text = column.astype(str).to_numpy().astype(np.str_)
     # Text files give numbers as numbers, so that only those beyond 64 bits arrive here as strings.
     if first_line and np.char.isdecimal(text).all():
-        raise _row_error(path, first_line, int(np.argmax(np.char.str_len(text))), text[np.argmax(np.char.str_len(text))].item(), wanted)
+        row = int(np.argmax(np.char.str_len(text)))
+        raise _row_error(path, first_line, row, text[row].item(), wanted)
     return text
 
 

@@ -139,16 +139,20 @@ _SETS = (
         },
     ),
     KnownDataset(
-        "ml1m", "MovieLens-1M, every rating a positive", "grouplens.org/datasets/movielens/1m", _MOVIELENS, ("ml-1m", "ml1m"),
-        (Layout({"all": "interactions.npz"}, _one(read_pairs_npz)), Layout({"all": "ratings.dat"}, _one(read_movielens))),
+        "ml1m", "MovieLens-1M, every rating a positive", "grouplens.org/datasets/movielens/1m", _MOVIELENS,
+        ("ml-1m", "ml1m"),
+        (
+            Layout({"all": "interactions.npz"}, _one(read_pairs_npz)),
+            Layout({"all": "ratings.dat"}, _one(read_movielens)),
+        ),
         Counts(6_040, 3_706, total=1_000_209), split="global", ratios=(0.8, 0.0, 0.2),
         download=Download({"ratings.dat": "ml-1m/ratings.dat"}, f"{_GROUPLENS}/ml-1m.zip",
                           {"archive": "md5:c4d9eecfca2ab87c1945afe126590906"}),
         sha256={"ml-1m/interactions.npz": "f510b8173b332c2b03f8f9b73b35388a8633dfaca8bd899f20b48b3488181955"},
     ),
     KnownDataset(
-        "ml1m-ge3", "MovieLens-1M ratings >= 3, LightGCN++ split", "github.com/geon0325/LightGCNpp, data/ml-1m", _MOVIELENS,
-        ("ml-1m", "ml1m-ge3"),
+        "ml1m-ge3", "MovieLens-1M ratings >= 3, LightGCN++ split", "github.com/geon0325/LightGCNpp, data/ml-1m",
+        _MOVIELENS, ("ml-1m", "ml1m-ge3"),
         (Layout({part: f"ge3_{part}.txt" for part in ("train", "valid", "test")}, read_adjacency_parts), _LISTS_3),
         Counts(6_039, 3_628, 590_733, 80_897, 164_848),
         sha256={
@@ -169,8 +173,9 @@ _SETS = (
         },
     ),
     KnownDataset(
-        "amazon-music", "Amazon digital music, MCL split, ratings > 3", "github.com/layer6ai-labs/MCL, data/amazon-digital-music",
-        _AMAZON, ("mcl-amazon-digital-music", "amazon-digital-music", "amazon-music"), (_LISTS, _RATED_PICKLES),
+        "amazon-music", "Amazon digital music, MCL split, ratings > 3",
+        "github.com/layer6ai-labs/MCL, data/amazon-digital-music", _AMAZON,
+        ("mcl-amazon-digital-music", "amazon-digital-music", "amazon-music"), (_LISTS, _RATED_PICKLES),
         Counts(5_541, 3_568, 41_689, 0, 5_157),
         sha256={
             "mcl-amazon-digital-music/train.txt.gz": "1e3bfe8ccce8388d40f954135c91e48a4ab0e87bdea23dd109b5c901b6303e6e",
@@ -179,7 +184,8 @@ _SETS = (
     ),
     KnownDataset(
         "amazon-grocery", "Amazon grocery, MCL split, ratings > 3", "github.com/layer6ai-labs/MCL, data/amazon-grocery",
-        _AMAZON, ("mcl-amazon-grocery", "amazon-grocery"), (_LISTS, _RATED_PICKLES), Counts(14_681, 8_713, 96_061, 0, 11_956),
+        _AMAZON, ("mcl-amazon-grocery", "amazon-grocery"), (_LISTS, _RATED_PICKLES),
+        Counts(14_681, 8_713, 96_061, 0, 11_956),
         sha256={
             "mcl-amazon-grocery/train.txt.gz": "937f07ece7d267bad51c4e204cd749ad2d5fdb0cb40ac06730c85eec524982e2",
             "mcl-amazon-grocery/test.txt.gz": "44a00d51f636b40391f36638cb962118da9944a1231048dff396ca0eaf375f65",
@@ -187,7 +193,8 @@ _SETS = (
     ),
     KnownDataset(
         "amazon-book-mcl", "Amazon books, MCL split", "github.com/layer6ai-labs/MCL, data/amazon-book",
-        _AMAZON, ("mcl-amazon-book", "amazon-book-mcl"), (_LISTS, _PICKLES), Counts(52_406, 41_264, test=392_293, total=1_856_747),
+        _AMAZON, ("mcl-amazon-book", "amazon-book-mcl"), (_LISTS, _PICKLES),
+        Counts(52_406, 41_264, test=392_293, total=1_856_747),
     ),
     KnownDataset(
         "yelp-mcl", "Yelp 2021, MCL split", "github.com/layer6ai-labs/MCL, data/yelp",
@@ -201,7 +208,8 @@ _SETS = (
     ),
     KnownDataset(
         "amazon-sports", "Amazon sports 5-core, MMRec split", "github.com/enoche/MMRec, data (sports)", _AMAZON,
-        ("mmrec-sports", "sports", "amazon-sports"), (_inter("sports"), _LISTS), Counts(35_598, 18_357, 218_409, 37_899, 40_029),
+        ("mmrec-sports", "sports", "amazon-sports"), (_inter("sports"), _LISTS),
+        Counts(35_598, 18_357, 218_409, 37_899, 40_029),
         sha256={"mmrec-sports/sports.inter.gz": "a8ce8e2b8e715e42be9399352cad1547e7beb19dae07f2d5cf7d31ded06f293b"},
     ),
     KnownDataset(
@@ -211,8 +219,9 @@ _SETS = (
         sha256={"mmrec-clothing/clothing.inter.gz": "6c6cab56db54469b3651a6c43abe8884d1fa13e4be1bdf30d1af1c468364f833"},
     ),
     KnownDataset(
-        "citeulike-a", "scientific papers, LightGCN++ split", "github.com/geon0325/LightGCNpp, SELFRec/dataset/citeulike",
-        "research use, cite; no stated licence", ("citeulike-a", "citeulike"), (_LISTS_3,),
+        "citeulike-a", "scientific papers, LightGCN++ split",
+        "github.com/geon0325/LightGCNpp, SELFRec/dataset/citeulike", "research use, cite; no stated licence",
+        ("citeulike-a", "citeulike"), (_LISTS_3,),
         Counts(5_551, 16_980, 151_895, 18_727, 39_882),
         sha256={
             "citeulike-a/train.txt.gz": "91b03b9b2a1d6130521493daaed9e50ea13a227344836305d0b6c769e70cf5ad",
@@ -296,7 +305,9 @@ def fetch(known: KnownDataset, root: Path, *, progress: bool = True) -> None:
     archive.unlink()
 
 
-def find(known: KnownDataset, data_root: str | os.PathLike[str] | None, *, allow_download: bool = True) -> tuple[Layout, Paths]:
+def find(
+    known: KnownDataset, data_root: str | os.PathLike[str] | None, *, allow_download: bool = True
+) -> tuple[Layout, Paths]:
     """Local files of ``known``, downloaded first if they are missing and the terms allow it.
 
     Raises UserError: one line with the name, the roots searched, the folder names wanted and what to do.
@@ -319,9 +330,8 @@ def find(known: KnownDataset, data_root: str | os.PathLike[str] | None, *, allow
 def _not_found(known: KnownDataset, roots: list[Path], reason: str) -> UserError:
     files = " or ".join(" + ".join(layout.files.values()) for layout in known.layouts)
     searched = ", ".join(str(root / known.folders[0]) for root in roots)
-    return UserError(
-        f"data set {known.name} not found in {searched} ({reason}): put {files} there, from {known.source}, or give --data-root DIR"
-    )
+    todo = f"put {files} there, from {known.source}, or give --data-root DIR"
+    return UserError(f"data set {known.name} not found in {searched} ({reason}): {todo}")
 
 
 # Checking ---------------------------------------------------------------------------------------
@@ -348,7 +358,8 @@ def count_notes(known: KnownDataset, data: Interactions) -> dict[str, object]:
         "total": data.train.nnz + data.valid.nnz + data.test.nnz,
     }
     wanted = {what: getattr(known.expected, what) for what in found}
-    wrong = [f"{what} {found[what]} (published {number})" for what, number in wanted.items() if number not in (None, found[what])]
+    differing = {what: number for what, number in wanted.items() if number not in (None, found[what])}
+    wrong = [f"{what} {found[what]} (published {number})" for what, number in differing.items()]
     if not wrong:
         return {}
     logger.warning("%s differs from the published data: %s", known.name, ", ".join(wrong))

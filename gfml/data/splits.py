@@ -24,7 +24,8 @@ TRAIN, VALID, TEST = range(3)
 def check_ratios(ratios: tuple[float, float, float]) -> tuple[float, float, float]:
     """Shares of train, valid and test, scaled to sum 1; train must be positive."""
     if len(ratios) != 3 or not all(np.isfinite(ratios)) or min(ratios) < 0 or ratios[0] <= 0:
-        raise UserError(f"found split ratios {tuple(ratios)}, wanted three numbers >= 0 with train > 0: correct --split-ratios")
+        wanted = "three numbers >= 0 with train > 0"
+        raise UserError(f"found split ratios {tuple(ratios)}, wanted {wanted}: correct --split-ratios")
     total = sum(ratios)
     return ratios[0] / total, ratios[1] / total, ratios[2] / total
 
@@ -108,7 +109,8 @@ def split_labels(
         return split_leave_one_out(users, times, rng)
     if kind == "time":
         if times is None:
-            raise UserError("a split by time needs a time column and none was found: name it with --time-col or use another --split")
+            todo = "name it with --time-col or use another --split"
+            raise UserError(f"a split by time needs a time column and none was found: {todo}")
         return split_by_time(times, ratios)
     raise choice_error("split", kind, SPLITS)
 
@@ -121,7 +123,8 @@ def keep_positive(records: Records, threshold: float | None, *, strict: bool = F
     if threshold is None:
         return records
     if records.ratings is None:
-        raise UserError("a rating threshold was asked for, but the data has no ratings: drop --threshold or name --rating-col")
+        todo = "drop --threshold or name --rating-col"
+        raise UserError(f"a rating threshold was asked for, but the data has no ratings: {todo}")
     keep = records.ratings > threshold if strict else records.ratings >= threshold
     if not keep.any():
         found = f"ratings from {records.ratings.min():g} to {records.ratings.max():g}" if len(records) else "no rows"
@@ -210,9 +213,8 @@ def prepare(
         records, user_ids, item_ids = _cored(records, kcore, user_ids, item_ids)
         num_users, num_items = len(user_ids), len(item_ids)
     labels = _labels(records, name, split, ratios, seed)
-    return assemble(
-        name, records.users, records.items, labels, (num_users, num_items), user_ids=user_ids, item_ids=item_ids, notes=records.notes
-    )
+    shape, ids = (num_users, num_items), {"user_ids": user_ids, "item_ids": item_ids}
+    return assemble(name, records.users, records.items, labels, shape, notes=records.notes, **ids)
 
 
 def _without_duplicates(records: Records, num_items: int, *, own_split: bool) -> Records:
@@ -230,7 +232,8 @@ def _cored(
     records: Records, k: int, user_ids: np.ndarray | None, item_ids: np.ndarray | None
 ) -> tuple[Records, np.ndarray, np.ndarray]:
     # A pair that two parts of the source hold is one interaction.
-    _, row, pair = np.unique(records.users * (records.items.max() + 1) + records.items, return_index=True, return_inverse=True)
+    keys = records.users * (records.items.max() + 1) + records.items
+    _, row, pair = np.unique(keys, return_index=True, return_inverse=True)
     kept = records.take(k_core(records.users[row], records.items[row], k)[pair])
     if not len(kept):
         raise UserError(f"the {k}-core is empty: no set of users and items has {k} interactions each, lower --kcore")
@@ -241,7 +244,9 @@ def _cored(
     return replace(kept, users=users, items=items), user_ids, item_ids
 
 
-def _labels(records: Records, name: str, split: str | None, ratios: tuple[float, float, float], seed: int) -> np.ndarray:
+def _labels(
+    records: Records, name: str, split: str | None, ratios: tuple[float, float, float], seed: int
+) -> np.ndarray:
     if split == "native" and records.parts is None:
         others = ", ".join(SPLITS[1:])
         raise UserError(f"{name} ships no split of its own: choose --split from {others}")

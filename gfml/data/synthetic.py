@@ -71,7 +71,8 @@ def generate(
     _check(num_users, num_items, num_interactions, tail_exponent, activity_spread, latent_dim, clusters,
            cluster_spread, lamb, eps, noise, test_ratio)  # fmt: skip
     rng = np.random.default_rng([seed, 0])
-    world = _make_world(num_users, num_items, tail_exponent, activity_spread, latent_dim, clusters, cluster_spread, lamb, eps, rng)
+    world = _make_world(num_users, num_items, tail_exponent, activity_spread, latent_dim, clusters, cluster_spread,
+                        lamb, eps, rng)  # fmt: skip
     activity = _activity(world.user_mass, num_interactions, num_items)
     users = np.repeat(np.arange(num_users, dtype=np.int64), activity)
     items = _draw_items(world, activity, noise, seed)
@@ -99,7 +100,8 @@ def _check(num_users: int, num_items: int, num_interactions: int, tail: float, a
     )
     for wanted, holds in limits:
         if not holds:
-            raise UserError(f"the generator wants {wanted}: correct the --demo-* flags (interactions found: {num_interactions})")
+            sizes = f"{num_users} users, {num_items} items, {num_interactions} interactions"
+            raise UserError(f"the generator wants {wanted} and was given {sizes}: correct the --demo-* flags")
 
 
 # Places, masses, activity -----------------------------------------------------------------------
@@ -110,7 +112,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def _places(count: int, centres: np.ndarray, spread: float, rng: np.random.Generator) -> np.ndarray:
-    """Points around random centres: uniform in a ball of radius ``spread``, then back on the sphere. float32 [count, d]."""
+    """Points around random centres, even in a ball of radius ``spread``, put back on the sphere. float32 [count, d]."""
     dim = centres.shape[1]
     radius = spread * rng.random((count, 1)) ** (1 / dim)
     offset = _unit(rng.standard_normal((count, dim))) * radius
@@ -126,7 +128,7 @@ def _make_world(num_users: int, num_items: int, tail: float, activity: float, di
 
 
 def _activity(log_mass: np.ndarray, total: int, num_items: int) -> np.ndarray:
-    """Pairs of each user: proportional to its mass, from 3 to half of the catalogue, summing to ``total``. int64 [U]."""
+    """Pairs of each user: proportional to mass, from 3 to half of the catalogue, ``total`` in all. int64 [U]."""
     weight = np.exp(log_mass - log_mass.max())
     low, high = 3, num_items // 2
     scale_low, scale_high = 0.0, (total + high) / weight.min()
@@ -163,7 +165,8 @@ def _group(world: _World, rng: np.random.Generator) -> _Cells:
     """Cells around randomly chosen items; each item joins the nearest."""
     num_items = len(world.item)
     centre = world.item[rng.choice(num_items, size=min(_CELLS, max(1, num_items // 8)), replace=False)]
-    cell = np.concatenate([(block @ centre.T).argmax(axis=1) for block in np.array_split(world.item, max(1, num_items // 8192))])
+    blocks = np.array_split(world.item, max(1, num_items // 8192))
+    cell = np.concatenate([(block @ centre.T).argmax(axis=1) for block in blocks])
     distance = np.linalg.norm(world.item - centre[cell], axis=1)
     radius = np.zeros(len(centre))
     np.maximum.at(radius, cell, distance)
@@ -226,7 +229,7 @@ def _propose(
     missing: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Accepted keys in the order of the proposals: a cell by mass and bound, an item in it by mass, then accept or not."""
+    """Accepted keys in order of proposal: a cell by mass and bound, an item in it by mass, then accept or not."""
     who = np.repeat(np.arange(len(users)), np.where(missing > 0, 8 * missing + 8, 0))
     cell = np.searchsorted(table, who + rng.random(len(who)), side="right") - who * len(cells.centre)
     cell = np.clip(cell, 0, len(cells.centre) - 1)
@@ -250,8 +253,10 @@ def _add(owned: np.ndarray, keys: np.ndarray, room: np.ndarray, num_items: int) 
     return np.sort(np.concatenate([owned, fresh[np.arange(len(fresh)) - begin < room[who]]]))
 
 
-def _add_exactly(world: _World, users: np.ndarray, owned: np.ndarray, pulled: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Fill every user up to ``pulled`` items: the largest of log mass + log pull + Gumbel noise among those not owned."""
+def _add_exactly(
+    world: _World, users: np.ndarray, owned: np.ndarray, pulled: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Fill every user up to ``pulled``: the largest log mass + log pull + Gumbel noise among items not owned."""
     num_items = len(world.item)
     missing = pulled - np.bincount(owned // num_items, minlength=len(users))
     added = [owned]
