@@ -40,7 +40,9 @@ class PairSet:
     def __init__(self, matrix: sp.csr_array, device: torch.device | str = "cpu", budget_mb: int = 512) -> None:
         self.num_users, self.num_items = matrix.shape
         users = np.repeat(np.arange(self.num_users, dtype=np.int64), np.diff(matrix.indptr))
-        self._keys = torch.from_numpy(users * self.num_items + matrix.indices.astype(np.int64)).to(device)
+        keys = users * self.num_items + matrix.indices.astype(np.int64)
+        # Rows need not list their items in order; the binary search needs sorted keys.
+        self._keys = torch.from_numpy(keys if matrix.has_sorted_indices else np.sort(keys)).to(device)
         cells = self.num_users * self.num_items
         self._exact = cells // 8 <= budget_mb << 20
         # Sixteen times as many bits as pairs leave about 6 % of the queries to the binary search.
