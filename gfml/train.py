@@ -34,6 +34,10 @@ SPLITS = {"val": "valid", "valid": "valid", "test": "test"}
 CHECKPOINT_SECONDS = 120.0
 
 
+# What stands for a selection when nothing is judged.
+LAST_EPOCH = "last epoch"
+
+
 class Step(Protocol):
     """One update of the parameters: calls ``closure()`` as often as it needs and returns its terms.
 
@@ -285,6 +289,9 @@ class FitResult:
 
     def selection(self) -> dict[str, Any]:
         """How the reported epoch was chosen, for ``run.finish``."""
+        if self.select == LAST_EPOCH:
+            facts = {"epoch": self.epochs, "rule": LAST_EPOCH, "protocol": "nothing selected", "weights": self.weights}
+            return {**facts, "epochs_trained": self.epochs}
         part, _, metric = self.select.partition("/")
         on_test = "selected on test (optimistic, as in the original code)"
         return {
@@ -342,8 +349,8 @@ def fit(
     *,
     batches: Callable[[int], Iterable[Any]],
     loss_fn: Callable[[Any], Terms],
-    evaluate: Callable[[str], Mapping[str, float]],
-    select: str,
+    evaluate: Callable[[str], Mapping[str, float]] | None,
+    select: str | None,
     run: Run | None,
     epochs: int,
     step: Step = plain_step,
@@ -368,6 +375,7 @@ def fit(
     evaluate(split): {metric: value} for "valid" or "test"; runs in eval mode, without gradients, with the averaged
         weights if there are any, and cannot disturb training's random numbers.
     select: "val/ndcg@20" chooses the epoch with the highest value; "test/ndcg@20" is the original code's protocol.
+        None (with evaluate None) judges nothing and keeps the last epoch, for a refit on all training data.
     run: where metrics and checkpoints go; a run with a checkpoint is continued, exactly. None keeps all in memory.
     step: how the parameters are updated; its ``state_dict`` is kept if it has one.
     eval_every, patience: an evaluation every so many epochs and after the last one; patience counts evaluations.
@@ -385,13 +393,13 @@ def fit(
     if eval_every < 1 or epochs < 0:
         found = f"found {epochs} epochs and an evaluation every {eval_every}"
         raise UserError(f"{found}, wanted epochs >= 0 and every >= 1: mend --epochs, --eval_every")
-    split, metric = _parse_select(select)
+    split, metric = _parse_select(select) if select is not None else ("", "")
     parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema, **(stateful or {})}
     parts["step"] = step if hasattr(step, "state_dict") else None
     parts = {name: part for name, part in parts.items() if part is not None}
     state = _Progress(model, parts, BestKeeper(model, ema), EarlyStopping(patience))
     if run is not None:
-        _restore(state, run, select)
+        _restore(state, run, select or LAST_EPOCH)
     show = _Display(progress, epochs, state.epoch)
     tracker = tracker or Tracker(None)
     fresh = state.epoch == 0 and not state.rows
@@ -413,7 +421,7 @@ def fit(
                 if scheduler is not None:
                     scheduler.step()
                 state.seconds["train"] += time.perf_counter() - started
-            better, judged = False, epoch % eval_every == 0 or epoch == epochs
+            better, judged = False, select is not None and (epoch % eval_every == 0 or epoch == epochs)
             if judged:
                 started = time.perf_counter()
                 values = _evaluate(state.best, evaluate, split)
@@ -423,14 +431,17 @@ def fit(
                 better = state.best.offer(epoch, value)
                 state.stopping.update(value)
                 state.seconds["eval"] += time.perf_counter() - started
-            _finish_epoch(state, row, run, select, better, judged or epoch % checkpoint_every == 0)
+            elif select is None and epoch == epochs:
+                better = state.best.offer(epoch, float(epoch))
+            checkpoint = judged or epoch % checkpoint_every == 0 or epoch == epochs
+            _finish_epoch(state, row, run, select or LAST_EPOCH, better, checkpoint)
             tracker.scalars(epoch, row)
-            show.epoch_done(row, judged, better, select)
+            show.epoch_done(row, judged, better, select or LAST_EPOCH)
 
     state.best.restore()
     model.eval()
     return FitResult(
-        select=select, best_epoch=state.best.epoch, best_value=state.best.value, epochs=state.epoch,
+        select=select or LAST_EPOCH, best_epoch=state.best.epoch, best_value=state.best.value, epochs=state.epoch,
         stopped_early=state.stopping.should_stop and state.epoch < epochs, weights=state.best.weights,
         train_seconds=state.seconds["train"], eval_seconds=state.seconds["eval"], history=state.rows,
     )

@@ -155,7 +155,7 @@ def refit(
             scheduler=scheduler, ema=ema, evaluate=None, select=None, run=inner, epochs=fitted.best_epoch or 0,
             checkpoint_every=options.checkpoint_every, amp=options.amp, progress=options.progress,
         )
-        inner.finish({"selection": {**fitted.selection(), "refit": "train and validation, for the selected number of epochs"}})
+        inner.finish({"selection": {**fitted.selection(), "refit": "on train and validation, for the selected epochs"}})
     return model, whole
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from gfml import train
 from gfml.errors import UserError
-from gfml.runs import Run, run_state, seed_everything
+from gfml.runs import Run, load_state, run_state, seed_everything
 from gfml.tracking import Tracker
 from gfml.train import BestKeeper, EarlyStopping, TermMeans, WeightAverage, fit, plain_step
 
@@ -627,3 +627,21 @@ def test_continuing_is_announced(tmp_path, capsys):
         with open_run(tmp_path) as run:
             Problem().fit(run, epochs, progress=None)
     assert "continuing after epoch 1" in capsys.readouterr().err
+
+
+def test_without_selection_the_last_epoch_is_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average = WeightAverage(model.parameters(), 0.9)
+    inputs = torch.randn(8, 3)
+    with Run.open(tmp_path, "toy", {"seed": 0}) as run:
+        found = fit(
+            model, optimizer, batches=lambda epoch: [inputs], loss_fn=lambda batch: {"loss": model(batch).square().mean()},
+            evaluate=None, select=None, run=run, epochs=4, ema=average, progress=False,
+        )
+    assert found.best_epoch == 4 and found.selection()["rule"] == "last epoch"
+    assert not any(key.startswith("val/") for row in found.history for key in row)
+    # The averages are what is judged, so they are what is kept.
+    assert torch.equal(model.weight, average.averages[0])
+    assert torch.equal(load_state(tmp_path / run.id / "best.pt")["model"]["weight"], model.weight)
