@@ -20,7 +20,8 @@ RATIOS = (0.6, 0.2, 0.2)
 def toy(seed: int = 0, num_users: int = 30, num_items: int = 40, count: int = 400) -> Records:
     rng = np.random.default_rng(seed)
     users, items = rng.integers(num_users, size=count), rng.integers(num_items, size=count)
-    return Records(users, items, rng.integers(1, 6, size=count).astype(float), rng.integers(50, size=count).astype(float))
+    ratings, times = rng.integers(1, 6, size=count), rng.integers(50, size=count)
+    return Records(users, items, ratings.astype(float), times.astype(float))
 
 
 def rng() -> np.random.Generator:
@@ -67,7 +68,8 @@ def test_k_core_keeps_the_published_split():
 def test_parts_are_disjoint_and_complete_and_repeatable(kind):
     records = toy()
     data = splits.prepare(records, "toy", split=kind, ratios=RATIOS, seed=3)
-    parts = [set(zip(*(side.tolist() for side in pairs_from_csr(data.split(part))), strict=True)) for part in ("train", "valid", "test")]
+    columns = [[side.tolist() for side in pairs_from_csr(data.split(part))] for part in ("train", "valid", "test")]
+    parts = [set(zip(users, items, strict=True)) for users, items in columns]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     ids = {(data.user_ids[u], data.item_ids[i]) for part in parts for u, i in part}
     assert ids == set(zip(records.users.tolist(), records.items.tolist(), strict=True))
