@@ -1,9 +1,26 @@
+"""What the tests share: real data, stored vectors as tensors, their tolerances, every kind of distance."""
+
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
+
+from gfml.distances import SquaredDistance
+
+GOLDEN = Path(__file__).parent / "golden"
+# (precision, gradients?) -> tolerance of the stored vectors
+TOLERANCES = {
+    (torch.float64, False): {"rtol": 1e-9, "atol": 1e-11},
+    (torch.float64, True): {"rtol": 1e-8, "atol": 1e-10},
+    (torch.float32, False): {"rtol": 2e-5, "atol": 1e-5},
+    (torch.float32, True): {"rtol": 1e-4, "atol": 2e-5},
+}
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +30,47 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}: set GFML_SHARED_DATA to its folder")
     return folder
+
+
+def load_tensors(name: str) -> dict[str, Tensor]:
+    with np.load(GOLDEN / name, allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+@pytest.fixture(scope="session")
+def stored() -> Callable[[str], dict[str, Tensor]]:
+    """stored(name): the arrays of tests/golden/<name>.npz."""
+    cache: dict[str, dict[str, Tensor]] = {}
+    return lambda name: cache.setdefault(name, load_tensors(f"{name}.npz"))
+
+
+@pytest.fixture(scope="session")
+def close() -> Callable[..., None]:
+    """close(actual, expected, grad=False): equal within the tolerance of ``actual``'s precision; no NaN."""
+
+    def check(actual: Tensor, expected: Tensor | float, grad: bool = False) -> None:
+        expected = torch.as_tensor(expected).to(actual.dtype)
+        torch.testing.assert_close(actual, expected, **TOLERANCES[actual.dtype, grad])
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def kinds() -> dict[str, SquaredDistance]:
+    """Every distance by the name it has in the stored vectors; kl_compat is the published kl."""
+    return {
+        "l2": SquaredDistance("l2"),
+        "l1": SquaredDistance("l1"),
+        "emd": SquaredDistance("emd"),
+        "kl": SquaredDistance("kl"),
+        "emd_softmax": SquaredDistance("emd", emd_input="softmax"),
+        "emd_power2": SquaredDistance("emd", emd_power=2),
+        "kl_softmax": SquaredDistance("kl", kl_kind="softmax"),
+        "kl_compat": SquaredDistance("kl", kl_kind="compat"),
+    }
+
+
+@pytest.fixture(scope="session")
+def published(kinds: dict[str, SquaredDistance]) -> dict[str, SquaredDistance]:
+    """The four distances as the published code computes them."""
+    return {"l2": kinds["l2"], "l1": kinds["l1"], "emd": kinds["emd_power2"], "kl": kinds["kl_compat"]}
