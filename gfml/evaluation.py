@@ -12,7 +12,7 @@ from gfml.data.interactions import Interactions
 from gfml.errors import UserError
 from gfml.metrics.beyond import beyond_accuracy
 from gfml.metrics.ranking import means, ranking_metrics
-from gfml.topk import BYTES_PER_SCORE, Scorer, full_precision, topk_items
+from gfml.topk import Scorer, full_precision, rows_per_block, topk_items
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def mean_item_scores(
     if len(users) == 0:
         raise ValueError("a mean over users needs at least one user")
     ids = torch.as_tensor(users, dtype=torch.int64, device=device)
-    rows = max(1, int(memory_mb * 2**20) // (2 * BYTES_PER_SCORE * int(scorer.num_items)))
+    rows = rows_per_block(len(ids), scorer.num_items, memory_mb)
     with full_precision():
         total = sum(scorer.score(chunk).sum(dim=0, dtype=torch.float64) for chunk in ids.split(rows))
     return (total / len(users)).cpu().numpy()

@@ -17,12 +17,11 @@ from gfml.errors import UserError
 # Items per group in the two-stage selection: large enough that few groups are left to rank, small
 # enough that the k + 1 groups gathered again are a few percent of the catalogue.
 GROUP = 64
-# On a CPU a score block of this size stays in the last-level cache between the product and the selection.
-CPU_BLOCK_BYTES = 16 << 20
-# Below about a dozen rows BLAS libraries switch to kernels that round differently.
-ROW_STEP = 16
-# Float32 block plus the temporaries of a scorer and of the selection.
-BYTES_PER_SCORE = 12
+# Products are padded to whole steps of rows: for a few rows, or a few left over, BLAS libraries switch
+# to kernels that round differently.
+ROW_STEP = 32
+# Three float32 temporaries of a scorer, or the scores and what the selection needs, and room for the allocator.
+BYTES_PER_SCORE = 16
 
 
 class Factors(NamedTuple):
@@ -105,13 +104,16 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def rows_per_block(num_items: int, memory_mb: float, device: torch.device) -> int:
-    """Users scored at a time: within the budget, and on a CPU within the cache; at least 1."""
-    num_items = max(1, int(num_items))
-    rows = int(memory_mb * 2**20) // (BYTES_PER_SCORE * num_items)
-    if device.type == "cpu":
-        rows = min(rows, max(2 * ROW_STEP, CPU_BLOCK_BYTES // (4 * num_items)))
-    return max(1, rows if rows < ROW_STEP else rows // ROW_STEP * ROW_STEP)
+def rows_per_block(num_users: int, num_items: int, memory_mb: float) -> int:
+    """Users scored at a time: whole steps within the budget (fewer rows if not even one fits, at least 1).
+
+    As many as fit: blocks that stay in the cache save a tenth on an idle CPU, but each brings a dozen thread
+    barriers, which cost several times that as soon as another program wants a core.
+    """
+    rows = int(memory_mb * 2**20) // (BYTES_PER_SCORE * int(num_items))
+    if rows < ROW_STEP:
+        return max(1, rows)
+    return min(rows // ROW_STEP, -(-num_users // ROW_STEP)) * ROW_STEP
 
 
 @torch.no_grad()
@@ -128,6 +130,8 @@ def topk_items(
     Errors: UserError if k exceeds the catalogue; ValueError for a NaN score, naming the first user.
     """
     check_request(scorer, users, k, seen)
+    if len(users) == 0:
+        return torch.empty((0, k), dtype=torch.int64, device=users.device)
     tops, broken, start = [], [], 0
     skip = None if seen is None else seen[users.cpu().numpy()]
     with full_precision():
@@ -138,8 +142,7 @@ def topk_items(
             tops.append(ids)
             broken.append(nan_rows)
             start += len(block)
-    if not tops:
-        return torch.empty((0, k), dtype=torch.int64)
+            del block  # else two blocks are alive while the next one is computed
     if (bad := torch.cat(broken)).any():
         raise ValueError(f"the scores of user {int(users[int(bad.nonzero()[0])])} contain NaN: the model has diverged")
     return torch.cat(tops)
@@ -165,25 +168,26 @@ def score_blocks(scorer: Scorer, users: Tensor, memory_mb: float) -> Iterator[Te
     if factors is not None:
         yield from factor_blocks(factors, users, memory_mb)
         return
-    for chunk in users.split(rows_per_block(scorer.num_items, memory_mb, users.device)):
-        block = scorer.score(chunk)
-        if block.shape != (len(chunk), scorer.num_items) or not block.is_floating_point():
-            raise ValueError(
-                f"score() gave {block.dtype} of shape {tuple(block.shape)}, "
-                f"wanted floats of shape {(len(chunk), scorer.num_items)}"
-            )
-        yield block
+    for chunk in users.split(rows_per_block(len(users), scorer.num_items, memory_mb)):
+        yield checked_scores(scorer.score(chunk), (len(chunk), scorer.num_items))  # no name: it would outlive its use
+
+
+def checked_scores(scores: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The scores themselves, or ValueError if they are not floats of this shape."""
+    if scores.shape != shape or not scores.is_floating_point():
+        raise ValueError(f"score() gave {scores.dtype} of shape {tuple(scores.shape)}, wanted floats of shape {shape}")
+    return scores
 
 
 def factor_blocks(factors: Factors, users: Tensor, memory_mb: float) -> Iterator[Tensor]:
     """Blocks of user @ item.T in one reused buffer.
 
-    The last block is multiplied at full height too: equal shapes round equally, so a user's list does
-    not depend on how many others were asked for.
+    The last block is multiplied at full height too, so that a user's scores are rounded alike whoever
+    else is asked for.
     """
     user, item = (table if table.dtype == torch.float64 else table.float() for table in factors)
     users = users.to(user.device)
-    rows = rows_per_block(len(item), memory_mb, item.device)
+    rows = rows_per_block(len(users), len(item), memory_mb)
     query, block = user.new_zeros((rows, user.shape[1])), user.new_empty((rows, len(item)))
     for chunk in users.split(rows):
         query[: len(chunk)] = user[chunk]
@@ -210,7 +214,7 @@ def select(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, where = candidates.topk(wide, dim=1)
     ids = (where if columns is None else columns.gather(1, where))[:, :k]
     tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > -torch.inf)).any(dim=1).nonzero()[:, 0]
-    for rows in tied.split(max(1, len(block) // 4)):
+    for rows in tied.split(max(1, len(block) // 16)):
         ids[rows] = break_ties(block[rows], values[rows, k - 1 : k], k)
     return ids.masked_fill(values[:, :k] == -torch.inf, -1), values[:, 0].isnan()
 

@@ -115,7 +115,7 @@ def test_lists_do_not_depend_on_the_block_or_on_the_company():
     scorer = FactorScorer(torch.randn(64, 20, generator=rng), torch.randn(700, 20, generator=rng))
     users = torch.arange(64)
     whole = topk_items(scorer, users, 50, seen=None)
-    for memory_mb in (0.15, 0.3, 0.6):  # 16, 32 and 64 users at a time: all divide the number of users
+    for memory_mb in (0.4, 0.8):  # 32 and 64 users at a time: both divide the number of users
         assert torch.equal(topk_items(scorer, users, 50, seen=None, memory_mb=memory_mb), whole)
     single = torch.cat([topk_items(scorer, users[u : u + 1], 50, seen=None) for u in range(64)])
     assert torch.equal(single, whole)
@@ -125,7 +125,7 @@ def test_lists_do_not_depend_on_the_block_or_on_the_company():
 def test_a_score_is_rounded_alike_alone_and_in_company():
     rng = torch.Generator().manual_seed(9)
     factors = topk.Factors(torch.randn(40, 64, generator=rng), torch.randn(500, 64, generator=rng))
-    whole = torch.cat([block.clone() for block in topk.factor_blocks(factors, torch.arange(40), 0.1)])
+    whole = torch.cat([block.clone() for block in topk.factor_blocks(factors, torch.arange(40), 0.3)])
     for users in torch.arange(40).split([1, 2, 5, 32]):
         alone = torch.cat([block.clone() for block in topk.factor_blocks(factors, users, 256)])
         assert torch.equal(alone, whole[users])
@@ -232,14 +232,13 @@ def test_gradients_are_not_recorded():
 
 
 def test_blocks_obey_the_budget():
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert rows_per_block(91_599, 256, cuda) == 240  # 244 rows of 12 bytes a score, in steps of 16
-    assert rows_per_block(91_599, 1, cuda) == rows_per_block(10**9, 256, cuda) == 1
-    assert rows_per_block(np.int64(40_981), 256, cpu) == 96
-    assert rows_per_block(40_981, 3, cpu) == 6
-    asked = OnlyScores(torch.zeros(50, 1000))
-    topk_items(asked, torch.arange(50), 3, seen=None, memory_mb=0.2)
-    assert asked.sizes == [16, 16, 16, 2]
+    assert rows_per_block(30_000, 91_599, 256) == 160  # 183 rows of 16 bytes a score, in steps of 32
+    assert rows_per_block(30_000, 91_599, 1) == rows_per_block(30_000, 10**9, 256) == 1
+    assert rows_per_block(30_000, np.int64(40_981), 3) == 4
+    assert rows_per_block(1, 500, 256) == 32 and rows_per_block(33, 500, 256) == 64
+    asked = OnlyScores(torch.zeros(100, 1000))
+    topk_items(asked, torch.arange(100), 3, seen=None, memory_mb=0.55)
+    assert asked.sizes == [32, 32, 32, 4]
 
 
 def test_small_scorers_keep_the_protocol():
@@ -257,10 +256,10 @@ class Distances(FactorScorer):
     def score(self, users):
         x, y = self.user[users], self.item
         return -torch.log((x.square().sum(1)[:, None] - 2 * (x @ y.T) + y.square().sum(1)).clamp(min=0) + 0.01)
-user, item, users = torch.randn(100, 64), torch.randn(91599, 64), torch.arange(100)
+user, item, users = torch.randn(100, 64), torch.randn(91599, 64), torch.arange(600) % 100
 seen = sp.csr_array((np.random.default_rng(0).random((100, 91599)) < 0.001).astype(np.float32))
 topk_items(FactorScorer(user, item[:2000]), users, 20, seen=None)
-start = peak()
+start = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 for kind in (FactorScorer, Distances):
     topk_items(kind(user, item), users, 20, seen=seen)
     topk_items(kind(user * 0, item * 0), users, 20, seen=seen)
@@ -268,8 +267,9 @@ print(peak() - start)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
 def test_peak_memory_stays_under_the_budget():
-    """100 users x 91,599 items, D = 64, distinct and equal scores, as dot product and as scores."""
+    """600 rows x 91,599 items, D = 64, distinct and equal scores, as dot product and as scores."""
     done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 256
 
