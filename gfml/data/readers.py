@@ -374,10 +374,15 @@ def _latin1(text: str, encoding: str) -> bytes:
 _PLAIN = (list, tuple, dict, set, frozenset, int, float, bool, str, complex)
 _HARMLESS: dict[tuple[str, str], Any] = {("builtins", kind.__name__): kind for kind in _PLAIN}
 _HARMLESS |= {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _latin1}
-for _package in ("numpy.core", "numpy._core"):
-    _HARMLESS[f"{_package}.multiarray", "_reconstruct"] = _empty_array
-    _HARMLESS[f"{_package}.multiarray", "scalar"] = _scalar
-    _HARMLESS[f"{_package}.numeric", "_frombuffer"] = _buffer_array
+_HARMLESS |= {
+    (f"{package}.{module}", name): shell
+    for package in ("numpy.core", "numpy._core")
+    for module, name, shell in (
+        ("multiarray", "_reconstruct", _empty_array),
+        ("multiarray", "scalar", _scalar),
+        ("numeric", "_frombuffer", _buffer_array),
+    )
+}
 
 
 class _RestrictedUnpickler(pickle.Unpickler):

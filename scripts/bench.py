@@ -1,0 +1,322 @@
+"""Time what training and evaluation cost, as ratios measured in one process.
+
+    python scripts/bench.py recsys [--data-root DIR] [--only NAME ...] [--json FILE]
+
+Every row times ours and something to hold it against in the same run: the library operations it cannot do without
+(a floor) or the plain loop it replaces (kept in ``tests/gfml/reference_*.py``). CPU seconds are user + system of
+the process over all threads; each figure is the smallest of several runs after a warm-up. Absolute numbers belong
+to the machine named in the heading; ratios travel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB = 1 << 20
+
+
+class Row(NamedTuple):
+    """One comparison. ``bar``: largest ratio or CPU seconds wanted, as text; empty where there is none."""
+
+    work: str
+    ours_cpu: float
+    ours_wall: float
+    against: str
+    other_cpu: float
+    bar: str
+
+    @property
+    def ratio(self) -> float:
+        return self.ours_cpu / self.other_cpu if self.other_cpu else float("nan")
+
+
+def measure(call: Callable[[], object], *, runs: int = 5, warm_up: int = 1) -> tuple[float, float]:
+    """Smallest CPU and wall seconds of ``runs`` calls."""
+    for _ in range(warm_up):
+        call()
+    times = []
+    for _ in range(runs):
+        cpu, wall = time.process_time(), time.perf_counter()
+        call()
+        times.append((time.process_time() - cpu, time.perf_counter() - wall))
+    return min(cpu for cpu, _ in times), min(wall for _, wall in times)
+
+
+def reference(name: str) -> ModuleType:
+    """A plain implementation kept with the tests."""
+    path = ROOT / "tests" / "gfml" / f"reference_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"reference_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def bench_sampling(data: Any) -> Iterable[Row]:
+    """One epoch of triples against a plain loop, which is timed on a tenth of them."""
+    from gfml.sampling import TripleSampler
+
+    sampler = TripleSampler(data.train, batch_size=2048, seed=0)
+    cpu, wall = measure(lambda: [None for _ in sampler.epoch(1)])
+    plain = reference("sampler")
+    part = data.train[: data.num_users // 10]
+    positives = plain.rows_as_lists(part)
+    other, _ = measure(lambda: plain.reference_epoch(positives, data.num_items, random.Random(0)), runs=1, warm_up=0)
+    yield Row(f"sampling, {data.train.nnz:,} triples", cpu, wall, "Python loop", other * data.train.nnz / part.nnz, "<= 0.5 s")
+
+
+def bench_lightgcn_step(data: Any) -> Iterable[Row]:
+    """One LightGCN training step (K = 3, D = 64, batch 2048) against six library products and a fused Adam."""
+    import torch
+
+    from gfml.encoders import LightGCN
+    from gfml.graph import build_graph
+    from gfml.gravity import Gravity
+    from gfml.sampling import TripleSampler
+    from gfml.train import plain_step
+    from recsys.model import Recommender
+
+    torch.manual_seed(0)
+    cpu, wall = measure(lambda: build_graph(data.train), runs=2)
+    yield Row("adjacency", cpu, wall, "", 0.0, "")
+    graph = build_graph(data.train)
+    model = Recommender(LightGCN(graph, 64, 3), Gravity(data.num_users, data.num_items, mass="none"), "bpr")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    batches = list(TripleSampler(data.train, batch_size=2048, seed=0).epoch(1))[:8]
+    turn = iter(range(10**9))
+
+    def step() -> None:
+        batch = batches[next(turn) % len(batches)]
+        plain_step(lambda: model.loss(batch), optimizer)
+
+    cpu, wall = measure(step, runs=12, warm_up=3)
+    matrix = torch.sparse_csr_tensor(graph.indptr, graph.indices, graph.values, size=(graph.num_nodes,) * 2)
+    dense = torch.randn(graph.num_nodes, 64)
+    product, _ = measure(lambda: matrix @ dense, runs=8)
+    table = torch.nn.Parameter(dense.clone())
+    table.grad = torch.randn_like(dense)
+    adam, _ = measure(torch.optim.Adam([table], fused=True).step, runs=8)
+    yield Row("LightGCN step", cpu, wall, "6 CSR products + Adam", 6 * product + adam, "<= 0.75 s, <= 1.25 x")
+    bag, bag_wall = measure(lambda: graph.multiply(dense), runs=8)
+    yield Row("one product", bag, bag_wall, "library CSR product", product, "")
+
+    plain = reference("lightgcn")
+    adjacency = plain.coo_adjacency(data.train)
+    nodes = torch.nn.Parameter(dense * 0.1)
+    slow = torch.optim.Adam([nodes], lr=1e-3)
+    triple = (batches[0].users, batches[0].pos, batches[0].neg)
+    other, _ = measure(lambda: plain.training_step(adjacency, nodes, slow, triple, data.num_users, 3, 1e-4), runs=2)
+    yield Row("LightGCN step", cpu, wall, "plain COO step", other, "")
+
+
+def bench_evaluation(data: Any) -> Iterable[Row]:
+    """All metrics of a full-catalogue top 20 against the score products and torch.topk alone, and a plain loop."""
+    import torch
+
+    from gfml.evaluation import evaluate
+    from gfml.topk import FactorScorer
+
+    torch.manual_seed(0)
+    user, item = torch.randn(data.num_users, 64), torch.randn(data.num_items, 64)
+    scorer = FactorScorer(user, item)
+    cpu, wall = measure(lambda: evaluate(scorer, data, "test", [20]), runs=2)
+
+    def floor() -> None:
+        for start in range(0, data.num_users, 1024):
+            torch.topk(user[start : start + 1024] @ item.T, 20)
+
+    other, _ = measure(floor, runs=2, warm_up=0)
+    yield Row("full evaluation, top 20", cpu, wall, "GEMM + topk", other, "<= 15 s, <= 1.3 x")
+    plain = reference("eval")
+    few = range(20)
+    seen, wanted = (plain.rows_as_sets(part, few) for part in (data.seen("test"), data.test))
+    scores = (user[:20] @ item.T).numpy()
+
+    def loop() -> None:
+        for u in few:
+            plain.reference_metrics(plain.reference_topk(scores[u], seen[u], 20), wanted[u] or {0}, 20)
+
+    slow, _ = measure(loop, runs=1, warm_up=0)
+    yield Row("full evaluation, top 20", cpu, wall, "Python loop", slow * data.num_users / len(few), "")
+
+
+def bench_mf_epoch(data: Any) -> Iterable[Row]:
+    """One epoch of matrix factorisation, sampling included, for every loss."""
+    import torch
+
+    from gfml.encoders import Tables
+    from gfml.gravity import Gravity
+    from gfml.losses import LOSS_MODES
+    from gfml.sampling import TripleSampler
+    from gfml.train import plain_step
+    from recsys.model import Recommender
+
+    for loss in LOSS_MODES[:-1]:
+        torch.manual_seed(0)
+        model = Recommender(Tables(data.num_users, data.num_items, 64), Gravity(data.num_users, data.num_items), loss)
+        optimizer = torch.optim.AdamW(model.parameter_groups(0.01, False), lr=1e-3, fused=True)
+        sampler = TripleSampler(data.train, batch_size=2048, seed=0)
+
+        def epoch() -> None:
+            for batch in sampler.epoch(1):
+                plain_step(lambda: model.loss(batch), optimizer)  # noqa: B023 (called before the loop goes on)
+
+        cpu, wall = measure(epoch, runs=2)
+        yield Row(f"MF epoch, {loss}", cpu, wall, "", 0.0, "<= 5 s")
+
+
+def bench_gravity_scoring(data: Any) -> Iterable[Row]:
+    """Ranking by gravity against ranking by the dot product; l1 against torch.cdist over the same blocks."""
+    import torch
+
+    from gfml.distances import SquaredDistance
+    from gfml.gravity import Gravity, GravityScorer
+    from gfml.topk import FactorScorer, topk_items
+
+    torch.manual_seed(0)
+    user, item = torch.randn(data.num_users, 64), torch.randn(data.num_items, 64)
+    users = torch.arange(min(4000, data.num_users))
+    seen = data.seen("test")[users.numpy()]
+
+    def top(scorer: Any, users: Any = users, seen: Any = seen) -> None:
+        topk_items(scorer, users, 20, seen=seen)
+
+    dot, _ = measure(lambda: top(FactorScorer(user, item)), runs=3)
+    for kind in ("l2", "emd", "kl"):
+        gravity = Gravity(data.num_users, data.num_items, distance=kind, mass="item", emb_norm=kind != "kl")
+        scorer = GravityScorer(gravity, user, item)
+        cpu, wall = measure(lambda: top(scorer), runs=3)  # noqa: B023
+        yield Row(f"gravity {kind} top 20 of {len(users):,} users", cpu, wall, "dot top 20", dot, "<= 1.5 x")
+    few = users[:200]
+    distance = SquaredDistance("l1")
+    cpu, wall = measure(lambda: distance.all_pairs(user[few], item), runs=2)
+    other, _ = measure(lambda: torch.cdist(user[few], item, p=1), runs=2)
+    yield Row(f"gravity l1 scores of {len(few)} users", cpu, wall, "torch.cdist p=1", other, "<= 1.2 x")
+
+
+def bench_memory(name: str, data_root: str | None) -> Iterable[Row]:
+    """Peak resident memory of a whole training program (one epoch and both evaluations), in a process of its own."""
+    for model in ("mf", "lgn"):
+        command = [sys.executable, str(ROOT / "recsys" / "main.py"), "--dataset", name, "--model", model, "--epochs", "1",
+                   "--baselines", "none", "--report", "0", "--no-progress", "--overwrite"]  # fmt: skip
+        command += ["--data-root", data_root] if data_root else []
+        out = Path(os.environ.get("TMPDIR", "/tmp")) / f"gfml-bench-{os.getpid()}"
+        subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+        # Of all children so far the largest; mf runs first and is the smaller.
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        print(f"peak memory of {model} on {name}: {peak / MIB:,.0f} MiB (bar 2048)", flush=True)
+    return []
+
+
+def bench_scaling(sizes: Iterable[int], num_users: int = 20_000, num_items: int = 10_000) -> Iterable[Row]:
+    """Cost per interaction as the data grows a hundredfold over the same users and items.
+
+    Sampling and an epoch should grow with the interactions, evaluation not at all. An epoch is timed on at most 300
+    of its steps; the tables, and so the optimizer's share of a step, are the same at every size.
+    """
+    import torch
+
+    from gfml.data.synthetic import generate
+    from gfml.encoders import Tables
+    from gfml.evaluation import evaluate
+    from gfml.gravity import Gravity, GravityScorer
+    from gfml.sampling import TripleSampler
+    from gfml.train import plain_step
+    from recsys.model import Recommender
+
+    smallest: dict[str, float] = {}
+    for size in sizes:
+        data = generate(num_users, num_items, size, seed=0)
+        torch.manual_seed(0)
+        sampler = TripleSampler(data.train, batch_size=2048, seed=0)
+        gravity = Gravity(num_users, num_items)
+        model = Recommender(Tables(num_users, num_items, 64), gravity, "gravity")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        batches = [batch for batch, _ in zip(sampler.epoch(1), range(300), strict=False)]
+
+        def some_steps() -> None:
+            for batch in batches:  # noqa: B023
+                plain_step(lambda: model.loss(batch), optimizer)  # noqa: B023
+
+        scorer = GravityScorer(gravity, *(part.detach() for part in model.encoder.vectors()))
+        figures = {
+            "sampling, per triple": (lambda: [None for _ in sampler.epoch(1)], data.train.nnz),  # noqa: B023
+            "MF epoch, per triple": (some_steps, sum(map(len, batches))),
+            "evaluation, all users and items": (lambda: evaluate(scorer, data, "test", [20]), 1),  # noqa: B023
+        }
+        for what, (call, units) in figures.items():
+            cpu, wall = measure(call, runs=3)
+            smallest.setdefault(what, cpu / units)
+            yield Row(f"{what}; {size:,} interactions", cpu, wall, "smallest size, scaled", smallest[what] * units, "<= 1.15 x")
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned text."""
+    lines = [("work", "ours cpu s", "wall s", "against", "cpu s", "ratio", "bar")]
+    for row in rows:
+        other = (f"{row.other_cpu:.3f}", f"{row.ratio:.3f}") if row.other_cpu else ("", "")
+        lines.append((row.work, f"{row.ours_cpu:.3f}", f"{row.ours_wall:.3f}", row.against, *other, row.bar))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def recsys(arguments: argparse.Namespace) -> list[Row]:
+    """All recommender benchmarks that were asked for."""
+    from gfml.data.options import load_dataset
+
+    big = load_dataset(arguments.big, data_root=arguments.data_root)
+    small = load_dataset(arguments.small, data_root=arguments.data_root)
+    parts = {
+        "sampling": lambda: bench_sampling(big),
+        "lightgcn": lambda: bench_lightgcn_step(big),
+        "evaluation": lambda: bench_evaluation(big),
+        "mf": lambda: bench_mf_epoch(small),
+        "scoring": lambda: bench_gravity_scoring(big),
+        "memory": lambda: bench_memory(arguments.big, arguments.data_root),
+        "scaling": lambda: bench_scaling(arguments.sizes),
+    }
+    rows = []
+    for name in arguments.only or parts:
+        for row in parts[name]():
+            rows.append(row)
+            print(table([row]).splitlines()[1], flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("family", choices=("recsys",), help="what to time")
+    parser.add_argument("--data-root", help="where the data sets lie")
+    parser.add_argument("--big", default="gowalla", help="data set of the graph, evaluation and memory rows")
+    parser.add_argument("--small", default="ml1m", help="data set of the MF rows")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000],
+                        help="interactions of generated data")
+    parser.add_argument("--only", nargs="+", choices=("sampling", "lightgcn", "evaluation", "mf", "scoring", "memory", "scaling"))
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    import torch
+
+    print(f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    rows = recsys(arguments)
+    print("\n" + table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The rules of the repository that a machine can check: who imports whom, what importing costs, what text may say."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPERS = ("recsys", "vision", "mcl", "cml_baseline", "contextual", "hlrm", "mirror_grad")
+# Parts of the core that know nothing of training, runs or command lines.
+PURE = ("distances", "gravity", "losses", "graph", "sampling", "encoders", "cml", "topk", "metrics", "data")
+DRIVERS = {"gfml.train", "gfml.runs", "gfml.cli", "gfml.tracking", "gfml.reporting", "gfml.report"}
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Every module a file names in an import, wherever it stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def family(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_the_core_never_imports_a_paper() -> None:
+    for path in sources("gfml"):
+        assert not {family(name) for name in imported(path)} & {*PAPERS, "configs", "scripts", "tests"}, path
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_papers_never_import_each_other(paper: str) -> None:
+    others = {*PAPERS} - {paper}
+    for path in sources(paper):
+        assert not {family(name) for name in imported(path)} & others, path
+
+
+def test_the_pure_parts_know_nothing_of_training() -> None:
+    for path in sources("gfml"):
+        part = path.relative_to(ROOT / "gfml").parts[0].removesuffix(".py")
+        if part in PURE:
+            assert not imported(path) & DRIVERS, path
+
+
+def test_metrics_never_import_models() -> None:
+    for path in sources("gfml/metrics"):
+        assert not imported(path) & {"gfml.gravity", "gfml.encoders", "gfml.graph", "gfml.cml"}, path
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in sources("gfml", *PAPERS, "scripts"):
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_importing_a_module_runs_nothing() -> None:
+    """Top levels hold definitions, imports and constants: no bare call, no loop, no block."""
+    for path in sources("gfml", *PAPERS):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+                pytest.fail(f"{path}:{node.lineno} calls something at import")
+            if isinstance(node, ast.For | ast.While | ast.With):
+                pytest.fail(f"{path}:{node.lineno} runs a block at import")
+
+
+@pytest.mark.parametrize("module", ["gfml", "gfml.cli", "gfml.errors", "gfml.files", "gfml.data.options", "recsys.options"])
+def test_light_modules_stay_light(module: str) -> None:
+    """Flags and errors are known before torch is: a wrong flag answers at once."""
+    code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {{'torch', 'pandas', 'scipy', 'matplotlib', 'tensorboard'}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("module", ["gfml.train", "gfml.evaluation", "gfml.reporting", "recsys.model"])
+def test_recommender_modules_do_not_pay_for_vision_or_plots(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {{'torchvision', 'timm', 'matplotlib', 'pandas', 'sklearn'}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def tracked_text() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout: the list of tracked files is unknown")
+    kinds = {".py", ".md", ".toml", ".txt", ".sh", ".csv", ".yml", ""}
+    return [ROOT / name for name in listed.stdout.splitlines() if Path(name).suffix in kinds and (ROOT / name).is_file()]
+
+
+def test_no_pickle_no_eval() -> None:
+    for path in sources("gfml", *PAPERS, "scripts"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        assert not calls & {"eval", "exec"}, path
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"allow_pickle\s*=\s*True|weights_only\s*=\s*False|pickle\.loads?\(", text), path
+
+
+def test_text_names_no_machine() -> None:
+    """No home directories or workplaces of one machine in tracked files."""
+    pattern = re.compile(r"(?<![\w./])/(home|root|Users|opt/[a-z]+)/\w")
+    for path in tracked_text():
+        found = pattern.search(path.read_text(encoding="utf-8", errors="ignore"))
+        assert found is None, f"{path}: {found.group()}"
+
+
+def test_tracked_files_are_small() -> None:
+    for path in tracked_text():
+        assert path.stat().st_size < 512 * 1024, path
