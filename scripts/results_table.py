@@ -1,0 +1,161 @@
+"""Turn finished runs into a CSV and a table in a README.
+
+    python scripts/results_table.py lastfm --folder recsys 'LightGCN, bpr=runs/A' 'LightGCN, bpr=runs/B' 'MF, gravity=runs/C'
+    python scripts/results_table.py lastfm --folder recsys --check
+
+Runs under one label are one row: mean and sample standard deviation over n runs. Baselines stored in the results
+follow, once. Published numbers come from ``configs/tables/NAME.toml`` when it exists. The CSV is
+``FOLDER/results/NAME.csv``; the README block between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->`` is made from
+the CSV alone, and ``--check`` fails if the two disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import statistics
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gfml.cli import run_main
+from gfml.errors import UserError
+from gfml.files import atomic_open
+
+ROOT = Path(__file__).resolve().parents[1]
+FACTS = ("method", "protocol", "n", "epoch", "train_seconds")
+METRICS = ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini", "arp")
+
+
+def rows_of_runs(labelled: Iterable[tuple[str, Path]]) -> list[dict[str, str]]:
+    """One row per label, then one per baseline, in order of appearance."""
+    from gfml.runs import read_result
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    baselines: dict[str, dict[str, Any]] = {}
+    for label, path in labelled:
+        result = read_result(path)
+        groups.setdefault(label, []).append(result)
+        for name, found in result.get("baselines", {}).items():
+            if "test" in found:
+                # The same data under another protocol has other train pairs, so other baselines.
+                kind = "test protocol" if "on test" in result["selection"]["protocol"] else "validation protocol"
+                baselines.setdefault(f"{name} ({kind})", found)
+    rows = [_mean_row(label, results) for label, results in groups.items()]
+    single = len({name.partition(" (")[2] for name in baselines}) <= 1
+    for name, found in baselines.items():
+        shown = name.partition(" (")[0] if single else name
+        rows.append({"method": shown, "protocol": "no training", "n": "1"} | _cells([found["test"]]))
+    return rows
+
+
+def _mean_row(label: str, results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    protocols = {result["selection"]["protocol"] for result in results}
+    names = {result["data"]["name"] for result in results}
+    if len(protocols) > 1 or len(names) > 1:
+        found = "; ".join(sorted(protocols | names))
+        raise UserError(f"the runs labelled {label!r} differ in data or protocol ({found}): give each kind its own label")
+    epochs = sorted({str(result["selection"]["epoch"]) for result in results}, key=int)
+    seconds = statistics.mean(result["seconds"].get("train", 0.0) for result in results)
+    facts = {"method": label, "protocol": protocols.pop(), "n": str(len(results)), "epoch": "/".join(epochs)}
+    return {**facts, "train_seconds": f"{seconds:.0f}"} | _cells([result["test"] for result in results])
+
+
+def _cells(tests: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    names = [name for name in tests[0] if name.partition("@")[0] in METRICS and all(name in test for test in tests)]
+    cells = {}
+    for name in names:
+        values = [test[name] for test in tests]
+        cells[name] = f"{statistics.mean(values):.6g}"
+        if len(values) > 1:
+            cells[f"{name} std"] = f"{statistics.stdev(values):.3g}"
+    return cells
+
+
+def published_rows(name: str) -> list[dict[str, str]]:
+    """Rows of ``configs/tables/NAME.toml``: [[published]] with method, source and metrics; empty without the file."""
+    path = ROOT / "configs" / "tables" / f"{name}.toml"
+    if not path.exists():
+        return []
+    entries = tomllib.loads(path.read_text(encoding="utf-8")).get("published", [])
+    return [
+        {"method": entry["method"], "protocol": entry["source"]}
+        | {metric: str(value) for metric, value in entry.items() if "@" in metric}
+        for entry in entries
+    ]
+
+
+def to_csv(rows: Sequence[Mapping[str, str]]) -> str:
+    """CSV text; columns in order of first appearance, facts first."""
+    columns = list(dict.fromkeys([*FACTS, *(key for row in rows for key in row)]))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def to_markdown(text: str) -> str:
+    """A Markdown table of the CSV: figures with four digits, ± sample standard deviation where n > 1."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    metrics = [name for name in rows[0] if name not in FACTS and not name.endswith(" std")]
+    shown = [name for name in metrics if any(row[name] for row in rows)]
+    head = ["method", "protocol", "n", "epoch", *shown, "train s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [_shown(row, name) for name in shown]
+        lines.append("| " + " | ".join([row["method"], row["protocol"], row["n"], row["epoch"], *cells, row["train_seconds"]]) + " |")
+    return "\n".join(lines)
+
+
+def _shown(row: Mapping[str, str], name: str) -> str:
+    if not row[name]:
+        return ""
+    value = float(row[name])
+    text = f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+    spread = row.get(f"{name} std")
+    return f"{text} ± {float(spread):.4f}" if spread else text
+
+
+def replace_block(readme: Path, name: str, table: str) -> str:
+    """The README's text with the block of that name replaced. UserError when the markers are missing."""
+    text = readme.read_text(encoding="utf-8")
+    start, end = f"<!-- results:{name} -->", f"<!-- end:{name} -->"
+    if start not in text or end not in text:
+        raise UserError(f"{readme} has no block {start} ... {end}: add both lines where the table should stand")
+    before, _, rest = text.partition(start)
+    return f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("name", help="name of the table")
+    parser.add_argument("runs", nargs="*", metavar="LABEL=RUN", help="finished run directories and the row they belong to")
+    parser.add_argument("--folder", required=True, help="paper folder that holds README.md and results/")
+    parser.add_argument("--check", action="store_true", help="only compare the README with the CSV")
+    given = parser.parse_args(argv)
+    folder = ROOT / given.folder
+    store, readme = folder / "results" / f"{given.name}.csv", folder / "README.md"
+    if given.runs and not given.check:
+        if bad := next((run for run in given.runs if "=" not in run), None):
+            raise UserError(f"found {bad!r}, wanted LABEL=RUN such as 'MF, gravity=runs/NAME'")
+        labelled = [(run.rpartition("=")[0], Path(run.rpartition("=")[2])) for run in given.runs]
+        with atomic_open(store, newline="") as stream:
+            stream.write(to_csv(rows_of_runs(labelled) + published_rows(given.name)))
+    if not store.exists():
+        raise UserError(f"there is no {store}: give the runs as LABEL=RUN")
+    text = replace_block(readme, given.name, to_markdown(store.read_text(encoding="utf-8")))
+    if given.check:
+        if text != readme.read_text(encoding="utf-8"):
+            raise UserError(f"{readme} and {store} disagree: run this command without --check")
+        return 0
+    with atomic_open(readme) as stream:
+        stream.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
