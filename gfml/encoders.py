@@ -51,6 +51,10 @@ class Tables(nn.Module):
         """Final vectors of all users [U, D] and all items [I, D]."""
         return self.nodes[: self.num_users], self.nodes[self.num_users :]
 
+    def outputs(self) -> Tensor:
+        """Final vectors of all nodes [U + I, D], users first, with gradient: for batches that touch most items."""
+        return self.nodes
+
     def forward(self, users: Tensor, items: Tensor) -> Embedded:
         """Vectors of a batch. Shape: users int64 [B]; items int64 [B, 1 + W]."""
         rows = F.embedding(self._node_ids(users, items), self.nodes)
@@ -95,14 +99,18 @@ class LightGCN(Tables):
             [self.num_users, self.num_items]
         )
 
+    def outputs(self, rows: Tensor | None = None) -> Tensor:
+        """As :meth:`Tables.outputs`, or at ``rows`` only: [n, D]."""
+        values = None
+        if self.training and self.edge_keep < 1:
+            values = self.graph.drop_edges(self.edge_keep, undirected=self.undirected_dropout)
+        return propagate(self.graph, self.nodes, self.num_layers, combine=self.combine, rows=rows, values=values)
+
     def forward(self, users: Tensor, items: Tensor) -> Embedded:
         """As :meth:`Tables.forward`; final vectors only where the batch needs them."""
         ids = self._node_ids(users, items)
         rows, place = ids.unique(return_inverse=True)
-        values = None
-        if self.training and self.edge_keep < 1:
-            values = self.graph.drop_edges(self.edge_keep, undirected=self.undirected_dropout)
-        final = propagate(self.graph, self.nodes, self.num_layers, combine=self.combine, rows=rows, values=values)
+        final = self.outputs(rows)
         user, item = self._shape(F.embedding(place, final), users, items)
         ego_user, ego_item = self._shape(F.embedding(ids, self.nodes), users, items)
         return Embedded(user, item, ego_user, ego_item)

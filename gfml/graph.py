@@ -57,7 +57,7 @@ class Graph:
 
     def multiply(self, dense: Tensor, values: Tensor | None = None) -> Tensor:
         """A dense for A with this pattern and ``values`` (A_hat's when None). dense [N, D] -> [N, D]."""
-        return _csr_times_dense(self.indptr, self.indices, self.values if values is None else values, dense)
+        return csr_times_dense(self.indptr, self.indices, self.values if values is None else values, dense)
 
     def multiply_rows(self, rows: Tensor, dense: Tensor, values: Tensor | None = None) -> Tensor:
         """Rows ``rows`` of the product only: [len(rows), D]; cost grows with their degrees."""
@@ -70,7 +70,7 @@ class Graph:
         total = int(ends[-1]) if len(rows) else 0
         source = torch.arange(total, device=rows.device) + torch.repeat_interleave(shift, length, output_size=total)
         indptr = torch.cat([ends.new_zeros(1), ends]).to(self.indptr.dtype)
-        return _csr_times_dense(indptr, self.indices[source], values[source], dense)
+        return csr_times_dense(indptr, self.indices[source], values[source], dense)
 
     def drop_edges(self, keep: float, *, undirected: bool = False) -> Tensor:
         """Values of A_hat with entries kept with probability ``keep`` and divided by it; a fresh mask each call.
@@ -192,7 +192,11 @@ class _Propagate(torch.autograd.Function):
         return result, None, None, None, None, None
 
 
-def _csr_times_dense(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+def csr_times_dense(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+    """Sparse times dense [M, D] -> [len(indptr) - 1, D]; entries may repeat and need no order. No gradient.
+
+    Shape: indptr [n + 1] and indices [nnz] of one integer type, values [nnz].
+    """
     if values.dtype != dense.dtype:
         values = values.to(dense.dtype)
     if dense.device.type == "cpu":

@@ -75,6 +75,12 @@ class PairSet:
         return ((keys * -7046029254386353131) >> shift) & (self._bits - 1)
 
 
+def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
+    """A generator that is a function of the numbers >= 0, such as seed, epoch and stream; near numbers share nothing."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state) & (2**63 - 1))
+
+
 @dataclass(frozen=True)
 class Triples:
     """One batch: users [B], positives [B], negatives [B] (W = 1) or [B, W]; int64 on one device."""
@@ -151,9 +157,7 @@ class TripleSampler:
         return items
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
-        # SeedSequence mixes the numbers so that neighbouring seeds, epochs and streams share nothing.
-        state = np.random.SeedSequence([self.seed, epoch, stream]).generate_state(1, np.uint64)[0]
-        return torch.Generator(self.device).manual_seed(int(state) & (2**63 - 1))
+        return seeded_generator(self.device, self.seed, epoch, stream)
 
     def _pairs_user(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         count = len(self._items)

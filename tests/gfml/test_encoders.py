@@ -93,3 +93,14 @@ def test_initial_vectors():
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValueError, match="wanted|choose"):
         Tables(3, 4, **{"embedding_dim": 2} | options)
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum", "final"])
+def test_outputs_are_the_vectors_with_gradient(combine):
+    graph = build_graph(sp.csr_array(np.array([[1, 1, 0], [0, 1, 0]], dtype=np.float32)), dtype=torch.float64)
+    encoder = LightGCN(graph, 4, 2, combine=combine).double().eval()
+    outputs = encoder.outputs()
+    torch.testing.assert_close(outputs, torch.cat(encoder.vectors()))
+    torch.testing.assert_close(encoder.outputs(torch.tensor([3, 0])), outputs[[3, 0]])
+    outputs.square().sum().backward()
+    assert encoder.nodes.grad.abs().sum() > 0
