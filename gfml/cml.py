@@ -101,7 +101,8 @@ def covariance_rows(encoder: Tables, users: Tensor, pos: Tensor) -> Tensor:
 
 def project_batch_(encoder: Tables, users: Tensor, items: Tensor, radius: float) -> None:
     """After an optimizer step: pull the rows a batch touched back into the ball."""
-    nodes = torch.cat([users, items.reshape(-1) + encoder.num_users]).unique()
+    # Rows that repeat are written twice with the same values.
+    nodes = torch.cat([users, items.reshape(-1) + encoder.num_users])
     project_to_ball_(encoder.nodes.data, nodes, radius)
 
 

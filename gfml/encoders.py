@@ -107,9 +107,10 @@ class LightGCN(Tables):
         return propagate(self.graph, self.nodes, self.num_layers, combine=self.combine, rows=rows, values=values)
 
     def forward(self, users: Tensor, items: Tensor) -> Embedded:
-        """As :meth:`Tables.forward`; final vectors only where the batch needs them."""
+        """As :meth:`Tables.forward`; on the CPU the last layer is computed only where the batch needs it."""
         ids = self._node_ids(users, items)
-        rows, place = ids.unique(return_inverse=True)
+        # Elsewhere the whole layer costs less than learning the number of rows, which would stall the device.
+        rows, place = ids.unique(return_inverse=True) if ids.device.type == "cpu" else (None, ids)
         final = self.outputs(rows)
         user, item = self._shape(F.embedding(place, final), users, items)
         ego_user, ego_item = self._shape(F.embedding(ids, self.nodes), users, items)
