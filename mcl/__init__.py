@@ -1,0 +1,1 @@
+"""MCL: mixed-centric loss for collaborative filtering, with gravity and mixed modes."""
