@@ -24,6 +24,20 @@ KNN_GRID = ({"k": 50}, {"k": 100, "shrink": 10.0}, {"k": 200, "shrink": 50.0})
 # Figures of the tables, best first in a reader's interest; those a result lacks are left out.
 TABLE_METRICS = ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini", "arp")
 BASELINE_FORMAT = 1
+# One line each: the columns that tables of recommenders may have. K is the list length after the @.
+GLOSSARY = {
+    "recall": "share of a user's held-out items among the first K; mean over users",
+    "ndcg": "the same with hits near the top counting more (1 / log2(rank + 1)), divided by its best possible value",
+    "precision": "share of the first K that are held-out items",
+    "hit": "share of users with at least one held-out item among the first K",
+    "mrr": "one over the rank of the first hit within K, 0 without one",
+    "map": "mean over the hits within K of the precision at their ranks",
+    "head_recall": "recall counting only the most popular 20 % of items; mean over users with such items",
+    "tail_recall": "recall counting only the other 80 % of items",
+    "coverage": "share of the catalogue that is recommended to anyone",
+    "gini": "how unevenly items are recommended: 0 all alike, near 1 a few take every slot",
+    "arp": "average recommendation popularity: train interactions of the recommended items, mean over lists",
+}
 
 
 def baseline_results(

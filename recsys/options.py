@@ -15,7 +15,7 @@ from gfml.data.options import add_data_flags
 MODELS = ("mf", "lgn", "cml")
 LOSSES = ("dot", "bpr", "gravity", "mix", "bpr_gra", "mix_bpr", "cml")
 BASELINES = ("popularity", "item-knn", "ease")
-# Accepted so that old command lines run; each says so once when it is given.
+# Accepted so that old command lines run; each says so when it is changed.
 WITHOUT_EFFECT = {
     "a_fold": "the adjacency is never split: products need no extra memory",
     "testbatch": "evaluation chooses its blocks by memory; results do not depend on them",
@@ -169,7 +169,8 @@ def parse(argv: list[str] | None = None) -> Options:
     parser = build_parser()
     options = parser.parse_args(argv)
     given = options.explicit
-    for name in sorted(given & WITHOUT_EFFECT.keys()):
+    # The config of a run names every flag: a default is not worth a note.
+    for name in sorted(name for name in given & WITHOUT_EFFECT.keys() if getattr(options, name) != parser.get_default(name)):
         print(f"note: --{name} has no effect: {WITHOUT_EFFECT[name]}", file=sys.stderr)
     if options.compat:
         _apply_compat(options, given)

@@ -135,7 +135,7 @@ def _arrays(data: Interactions, model: Recommender, test: Evaluation) -> dict[st
     """What the report and comparisons between runs read."""
     arrays = {"item_popularity": data.item_popularity, "user_activity": data.user_activity, "test_users": test.users,
               "top": test.top.astype(np.int32)}  # fmt: skip
-    arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name}
+    arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if _is_kept(name)}
     mass = model.gravity.mass
     if model.ranks_by_gravity:
         arrays |= {"item_log_mass": _numpy(mass.log_item())} if mass.item is not None else {}
@@ -143,6 +143,11 @@ def _arrays(data: Interactions, model: Recommender, test: Evaluation) -> dict[st
     if data.true_item_mass is not None:
         arrays |= {"true_item_mass": data.true_item_mass, "true_user_mass": data.true_user_mass}
     return arrays
+
+
+def _is_kept(name: str) -> bool:
+    """Values per user for intervals and tests: the accuracies, of head and tail too, and the lists' statistics."""
+    return "_" not in name or name.startswith(("head_recall@", "tail_recall@"))
 
 
 def _write_tensorboard(data: Interactions, model: Recommender, result: Mapping[str, Any], tracker: Tracker) -> None:
