@@ -5,8 +5,8 @@
 
 Runs under one label are one row: mean and sample standard deviation over n runs. Baselines stored in the results
 follow, once. Published numbers come from ``configs/tables/NAME.toml`` when it exists. The CSV is
-``FOLDER/results/NAME.csv``; the README block between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->`` is made from
-the CSV alone, and ``--check`` fails if the two disagree.
+``FOLDER/results/NAME.csv``; the block of FOLDER/README.md between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->`` is
+made from the CSV alone (so is one named FOLDER/NAME in the first page), and ``--check`` fails if they disagree.
 """
 
 from __future__ import annotations
@@ -120,14 +120,23 @@ def _shown(row: Mapping[str, str], name: str) -> str:
     return f"{text} ± {float(spread):.4f}" if spread else text
 
 
-def replace_block(readme: Path, name: str, table: str) -> str:
-    """The README's text with the block of that name replaced. UserError when the markers are missing."""
-    text = readme.read_text(encoding="utf-8")
+def replace_block(text: str, name: str, table: str) -> str | None:
+    """The text with the block of that name replaced; None when it has no such block."""
     start, end = f"<!-- results:{name} -->", f"<!-- end:{name} -->"
     if start not in text or end not in text:
-        raise UserError(f"{readme} has no block {start} ... {end}: add both lines where the table should stand")
+        return None
     before, _, rest = text.partition(start)
     return f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
+
+
+def readmes_with(folder: Path, name: str, table: str) -> dict[Path, str]:
+    """The new text of every README that shows the table. UserError when none does."""
+    places = {folder / "README.md": name, ROOT / "README.md": f"{folder.relative_to(ROOT)}/{name}"}
+    texts = {path: replace_block(path.read_text(encoding="utf-8"), block, table) for path, block in places.items()}
+    found = {path: text for path, text in texts.items() if text is not None}
+    if not found:
+        raise UserError(f"{folder / 'README.md'} has no lines <!-- results:{name} --> and <!-- end:{name} -->: add both")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,9 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", metavar="LABEL=RUN", help="finished run directories and the row they belong to")
     parser.add_argument("--folder", required=True, help="paper folder that holds README.md and results/")
     parser.add_argument("--check", action="store_true", help="only compare the README with the CSV")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
     folder = ROOT / given.folder
-    store, readme = folder / "results" / f"{given.name}.csv", folder / "README.md"
+    store = folder / "results" / f"{given.name}.csv"
     if given.runs and not given.check:
         if bad := next((run for run in given.runs if "=" not in run), None):
             raise UserError(f"found {bad!r}, wanted LABEL=RUN such as 'MF, gravity=runs/NAME'")
@@ -147,13 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.write(to_csv(rows_of_runs(labelled) + published_rows(given.name)))
     if not store.exists():
         raise UserError(f"there is no {store}: give the runs as LABEL=RUN")
-    text = replace_block(readme, given.name, to_markdown(store.read_text(encoding="utf-8")))
-    if given.check:
-        if text != readme.read_text(encoding="utf-8"):
+    table = to_markdown(store.read_text(encoding="utf-8"))
+    for readme, text in readmes_with(folder, given.name, table).items():
+        if text == readme.read_text(encoding="utf-8"):
+            continue
+        if given.check:
             raise UserError(f"{readme} and {store} disagree: run this command without --check")
-        return 0
-    with atomic_open(readme) as stream:
-        stream.write(text)
+        with atomic_open(readme) as stream:
+            stream.write(text)
     return 0
 
 

@@ -1,0 +1,102 @@
+"""What the READMEs tell a reader to type exists: scripts, flags, files, code, and tables made from stored numbers."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")] if ".venv" not in path.parts)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def commands() -> list[tuple[str, str]]:
+    """(README, command) of every shell line that starts a Python program of the repository."""
+    found = []
+    for path in READMES:
+        for block in blocks(path, "bash"):
+            joined = block.replace("\\\n", " ")
+            lines = [re.split(r"\s#\s", line)[0].strip() for line in joined.splitlines()]
+            found += [(str(path.relative_to(ROOT)), line) for line in lines if line.startswith(("python ", ".venv/bin/python "))]
+    return found
+
+
+@functools.cache
+def help_of(script: str) -> str:
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 6
+
+
+@pytest.mark.parametrize(("readme", "command"), commands(), ids=[command for _, command in commands()])
+def test_the_command_exists(readme: str, command: str) -> None:
+    words = command.split()
+    script = words[1]
+    if script == "-m":
+        return
+    assert (ROOT / script).is_file(), f"{readme}: {script} is missing"
+    text = help_of(script)
+    for word in words[2:]:
+        flag = word.partition("=")[0]
+        if flag.startswith("--"):
+            spellings = {flag, "--" + flag[2:].replace("_", "-"), "--" + flag[2:].replace("-", "_")}
+            assert any(re.search(rf"{re.escape(name)}(?![\w-])", text) for name in spellings), f"{readme}: {script} has no {flag}"
+        elif word.startswith("configs/"):
+            assert (ROOT / word).is_file(), f"{readme}: {word} is missing"
+
+
+def test_the_python_of_the_first_page_runs() -> None:
+    [block] = blocks(ROOT / "README.md", "python")
+    torch.manual_seed(0)
+    names = {"num_users": 3, "num_items": 5, "user_vectors": torch.randn(4, 8), "item_vectors": torch.randn(4, 8),
+             "user_ids": torch.tensor([0, 1, 2, 0]), "item_ids": torch.tensor([4, 0, 1, 2])}  # fmt: skip
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["score"].shape == (4,) and bool(torch.isfinite(names["score"]).all())
+
+
+def test_the_two_commands_stand_first_and_exist() -> None:
+    first = blocks(ROOT / "README.md", "bash")[0]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test"):
+        assert f"make {target}" in first and re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+    assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.toml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_stored_settings_parse(path: Path) -> None:
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    if path.parent.name == "recsys":
+        from recsys.options import parse
+
+        options = parse(["--config", str(path)])
+        assert all(hasattr(options, key.replace("-", "_")) for key in content)
+    else:
+        assert content
+
+
+def test_tables_agree_with_their_csv() -> None:
+    """Every README block of results is exactly what its CSV gives."""
+    done = 0
+    for path in READMES:
+        for block in re.findall(r"<!-- results:([\w./-]+) -->", path.read_text(encoding="utf-8")):
+            folder, _, name = block.rpartition("/")
+            folder = folder or str(path.parent.relative_to(ROOT))
+            command = [sys.executable, str(ROOT / "scripts" / "results_table.py"), name, "--folder", folder, "--check"]
+            checked = subprocess.run(command, capture_output=True, text=True)
+            assert checked.returncode == 0, f"{path}: {checked.stderr}"
+            done += 1
+    assert done
