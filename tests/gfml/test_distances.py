@@ -220,9 +220,9 @@ def test_bernoulli_kl_of_extreme_probabilities(close, kinds):
     close(kinds["kl"].all_pairs(x, y), torch.tensor([[50.0]]))
 
 
-def test_softplus_is_exact_beyond_the_library_threshold(close):
+def test_softplus_is_exact_beyond_the_library_threshold():
     z = torch.tensor([-800.0, -5.0, 0.0, 20.5, 39.0, 800.0], dtype=torch.float64)
-    close(softplus(z), torch.logaddexp(z, torch.zeros_like(z)))
+    torch.testing.assert_close(softplus(z), torch.logaddexp(z, torch.zeros_like(z)), rtol=1e-14, atol=0)
 
 
 # ---------------------------------------------------------------- contract
