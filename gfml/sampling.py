@@ -10,24 +10,36 @@ Schemes (``scheme``), for a train matrix with T pairs over U users:
     interaction  every train pair once, shuffled.
     per_user     floor(T / U) uniform positives for every user, in user order. The published C++ sampler.
 
-Each positive gets W negatives, uniform over the items the user has not in train (test items may be drawn).
-A user who has every item can have no negative and is left out; the number of such users is ``num_saturated``.
+Each positive gets W negatives among the items the user has not in train (test items may be drawn):
+
+    uniform      every such item alike.
+    popularity   in proportion to the number of train pairs of the item; items without any are never drawn.
+    two-stage    :class:`TwoStageSampler`: popular candidates, then those near the positive.
+
+A user for whom no item is left can have no negative and is left out; the number of such users is ``num_saturated``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gfml.errors import UserError
 
 SCHEMES = ("user", "interaction", "per_user")
+NEGATIVES = ("uniform", "popularity")
 NEGATIVES_PER_DRAW = 1 << 21
+# After so many rejections in a row a slot is filled from the list of all free items.
+ROUNDS = 64
+# Entries of a block of weights, float64.
+WEIGHTS_PER_BLOCK = 1 << 22
 
 
 class PairSet:
@@ -97,6 +109,7 @@ class TripleSampler:
     """Draws epochs of triples from a binary train matrix; see the module text.
 
     num_negatives: W >= 1; with W = 1 negatives are [B]. batch_size: the last batch may be smaller.
+    negatives: uniform or popularity.
     Raises :class:`UserError` when no user can give a triple.
     """
 
@@ -108,19 +121,29 @@ class TripleSampler:
         seed: int,
         scheme: str = "user",
         num_negatives: int = 1,
+        negatives: str = "uniform",
         device: torch.device | str = "cpu",
         budget_mb: int = 512,
     ) -> None:
         if scheme not in SCHEMES:
             raise ValueError(f"unknown sampling scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
+        if negatives not in NEGATIVES:
+            raise ValueError(f"unknown kind of negatives {negatives!r}: choose one of {', '.join(NEGATIVES)}")
         if batch_size < 1 or num_negatives < 1:
             raise ValueError(f"found batch size {batch_size} and {num_negatives} negatives, wanted at least 1 of each")
         self.scheme, self.batch_size, self.num_negatives, self.seed = scheme, batch_size, num_negatives, seed
         self.num_users, self.num_items = train.shape
         self.device = torch.device(device)
+        self._by_popularity = negatives == "popularity"
+        counts = np.bincount(train.indices, minlength=self.num_items)
+        weights = counts if self._by_popularity else np.ones(self.num_items)
+        self._weights = torch.from_numpy(weights.astype(np.float64)).to(self.device)
+        # So many items can be drawn at all.
+        drawable = int(np.count_nonzero(weights))
         degree = torch.from_numpy(np.diff(train.indptr).astype(np.int64)).to(self.device)
-        self.num_saturated = int((degree == self.num_items).sum())
-        self._usable = (degree > 0) & (degree < self.num_items)
+        self._saturated = degree == drawable
+        self.num_saturated = int(self._saturated.sum())
+        self._usable = (degree > 0) & ~self._saturated
         self._all_usable = bool(self._usable.all())
         if not bool(self._usable.any()):
             raise UserError(
@@ -138,23 +161,50 @@ class TripleSampler:
         return TripleBatches(self, users, pos, epoch)
 
     def negatives(self, users: Tensor, generator: torch.Generator) -> Tensor:
-        """Uniform items outside each user's train items: [n] for W = 1, else [n, W].
+        """Items outside each user's train items: [n] for W = 1, else [n, W].
 
-        Draws for everybody, then again only where a train item was hit. A user with every item raises
+        Draws for everybody, then again only where a train item was hit. A user for whom none is left raises
         ValueError: its rejection would never end.
         """
-        if self.num_saturated and bool((self._degree[users] == self.num_items).any()):
+        if self.num_saturated and bool(self._saturated[users].any()):
             raise ValueError("a user who has every item has no negative; leave such users out")
         shape = (len(users),) if self.num_negatives == 1 else (len(users), self.num_negatives)
-        items = torch.randint(self.num_items, shape, generator=generator, device=self.device)
+        items = self._draw(shape, generator)
         wide = users if self.num_negatives == 1 else users[:, None].expand(shape)
         flat_items, flat_users = items.view(-1), wide.reshape(-1)
-        open_slots = self._known.contains(flat_users, flat_items).nonzero().squeeze(1)
-        while len(open_slots):
-            again = torch.randint(self.num_items, (len(open_slots),), generator=generator, device=self.device)
-            flat_items[open_slots] = again
-            open_slots = open_slots[self._known.contains(flat_users[open_slots], again)]
+        self._replace_known(flat_users, flat_items, generator)
         return items
+
+    def triples(self, users: Tensor, pos: Tensor, generator: torch.Generator) -> Iterator[Triples]:
+        """The batches of the given pairs, in order, with negatives from ``generator``."""
+        size = self.batch_size
+        # Negatives of many batches at once cost less than batch by batch; a block bounds their memory.
+        block = size * max(1, NEGATIVES_PER_DRAW // (size * self.num_negatives))
+        for start in range(0, len(users), block):
+            chosen, liked = users[start : start + block], pos[start : start + block]
+            neg = self.negatives(chosen, generator)
+            yield from map(Triples, chosen.split(size), liked.split(size), neg.split(size))
+
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Items, whoever knows them."""
+        if not self._by_popularity:
+            return torch.randint(self.num_items, shape, generator=generator, device=self.device)
+        # The item of a random train pair: in proportion to counts without a table.
+        return self._items[torch.randint(len(self._items), shape, generator=generator, device=self.device)]
+
+    def _replace_known(self, users: Tensor, items: Tensor, generator: torch.Generator) -> None:
+        """Draw anew, in place, where the user knows the item. Shape: users, items int64 [n]."""
+        open_slots = self._known.contains(users, items).nonzero().squeeze(1)
+        for _ in range(ROUNDS):
+            if not len(open_slots):
+                return
+            again = self._draw((len(open_slots),), generator)
+            items[open_slots] = again
+            open_slots = open_slots[self._known.contains(users[open_slots], again)]
+        every = torch.arange(self.num_items, device=self.device)
+        for slots in open_slots.split(max(1, WEIGHTS_PER_BLOCK // self.num_items)) if len(open_slots) else ():
+            free = ~self._known.contains(users[slots, None], every)
+            items[slots] = torch.multinomial(free * self._weights, 1, generator=generator).squeeze(1)
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
         return seeded_generator(self.device, self.seed, epoch, stream)
@@ -198,13 +248,79 @@ class TripleBatches:
         return -(-len(self.users) // self._sampler.batch_size)
 
     def __iter__(self) -> Iterator[Triples]:
-        size, generator = self._sampler.batch_size, self._sampler._generator(self._epoch, 1)
-        # Negatives of many batches at once cost less than batch by batch; a block bounds their memory.
-        block = size * max(1, NEGATIVES_PER_DRAW // (size * self._sampler.num_negatives))
-        for start in range(0, len(self.users), block):
-            users, pos = self.users[start : start + block], self.pos[start : start + block]
-            neg = self._sampler.negatives(users, generator)
-            yield from map(Triples, users.split(size), pos.split(size), neg.split(size))
+        return self._sampler.triples(self.users, self.pos, self._sampler._generator(self._epoch, 1))
+
+
+class TwoStageSampler(TripleSampler):
+    """Negatives that are popular and near the positive item.
+
+    Every batch draws ``num_candidates`` candidates by popularity; for a positive j each candidate k then has the
+    weight (1 - s^2)^((3 - D) / 2) for s = cos(v_j, v_k) > 0 and none otherwise: one over the density of s between
+    random directions in D dimensions, so that all similarities are met alike. The positive itself has no weight; a
+    positive without any weight takes its candidates alike. Known items are drawn again, in the end by popularity.
+
+    item_vectors: gives the item table [I, D]; asked at the start of an epoch and every ``refresh`` batches, so an
+    epoch is a function of (seed, epoch, weights).
+    Reference: Tran, Sweeney, Lee, Improving Top-N Recommendation with Efficient Negative Sampling, SIGIR 2019.
+    Differences: candidates may repeat; no spread-out loss.
+    """
+
+    def __init__(
+        self,
+        train: sp.csr_array,
+        *,
+        item_vectors: Callable[[], Tensor],
+        num_candidates: int = 2000,
+        refresh: int = 100,
+        **options: Any,
+    ) -> None:
+        super().__init__(train, negatives="popularity", **options)
+        if num_candidates < 1 or refresh < 1:
+            raise ValueError(f"found {num_candidates} candidates, refreshed every {refresh} batches, wanted at least 1")
+        self._item_vectors, self.num_candidates, self.refresh = item_vectors, num_candidates, refresh
+
+    def triples(self, users: Tensor, pos: Tensor, generator: torch.Generator) -> Iterator[Triples]:
+        """As :meth:`TripleSampler.triples`; the vectors are read while the batches are used."""
+        directions = None
+        for number, (chosen, liked) in enumerate(zip(users.split(self.batch_size), pos.split(self.batch_size))):
+            if number % self.refresh == 0:
+                directions = F.normalize(self._item_vectors().detach().double(), dim=1)
+            yield Triples(chosen, liked, self._near(chosen, liked, directions, generator))
+
+    def _near(self, users: Tensor, pos: Tensor, directions: Tensor, generator: torch.Generator) -> Tensor:
+        candidates = self._draw((self.num_candidates,), generator)
+        items, place = pos.unique(return_inverse=True)
+        place = place[:, None].expand(-1, self.num_negatives).reshape(-1)
+        wide = users[:, None].expand(-1, self.num_negatives).reshape(-1)
+        found = torch.empty_like(place)
+        rows = max(1, WEIGHTS_PER_BLOCK // self.num_candidates)
+        for first in range(0, len(items), rows):
+            upto = self._cumulative_shares(items[first : first + rows], candidates, directions)
+            slots = ((place >= first) & (place < first + rows)).nonzero().squeeze(1)
+            for _ in range(4):
+                found[slots] = candidates[_pick(upto, place[slots] - first, generator)]
+                slots = slots[self._known.contains(wide[slots], found[slots])]
+        self._replace_known(wide, found, generator)
+        return found if self.num_negatives == 1 else found.view(len(users), -1)
+
+    @staticmethod
+    def _cumulative_shares(items: Tensor, candidates: Tensor, directions: Tensor) -> Tensor:
+        """Running sums of each candidate's probability for each item, float64 [n, C]; row r runs from r to r + 1."""
+        cosine = directions[items] @ directions[candidates].T
+        itself = candidates == items[:, None]
+        log_weight = (3 - directions.shape[1]) / 2 * torch.log1p(-cosine.square().clamp_max(1 - 1e-9))
+        log_weight.masked_fill_((cosine <= 0) | itself, -torch.inf)
+        lonely = log_weight.amax(1, keepdim=True) == -torch.inf
+        upto = log_weight.masked_fill_(lonely, 0.0).softmax(1).cumsum(1)
+        return upto.div_(upto[:, -1:].clone()).add_(torch.arange(len(items), device=items.device)[:, None])
+
+
+def _pick(upto: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """A random column for each of ``rows`` [n], by the cumulative shares [m, C] of its row: int64 [n]."""
+    draw = rows + torch.rand(len(rows), generator=generator, device=upto.device, dtype=torch.float64)
+    width = upto.shape[1]
+    # Rows follow each other in value, so one sorted list answers for all.
+    return (torch.searchsorted(upto.view(-1), draw, right=True) - rows * width).clamp_(0, width - 1)
 
 
 def _bit(slots: Tensor) -> Tensor:

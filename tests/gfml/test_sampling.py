@@ -17,7 +17,7 @@ from scipy.stats import chi2_contingency, chisquare
 from gfml import sampling
 from gfml.data.interactions import csr_from_pairs, pairs_from_csr
 from gfml.errors import UserError
-from gfml.sampling import SCHEMES, PairSet, TripleSampler
+from gfml.sampling import NEGATIVES, SCHEMES, PairSet, TripleSampler, TwoStageSampler
 
 reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "reference_sampler.py")))
 # Fixed seeds: a correct sampler fails once in a hundred thousand choices of them.
@@ -157,7 +157,9 @@ def test_negatives_of_a_saturated_user_are_refused():
         sampler.negatives(torch.tensor([1, 4]), torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("options", ({"scheme": "popular"}, {"batch_size": 0}, {"num_negatives": 0}))
+@pytest.mark.parametrize(
+    "options", ({"scheme": "popular"}, {"batch_size": 0}, {"num_negatives": 0}, {"negatives": "hard"})
+)
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValueError, match="choose|wanted at least 1"):
         make_sampler(**options)
@@ -251,3 +253,85 @@ def test_neighbouring_seeds_and_epochs_share_nothing():
         assert sorted(map(tuple, streams[a][:, :2].tolist())) == list(zip(users.tolist(), items.tolist(), strict=True))
         for b in range(a):
             assert (streams[a][:, 2] == streams[b][:, 2]).mean() < 0.02
+
+
+# ---------------------------------------------------------------- popular and near negatives
+
+POPULAR = [[0, 1], [0, 1, 2], [0, 2, 3], [0, 3], [0, 1, 4], [0], [0, 1, 2, 3, 4]]
+
+
+def assert_shares(values, wanted):
+    """The values occur in proportion to ``wanted`` (item -> weight)."""
+    counts, total = Counter(values.tolist()), sum(wanted.values())
+    assert set(counts) <= {item for item, weight in wanted.items() if weight}
+    expected = [len(values) * weight / total for weight in wanted.values() if weight]
+    assert chisquare([counts[item] for item, weight in wanted.items() if weight], expected).pvalue > P_VALUE
+
+
+def test_popular_negatives_follow_the_counts():
+    counts = Counter(item for row in POPULAR for item in row)
+    triples = draw(make_sampler(POPULAR, negatives="popularity", num_negatives=3), range(500))
+    for user, row in enumerate(POPULAR[:6]):
+        mine = triples[triples[:, 0] == user][:, 2:].ravel()
+        assert_shares(mine, {item: counts[item] for item in counts if item not in row})
+    # The last user has everything that is ever drawn.
+    assert not (triples[:, 0] == 6).any()
+    assert make_sampler(POPULAR, negatives="popularity").num_saturated == 1
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_rejection_ends_where_hardly_anything_is_left(negatives):
+    """A user with all but two rare items: the list of free items answers after so many rounds."""
+    rows = [list(range(1500))] * 40 + [[1500], [1501, 1501]]
+    sampler = TripleSampler(matrix_of(rows, 1502), batch_size=4096, seed=3, num_negatives=2, negatives=negatives)
+    found = sampler.negatives(torch.zeros(2000, dtype=torch.int64), torch.Generator().manual_seed(1))
+    assert_uniform(found.flatten().numpy(), [1500, 1501])
+
+
+def two_stage(vectors, rows=POPULAR, num_items=NUM_ITEMS, **options):
+    options = {"batch_size": 64, "seed": 1, "num_negatives": 3, "num_candidates": 400, "scheme": "interaction"} | options
+    return TwoStageSampler(matrix_of(rows, num_items), item_vectors=lambda: vectors, **options)
+
+
+def test_near_negatives_follow_popularity_and_density():
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(NUM_ITEMS, 5, generator=generator) + 0.5
+    counts = Counter(item for row in POPULAR for item in row)
+    triples = draw(two_stage(vectors, num_candidates=4000), range(500))
+    unit = (vectors / vectors.norm(dim=1, keepdim=True)).double()
+    for user, pos in ((0, 1), (1, 2), (5, 0)):
+        mine = triples[(triples[:, 0] == user) & (triples[:, 1] == pos)][:, 2:].ravel()
+        cosine = (unit @ unit[pos]).tolist()
+        wanted = {
+            item: counts[item] * (1 - cosine[item] ** 2) ** (1 - (5 - 1) / 2) * (cosine[item] > 0)
+            for item in counts if item not in POPULAR[user]
+        }  # fmt: skip
+        # The candidates of a batch are themselves a sample: shares are near, not exact.
+        found = Counter(mine.tolist())
+        for item, weight in wanted.items():
+            assert found[item] / len(mine) == pytest.approx(weight / sum(wanted.values()), abs=0.04), (user, item)
+
+
+def test_near_negatives_are_never_known_whatever_the_vectors():
+    for vectors in (torch.zeros(NUM_ITEMS, 4), torch.ones(NUM_ITEMS, 4), -torch.eye(NUM_ITEMS)):
+        triples = draw(two_stage(vectors, num_candidates=8), range(20))
+        assert len(triples) and all(not set(neg) & set(POPULAR[user]) for user, _, *neg in triples.tolist())
+
+
+def test_near_negatives_repeat_for_equal_vectors_and_follow_new_ones():
+    vectors = torch.randn(NUM_ITEMS, 4, generator=torch.Generator().manual_seed(0))
+    first, again = (draw(two_stage(vectors), [2]) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert draw(two_stage(vectors, num_negatives=1), [0]).shape[1] == 3
+    asked = []
+
+    def tell():
+        asked.append(len(asked))
+        return vectors
+
+    sampler = two_stage(vectors, batch_size=4, refresh=2)
+    sampler._item_vectors = tell
+    num_batches = len(list(sampler.epoch(1)))
+    assert len(asked) == -(-num_batches // 2)
+    with pytest.raises(ValueError, match="at least 1"):
+        two_stage(vectors, refresh=0)
