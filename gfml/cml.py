@@ -6,6 +6,7 @@ Lin, Belongie, Estrin, Collaborative Metric Learning, WWW 2017.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml.encoders import Embedded, Tables
-from gfml.losses import Hinge, project_to_ball_, warp_hinge
+from gfml.losses import Hinge, covariance, project_to_ball_, warp_hinge
+from gfml.sampling import Triples
 from gfml.topk import Factors
+
+# Coordinates of gathered negatives that stay in a core's cache; a device with its own memory takes many at once.
+BLOCK, DEVICE_BLOCK = 1 << 19, 1 << 27
 
 
 class Mined(NamedTuple):
@@ -42,9 +47,7 @@ def mined_hinge(
     Shape: users, pos int64 [B]; neg int64 [B] or [B, W].
     """
     neg = neg.view(len(users), -1)
-    with torch.no_grad():
-        user, items = encoder(users, neg)[:2]
-        sq_neg = (items - user[:, None]).square_().sum(-1)
+    sq_neg = sq_distances_to(encoder, users, neg)
     items = torch.stack([pos, neg.gather(1, sq_neg.argmin(1, keepdim=True)).squeeze(1)], 1)
     embedded = encoder(users, items)
     sq_distance = (embedded.items - embedded.user[:, None]).square().sum(-1)
@@ -59,6 +62,62 @@ def mined_hinge(
         sq_hardest=sq_distance[:, 1],
     )
     return Mined(hinge, embedded, items)
+
+
+@torch.no_grad()
+def sq_distances_to(encoder: Tables, users: Tensor, items: Tensor) -> Tensor:
+    """Squared distances of users [B] to items [B, W], without gradient, from coordinate differences: [B, W].
+
+    Free tables are gathered block by block, so that nothing of size B W D is ever held.
+    """
+    if type(encoder) is not Tables:
+        found = encoder(users, items)
+        return (found.items - found.user[:, None]).square_().sum(-1)
+    nodes, width = encoder.nodes, encoder.nodes.shape[1]
+    size = max(1, (BLOCK if nodes.device.type == "cpu" else DEVICE_BLOCK) // max(1, items.shape[1] * width))
+    blocks = []
+    for user, item in zip(users.split(size), items.split(size), strict=True):
+        gathered = F.embedding(item + encoder.num_users, nodes)
+        blocks.append(gathered.sub_(F.embedding(user, nodes)[:, None]).square_().sum(-1))
+    return torch.cat(blocks)
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """The loss of a batch: hinge, rank weight, covariance penalty, feature penalty; see :func:`metric_loss`.
+
+    margin in squared-distance units; cov_form as in :func:`gfml.losses.covariance`; reduction sum or mean is that of
+    the hinge alone and so sets its weight against the other two.
+    """
+
+    margin: float = 0.5
+    use_rank_weight: bool = True
+    rank_floor: bool = True
+    reduction: str = "sum"
+    cov_weight: float = 0.0
+    cov_form: str = "squared"
+    feature_weight: float = 1.0
+
+
+def metric_loss(
+    encoder: Tables, batch: Triples, options: MetricOptions, features: ItemFeatures | None = None
+) -> tuple[dict[str, Tensor], Mined]:
+    """{"loss": L_m + lambda_c L_c + lambda_f L_f, weighted parts "hinge", "covariance", "features"}, and what was mined.
+
+    L_c is of the batch's distinct users and positives, L_f of its distinct items, negatives included.
+    """
+    mined = mined_hinge(
+        encoder, batch.users, batch.pos, batch.neg, margin=options.margin, use_rank_weight=options.use_rank_weight,
+        rank_floor=options.rank_floor, reduction=options.reduction,
+    )  # fmt: skip
+    parts = {"hinge": mined.hinge.loss}
+    if options.cov_weight:
+        rows = covariance_rows(encoder, batch.users, batch.pos)
+        parts["covariance"] = options.cov_weight * covariance(rows, options.cov_form)
+    if features is not None and options.feature_weight:
+        items = torch.cat([batch.pos, batch.neg.reshape(-1)])
+        parts["features"] = options.feature_weight * features.loss(encoder, items)
+    return {"loss": sum(parts.values()), **parts}, mined
 
 
 class FeatureProjection(nn.Module):
@@ -91,6 +150,98 @@ class FeatureProjection(nn.Module):
 def feature_loss(projected: Tensor, items: Tensor) -> Tensor:
     """Sum over the given items of |f(x_j) - v_j|^2. Shape: both [n, D]."""
     return (projected - items).square().sum()
+
+
+class ItemFeatures(nn.Module):
+    """Item features and the network that places them: it draws item vectors to itself and stands in for cold items.
+
+    features [I, F]; known bool [I]: items that have features; cold bool [I]: items without any train interaction,
+    whose vectors mean nothing. Cold items are placed by the network and do not train it.
+    The features are no part of the state dict.
+    """
+
+    def __init__(self, projection: FeatureProjection, features: Tensor, known: Tensor, cold: Tensor) -> None:
+        super().__init__()
+        if not len(features) == len(known) == len(cold):
+            raise ValueError(f"found {len(features)} rows, {len(known)} known and {len(cold)} cold items, wanted as many")
+        self.projection = projection
+        self.register_buffer("features", features, persistent=False)
+        self.register_buffer("trained", known & ~cold, persistent=False)
+        self.register_buffer("placed", known & cold, persistent=False)
+        self.register_buffer("known", known, persistent=False)
+
+    def loss(self, encoder: Tables, items: Tensor) -> Tensor:
+        """:func:`feature_loss` of the distinct ``items`` that have features and train interactions. items int64 [n]."""
+        chosen = torch.zeros_like(self.trained)
+        chosen[items] = True
+        rows = (chosen & self.trained).nonzero().squeeze(1)
+        return feature_loss(self.projection(self.features[rows]), F.embedding(rows + encoder.num_users, encoder.nodes))
+
+    @torch.no_grad()
+    def start_(self, encoder: Tables) -> None:
+        """v_j = f(x_j) for every item with features; dropout is off."""
+        encoder.nodes[encoder.num_users :][self.known] = self._project(self.known)
+
+    @torch.no_grad()
+    def place(self, item: Tensor) -> Tensor:
+        """Item vectors [I, D] with f(x_j) for the cold items that have features."""
+        return item.index_put((self.placed,), self._project(self.placed))
+
+    def _project(self, chosen: Tensor) -> Tensor:
+        training = self.projection.training
+        self.projection.eval()
+        try:
+            return self.projection(self.features[chosen])
+        finally:
+            self.projection.train(training)
+
+
+class MetricLearner(nn.Module):
+    """Collaborative Metric Learning: users and items as points of a ball of radius ``radius``.
+
+    Starts from N(0, std^2) (std None: 1 / sqrt(D)) pulled into the ball; with features, items start at f(x_j).
+    """
+
+    def __init__(
+        self,
+        num_users: int,
+        num_items: int,
+        embedding_dim: int,
+        *,
+        options: MetricOptions = MetricOptions(),
+        radius: float = 1.0,
+        std: float | None = None,
+        features: ItemFeatures | None = None,
+    ) -> None:
+        super().__init__()
+        std = embedding_dim**-0.5 if std is None else std
+        self.encoder = Tables(num_users, num_items, embedding_dim, init="normal", std=std)
+        self.options, self.radius, self.features = options, radius, features
+        project_to_ball_(self.encoder.nodes.data, radius=radius)
+        if features is not None:
+            features.start_(self.encoder)
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        """{"loss": total, named parts}: what :func:`gfml.train.fit` takes."""
+        return metric_loss(self.encoder, batch, self.options, self.features)[0]
+
+    def project(self) -> None:
+        """After every optimizer step: pull all points into the ball.
+
+        All, not the batch's: an optimizer with momentum moves points that the batch did not touch, the penalties
+        touch more than the mined triples, and the whole table costs less than one batch.
+        """
+        project_to_ball_(self.encoder.nodes.data, radius=self.radius)
+
+    @torch.no_grad()
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """User vectors [U, D] and item vectors [I, D] that rank: cold items with features stand at f(x_j)."""
+        user, item = (part.detach() for part in self.encoder.vectors())
+        return user, item if self.features is None else self.features.place(item)
+
+    def scorer(self) -> SquaredDistanceScorer:
+        """All-item scores: minus the squared distance."""
+        return SquaredDistanceScorer(*self.vectors())
 
 
 def covariance_rows(encoder: Tables, users: Tensor, pos: Tensor) -> Tensor:
