@@ -8,7 +8,7 @@ Schemes (``scheme``), for a train matrix with T pairs over U users:
     user         T draws of a uniform user (with replacement), then a uniform positive of that user; draws of
                  users without positives are left out. The published LightGCN Python sampler.
     interaction  every train pair once, shuffled.
-    per_user     floor(T / U) uniform positives for every user, in user order. The published C++ sampler.
+    per_user     floor(T / U) uniform positives for every user, shuffled. The published C++ sampler.
 
 Each positive gets W negatives among the items the user has not in train (test items may be drawn):
 
@@ -220,6 +220,7 @@ class TripleSampler:
         each = len(self._items) // self.num_users
         users = torch.arange(self.num_users, device=self.device)
         users = users[self._usable].repeat_interleave(max(each, 1))
+        users = users[torch.randperm(len(users), generator=generator, device=self.device)]
         return users, self._random_positive(users, generator)
 
     def _pairs_interaction(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
