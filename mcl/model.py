@@ -75,12 +75,13 @@ class MetricRecommender(nn.Module):
     def loss(self, batch: UserBatch) -> dict[str, Tensor]:
         """{"loss": total, named parts}: what :func:`gfml.train.fit` takes."""
         sq_pos, sq_neg = self.sq_distances(batch)
-        nearest = losses.hardest(sq_neg)[:, None]
+        nearest = None if self.mode == "mcl" else losses.hardest(sq_neg)[:, None]
         parts: dict[str, Tensor] = {}
         if self.mode != "gfml":
             parts |= self._mixed_centric(batch, sq_pos, sq_neg)
-        if self.mode != "mcl":
-            parts |= self._attraction(batch, sq_pos, sq_neg.gather(1, nearest)[:, 0], batch.neg.gather(1, nearest)[:, 0])
+        if nearest is not None:
+            hard = (table.gather(1, nearest)[:, 0] for table in (sq_neg, batch.neg))
+            parts |= self._attraction(batch, sq_pos, *hard)
         if self.decay:
             parts["reg"] = self.decay * self.ego_reg(batch, nearest)
         shares = self._shares()
@@ -95,8 +96,8 @@ class MetricRecommender(nn.Module):
         sq_distance = pair_sq_distances(self.encoder.outputs(), batch.users, indptr, nodes).view(items.shape)
         return sq_distance[:, 0], sq_distance[:, 1:]
 
-    def ego_reg(self, batch: UserBatch, nearest: Tensor) -> Tensor:
-        """The regulariser before ``decay``; in mode gfml only the hardest negative of each edge takes part."""
+    def ego_reg(self, batch: UserBatch, nearest: Tensor | None) -> Tensor:
+        """The regulariser before ``decay``; in mode gfml only the negatives ``nearest`` [E, 1] take part."""
         neg = batch.neg.gather(1, nearest) if self.mode == "gfml" else batch.neg
         first = self.encoder.num_users
         return losses.ego_reg(self.encoder.nodes, batch.users[batch.segment], batch.pos + first, neg + first)
