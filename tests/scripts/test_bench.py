@@ -1,0 +1,60 @@
+"""The benchmark runs and its rows hold what the heading says. No time is judged here."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def bench() -> dict:
+    return runpy.run_path(str(ROOT / "scripts" / "bench.py"))
+
+
+def test_rows_of_every_part_on_small_data(bench: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    parts = ["sampling", "lightgcn", "evaluation", "mf", "scoring"]
+    assert bench["main"](["recsys", "--big", "demo", "--small", "demo", "--only", *parts, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    works = " ".join(row["work"] for row in rows)
+    for wanted in ("sampling", "LightGCN step", "full evaluation", "MF epoch, mix_bpr", "gravity l2", "gravity l1"):
+        assert wanted in works
+    for row in rows:
+        assert row["ours_cpu"] > 0
+        if row["other_cpu"]:
+            assert row["ratio"] == pytest.approx(row["ours_cpu"] / row["other_cpu"])
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_the_plain_lightgcn_step_is_the_same_step(bench: dict) -> None:
+    """What ours is timed against computes the same update."""
+    import numpy as np
+    import torch
+
+    from gfml.data.interactions import csr_from_pairs
+    from gfml.encoders import LightGCN
+    from gfml.graph import build_graph
+    from gfml.gravity import Gravity
+    from gfml.sampling import Triples
+    from gfml.train import plain_step
+    from recsys.model import PairOptions, Recommender
+
+    rng = np.random.default_rng(0)
+    train = csr_from_pairs(rng.integers(0, 12, 60), rng.integers(0, 9, 60), 12, 9)
+    torch.manual_seed(0)
+    model = Recommender(LightGCN(build_graph(train), 8, 3), Gravity(12, 9, mass="none"), "bpr", pair=PairOptions(decay=1e-2))
+    plain = bench["reference"]("lightgcn")
+    nodes = torch.nn.Parameter(model.encoder.nodes.detach().clone())
+    triple = tuple(torch.from_numpy(rng.integers(0, n, 16)) for n in (12, 9, 9))
+    mine = torch.optim.Adam(model.parameters(), lr=1e-2)
+    theirs = torch.optim.Adam([nodes], lr=1e-2)
+    for _ in range(3):
+        loss = plain_step(lambda: model.loss(Triples(*triple)), mine)["loss"].item()
+        other = plain.training_step(plain.coo_adjacency(train), nodes, theirs, triple, 12, 3, 1e-2)
+        assert loss == pytest.approx(other, rel=1e-5)
+    assert torch.allclose(model.encoder.nodes, nodes, atol=1e-4)

@@ -1,0 +1,87 @@
+"""Tables from stored runs against hand-checked text."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from gfml.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> dict:
+    """The script with a repository of its own: one paper folder with a README."""
+    names = runpy.run_path(str(ROOT / "scripts" / "results_table.py"))
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "README.md").write_text("before\n<!-- results:toy -->\nold\n<!-- end:toy -->\nafter\n")
+    (tmp_path / "README.md").write_text("first page\n")
+    names["main"].__globals__["ROOT"] = tmp_path
+    return names
+
+
+def store_run(path: Path, recall: float, *, protocol: str = "selected on validation", epoch: int = 3) -> str:
+    path.mkdir()
+    result = {
+        "data": {"name": "toy"},
+        "selection": {"epoch": epoch, "protocol": protocol},
+        "test": {"recall@20": recall, "ndcg@20": recall / 2, "users_q1_recall@20": 0.9},
+        "baselines": {"popularity": {"test": {"recall@20": 0.05}}, "ease": {"skipped": "too large"}},
+        "seconds": {"train": 10.0},
+    }
+    (path / "result.json").write_text(json.dumps(result))
+    return str(path)
+
+
+def test_mean_and_sample_deviation_over_runs(table: dict, tmp_path: Path) -> None:
+    runs = [f"ours={store_run(tmp_path / str(n), recall, epoch=n)}" for n, recall in ((3, 0.1), (5, 0.2))]
+    assert table["main"](["toy", "--folder", "paper", *runs]) == 0
+    text = (tmp_path / "paper" / "README.md").read_text()
+    # The mean of .1 and .2 is .15, their sample standard deviation sqrt(2 * .05^2) = .0707.
+    assert "| ours | selected on validation | 2 | 3/5 | 0.1500 ± 0.0707 | 0.0750 ± 0.0354 | 10 |" in text
+    assert "| popularity | no training | 1 |  | 0.0500 |  |  |" in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "users_q1" not in text and "ease" not in text
+    assert table["main"](["toy", "--folder", "paper", "--check"]) == 0
+
+
+def test_published_rows_and_the_first_page(table: dict, tmp_path: Path) -> None:
+    (tmp_path / "configs" / "tables").mkdir(parents=True)
+    (tmp_path / "configs" / "tables" / "toy.toml").write_text('[[published]]\nmethod = "theirs"\nsource = "paper"\n"recall@20" = 0.3\n')
+    (tmp_path / "README.md").write_text("<!-- results:paper/toy -->\n<!-- end:paper/toy -->\n")
+    table["main"](["toy", "--folder", "paper", f"a = b={store_run(tmp_path / 'r', 0.1)}"])
+    for readme in (tmp_path / "README.md", tmp_path / "paper" / "README.md"):
+        assert "| theirs | paper |  |  | 0.3000 |  |  |" in readme.read_text()
+        assert "| a = b | selected on validation | 1 | 3 | 0.1000 |" in readme.read_text()
+
+
+def test_check_notices_an_edited_table(table: dict, tmp_path: Path) -> None:
+    table["main"](["toy", "--folder", "paper", f"ours={store_run(tmp_path / 'r', 0.1)}"])
+    readme = tmp_path / "paper" / "README.md"
+    readme.write_text(readme.read_text().replace("0.1000", "0.9000"))
+    with pytest.raises(UserError, match="disagree"):
+        table["main"](["toy", "--folder", "paper", "--check"])
+
+
+def test_mixed_protocols_are_not_averaged(table: dict, tmp_path: Path) -> None:
+    runs = [f"ours={store_run(tmp_path / 'a', 0.1)}", f"ours={store_run(tmp_path / 'b', 0.1, protocol='selected on test')}"]
+    with pytest.raises(UserError, match="differ in data or protocol"):
+        table["main"](["toy", "--folder", "paper", *runs])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [(["toy", "--folder", "paper"], "give the runs"),
+                                                    (["toy", "--folder", "paper", "runs/x"], "LABEL=RUN"),
+                                                    (["toy", "--folder", "paper", "x=runs/none"], "no result")])  # fmt: skip
+def test_wrong_calls_are_one_line(table: dict, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        table["main"](arguments)
+
+
+def test_a_readme_without_the_block(table: dict, tmp_path: Path) -> None:
+    (tmp_path / "paper" / "README.md").write_text("nothing\n")
+    with pytest.raises(UserError, match="add both"):
+        table["main"](["toy", "--folder", "paper", f"ours={store_run(tmp_path / 'r', 0.1)}"])
