@@ -1,9 +1,10 @@
 """Time what training and evaluation cost, as ratios measured in one process.
 
     python scripts/bench.py recsys [--data-root DIR] [--only NAME ...] [--json FILE]
+    python scripts/bench.py mcl [--data-root DIR] [--json FILE]
 
 Every row times ours and something to hold it against in the same run: the library operations it cannot do without
-(a floor) or the plain loop it replaces (kept in ``tests/gfml/reference_*.py``). CPU seconds are user + system of
+(a floor) or the plain loop it replaces (kept in ``tests/*/reference_*.py``). CPU seconds are user + system of
 the process over all threads; each figure is the smallest of several runs after a warm-up. Absolute numbers belong
 to the machine named in the heading; ratios travel.
 """
@@ -56,9 +57,9 @@ def measure(call: Callable[[], object], *, runs: int = 5, warm_up: int = 1) -> t
     return min(cpu for cpu, _ in times), min(wall for _, wall in times)
 
 
-def reference(name: str) -> ModuleType:
+def reference(name: str, folder: str = "gfml") -> ModuleType:
     """A plain implementation kept with the tests."""
-    path = ROOT / "tests" / "gfml" / f"reference_{name}.py"
+    path = ROOT / "tests" / folder / f"reference_{name}.py"
     spec = importlib.util.spec_from_file_location(f"reference_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -265,6 +266,76 @@ def bench_scaling(sizes: Iterable[int], num_users: int = 20_000, num_items: int 
             yield Row(f"{what}; {size:,} interactions", cpu, wall, "smallest size, scaled", smallest[what] * units, "<= 1.15 x")
 
 
+def bench_mcl(data: Any) -> Iterable[Row]:
+    """Epoch of MCL (K = 3, D = 64, 1 000 users a batch, W = 10) and its evaluation.
+
+    Floor of a step: six library products, the pair distances as one dense product of the batch's users with all items
+    and its two backward products, and a fused Adam.
+    """
+    import numpy as np
+    import torch
+
+    from gfml.encoders import LightGCN
+    from gfml.evaluation import evaluate
+    from gfml.graph import build_graph
+    from gfml.train import plain_step
+    from mcl.model import MetricRecommender, MixedCentricOptions
+    from mcl.sampler import UserBatchSampler
+
+    torch.manual_seed(0)
+    graph = build_graph(data.train)
+    model = MetricRecommender(
+        LightGCN(graph, 64, 3, combine="sum", init="xavier_uniform"), None, "mcl", mixed=MixedCentricOptions(1000)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    sampler = UserBatchSampler(data.train, batch_size=1000, num_negatives=10, seed=0, drop_last=True)
+    turn = iter(range(1, 10**9))
+
+    def epoch() -> None:
+        for batch in sampler.epoch(next(turn)):
+            plain_step(lambda: model.loss(batch), optimizer)  # noqa: B023 (called before the loop goes on)
+
+    cpu, wall = measure(epoch, runs=8, warm_up=2)
+    dense = torch.randn(graph.num_nodes, 64)
+    matrix = torch.sparse_csr_tensor(
+        graph.indptr, graph.indices, graph.values, size=(graph.num_nodes,) * 2, check_invariants=False
+    )
+    product, _ = measure(lambda: matrix @ dense, runs=8)
+    query, items = dense[:1000].clone().requires_grad_(), dense[data.num_users :].clone().requires_grad_()
+    grad = torch.randn(1000, data.num_items)
+    pairs, _ = measure(lambda: torch.autograd.grad(query @ items.T, (query, items), grad), runs=8)
+    table = torch.nn.Parameter(dense.clone())
+    table.grad = torch.randn_like(dense)
+    adam, _ = measure(torch.optim.Adam([table], fused=True).step, runs=8)
+    steps, name = sampler.num_batches, f"MCL epoch, {data.name}, {sampler.num_batches} steps"
+    yield Row(name, cpu, wall, "6 products + pair GEMM + Adam", steps * (6 * product + pairs + adam), "<= 2 x")
+    yield Row(name, cpu, wall, "6 products + Adam", steps * (6 * product + adam), "")
+    draw, draw_wall = measure(lambda: list(sampler.epoch(next(turn))), runs=5)
+    yield Row(f"of which sampling, {data.name}", draw, draw_wall, "", 0.0, "")
+
+    batch, first = next(iter(sampler.epoch(1))), data.num_users
+    plain = reference("mcl", "mcl")
+
+    def gathered() -> None:
+        ids = (batch.users, batch.counts, batch.pos + first, batch.neg + first)
+        plain.plain_loss(model.encoder.outputs(), *ids, batch_size=1000).backward()
+
+    ours, ours_wall = measure(lambda: plain_step(lambda: model.loss(batch), optimizer), runs=8)
+    other, _ = measure(gathered, runs=2)
+    yield Row(f"MCL step, {data.name}", ours, ours_wall, "gathered pairs, loop over users", other, "")
+
+    model.eval()
+    cpu, wall = measure(lambda: evaluate(model.scorer(), data, "test", [5, 10, 20]), runs=5)
+    user = dense[torch.from_numpy(np.flatnonzero(np.diff(data.test.indptr)))]
+
+    def floor() -> None:
+        for block in user.split(1024):
+            torch.topk(block @ dense[data.num_users :].T, 20)
+
+    other, _ = measure(floor, runs=5)
+    yield Row(f"MCL evaluation, {data.name}", cpu, wall, "GEMM + topk", other, "<= 2 x")
+
+
 def table(rows: list[Row]) -> str:
     """Aligned text."""
     lines = [("work", "ours cpu s", "wall s", "against", "cpu s", "ratio", "bar")]
@@ -298,9 +369,17 @@ def recsys(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def mcl(arguments: argparse.Namespace) -> list[Row]:
+    """Both data sets of the MCL paper that are at hand."""
+    from gfml.data.options import load_dataset
+
+    names = ("amazon-music", "amazon-grocery")
+    return [row for name in names for row in bench_mcl(load_dataset(name, data_root=arguments.data_root, val_ratio=0))]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("family", choices=("recsys",), help="what to time")
+    parser.add_argument("family", choices=("recsys", "mcl"), help="what to time")
     parser.add_argument("--data-root", help="where the data sets lie")
     parser.add_argument("--big", default="gowalla", help="data set of the graph, evaluation and memory rows")
     parser.add_argument("--small", default="ml1m", help="data set of the MF rows")
@@ -313,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     print(f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    rows = recsys(arguments)
+    rows = {"recsys": recsys, "mcl": mcl}[arguments.family](arguments)
     print("\n" + table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=2))

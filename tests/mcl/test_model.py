@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +74,25 @@ def test_finite_differences_through_three_layers(train, mode):
 
     values = tuple(p.detach().clone().requires_grad_() for p in parameters.values())
     assert torch.autograd.gradcheck(loss, values, eps=1e-7, atol=1e-5)
+
+
+def test_a_batch_equals_the_plain_form(train):
+    """Values and gradients of a sampled batch against difference vectors, a loop over users and bare exponentials."""
+    path = Path(__file__).with_name("reference_mcl.py")
+    spec = importlib.util.spec_from_file_location("reference_mcl", path)
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    for batch in batches(train, 3):
+        model = make(train, "mcl", layers=2)
+        ours = gradients(model, batch)["encoder.nodes"].clone()
+        model.zero_grad()
+        wanted = plain.plain_loss(
+            model.encoder.outputs(), batch.users, batch.counts, batch.pos + NUM_USERS, batch.neg + NUM_USERS,
+            batch_size=NUM_USERS, margin=0.3,
+        )
+        wanted.backward()
+        torch.testing.assert_close(model.loss(batch)["loss"], wanted)
+        torch.testing.assert_close(ours, model.encoder.nodes.grad)
 
 
 class _Loss(torch.nn.Module):
