@@ -45,6 +45,7 @@ def evaluate(
     ks: Sequence[int],
     *,
     beyond: bool = False,
+    mask_seen: bool = True,
     memory_mb: float = 256,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
@@ -52,6 +53,7 @@ def evaluate(
 
     Masked: train for ``valid``, train and valid for ``test``, nothing for ``train`` (a fit check).
     Items that never occur in train stay candidates.
+    mask_seen: False masks nothing, as some published programs do: known items then fill the top ranks.
     beyond: add group recall, exposure, coverage, popularity and novelty (gfml.metrics.beyond).
     device: where the user ids given to ``score`` live; ignored for scorers with factors.
     Errors: UserError for an empty split or a cut-off beyond the catalogue; ValueError for bad ks.
@@ -63,7 +65,7 @@ def evaluate(
         raise UserError(
             f"found no {split} interactions in {data.name}, wanted at least one: cut some off or choose another split"
         )
-    seen = None if split == "train" else data.seen(split)
+    seen = data.seen(split) if mask_seen and split != "train" else None
     ids = torch.from_numpy(users).to(device)
     top = topk_items(scorer, ids, ks[-1], seen=seen, memory_mb=memory_mb).cpu().numpy()
     relevant = part[users]

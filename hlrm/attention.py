@@ -1,0 +1,164 @@
+"""Why an item is near a user: attention over history items and memory rows, written and drawn."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gfml.cli import Options
+from gfml.data.interactions import Interactions
+from gfml.data.items import beside, read_item_info
+from gfml.errors import UserError
+from gfml.evaluation import Evaluation
+from gfml.files import atomic_open, explain_os_error
+from hlrm.data import History
+from hlrm.experiment import histories
+from hlrm.model import RelationModel
+
+INFO_FILES = ("movies.dat", "ml-100k.item", "items.csv", "items.tsv")
+PLOTTED = 12
+SHOWN_SLOTS = 15
+
+
+def explain(
+    given: Options, options: Options, data: Interactions, model: RelationModel, evaluation: Evaluation, file: Path
+) -> list[str]:
+    """Write attention.npz, attention.csv and a plot per pair into a folder; lines that say where.
+
+    Pairs: those of --pair, then the first recommendations of --attention judged users (drawn with the seed).
+    """
+    if model.relation is None:
+        raise UserError(f"{file} has no relations to explain (--model {options.model}): drop --attention and --pair")
+    pairs = [_numbered(data, *pair) for pair in getattr(given, "pair", [])]
+    rows = np.random.default_rng(options.seed).permutation(len(evaluation.users))[: given.attention]
+    pairs += [(int(evaluation.users[row]), int(evaluation.top[row, 0])) for row in rows if evaluation.top[row, 0] >= 0]
+    folder = Path(getattr(given, "attention_dir", file.with_suffix(".attention")))
+    arrays = attention_of(options, data, model, pairs, given.eval_split)
+    names = item_names(data, options, getattr(given, "item_info", None))
+    with atomic_open(folder / "attention.npz", "wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    with atomic_open(folder / "attention.csv", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["user", "item", "slot", "reference", "user_attention", "item_attention", "memory_row", "memory_share"])
+        writer.writerows(table_rows(arrays, data, names))
+    for number in range(min(len(pairs), PLOTTED)):
+        plot_pair(folder / f"pair-{number + 1}.png", arrays, number, data, names)
+    return [f"attention     {folder} ({len(pairs)} pairs)"]
+
+
+@torch.no_grad()
+def attention_of(
+    options: Options, data: Interactions, model: RelationModel, pairs: list[tuple[int, int]], split: str
+) -> dict[str, np.ndarray]:
+    """Arrays of N pairs: users [N], items [N], references [N, S] (-1 the user, -2 no item), user_weights [N, S],
+    item_weights [N, 1 + P] (target slot first) for kind plus, addresses [N, S, n] for the memory form."""
+    device = model.encoder.nodes.device
+    users, items = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T
+    every = histories(options, data, split, device)
+    history = History(every.ids[users], every.counts[users])
+    found = model.attend(users, items[:, None], history)
+    references = history.ids.masked_fill(~history.mask, -2)
+    if found.user_weights.shape[1] > references.shape[1]:
+        references = torch.cat([references.new_full((len(users), 1), -1), references], 1)
+    arrays = {"users": users, "items": items, "references": references, "user_weights": found.user_weights[:, :, 0]}
+    if found.item_weights is not None:
+        arrays["item_weights"] = found.item_weights[:, :, 0]
+    if found.addresses is not None:
+        arrays["addresses"] = found.addresses[:, :, 0]
+    return {name: value.cpu().numpy() for name, value in arrays.items()}
+
+
+def item_names(data: Interactions, options: Options, file: str | None) -> list[str]:
+    """Titles where a file beside the data, or the given one, has them; else the ids of the source."""
+    ids = [str(name) for name in (np.arange(data.num_items) if data.item_ids is None else data.item_ids).tolist()]
+    path = Path(file) if file else None
+    # Titles belong to source ids; data in numbers of its own has none that a file could name.
+    if path is None and data.item_ids is not None:
+        path = beside(options.dataset, options.data_root, INFO_FILES)
+    if path is None:
+        return [f"item {name}" for name in ids]
+    titles = read_item_info(path, data).titles
+    return [title or f"item {name}" for title, name in zip(titles, ids, strict=True)]
+
+
+def table_rows(arrays: dict[str, np.ndarray], data: Interactions, names: list[str]) -> list[list[Any]]:
+    """One row per pair and slot in use, the user's largest weights first."""
+    rows = []
+    for number, user in enumerate(arrays["users"]):
+        shift = int((arrays["references"][number] == -1).sum())
+        for slot in _order(arrays, number):
+            by_item = arrays["item_weights"][number, slot + 1 - shift] if "item_weights" in arrays else ""
+            row, share = "", ""
+            if "addresses" in arrays:
+                row = int(arrays["addresses"][number, slot].argmax())
+                share = f"{arrays['addresses'][number, slot, row]:.6g}"
+            rows.append([
+                _user_name(data, user), names[arrays["items"][number]], slot, _reference(arrays, number, slot, names),
+                f"{arrays['user_weights'][number, slot]:.6g}", f"{by_item:.6g}" if by_item != "" else "", row, share,
+            ])  # fmt: skip
+    return rows
+
+
+def plot_pair(path: Path, arrays: dict[str, np.ndarray], number: int, data: Interactions, names: list[str]) -> None:
+    """Bars of the user's attention per reference and, for the memory form, which memory rows each is made of."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    slots = _order(arrays, number)[:SHOWN_SLOTS]
+    labels = [_reference(arrays, number, slot, names)[:40] for slot in slots]
+    with_memory = "addresses" in arrays
+    figure = Figure(figsize=(11 if with_memory else 7, 0.8 + 0.32 * max(len(slots), 3)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2 if with_memory else 1, squeeze=False)[0]
+    place = np.arange(len(slots))
+    axes[0].barh(place, arrays["user_weights"][number, slots], color="#31688e")
+    axes[0].set_yticks(place, labels, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("attention of the user")
+    if with_memory and len(slots):
+        image = axes[1].imshow(arrays["addresses"][number, slots], aspect="auto", cmap="viridis", vmin=0)
+        axes[1].set_xlabel("memory row (latent relation)")
+        axes[1].set_yticks([])
+        figure.colorbar(image, ax=axes[1], label="share of the relation")
+    user = _user_name(data, arrays["users"][number])
+    figure.suptitle(f"user {user}, {names[arrays['items'][number]]}", fontsize=10)
+    try:
+        with atomic_open(path, "wb") as stream:
+            figure.savefig(stream, format="png", dpi=110)
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def _order(arrays: dict[str, np.ndarray], number: int) -> np.ndarray:
+    """Slots in use, the largest weight first."""
+    used = np.flatnonzero(arrays["references"][number] != -2)
+    return used[np.argsort(-arrays["user_weights"][number, used], kind="stable")]
+
+
+def _reference(arrays: dict[str, np.ndarray], number: int, slot: int, names: list[str]) -> str:
+    item = int(arrays["references"][number, slot])
+    return "the user" if item == -1 else names[item]
+
+
+def _user_name(data: Interactions, user: int) -> str:
+    return str(user if data.user_ids is None else data.user_ids[user])
+
+
+def _numbered(data: Interactions, user: str, item: str) -> tuple[int, int]:
+    return _row(user, data.user_ids, data.num_users, "user", data), _row(item, data.item_ids, data.num_items, "item", data)
+
+
+def _row(name: str, ids: np.ndarray | None, count: int, what: str, data: Interactions) -> int:
+    """The row of an id as the source writes it."""
+    if ids is not None:
+        found = np.flatnonzero(ids.astype(str) == name)
+    else:
+        found = np.array([int(name)]) if re.fullmatch("[0-9]+", name) and int(name) < count else np.array([])
+    if len(found) == 0:
+        raise UserError(f"{data.name} has no {what} {name}: give an id of the data with --pair USER ITEM")
+    return int(found[0])
