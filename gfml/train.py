@@ -69,6 +69,32 @@ def plain_step(closure: Closure, optimizer: torch.optim.Optimizer, *, clip_norm:
     return values
 
 
+class FollowedStep:
+    """Another step, then ``after()``: a projection of the parameters, for one. Its state is the inner step's."""
+
+    def __init__(self, inner: Step, after: Callable[[], object]) -> None:
+        self.inner, self.after = inner, after
+
+    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
+        terms = self.inner(closure, optimizer)
+        self.after()
+        return terms
+
+    def new_epoch(self) -> None:
+        """Pass the start of an epoch on."""
+        if hasattr(self.inner, "new_epoch"):
+            self.inner.new_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner step's state, empty if it has none."""
+        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put :meth:`state_dict` back."""
+        if state:
+            self.inner.load_state_dict(state)
+
+
 class EarlyStopping:
     """Stop after ``patience`` evaluations in a row that are not strictly better than the best. None: never."""
 

@@ -1,0 +1,165 @@
+"""Export a finished run's vectors for nearest-neighbour search, build an index and measure it against exact search.
+
+    python cml_baseline/ann.py RUN
+    python cml_baseline/ann.py RUN --kind sklearn --top 50
+
+Writes into RUN/ann: ``vectors.npz`` (user [U, D], item [I, D], item_ids; any L2 index can be built from it),
+``index.faiss`` (kind faiss: a navigable small-world graph, HNSW) and ``ann.json`` with recall and queries a second.
+Kind sklearn is a ball tree, which is exact. The items nearest to a user are its recommendations, seen ones included.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cml_baseline.options import ANN
+
+from gfml.cli import Parser, number, run_main
+from gfml.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Neighbours a node of the graph keeps, how widely it is built, and how widely it is searched: speed against recall.
+LINKS, BUILD_WIDTH = 32, 200
+SEARCH_WIDTHS = (16, 64, 256)
+QUERIES = 2000
+
+
+def build_parser() -> Parser:
+    """The command line of ``cml_baseline/ann.py``."""
+    parser = Parser(prog="cml_baseline/ann.py", description="Export a run's vectors and a nearest-neighbour index.")
+    parser.add_argument("run", metavar="RUN", help="directory of a finished run of cml_baseline/main.py")
+    parser.add_argument("--kind", choices=ANN[1:], default="auto", help="auto: faiss if installed, else scikit-learn")
+    parser.add_argument("--top", type=number(int, least=1), default=100, metavar="K", help="neighbours that are compared")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    export(options.run, options.kind, options.top)
+    return 0
+
+
+def export(run: str | os.PathLike[str], kind: str = "auto", top: int = 100) -> dict[str, Any]:
+    """Write vectors, index and their measurements into ``RUN/ann`` and print the latter; what ``ann.json`` holds.
+
+    Raises UserError for a run that is not finished and for kind faiss without faiss.
+    """
+    import numpy as np
+
+    from gfml.files import atomic_open, write_json
+
+    kind = _available(kind)
+    arrays = read_arrays(Path(run))
+    user, item = arrays["user"], arrays["item"]
+    top = min(top, len(item))
+    folder = Path(run) / "ann"
+    kept = {name: arrays[name] for name in ("user", "item", "item_ids") if name in arrays}
+    with atomic_open(folder / "vectors.npz", "wb") as stream:
+        np.savez_compressed(stream, **kept)
+    queries = user[np.random.default_rng(0).permutation(len(user))[:QUERIES]]
+    exact, exact_seconds = _timed(lambda: exact_search(queries, item, top))
+    rows = _faiss_rows(folder, item, queries, exact, top) if kind == "faiss" else _tree_rows(item, queries, exact, top)
+    found = {"kind": kind, "items": len(item), "top": top, "queries": len(queries),
+             "exact_queries_per_second": len(queries) / exact_seconds, "searches": rows}  # fmt: skip
+    write_json(folder / "ann.json", found)
+    print(f"\n{kind} index of {len(item):,} items, {top} neighbours of {len(queries):,} users, against exact search")
+    print(f"{'search':<22}  recall@{top:<4}  queries/s")
+    print(f"{'exact (one product)':<22}  {1:>11.4f}  {found['exact_queries_per_second']:>9,.0f}")
+    for row in rows:
+        print(f"{row['search']:<22}  {row['recall']:>11.4f}  {row['queries_per_second']:>9,.0f}")
+    return found
+
+
+def read_arrays(run: Path) -> dict[str, np.ndarray]:
+    """The content of a finished run's ``analysis.npz``; UserError when there is none."""
+    import numpy as np
+
+    from gfml.runs import run_state
+
+    state = run_state(run)
+    if state != "done":
+        what = "there is no run at" if state == "not launched" else f"not finished ({state}):"
+        raise UserError(f"{what} {run}: train it first with cml_baseline/main.py")
+    try:
+        with np.load(run / "analysis.npz", allow_pickle=False) as stored:
+            arrays = dict(stored)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {run / 'analysis.npz'} ({error}): train the run again with --overwrite") from None
+    if not {"user", "item"} <= arrays.keys():
+        raise UserError(f"{run} is no run of cml_baseline/main.py: give the directory of one")
+    return arrays
+
+
+def exact_search(queries: np.ndarray, items: np.ndarray, top: int) -> np.ndarray:
+    """The ``top`` nearest items of every query by squared distance: int64 [n, top]."""
+    import torch
+
+    from gfml.cml import SquaredDistanceScorer
+    from gfml.topk import topk_items
+
+    scorer = SquaredDistanceScorer(torch.from_numpy(queries), torch.from_numpy(items))
+    return topk_items(scorer, torch.arange(len(queries)), top, seen=None).numpy()
+
+
+def overlap(found: np.ndarray, exact: np.ndarray) -> float:
+    """Mean share of the exact neighbours that were found. Shape: both [n, K]."""
+    return float((found[:, :, None] == exact[:, None, :]).any(1).mean())
+
+
+def _available(kind: str) -> str:
+    there = importlib.util.find_spec("faiss") is not None
+    if kind == "auto":
+        return "faiss" if there else "sklearn"
+    if kind == "faiss" and not there:
+        raise UserError("faiss is not installed: pip install -e '.[ann]', or give sklearn")
+    return kind
+
+
+def _faiss_rows(folder: Path, item: np.ndarray, queries: np.ndarray, exact: np.ndarray, top: int) -> list[dict[str, Any]]:
+    import faiss
+    import torch
+
+    from gfml.files import atomic_open
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexHNSWFlat(item.shape[1], LINKS)
+    index.hnsw.efConstruction = BUILD_WIDTH
+    index.add(item)
+    rows = []
+    for width in SEARCH_WIDTHS:
+        index.hnsw.efSearch = width
+        (_, found), seconds = _timed(lambda: index.search(queries, top))
+        rows.append(_row(f"HNSW, width {width}", found, exact, seconds))
+    with atomic_open(folder / "index.faiss", "wb") as stream:
+        stream.write(faiss.serialize_index(index).tobytes())
+    return rows
+
+
+def _tree_rows(item: np.ndarray, queries: np.ndarray, exact: np.ndarray, top: int) -> list[dict[str, Any]]:
+    from sklearn.neighbors import NearestNeighbors
+
+    tree = NearestNeighbors(n_neighbors=top, algorithm="ball_tree").fit(item)
+    found, seconds = _timed(lambda: tree.kneighbors(queries, return_distance=False))
+    return [_row("ball tree", found, exact, seconds)]
+
+
+def _row(name: str, found: np.ndarray, exact: np.ndarray, seconds: float) -> dict[str, Any]:
+    return {"search": name, "recall": overlap(found, exact), "queries_per_second": len(found) / seconds}
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    found = call()
+    return found, max(time.perf_counter() - started, 1e-9)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

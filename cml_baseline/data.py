@@ -1,0 +1,68 @@
+"""Data of a run: interactions, hidden items, item features, titles and genres."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from gfml.cli import Options
+from gfml.data.interactions import Interactions, csr_from_pairs, pairs_from_csr
+from gfml.data.items import FeatureTable, ItemInfo, beside, read_item_features, read_item_info, standardised
+from gfml.data.options import load_from_args
+from gfml.errors import UserError
+
+# Files with titles and genres that come with known data sets.
+INFO_FILES = ("movies.dat", "ml-100k.item")
+
+
+def load(options: Options) -> Interactions:
+    """The interactions, with items hidden as ``--hide-items`` asks; UserError when nothing can be judged."""
+    data = load_from_args(options)
+    if options.hide_items:
+        data = hide_items(data, options.hide_items, options.split_seed)
+    largest = max(cut_offs(options))
+    if largest > data.num_items:
+        raise UserError(f"found a list length of {largest}, wanted at most the {data.num_items} items of {data.name}: mend --topks")
+    if options.select_on == "val" and data.valid.nnz == 0:
+        raise UserError(f"{data.name} has no validation part to select on: give --val-ratio 0.1, or --select-on test and say so")
+    if data.test.nnz == 0:
+        raise UserError(f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off")
+    return data
+
+
+def cut_offs(options: Options) -> tuple[int, ...]:
+    """The list lengths to judge: ``--topks`` and the one that selects."""
+    return tuple(sorted({*options.topks, int(options.select_metric.partition("@")[2])}))
+
+
+def hide_items(data: Interactions, share: float, seed: int) -> Interactions:
+    """The data with a random share of its items taken out of train and validation: cold, but still judged on test."""
+    chosen = np.random.default_rng(seed).permutation(data.num_items)[: round(share * data.num_items)]
+    hidden = np.zeros(data.num_items, dtype=bool)
+    hidden[chosen] = True
+    parts = {}
+    for name in ("train", "valid"):
+        users, items = pairs_from_csr(data.split(name))
+        keep = ~hidden[items]
+        parts[name] = csr_from_pairs(users[keep], items[keep], data.num_users, data.num_items)
+    lost = data.train.nnz + data.valid.nnz - parts["train"].nnz - parts["valid"].nnz
+    notes = data.notes | {"items hidden from train and validation": f"{len(chosen):,}, with {lost:,} interactions"}
+    return replace(data, **parts, notes=notes)
+
+
+def features(options: Options, data: Interactions) -> FeatureTable | None:
+    """The features of ``--features``: a path, else the name of a file in the data set's folder."""
+    if options.features is None:
+        return None
+    file = beside(options.dataset, options.data_root, [options.features]) or options.features
+    table = read_item_features(file, data, options.feature_columns)
+    return standardised(table) if options.feature_norm == "standard" else table
+
+
+def item_info(options: Options, data: Interactions) -> ItemInfo | None:
+    """Titles and genres of ``--item-info`` or of the data set's own folder; None when there are none."""
+    if data.name == "demo" and options.item_info is None:
+        return None
+    file = options.item_info or beside(options.dataset, options.data_root, INFO_FILES)
+    return None if file is None else read_item_info(file, data)

@@ -1,0 +1,63 @@
+"""The table of a training: epoch, total loss, recall and seconds, printed as it goes and stored as ``epochs.csv``."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gfml.files import atomic_open
+from gfml.tracking import Tracker
+
+
+class EpochTable(Tracker):
+    """A tracker that also prints a line for every epoch and keeps the lines in a file of the run.
+
+    total loss: sum over the epoch's pairs, penalties included: the mean over its batches times ``factor``.
+    seconds: wall time of the epoch's training, without evaluation. A continued run keeps the lines before it.
+    """
+
+    def __init__(self, log_dir: Path | None, path: Path, prefix: str, metrics: Sequence[str], factor: float) -> None:
+        super().__init__(log_dir)
+        self.path, self.factor = path, factor
+        self.columns = {f"{prefix}/{name}": name for name in metrics}
+        self.rows: list[dict[str, str]] = []
+        self._seconds, self._started = 0.0, 0.0
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; the clock runs from the first wish until after the last batch was used."""
+        self._started = time.perf_counter()
+        yield from batches
+        self._seconds = time.perf_counter() - self._started
+
+    def start(self, first_step: int) -> None:
+        """Keep the lines of earlier epochs and print the heading."""
+        super().start(first_step)
+        self.rows = [row for row in read_epochs(self.path) if int(row["epoch"]) < first_step]
+        print("  ".join(["epoch", f"{'total loss':>12}", *(f"{name:>10}" for name in self.columns.values()), "seconds"]), flush=True)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line, from a row of :func:`gfml.train.fit`."""
+        super().scalars(step, values)
+        if "train/loss" not in values:
+            return
+        row = {"epoch": str(step), "total loss": f"{values['train/loss'] * self.factor:.1f}"}
+        row |= {name: f"{values[key]:.4f}" if key in values else "" for key, name in self.columns.items()}
+        row["seconds"] = f"{self._seconds:.2f}"
+        self.rows.append(row)
+        numbers = (f"{row[name]:>10}" for name in self.columns.values())
+        print("  ".join([f"{step:>5}", f"{row['total loss']:>12}", *numbers, f"{row['seconds']:>7}"]), flush=True)
+        with atomic_open(self.path, newline="") as stream:
+            writer = csv.DictWriter(stream, list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def read_epochs(path: Path) -> list[dict[str, str]]:
+    """The lines stored so far; none without the file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))

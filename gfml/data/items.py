@@ -1,0 +1,268 @@
+"""What is known of items beside who took them: feature vectors, titles and genres, matched by the source's item ids.
+
+Files, each plain or gzip:
+
+    .npz            one id array (movie_id, item_id, item, id or ids) and tables [n, F]; ``has_NAME`` bool [n] says where
+                    the table NAME is filled; without ids a single table [I, F] in the order of the data's items
+    .npy            a table [I, F] in that order
+    .csv, .tsv      a header; one id column; numeric columns are features, and so are lists of words called genres,
+                    class, categories, tags or subjects (separated by ``|``, ``,`` or blanks), one 0/1 column a word
+    .item           the same, RecBole's typed header (``class:token_seq``); plain tokens count only when asked for
+    .dat            MovieLens' ``id::title::genres`` without a header
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gfml.data import registry
+from gfml.data.interactions import Interactions
+from gfml.data.readers import read_bytes
+from gfml.errors import UserError, suggest
+
+ID_NAMES = ("movie_id", "movieid", "item_id", "itemid", "item", "iid", "id", "ids", "item_ids")
+TITLE_NAMES = ("title", "movie_title", "name")
+GENRE_NAMES = ("genres", "genre", "class", "categories", "category", "tags", "subjects")
+
+
+class FeatureTable(NamedTuple):
+    """values float32 [I, F], zero where nothing is known; known bool [I]; blocks: name -> its columns."""
+
+    values: np.ndarray
+    known: np.ndarray
+    blocks: Mapping[str, slice]
+
+
+class ItemInfo(NamedTuple):
+    """Titles and genres of the data's items, in its order; empty where the file says nothing."""
+
+    titles: list[str]
+    genres: list[tuple[str, ...]]
+
+
+def beside(dataset: str, data_root: str | os.PathLike[str] | None, names: Iterable[str]) -> Path | None:
+    """The first of the files ``names`` (or NAME.gz) in the folder that holds a data set; None when there is none."""
+    known = registry.KNOWN.get(registry.ALIASES.get(dataset, dataset))
+    path = Path(dataset).expanduser()
+    if known is not None:
+        folders = registry.folders_of(known, registry.data_roots(data_root))
+    else:
+        folders = [path if path.is_dir() else path.parent] if path.exists() else []
+    found = (folder / f"{name}{end}" for folder in folders for name in names for end in ("", ".gz"))
+    return next((file for file in found if file.is_file()), None)
+
+
+def read_item_features(
+    file: str | os.PathLike[str], data: Interactions, columns: Sequence[str] | None = None
+) -> FeatureTable:
+    """Features of the data's items. columns: use only these tables or columns.
+
+    Raises UserError for a missing or unreadable file, no or unknown columns, rows that do not fit, and values that
+    are not finite.
+    """
+    path = _existing(file, "--features")
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    ids, blocks, filled = _arrays(path, columns) if suffix in ("npz", "npy") else _columns(path, columns)
+    rows = _rows(path, ids, data, len(next(iter(blocks.values()))))
+    place, parts, start = {}, [], 0
+    known = np.zeros(data.num_items, dtype=bool)
+    for name, block in blocks.items():
+        values = np.zeros((data.num_items, block.shape[1]), dtype=np.float32)
+        there = (rows >= 0) & filled.get(name, np.ones(len(rows), dtype=bool))
+        values[rows[there]] = block[there]
+        known[rows[there]] = True
+        if not np.isfinite(values).all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite, wanted finite features: mend the file")
+        parts.append(values)
+        place[name] = slice(start, start := start + block.shape[1])
+    if not known.any():
+        some = ", ".join(map(str, np.asarray(ids)[:3])) if ids is not None else ""
+        raise UserError(f"{path} knows none of the {data.num_items} items of {data.name} (its ids begin {some}): check --features")
+    return FeatureTable(np.concatenate(parts, 1), known, place)
+
+
+def standardised(table: FeatureTable) -> FeatureTable:
+    """Every column centred over the known items, every block divided by its own standard deviation; the rest stays 0."""
+    values = table.values.copy()
+    for columns in table.blocks.values():
+        rows = table.known & (table.values[:, columns] != 0).any(1)
+        block = values[:, columns][rows]
+        block -= block.mean(0)
+        values[np.ix_(rows, np.arange(columns.start, columns.stop))] = block / max(float(block.std()), 1e-12)
+    return table._replace(values=values)
+
+
+def read_item_info(file: str | os.PathLike[str], data: Interactions) -> ItemInfo:
+    """Titles and genres, as far as the file has such columns; UserError when it has neither."""
+    path = _existing(file, "--item-info")
+    table = _Table.read(path)
+    title, genre = table.find(TITLE_NAMES), table.find(GENRE_NAMES)
+    if title is None and genre is None:
+        raise UserError(f"{path} has no title and no genres, found {', '.join(table.cells)}: check --item-info")
+    rows = _rows(path, table.ids(), data, table.num_rows)
+    titles, genres = [""] * data.num_items, [()] * data.num_items
+    for row, item in enumerate(rows):
+        if item >= 0:
+            titles[item] = table.cells[title][row] if title else ""
+            genres[item] = tuple(table.words(genre)[row]) if genre else ()
+    return ItemInfo(titles, genres)
+
+
+def _existing(file: str | os.PathLike[str], flag: str) -> Path:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: check {flag}")
+    return path
+
+
+def _rows(path: Path, ids: Sequence | np.ndarray | None, data: Interactions, count: int) -> np.ndarray:
+    """The data's item of each row of the file, -1 where the data has no such item."""
+    if ids is None:
+        if count != data.num_items:
+            raise UserError(
+                f"{path} holds {count} rows without ids, wanted one for each of the {data.num_items} items of {data.name}: "
+                f"add an array of ids ({ID_NAMES[0]} or {ID_NAMES[2]}) or mend --features"
+            )
+        return np.arange(count)
+    names = np.arange(data.num_items) if data.item_ids is None else data.item_ids
+    place = {str(name): row for row, name in enumerate(names.tolist())}
+    words = [str(name) for name in np.asarray(ids).tolist()]
+    if len(set(words)) != len(words):
+        twice = next(word for row, word in enumerate(words) if word in set(words[:row]))
+        raise UserError(f"{path} has the id {twice} more than once, wanted one row an item: mend the file")
+    return np.array([place.get(word, -1) for word in words], dtype=np.int64)
+
+
+# -- arrays
+
+
+def _arrays(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray | None, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    try:
+        loaded = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+        arrays = {name: loaded[name] for name in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else {"table": loaded}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path} as .npy or .npz ({error}): wanted plain arrays") from None
+    ids = next((array for name, array in arrays.items() if name.lower() in ID_NAMES and array.ndim == 1), None)
+    tables = {name: array for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind in "biuf"}
+    tables = _chosen(path, tables, columns, "table [n, F] of numbers")
+    length = len(next(iter(tables.values()))) if ids is None else len(ids)
+    for name, table in tables.items():
+        if len(table) != length:
+            raise UserError(f"{path}: {name} has {len(table)} rows, wanted {length}, one for each id: mend the file")
+    filled = {name: arrays[f"has_{name}"].astype(bool) for name in tables if f"has_{name}" in arrays}
+    return ids, {name: table.astype(np.float32) for name, table in tables.items()}, filled
+
+
+def _chosen(path: Path, found: Mapping[str, np.ndarray], columns: Sequence[str] | None, wanted: str) -> dict[str, np.ndarray]:
+    if not found:
+        raise UserError(f"{path} holds no {wanted}: check --features, or name columns with --feature-columns")
+    unknown = next((name for name in columns or () if name not in found), None)
+    if unknown is not None:
+        raise UserError(f"{path} has no {unknown!r}, found {', '.join(found)}{suggest(unknown, found)}: mend --feature-columns")
+    return {name: found[name] for name in columns or found}
+
+
+# -- tables of text
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Cells by column. kinds: the type of a RecBole header, empty elsewhere."""
+
+    path: Path
+    cells: Mapping[str, list[str]]
+    kinds: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> _Table:
+        raw = read_bytes(path)
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            text = raw.decode("latin-1")
+        lines = text.splitlines()
+        if "::" in lines[0] and ".dat" in path.suffixes:
+            rows = [line.split("::") for line in lines if line.strip()]
+            head = ["id", "title", "genres"]
+        else:
+            separator = "\t" if "\t" in lines[0] else ("," if "," in lines[0] else ";")
+            head, *rows = [row for row in csv.reader(lines, delimiter=separator) if row]
+        wrong = next((number for number, row in enumerate(rows) if len(row) != len(head)), None)
+        if wrong is not None:
+            raise UserError(f"{path}, row {wrong + 1}: found {len(rows[wrong])} cells, wanted {len(head)}: mend the file")
+        typed = [name.partition(":") for name in head]
+        columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in head]
+        names = [name.strip() for name, _, _ in typed]
+        return cls(path, dict(zip(names, columns, strict=True)), {name: kind for name, (_, _, kind) in zip(names, typed, strict=True)})
+
+    @property
+    def num_rows(self) -> int:
+        return len(next(iter(self.cells.values())))
+
+    def find(self, names: Sequence[str]) -> str | None:
+        """The first column called one of ``names``, whatever its case."""
+        lower = {name.lower(): name for name in self.cells}
+        return next((lower[name] for name in names if name in lower), None)
+
+    def ids(self) -> list[str]:
+        name = self.find(ID_NAMES)
+        if name is None:
+            raise UserError(f"{self.path} has no id column, found {', '.join(self.cells)}: call one item_id")
+        return self.cells[name]
+
+    def words(self, name: str) -> list[list[str]]:
+        """The cells of a column as lists of words."""
+        cells = self.cells[name]
+        split = next((mark for mark in ("|", ",") if any(mark in cell for cell in cells)), " ")
+        return [[word.strip() for word in cell.split(split) if word.strip()] for cell in cells]
+
+    def numbers(self, name: str) -> np.ndarray | None:
+        """A column of numbers [n, F] (lists of equal length: F of them), or None; an empty cell is 0."""
+        split = [cell.split() for cell in self.cells[name]]
+        width = max(map(len, split), default=0)
+        flat = [word for words in split for word in (words or ["0"] * width)]
+        if not width or len(flat) != width * len(split) or not all(map(_is_number, flat)):
+            return None
+        return np.array(flat, dtype=np.float32).reshape(len(split), width)
+
+    def multi_hot(self, name: str) -> np.ndarray:
+        words = self.words(name)
+        place = {word: column for column, word in enumerate(sorted({word for row in words for word in row}))}
+        table = np.zeros((len(words), len(place)), dtype=np.float32)
+        for row, found in enumerate(words):
+            table[row, [place[word] for word in found]] = 1
+        return table
+
+
+def _columns(path: Path, columns: Sequence[str] | None) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    table = _Table.read(path)
+    ids = table.ids()
+    found = {}
+    for name in table.cells:
+        asked = columns is not None and name in columns
+        if table.cells[name] is ids or (columns is not None and not asked):
+            continue
+        numbers = table.numbers(name) if asked or not table.kinds[name].startswith("token") else None
+        if numbers is not None:
+            found[name] = numbers
+        elif asked or name.lower() in GENRE_NAMES:
+            found[name] = table.multi_hot(name)
+    known = dict.fromkeys(table.cells)
+    unknown = next((name for name in columns or () if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"{path} has no column {unknown!r}, found {', '.join(known)}{suggest(unknown, known)}: mend --feature-columns")
+    return ids, _chosen(path, found, None, f"column of numbers or genres (found {', '.join(known)})"), {}
+
+
+def _is_number(word: str) -> bool:
+    return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word))
