@@ -309,7 +309,8 @@ def learning_curves(runs: Sequence[Curves]) -> Figure:
     names = {run.select for run in runs}
     right.set(xlabel="epoch", title="Selection", ylabel=names.pop() if len(names) == 1 else "selecting metric")
     for axis in (left, right):
-        axis.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=3 if axis is left and len(runs) == 1 else 1)
+        if axis.lines:
+            axis.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=3 if axis is left and len(runs) == 1 else 1)
         _whole_epochs(axis)
     return figure
 
@@ -367,12 +368,9 @@ def grouped_bars(
 
 
 def mark_level(axis: Axes, values: Sequence[float], label: str) -> None:
-    """A dashed level across each group of bars."""
-    from matplotlib.patheffects import withStroke
-
+    """A level across each group of bars, in a colour that few series have."""
     places = np.arange(len(values))
-    axis.hlines(values, places - 0.46, places + 0.46, colors="#343942", linestyles=(0, (3, 2)), linewidth=1.6, label=label,
-                path_effects=[withStroke(linewidth=3.4, foreground="white")])  # fmt: skip
+    axis.hlines(values, places - 0.46, places + 0.46, colors=COLORS[6], linewidth=2.2, label=label)
 
 
 def scatter_with_trend(axis: Axes, x: np.ndarray, y: np.ndarray, color: str, *, bins: int = 12) -> None:

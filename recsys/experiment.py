@@ -20,9 +20,9 @@ from gfml.evaluation import evaluate
 from gfml.graph import build_graph
 from gfml.gravity import Gravity
 from gfml.mirror import MirrorGradient
-from gfml.runs import Run, load_state, seed_everything
+from gfml.runs import EXTENDABLE, Run, damaged, load_state, seed_everything
 from gfml.sampling import TripleSampler
-from gfml.train import Closure, FitResult, Step, Terms, WeightAverage, fit, plain_step
+from gfml.train import Closure, FitResult, Step, Terms, WeightAverage, fit, load_best, plain_step
 from recsys.model import MetricOptions, PairOptions, Recommender
 
 
@@ -140,23 +140,50 @@ def refit(
 ) -> tuple[Recommender, Interactions]:
     """A model trained anew on train and validation for the selected number of epochs, and that data.
 
-    It has a run directory of its own inside the run, so an interrupted refit continues too.
+    It has a run directory of its own inside the run, so an interrupted refit continues too, and a run that is
+    extended and selects another epoch has another refit.
     """
-    whole = data.refit()
+    whole, epochs = data.refit(), fitted.best_epoch or 0
+    config = {key: value for key, value in run.config.items() if key not in EXTENDABLE} | {"epochs": epochs}
     seed_everything(options.seed)
     model = build_model(options, whole, device)
     optimizer, scheduler, step, ema = build_training(options, model)
-    with Run.open(run.path, "recsys", run.config, name="refit") as inner:
+    with Run.open(run.path, "recsys", config, name=f"refit-{epochs}") as inner:
         if inner.is_done:
             model.load_state_dict(inner.load_best()["model"])
             return model.eval(), whole
         fit(
             model, optimizer, batches=build_sampler(options, whole, device).epoch, loss_fn=model.loss, step=step,
-            scheduler=scheduler, ema=ema, evaluate=None, select=None, run=inner, epochs=fitted.best_epoch or 0,
+            scheduler=scheduler, ema=ema, evaluate=None, select=None, run=inner, epochs=epochs,
             checkpoint_every=options.checkpoint_every, amp=options.amp, progress=options.progress,
         )
         inner.finish({"selection": {**fitted.selection(), "refit": "on train and validation, for the selected epochs"}})
     return model, whole
+
+
+def trained_on(options: Options, data: Interactions) -> Interactions:
+    """The data that the reported weights saw: with ``--refit`` validation is part of train."""
+    return data.refit() if options.refit else data
+
+
+def load_reported(
+    options: Options, data: Interactions, device: torch.device, path: Path, *, done: bool = True
+) -> tuple[Recommender, Interactions]:
+    """The model that a run's result is about, in eval mode, and the data it was trained on.
+
+    done False: the best weights so far of an unfinished run. UserError when the file is missing or damaged.
+    """
+    if not done:
+        model = build_model(options, data, device)
+        load_best(model, path)
+        return model.eval(), data
+    data = trained_on(options, data)
+    model, saved = build_model(options, data, device), load_state(path / "final.pt")
+    try:
+        model.load_state_dict(saved["model"])
+    except (KeyError, RuntimeError) as error:
+        raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
+    return model.eval(), data
 
 
 def describe(options: Options, data: Interactions, model: Recommender, device: torch.device, run: Run) -> str:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gfml.data.options import load_from_args
     from gfml.runs import Run, seed_everything
     from gfml.tracking import Tracker
-    from gfml.train import fit, load_best
+    from gfml.train import fit
 
     device = resolve_device(options)
     set_threads(options)
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.check_data(data.fingerprint)
 
         seed_everything(options.seed)
-        model = experiment.build_model(options, data, device)
         if options.eval_only:
-            load_best(model, run.path)
+            model, data = experiment.load_reported(options, data, device, run.path, done=run.is_done)
             print_result(judge(options, data, model, None, run), run.path)
             return 0
+        model = experiment.build_model(options, data, device)
         print(experiment.describe(options, data, model, device, run), file=sys.stderr)
 
         with Tracker(run.file("tensorboard") if options.tensorboard else None) as tracker:

@@ -53,6 +53,7 @@ def build_parser() -> Parser:
     parser.add_argument("--format", choices=("csv", "json"), default="csv", help="form of the output")
     parser.add_argument("--output", metavar="FILE", help="file to write (default: standard output)")
     where = parser.add_argument_group("where things are")
+    where.add_argument("--dataset", metavar="PATH", help="name, file or folder of the data now (default: as for the run)")
     where.add_argument("--data-root", metavar="DIR", help="where the data lies now (default: as for the run)")
     where.add_argument("--cache-dir", metavar="DIR", help="where parsed data is kept (default: as for the run)")
     where.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
@@ -63,7 +64,10 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     titles = None if options.titles is None else read_titles(options.titles)
-    loaded = load_run(options.run, data_root=options.data_root, cache_dir=options.cache_dir, device=options.device, threads=options.threads)
+    loaded = load_run(
+        options.run, dataset=options.dataset, data_root=options.data_root, cache_dir=options.cache_dir, device=options.device,
+        threads=options.threads,
+    )  # fmt: skip
     if options.similar_items:
         lists = similar_items(loaded, loaded.find_items(options.similar_items), options.top)
     else:
@@ -126,6 +130,7 @@ class Lists:
 def load_run(
     path: str | os.PathLike[str],
     *,
+    dataset: str | None = None,
     data_root: str | None = None,
     cache_dir: str | None = None,
     device: str = "auto",
@@ -133,32 +138,27 @@ def load_run(
 ) -> LoadedRun:
     """Data and reported weights of a finished run.
 
-    data_root, cache_dir: where the data lies now, if not where it lay. Raises UserError when there is no run,
+    dataset, data_root, cache_dir: where the data lies now, if not where it lay. Raises UserError when there is no run,
     it is not finished, its data is gone or has changed, or its weights are damaged.
     """
     path = Path(path)
     _require_finished(path)
-    moved = {"--data-root": data_root, "--cache-dir": cache_dir, "--device": device, "--threads": threads}
+    moved = {"--dataset": dataset, "--data-root": data_root, "--cache-dir": cache_dir, "--device": device, "--threads": threads}
     # The tables come from the run itself: a file that it started from may be gone.
     flags = [f"--config={path / 'config.toml'}", "--pretrain=0"]
     options = parse([*flags, *(f"{flag}={value}" for flag, value in moved.items() if value is not None)])
 
     # Heavy imports wait until the run is known to be there.
-    from recsys.experiment import build_model
+    from recsys.experiment import load_reported, trained_on
 
     from gfml.data.options import load_from_args
-    from gfml.runs import damaged, load_state
 
     target = resolve_device(options)
     set_threads(options)
     data = load_from_args(options)
-    _require_same_data(path, data)
-    model = build_model(options, data.refit() if options.refit else data, target)
-    try:
-        model.load_state_dict(load_state(path / "final.pt")["model"])
-    except (KeyError, RuntimeError) as error:
-        raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
-    return LoadedRun(options, data, model.eval())
+    _require_same_data(path, trained_on(options, data))
+    model, data = load_reported(options, data, target, path)
+    return LoadedRun(options, data, model)
 
 
 def recommend(run: LoadedRun, users: Sequence[int], top: int, *, include_seen: bool = False) -> Lists:
@@ -318,7 +318,7 @@ def _require_same_data(path: Path, data: Interactions) -> None:
     if found != data.fingerprint:
         raise UserError(
             f"the data has changed since {path} was trained ({str(found)[:12]}, now {data.fingerprint[:12]}): "
-            "bring the old data back, say where it is with --data-root, or train anew"
+            "bring the old data back, say where it is with --dataset or --data-root, or train anew"
         )
 
 

@@ -371,7 +371,7 @@ def _popularity_groups(page: Page, runs: Sequence[StoredRun], name: str) -> None
     page.figure(
         f"groups-{_slug(name)}" if name else "groups", _draw_groups(runs, k),
         f"Left: recall@{k} counting only the items of a group. Right: share of all recommended slots that the group fills; "
-        "the dashed level is its share of train interactions.",
+        "the level line is its share of train interactions.",
     )  # fmt: skip
     page.table(["", *(text.replace("\n", " ") for text in FIFTH_NAMES)], _group_rows(runs, k))
 

@@ -1,0 +1,485 @@
+"""The recommender program from its command line: the whole grid, bad inputs, stopping and going on."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import recsys.experiment as experiment
+import recsys.results as results
+from gfml.cli import run_main
+from gfml.runs import load_state, read_metrics, read_result
+from recsys.main import main
+from recsys.options import DEMO_DEFAULTS, LOSSES, MODELS, build_parser, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+DISTS, MASSES = ("l1", "l2", "kl", "emd"), ("user", "item", "both", "none")
+GRAVITY_LOSSES = ("gravity", "mix", "bpr_gra", "mix_bpr")
+PLAIN_CELLS = [(model, loss, "l2", "both") for model in MODELS for loss in LOSSES if loss not in GRAVITY_LOSSES]
+GRAVITY_CELLS = [(m, loss, d, mass) for m in MODELS for loss in GRAVITY_LOSSES for d in DISTS for mass in MASSES]
+CELLS = PLAIN_CELLS + GRAVITY_CELLS
+RUN_FILES = {"config.toml", "run.json", "metrics.jsonl", "last.pt", "best.pt", "final.pt", "result.json", "analysis.npz", "done"}
+# Every flag of the published recommender with its default.
+PUBLISHED = {
+    "bpr_batch": 2048, "recdim": 64, "layer": 3, "lr": 0.001, "decay": 1e-4, "dropout": 0, "keepprob": 0.6, "a_fold": 100,
+    "testbatch": 100, "path": "./checkpoints", "topks": (10, 20), "tensorboard": 0, "comment": "lgn", "load": 0,
+    "epochs": 1000, "multicore": 0, "pretrain": 0, "seed": 2020, "model": "mf", "lamb": 1.0, "mix_ratio": 0.5,
+    "loss_mode": "gravity", "dist_mode": "l2", "mass_mode": "both", "exp_name": "Apple", "ema_on": 1, "lam_d": 0.995,
+    "emb_norm": 1, "weight_decay": 1e-2, "lr_decay": 1e-2, "gpu_id": 0, "ES": 1, "infer_mode": "mat", "features": None,
+    "margin": 1.9, "master_learning_rate": 0.1, "clip_norm": 1.0, "hidden_layer_dim": 64, "dropout_rate": 0.2,
+    "feature_l2_reg": 0.1, "feature_projection_scaling_factor": 0.5, "use_rank_weight": False, "use_cov_loss": False,
+    "cov_loss_weight": 1.0,
+}  # fmt: skip
+
+
+def losses(run):
+    return [row["train/loss"] for row in read_metrics(run) if "train/loss" in row]
+
+
+def same_state(first, second):
+    """Whether two stored states are equal, bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_state(first[key], second[key]) for key in first)
+    return first == second
+
+
+def trained(run):
+    return load_state(run / "final.pt")["model"]
+
+
+# -- the grid
+
+
+@pytest.mark.parametrize(("model", "loss", "dist", "mass"), CELLS, ids=["-".join(cell) for cell in CELLS])
+def test_every_cell_runs(train, tmp_path, model, loss, dist, mass):
+    run = train(tmp_path, "cell", "--model", model, "--loss_mode", loss, "--dist_mode", dist, "--mass_mode", mass)
+    assert {entry.name for entry in run.iterdir()} >= RUN_FILES
+    assert len(losses(run)) == 2 and all(math.isfinite(value) for row in read_metrics(run) for value in row.values())
+    assert 0 <= read_result(run)["test"]["recall@10"] <= 1
+    named = {name.removeprefix("gravity.mass.") for name in trained(run) if name.startswith("gravity.mass.")}
+    assert named == {"user", "item"} & {"both": {"user", "item"}, "none": set()}.get(mass, {mass})
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_falls(train, tmp_path, model, loss):
+    run = train(tmp_path, "longer", "--model", model, "--loss_mode", loss, "--epochs", "20", "--lr", "3e-2", "--eval-every", "20")
+    found = losses(run)
+    assert len(found) == 20 and all(map(math.isfinite, found))
+    assert np.mean(found[-3:]) < 0.98 * found[0]
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "cml"])
+def test_the_published_formulas_run(train, tmp_path, loss):
+    run = train(tmp_path, "compat", "--compat", "1", "--loss_mode", loss, "--weight_decay", "1e-5")
+    config = tomllib.loads((run / "config.toml").read_text())
+    assert (config["mass_combine"], config["mass_param"], config["infer_mode"]) == ("product", "relu", "original")
+    assert len(losses(run)) == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mirror two_step", "--mirror fused --mirror-clip 1.0", "--mirror precond", "--clip-grad 0.5", "--sampler interaction",
+        "--sampler per_user", "--num-neg 4", "--learn-lamb", "--lr-schedule cosine", "--lr-schedule step", "--ema-scope all",
+        "--ema_on 0 --lr_decay 0", "--model lgn --dropout 1 --undirected-dropout", "--model lgn --combine sum --num-layers 1",
+        "--model cml --loss_mode cml --use_rank_weight --use_cov_loss", "--infer_mode dot", "--mass-scale 0.5", "--amp",
+        "--loss_mode mix --mass_combine product --mass_param exp", "--dist_mode emd --emd-input softmax",
+        "--dist_mode kl --kl-kind softmax --lamb 2", "--split global --split-ratios 0.7 0.1 0.2", "--epochs 0",
+        "--mass_init xavier --mass_adamw 1 --emb_norm 0", "--model cml --mirror two_step --mirror-every 2",
+    ],
+)  # fmt: skip
+def test_further_flags_run(train, tmp_path, flags):
+    run = train(tmp_path, "further", *flags.split())
+    assert math.isfinite(read_result(run)["test"]["ndcg@10"])
+
+
+def test_tables_start_from_an_earlier_run(train, tmp_path):
+    first = train(tmp_path, "first")
+    second = train(tmp_path, "second", "--pretrain", "1", "--pretrain-file", str(first), "--epochs", "0")
+    assert torch.equal(trained(first)["encoder.nodes"], trained(second)["encoder.nodes"])
+
+
+def test_item_features_are_regularised(train, tmp_path):
+    np.save(tmp_path / "features.npy", np.random.default_rng(0).random((40, 5), dtype=np.float32))
+    run = train(tmp_path, "features", "--model", "cml", "--loss_mode", "cml", "--features", str(tmp_path / "features.npy"))
+    assert all(row["train/features"] > 0 for row in read_metrics(run))
+
+
+# -- flags
+
+
+def test_published_flags_have_their_defaults():
+    options, parser = vars(parse(["--dataset", "ml1m"])), build_parser()
+    for name, default in PUBLISHED.items():
+        assert options[parser._option_string_actions[f"--{name}"].dest] == default, name
+
+
+def test_the_bare_program_has_settings_of_its_own():
+    """Those of the embedded data; a flag that is given wins, and other data has the published defaults."""
+    bare, given = vars(parse([])), vars(parse(["--lr", "0.25", "--epochs", "3"]))
+    assert bare["dataset"] == "demo"
+    for name, value in DEMO_DEFAULTS.items():
+        assert bare[name] == value
+        assert given[name] == {"lr": 0.25, "epochs": 3}.get(name, value)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_flags_are_accepted(name):
+    parser = build_parser()
+    action = parser._option_string_actions[f"--{name}"]
+    switch = action.nargs == 0
+    options = parse([f"--{name}"] if switch else [f"--{name}", str(PUBLISHED[name]).strip("()")])
+    assert getattr(options, action.dest) == (True if switch else PUBLISHED[name])
+    assert action.dest in options.explicit
+
+
+def test_flags_without_effect_say_so(capsys):
+    parse(["--a_fold", "50"])
+    assert "--a_fold has no effect" in capsys.readouterr().err
+    parse(["--a_fold", "100"])
+    assert capsys.readouterr().err == ""
+
+
+def test_help_is_quick_and_light_from_anywhere(run_script, tmp_path):
+    started = time.perf_counter()
+    shown = run_script("recsys/main.py", "--help", cwd=tmp_path)
+    assert shown.returncode == 0 and "--loss_mode" in shown.stdout
+    assert time.perf_counter() - started < 5
+    code = (
+        "import runpy, sys\nsys.argv = ['main.py', '--help']\n"
+        f"try: runpy.run_path({str(ROOT / 'recsys' / 'main.py')!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path).returncode == 0
+
+
+def test_the_program_runs_from_another_directory(run_script, tmp_path):
+    flags = "--dataset synthetic --demo-users 60 --demo-items 40 --demo-interactions 900 --epochs 1 --baselines none --report 0"
+    done = run_script("recsys/main.py", *flags.split(), "--topks", "5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "recall@5" in done.stdout and len(list((tmp_path / "runs").glob("recsys-synthetic-mf-gravity-*/done"))) == 1
+
+
+# -- bad inputs: exit code 2 and one line that names what was found and what to do
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--dataset", "gowala"], ["unknown data set 'gowala'", "did you mean 'gowalla'"]),
+        (["--dataset", "no/such.csv"], ["no file or folder no/such.csv"]),
+        (["--dataset", "lastfm", "--no-download", "--data-root", "no/such/place"], ["lastfm", "no/such/place"]),
+        (["--loss-modes", "bpr"], ["unknown flag --loss-modes", "did you mean '--loss_mode'"]),
+        (["--loss_mode", "gravty"], ["unknown value 'gravty'", "gravity", "did you mean 'gravity'"]),
+        (["--dist_mode", "l3"], ["--dist_mode", "l1, l2, kl, emd"]),
+        (["--model", "gcn"], ["--model", "mf, lgn, cml"]),
+        (["--mass_mode", "items"], ["did you mean 'item'"]),
+        (["--topks", "5", "50"], ["list length of 50", "40 items", "--topks"]),
+        (["--es_metric", "ndcg@41"], ["list length of 41", "40 items"]),
+        (["--es_metric", "ndgc@20"], ["--es_metric 'ndgc@20'", "ndcg"]),
+        (["--topks", "ten"], ["--topks", "ten"]),
+        (["--lamb", "0"], ["--lamb", "'0'", "> 0"]),
+        (["--lamb", "-1.5"], ["--lamb", "'-1.5'", "> 0"]),
+        (["--lamb", "nan"], ["--lamb", "'nan'"]),
+        (["--mix_ratio", "1.5"], ["--mix_ratio", "<= 1"]),
+        (["--batch-size", "0"], ["0", ">= 1"]),
+        (["--lr", "1e30"], ["the loss is", "epoch", "gravity", "lower --lr"]),
+        (["--loss_mode", "bpr", "--lr", "1e30"], ["the loss is", "epoch", "dot", "lower --lr"]),
+        (["--demo-users", "0"], ["num_users >= 1"]),
+        (["--load", "1"], ["--load 1 found no checkpoint"]),
+        (["--eval-only"], ["there is no run"]),
+        (["--val_ratio", "0"], ["no validation part", "--val_ratio"]),
+        (["--val_ratio", "1"], ["validation ratio of 1", "--val_ratio"]),
+        (["--pretrain", "1"], ["--pretrain-file"]),
+        (["--pretrain", "1", "--pretrain-file", "no/such.npz"], ["no/such.npz"]),
+        (["--model", "cml", "--loss_mode", "cml", "--features", "no/such.npy"], ["no/such.npy"]),
+        (["--features", "some.npy"], ["--loss_mode cml"]),
+        (["--compat", "1", "--dist_mode", "kl"], ["--infer_mode"]),
+        (["--es_on", "test", "--refit"], ["--refit"]),
+        (["--mirror", "fused", "--clip-grad", "1"], ["--mirror-clip"]),
+        (["--device", "cuda:99"], ["CUDA"]),
+        (["--baselines", "none", "ease"], ["none"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_bad_flags(fail, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--dataset", "synthetic", "--demo-users", "60", "--demo-items", "40", "--demo-interactions", "900"]
+    tiny = tiny if "--dataset" not in flags else []
+    rest = ["--epochs", "2", "--embedding-dim", "8", "--topks", "5", "--es_metric", "ndcg@5", "--baselines", "none", "--no-progress"]
+    line = fail(main, *tiny, *rest, "--out", str(tmp_path / "runs"), *flags)
+    for word in words:
+        assert word in line, line
+
+
+def test_an_unknown_config_key(fail, tmp_path):
+    (tmp_path / "typo.toml").write_text('loss_mod = "bpr"\n')
+    line = fail(main, "--config", str(tmp_path / "typo.toml"))
+    assert "typo.toml" in line and "'loss_mod'" in line and "did you mean 'loss_mode'" in line
+
+
+def test_a_bad_choice_in_a_config(fail, tmp_path):
+    (tmp_path / "bad.toml").write_text('loss_mode = "bpq"\n')
+    line = fail(main, "--config", str(tmp_path / "bad.toml"))
+    assert "bad.toml" in line and "did you mean 'bpr'" in line
+
+
+@pytest.mark.parametrize(
+    ("train_text", "test_text", "words"),
+    [
+        ("", "0 3\n", ["train.txt is empty"]),
+        ("0 1 2\n1 x 3\n", "0 3\n", ["line 2", "'x'"]),
+        ("0 1 2\n1 2.5 3\n", "0 3\n", ["line 2", "'2.5'"]),
+        ("0 1 2\n-1 4 3\n", "0 3\n", ["line 2", "'-1'"]),
+        ("0 1 2\n1 4 3\n", "", ["test.txt is empty"]),
+        ("0 1 2\n1 4 3\n", "0 2\n", ["no test interactions"]),
+    ],
+)
+def test_bad_data_files(fail, tmp_path, train_text, test_text, words):
+    (tmp_path / "train.txt").write_text(train_text)
+    (tmp_path / "test.txt").write_text(test_text)
+    line = fail(main, "--dataset", str(tmp_path), "--out", str(tmp_path / "runs"), "--no-cache", "--topks", "2", "--es_metric", "ndcg@2",
+                "--es_on", "test")  # fmt: skip
+    for word in words:
+        assert word in line, line
+
+
+def test_doubtful_data_is_used_with_notes(train, tmp_path, capsys):
+    """A user without items, a test pair that train has, and a repeated pair."""
+    (tmp_path / "train.txt").write_text("0 1 2 3 4 5 6 6\n1\n2 1 2 3 7 8 9\n")
+    (tmp_path / "test.txt").write_text("0 7 1\n1 3\n2 5\n")
+    flags = ["--out", str(tmp_path), "--run-name", "run", "--baselines", "popularity", "--report", "0", "--no-cache", "--no-progress"]
+    assert run_main(main, ["--dataset", str(tmp_path), "--epochs", "1", "--topks", "2", "--es_metric", "ndcg@2", *flags]) == 0
+    notes = capsys.readouterr().err
+    assert "users without train pairs: 1" in notes and "test pairs also in train or valid, dropped: 1" in notes
+    assert read_result(tmp_path / "run")["cold_users"] == 1
+
+
+def test_an_output_directory_that_cannot_be_written(fail, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = fail(main, "--dataset", "synthetic", "--out", str(tmp_path / "file" / "runs"), "--baselines", "none")
+    assert "cannot write" in line and "--out" in line
+
+
+# -- stopping and going on
+
+
+def stop_at_evaluation(monkeypatch, number):
+    """Ctrl-C at the start of that evaluation."""
+    judge, calls = experiment.metrics, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return judge(*args)
+
+    monkeypatch.setattr(experiment, "metrics", interrupted)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss_mode gravity --learn-lamb --lr-schedule cosine --amp",
+        "--model lgn --loss_mode mix_bpr --dropout 1 --ema-scope all",
+        "--model cml --loss_mode cml --use_rank_weight --sampler interaction",
+        "--loss_mode bpr_gra --mirror two_step --num-neg 3 --checkpoint-every 1",
+        "--loss_mode gravity --refit --eval-every 2",
+    ],
+)
+def test_an_interrupted_run_continues_exactly(train, tmp_path, monkeypatch, capsys, flags):
+    words = [*flags.split(), "--epochs", "6", "--lr", "1e-2"]
+    words += [] if "--eval-every" in words else ["--eval-every", "1"]
+    whole = train(tmp_path, "whole", *words)
+    with monkeypatch.context() as patch:
+        stop_at_evaluation(patch, 3)
+        with pytest.raises(AssertionError):
+            train(tmp_path, "parts", *words)
+    assert "--resume" in capsys.readouterr().err and not (tmp_path / "parts" / "done").exists()
+    assert 0 < len(read_metrics(tmp_path / "parts")) < 6
+    parts = train(tmp_path, "parts", *words)
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    assert same_state(trained(whole), trained(parts))
+    assert same_state(load_state(whole / "best.pt"), load_state(parts / "best.pt"))
+    first, second = read_result(whole), read_result(parts)
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_an_interrupted_refit_continues_exactly(train, tmp_path, monkeypatch):
+    words = ["--refit", "--epochs", "4", "--lr", "2e-2", "--checkpoint-every", "1"]
+    whole = train(tmp_path, "whole", *words)
+    with monkeypatch.context() as patch:
+        # The sampler is asked for epochs 1 .. 4 first; what follows is the refit.
+        sample, calls = experiment.TripleSampler.epoch, []
+
+        def interrupted(self, epoch):
+            calls.append(epoch)
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return sample(self, epoch)
+
+        patch.setattr(experiment.TripleSampler, "epoch", interrupted)
+        with pytest.raises(AssertionError):
+            train(tmp_path, "parts", *words)
+    parts = train(tmp_path, "parts", *words)
+    assert same_state(trained(whole), trained(parts))
+    assert read_result(whole)["test"] == read_result(parts)["test"]
+
+
+def test_a_run_that_failed_continues_too(train, tmp_path, monkeypatch):
+    whole = train(tmp_path, "whole", "--epochs", "4", "--checkpoint-every", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "judge", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, "parts", "--epochs", "4", "--checkpoint-every", "1")
+    assert "ZeroDivisionError" in (tmp_path / "parts" / "failed").read_text()
+    parts = train(tmp_path, "parts", "--epochs", "4", "--checkpoint-every", "1")
+    assert not (parts / "failed").exists() and same_state(trained(whole), trained(parts))
+
+
+def test_more_epochs_continue_a_finished_run(train, tmp_path):
+    whole = train(tmp_path, "whole", "--epochs", "5")
+    parts = train(tmp_path, "parts", "--epochs", "3")
+    assert run_main(main, ["--resume", str(parts), "--epochs", "5"]) == 0
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    assert same_state(trained(whole), trained(parts))
+
+
+def test_a_longer_run_with_refit_has_a_new_refit(train, tmp_path):
+    """Whatever epoch each of them selects."""
+    whole = train(tmp_path, "whole", "--epochs", "8", "--refit", "--lr", "2e-2")
+    parts = train(tmp_path, "parts", "--epochs", "2", "--refit", "--lr", "2e-2")
+    assert run_main(main, ["--resume", str(parts), "--epochs", "8"]) == 0
+    assert same_state(trained(whole), trained(parts))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"not a checkpoint"])
+def test_a_corrupted_checkpoint(train, fail, tmp_path, monkeypatch, damage):
+    with monkeypatch.context() as patch:
+        stop_at_evaluation(patch, 3)
+        with pytest.raises(AssertionError):
+            train(tmp_path, "run", "--epochs", "5")
+    checkpoint = tmp_path / "run" / "last.pt"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    line = fail(main, "--resume", str(tmp_path / "run"))
+    assert "last.pt" in line and "--overwrite" in line
+
+
+def test_overwrite_keeps_the_earlier_run(train, tmp_path):
+    first = train(tmp_path, "run")
+    before = (first / "result.json").read_bytes()
+    train(tmp_path, "run", "--overwrite")
+    assert (tmp_path / "run~1" / "result.json").read_bytes() == before
+
+
+def test_a_finished_run_is_shown_not_trained(train, tmp_path, monkeypatch, capsys):
+    run = train(tmp_path, "run")
+    capsys.readouterr()
+    monkeypatch.setattr(experiment, "build_model", lambda *_: pytest.fail("a finished run was built again"))
+    train(tmp_path, "run")
+    shown = capsys.readouterr().out
+    assert "is done" in shown and f"{read_result(run)['test']['recall@10']:.4f}" in shown
+
+
+def test_load_continues_an_earlier_run(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at_evaluation(patch, 2)
+        with pytest.raises(AssertionError):
+            train(tmp_path, "run", "--epochs", "3")
+    run = train(tmp_path, "run", "--epochs", "3", "--load", "1")
+    assert len(losses(run)) == 3
+
+
+def test_changed_data_is_noticed(train, fail, tmp_path, monkeypatch):
+    def write(last):
+        rows = np.random.default_rng(0).integers(0, 30, size=(400, 2))
+        lines = [f"{user},{item}" for user, item in rows.tolist()]
+        (tmp_path / "mine.csv").write_text("\n".join(["user,item", *lines, last]))
+
+    flags = ["--dataset", str(tmp_path / "mine.csv"), "--no-cache", "--baselines", "none", "--report", "0", "--topks", "5",
+             "--es_metric", "ndcg@5", "--out", str(tmp_path), "--run-name", "run", "--epochs", "4", "--eval-every", "1"]  # fmt: skip
+    write("1,2")
+    with monkeypatch.context() as patch:
+        stop_at_evaluation(patch, 2)
+        assert run_main(main, flags) == 130
+    write("77,78")
+    assert "data has changed" in fail(main, *flags)
+
+
+# -- what is reported
+
+
+def test_selection_on_test_is_labelled(train, tmp_path, capsys):
+    run = train(tmp_path, "run", "--es_on", "test")
+    shown, result = capsys.readouterr(), read_result(run)
+    assert result["selection"]["split"] == "test" and "selected on test (optimistic" in result["selection"]["protocol"]
+    assert "selected on test (optimistic" in shown.out and "TEST, the original protocol" in shown.err
+    assert result["data"]["valid"] == 0 and "val" not in result
+    assert any("test/ndcg@10" in row for row in read_metrics(run))
+
+
+def test_selection_on_validation_never_reads_test(train, tmp_path, monkeypatch):
+    seen, judge = [], experiment.metrics
+    monkeypatch.setattr(experiment, "metrics", lambda o, d, m, split: seen.append(split) or judge(o, d, m, split))
+    run = train(tmp_path, "run")
+    assert seen == ["valid", "valid"]
+    selection, rows = read_result(run)["selection"], read_metrics(run)
+    assert selection["value"] == max(row["val/ndcg@10"] for row in rows) == read_result(run)["val"]["ndcg@10"]
+
+
+@pytest.mark.parametrize("flags", ["--loss_mode mix", "--model lgn --loss_mode gravity --ema-scope all", "--refit", "--es_on test"])
+def test_eval_only_repeats_the_stored_numbers(train, tmp_path, monkeypatch, flags):
+    words = [*flags.split(), "--epochs", "5", "--lr", "2e-2"]
+    run = train(tmp_path, "run", *words)
+    before = {file.name: file.stat().st_mtime_ns for file in run.iterdir()}
+    shown = []
+    monkeypatch.setattr(results, "print_result", lambda result, path: shown.append(result))
+    train(tmp_path, "run", *words, "--eval-only")
+    stored = read_result(run)
+    for key in ("test", "val", "selection", "mass", "mass_curve", "data"):
+        assert shown[0].get(key) == stored.get(key), key
+    assert {file.name: file.stat().st_mtime_ns for file in run.iterdir()} == before
+
+
+def test_refit_trains_on_validation_too(train, tmp_path):
+    plain, refit = train(tmp_path, "plain", "--epochs", "4"), train(tmp_path, "refit", "--epochs", "4", "--refit")
+    first, second = read_result(plain), read_result(refit)
+    assert second["selection"]["protocol"].endswith("trained anew on train and validation")
+    assert second["selection"]["epoch"] == first["selection"]["epoch"]
+    assert second["data"]["train"] == first["data"]["train"] + first["data"]["valid"]
+    assert not same_state(trained(plain), trained(refit))
+    assert len(losses(refit / f"refit-{second['selection']['epoch']}")) == second["selection"]["epoch"]
+
+
+def test_the_same_seed_gives_the_same_run(train, tmp_path):
+    first, second = train(tmp_path, "first", "--epochs", "4"), train(tmp_path, "second", "--epochs", "4")
+    other = train(tmp_path, "other", "--epochs", "4", "--seed", "8")
+    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
+    assert read_result(first)["test"] == read_result(second)["test"]
+    assert losses(first) != losses(other)
+
+
+def test_more_epochs_leave_the_first_ones_alone(train, tmp_path):
+    short, long = train(tmp_path, "short", "--epochs", "2"), train(tmp_path, "long", "--epochs", "5")
+    assert read_metrics(short) == read_metrics(long)[:2]
+
+
+def test_baselines_stand_in_the_result(train, tmp_path):
+    run = train(tmp_path, "run", "--baselines", "popularity", "item-knn", "ease")
+    found = read_result(run)["baselines"]
+    assert list(found) == ["popularity", "item-knn", "ease"]
+    for row in found.values():
+        assert row["test"].keys() >= {"recall@10", "ndcg@5", "tail_recall@10", "gini@10"}
+    assert json.loads((run / "result.json").read_text())["model"] == "mf gravity"
