@@ -19,11 +19,8 @@ from gfml.encoders import Tables
 from gfml.losses import project_to_ball_
 from gfml.topk import Scorer
 from hlrm.data import History, PairBatch
-from hlrm.relations import Attended, DiagonalRelation, MemoryRelation
+from hlrm.relations import DISTANCE_EPS, Attended, DiagonalRelation, MemoryRelation
 from hlrm.scoring import DiagonalScorer, MemoryScorer, TranslatedScorer, neighbour_means
-
-# Added to every coordinate difference of a plain (not squared) distance, as in the port: the root has a gradient at 0.
-DISTANCE_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,12 @@ def distances(query: Tensor, items: Tensor, squared: bool) -> Tensor:
 
 @torch.no_grad()
 def clip_rows_(table: Tensor, radius: float = 1.0, *, compat: bool = False) -> None:
-    """In place: pull rows longer than ``radius`` onto the sphere; compat: times min(1, radius / (norm + 1e-7))."""
+    """In place: pull rows longer than ``radius`` onto the sphere; compat: just inside it, times radius / (norm + 1e-7)."""
     if not compat:
         project_to_ball_(table, radius=radius)
         return
     norm = table.norm(dim=1, keepdim=True)
-    table.mul_((radius / (norm + 1e-7)).clamp_max(1))
+    table.mul_(torch.where(norm > radius, radius / (norm + 1e-7), torch.ones_like(norm)))
 
 
 class RelationModel(nn.Module):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 KINDS = ("base", "plus")
+# Added to every coordinate difference of a plain (not squared) distance, as in the port: the root has a gradient at 0.
+DISTANCE_EPS = 1e-6
 
 
 class Attended(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gfml.topk import Factors
 from hlrm.data import History
-from hlrm.relations import DiagonalRelation, MemoryRelation, slot_weights
+from hlrm.relations import DISTANCE_EPS, DiagonalRelation, MemoryRelation, slot_weights
 
 # Floats of the largest temporary: what fits a core's cache beats larger blocks two to one, a GPU wants them large.
 CPU_FLOATS = 1 << 18
@@ -143,7 +143,12 @@ class MemoryScorer(_RelationScorer):
         inner.add_((user @ memory.T)[:, None], alpha=2).sub_(item @ memory.T, alpha=2)
         sq_distance = inner.mul_(mixed).sum(2).addmm_(user, item.T, alpha=-2)
         sq_distance.add_(user.square().sum(1, keepdim=True)).add_(item.square().sum(1))
-        return sq_distance.neg_() if self.squared else sq_distance.clamp_min_(0).sqrt_().neg_()
+        if self.squared:
+            return sq_distance.neg_()
+        # |x + e|^2 = |x|^2 + 2 e sum(x) + D e^2, for the e that plain distances add to every coordinate.
+        total = mixed @ memory.sum(1) + user.sum(1, keepdim=True) - item.sum(1)
+        sq_distance.add_(total, alpha=2 * DISTANCE_EPS).add_(user.shape[1] * DISTANCE_EPS**2)
+        return sq_distance.clamp_min_(0).sqrt_().neg_()
 
 
 class DiagonalScorer(_RelationScorer):
@@ -171,7 +176,7 @@ class DiagonalScorer(_RelationScorer):
         user, ids, mask = self.user[users], self.history.ids[users], self.history.mask[users]
         items = item.expand(len(users), *item.shape)
         moved = user[:, None] + self.relation(user, items, self.item[ids], mask).vector - item
-        return -(moved.square().sum(2) if self.squared else (moved + 1e-6).norm(dim=2))
+        return -(moved.square().sum(2) if self.squared else (moved + DISTANCE_EPS).norm(dim=2))
 
 
 class TranslatedScorer:
