@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from gfml.data.interactions import Interactions
     from gfml.topk import Scorer
 
+# Where published data sets keep their titles.
+INFO_FILES = ("movies.dat", "ml-100k.item")
 # So many ids are searched for a near one when an id is unknown; difflib takes seconds for more.
 SUGGEST_AMONG = 20_000
 # One block of scores; a scorer holds two or three of that size at a time.
@@ -49,7 +51,8 @@ def build_parser() -> Parser:
     what.add_argument("--similar-items", nargs="+", metavar="ID", help="instead: the items nearest to these items")
     parser.add_argument("--top", type=number(int, least=1), default=20, metavar="N", help="length of a list")
     parser.add_argument("--include-seen", action="store_true", help="keep items the user has in train or validation")
-    parser.add_argument("--titles", metavar="FILE", help="CSV with the columns id and title; adds a column")
+    parser.add_argument("--item-info", "--titles", metavar="FILE",
+                        help="table with ids and titles (.csv, .tsv, .item, movies.dat; default: the data set's own, if any)")
     parser.add_argument("--format", choices=("csv", "json"), default="csv", help="form of the output")
     parser.add_argument("--output", metavar="FILE", help="file to write (default: standard output)")
     where = parser.add_argument_group("where things are")
@@ -63,7 +66,6 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    titles = None if options.titles is None else read_titles(options.titles)
     loaded = load_run(
         options.run, dataset=options.dataset, data_root=options.data_root, cache_dir=options.cache_dir, device=options.device,
         threads=options.threads,
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         users = range(loaded.data.num_users) if options.all_users else loaded.find_users(options.user)
         lists = recommend(loaded, users, options.top, include_seen=options.include_seen)
+    titles = find_titles(options.item_info, loaded)
     with _output(options.output) as stream:
         (write_csv if options.format == "csv" else write_json)(lists, stream, titles)
     return 0
@@ -116,14 +119,14 @@ class Lists:
     columns: dict[str, np.ndarray]
     names: Sequence[Any]
 
-    def rows(self, row: int, titles: dict[str, str] | None) -> Iterator[dict[str, Any]]:
-        """The entries of one list, best first."""
+    def rows(self, row: int, titles: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        """The entries of one list, best first. titles: of all items of the data, in its order."""
         for rank, item in enumerate(self.items[row].tolist()):
             if item < 0:
                 return
             entry: dict[str, Any] = {"rank": rank + 1, "item": self.names[item]}
             if titles is not None:
-                entry["title"] = titles.get(str(self.names[item]), "")
+                entry["title"] = titles[item]
             yield entry | {name: float(values[row, rank]) for name, values in self.columns.items()}
 
 
@@ -241,7 +244,7 @@ def is_logit(run: LoadedRun) -> bool:
 # -- output
 
 
-def write_csv(lists: Lists, stream: IO[str], titles: dict[str, str] | None) -> None:
+def write_csv(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> None:
     """One line per list entry: the user (or item), rank, item, title if any, numbers."""
     key = "user" if lists.subject == "user" else "similar_to"
     columns = [key, "rank", "item", *(["title"] if titles is not None else []), *lists.columns]
@@ -251,7 +254,7 @@ def write_csv(lists: Lists, stream: IO[str], titles: dict[str, str] | None) -> N
         writer.writerows({key: name} | _rounded(entry) for entry in lists.rows(row, titles))
 
 
-def write_json(lists: Lists, stream: IO[str], titles: dict[str, str] | None) -> None:
+def write_json(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> None:
     """A list with an object for each user (or item), one a line."""
     key = "user" if lists.subject == "user" else "similar_to"
     stream.write("[\n")
@@ -261,19 +264,17 @@ def write_json(lists: Lists, stream: IO[str], titles: dict[str, str] | None) -> 
     stream.write("]\n")
 
 
-def read_titles(file: str | os.PathLike[str]) -> dict[str, str]:
-    """{id: title} from a CSV with these two columns; UserError names what is missing."""
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            missing = {"id", "title"} - set(reader.fieldnames or ())
-            if missing:
-                raise UserError(f"{file} has no column {' and '.join(sorted(missing))}, wanted id and title: mend its first line")
-            return {row["id"]: row["title"] or "" for row in reader}
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}): check --titles") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} is not CSV text in UTF-8 ({error}): check --titles") from None
+def find_titles(file: str | None, run: LoadedRun) -> list[str] | None:
+    """The title of every item, in the order of the data: from ``file``, or from the data set's own; None without any."""
+    from gfml.data.items import beside, read_item_info
+
+    found = file or beside(run.options.dataset, run.options.data_root, INFO_FILES)
+    if found is None:
+        return None
+    titles = read_item_info(found, run.data).titles
+    if file and not any(titles):
+        raise UserError(f"{file} has no title for any of the {run.data.num_items} items of {run.data.name}: check --item-info")
+    return titles
 
 
 def _rounded(entry: dict[str, Any]) -> dict[str, Any]:
