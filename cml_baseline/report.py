@@ -137,12 +137,18 @@ def _find(items: Items, title: str) -> int:
 
 
 def well_known(items: Items) -> list[int]:
-    """The most popular item of each of the ten commonest genres, or the ten most popular items, most popular first."""
+    """Ten popular items, most popular first: one for each of the commonest genres, no two of them close neighbours."""
+    import numpy as np
+
     order = items.by_popularity.tolist()
     common = [name for name, _ in Counter(genre for genres in items.genres for genre in genres).most_common(SHOWN_ITEMS)]
     found: list[int] = []
+    close: set[int] = set()
     for genre in common:
-        found += [item for item in order if genre in items.genres[item] and item not in found][:1]
+        new = [item for item in order if genre in items.genres[item] and item not in close][:1]
+        found += new
+        if new:
+            close |= {*new, *nearest(items.vectors, np.array(new), np.arange(len(order)), NEIGHBOURS)[0][0].tolist()}
     found += [item for item in order if item not in found][: SHOWN_ITEMS - len(found)]
     return sorted(found, key=order.index)
 
@@ -273,8 +279,7 @@ def _draw_map(items: Items, shown: np.ndarray, plane: np.ndarray, chosen: Sequen
         for name, color in zip([*common, ""], [*COLORS[: len(common)], GREYS[1]], strict=True) if common else ():
             of = np.array([genre == name for genre in first])
             axis.scatter(*plane[of].T, s=sizes[of], color=color, alpha=0.7, linewidths=0, label=name or "other")
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
+        axis.set_axis_off()
         legend_below(figure, axis, columns=5)
         place = {item: row for row, item in enumerate(shown.tolist())}
         points = [plane[place[item]] for item in chosen]

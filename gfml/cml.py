@@ -180,7 +180,7 @@ class ItemFeatures(nn.Module):
     @torch.no_grad()
     def start_(self, encoder: Tables) -> None:
         """v_j = f(x_j) for every item with features; dropout is off."""
-        encoder.nodes[encoder.num_users :][self.known] = self._project(self.known)
+        encoder.nodes[encoder.num_users :][self.known] = self._project(self.known).to(encoder.nodes.dtype)
 
     @torch.no_grad()
     def place(self, item: Tensor) -> Tensor:
