@@ -45,10 +45,15 @@ def rows_of_runs(labelled: Iterable[tuple[str, Path]]) -> list[dict[str, str]]:
                 kind = "test protocol" if "on test" in result["selection"]["protocol"] else "validation protocol"
                 baselines.setdefault(f"{name} ({kind})", found)
     rows = [_mean_row(label, results) for label, results in groups.items()]
-    single = len({name.partition(" (")[2] for name in baselines}) <= 1
+    # A refit on train and validation has the train pairs of the test protocol, so its baselines are the same.
+    by_name: dict[str, list[Mapping[str, float]]] = {}
     for name, found in baselines.items():
-        shown = name.partition(" (")[0] if single else name
-        rows.append({"method": shown, "protocol": "no training", "n": "1"} | _cells([found["test"]]))
+        by_name.setdefault(name.partition(" (")[0], []).append(found["test"])
+    single = all(tests.count(tests[0]) == len(tests) for tests in by_name.values())
+    if single:
+        baselines = {name.partition(" (")[0]: found for name, found in baselines.items()}
+    for name, found in baselines.items():
+        rows.append({"method": name, "protocol": "no training", "n": "1"} | _cells([found["test"]]))
     return rows
 
 
@@ -75,12 +80,15 @@ def _cells(tests: Sequence[Mapping[str, float]]) -> dict[str, str]:
     return cells
 
 
-def published_rows(name: str) -> list[dict[str, str]]:
-    """Rows of ``configs/tables/NAME.toml``: [[published]] with method, source and metrics; empty without the file."""
+def declared(name: str) -> dict[str, Any]:
+    """The content of ``configs/tables/NAME.toml``; empty without the file."""
     path = ROOT / "configs" / "tables" / f"{name}.toml"
-    if not path.exists():
-        return []
-    entries = tomllib.loads(path.read_text(encoding="utf-8")).get("published", [])
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def published_rows(name: str) -> list[dict[str, str]]:
+    """Rows of [[published]] with method, source and metrics."""
+    entries = declared(name).get("published", [])
     return [
         {"method": entry["method"], "protocol": entry["source"]}
         | {metric: str(value) for metric, value in entry.items() if "@" in metric}
@@ -98,10 +106,15 @@ def to_csv(rows: Sequence[Mapping[str, str]]) -> str:
     return stream.getvalue()
 
 
-def to_markdown(text: str) -> str:
-    """A Markdown table of the CSV: figures with four digits, ± sample standard deviation where n > 1."""
+def to_markdown(text: str, columns: Sequence[str] = ()) -> str:
+    """A Markdown table of the CSV: figures with four digits, ± sample standard deviation where n > 1.
+
+    columns: the metrics to show; all without them.
+    """
     rows = list(csv.DictReader(io.StringIO(text)))
-    metrics = [name for name in rows[0] if name not in FACTS and not name.endswith(" std")]
+    metrics = list(columns) or [name for name in rows[0] if name not in FACTS and not name.endswith(" std")]
+    if unknown := [name for name in metrics if name not in rows[0]]:
+        raise UserError(f"found the column {unknown[0]!r}, wanted metrics of the results such as {list(rows[0])[len(FACTS)]}")
     shown = [name for name in metrics if any(row[name] for row in rows)]
     head = ["method", "protocol", "n", "epoch", *shown, "train s"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -156,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.write(to_csv(rows_of_runs(labelled) + published_rows(given.name)))
     if not store.exists():
         raise UserError(f"there is no {store}: give the runs as LABEL=RUN")
-    table = to_markdown(store.read_text(encoding="utf-8"))
+    table = to_markdown(store.read_text(encoding="utf-8"), declared(given.name).get("columns", ()))
     for readme, text in readmes_with(folder, given.name, table).items():
         if text == readme.read_text(encoding="utf-8"):
             continue

@@ -59,6 +59,32 @@ def test_published_rows_and_the_first_page(table: dict, tmp_path: Path) -> None:
         assert "| a = b | selected on validation | 1 | 3 | 0.1000 |" in readme.read_text()
 
 
+def test_a_table_may_show_some_columns(table: dict, tmp_path: Path) -> None:
+    file = tmp_path / "configs" / "tables" / "toy.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text('columns = ["ndcg@20"]\n')
+    run = f"ours={store_run(tmp_path / 'r', 0.1)}"
+    table["main"](["toy", "--folder", "paper", run])
+    text = (tmp_path / "paper" / "README.md").read_text()
+    assert "| ours | selected on validation | 1 | 3 | 0.0500 | 10 |" in text and "recall@20" not in text
+    assert "recall@20" in (tmp_path / "paper" / "results" / "toy.csv").read_text()
+    file.write_text('columns = ["ndgc@20"]\n')
+    with pytest.raises(UserError, match="ndgc@20"):
+        table["main"](["toy", "--folder", "paper", run])
+
+
+def test_equal_baselines_of_two_protocols_are_one_row(table: dict, tmp_path: Path) -> None:
+    runs = [f"one={store_run(tmp_path / 'a', 0.1)}", f"other={store_run(tmp_path / 'b', 0.1, protocol='selected on test')}"]
+    table["main"](["toy", "--folder", "paper", *runs])
+    assert (tmp_path / "paper" / "README.md").read_text().count("popularity") == 1
+    stored = json.loads((tmp_path / "b" / "result.json").read_text())
+    stored["baselines"]["popularity"]["test"]["recall@20"] = 0.06
+    (tmp_path / "b" / "result.json").write_text(json.dumps(stored))
+    table["main"](["toy", "--folder", "paper", *runs])
+    text = (tmp_path / "paper" / "README.md").read_text()
+    assert "| popularity (validation protocol) |" in text and "| popularity (test protocol) |" in text
+
+
 def test_check_notices_an_edited_table(table: dict, tmp_path: Path) -> None:
     table["main"](["toy", "--folder", "paper", f"ours={store_run(tmp_path / 'r', 0.1)}"])
     readme = tmp_path / "paper" / "README.md"
