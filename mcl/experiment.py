@@ -45,7 +45,8 @@ def cut_offs(options: Options) -> tuple[int, ...]:
 
 def build_model(options: Options, data: Interactions, device: torch.device) -> MetricRecommender:
     """Encoder, gravity and losses as the flags say, with fresh tables."""
-    gravity = None
+    # The encoder first: equal seeds give equal tables in every mode and for any masses.
+    encoder, gravity = _build_encoder(options, data), None
     if options.mode != "mcl":
         gravity = Gravity(
             data.num_users, data.num_items, mass_param=options.mass_param, mass_init=options.mass_init,
@@ -57,9 +58,7 @@ def build_model(options: Options, data: Interactions, device: torch.device) -> M
         options.batch_size, options.alpha, options.beta, options.mcl_lambda_p, options.mcl_lambda_n, options.margin
     )
     attraction = GravityOptions(options.grav_weight_pos, options.grav_weight_neg, bool(options.gfml_opt), options.mix_ratio)
-    model = MetricRecommender(
-        _build_encoder(options, data), gravity, options.mode, mixed=mixed, attraction=attraction, decay=options.decay
-    )
+    model = MetricRecommender(encoder, gravity, options.mode, mixed=mixed, attraction=attraction, decay=options.decay)
     return model.to(device)
 
 

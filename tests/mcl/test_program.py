@@ -97,7 +97,7 @@ def test_a_finished_run_is_shown_not_repeated(tmp_path, capsys):
 def test_equal_seeds_and_other_masses_give_equal_lists(tmp_path):
     """Frozen, trained and averaged masses: the published ranking by distance is the same list for list."""
     lists = {}
-    for name, words in {"trained": [], "frozen": ["--ema"], "other start": ["--mass-param", "softplus"]}.items():
+    for name, words in {"trained": [], "frozen": ["--ema"], "other start": ["--mass-param", "softplus", "--mass-init", "default"]}.items():
         _, (path,) = run(tmp_path / name.replace(" ", "-"), "--gfml", "--lamb_p", "1.5", *words)
         with np.load(path / "analysis.npz", allow_pickle=False) as file:
             lists[name] = file["top"]
