@@ -106,7 +106,7 @@ class Page:
         self._pictures[f"{name}.png"] = picture
         data, words = base64.b64encode(picture).decode("ascii"), f"Plot: {name.replace('-', ' ')}"
         self._add(
-            f'<figure><img alt="{_h(words)}" src="data:image/png;base64,{data}">'
+            f'<figure><img alt="{_h(words)}" style="width:{7.2 * figure.get_figwidth():.0f}rem" src="data:image/png;base64,{data}">'
             f"<figcaption>{_h(caption)}</figcaption></figure>",
             f"![{_m(words)}]({name}.png)\n\n{_m(caption)}",
         )
@@ -152,16 +152,16 @@ p{margin:.5rem 0;max-width:62rem}
 .note{padding:.7rem 1rem;border-left:4px solid var(--line);border-radius:0 6px 6px 0;background:var(--head);max-width:none}
 .note.warning{border-color:var(--warn);background:var(--warnbg);color:var(--warn);font-weight:600}
 .note.good{border-color:var(--good);background:var(--goodbg);color:var(--good);font-weight:600}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1.4rem;margin:.8rem 0}
+dl{display:grid;grid-template-columns:fit-content(15rem) 1fr;gap:.3rem 1.4rem;margin:.8rem 0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 figure{margin:1.1rem 0;padding:1rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
 figure.table{padding:0;overflow:hidden}figure.table>div{overflow-x:auto}
 figure.table figcaption{padding:.7rem 1rem;margin:0;border-top:1px solid var(--line)}
 figcaption{color:var(--soft);font-size:.88rem;margin-top:.6rem}
-img{display:block;width:100%;height:auto}
+img{display:block;max-width:100%;height:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.45rem .6rem;text-align:right;vertical-align:top}
-td{white-space:nowrap}
+td{white-space:nowrap}td:first-child{white-space:normal;min-width:8.5rem}
 th:first-child,td:first-child,.words th,.words td{text-align:left}
 th{background:var(--head);font-weight:600;vertical-align:bottom}
 .words td{white-space:normal}.words small{min-width:9rem;max-width:18rem}
@@ -264,12 +264,16 @@ def png(figure: Figure, dpi: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """The legend of some axes under the whole figure, where it covers nothing; bars first, then lines."""
+def legend_below(figure: Figure, axes: Axes, columns: int | None = None) -> None:
+    """The legend of some axes under the whole figure, where it covers nothing; bars first, then lines.
+
+    columns None: as many as the longest label leaves room for, at most 5.
+    """
     entries = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: not isinstance(entry[0], tuple))
     if entries:
         handles, labels = zip(*entries, strict=True)
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns)
+        fitting = min(max(110 // (max(map(len, labels)) + 8), 1), 5)
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns or fitting)
 
 
 @dataclass(frozen=True)
@@ -379,7 +383,7 @@ def scatter_with_trend(axis: Axes, x: np.ndarray, y: np.ndarray, color: str, *, 
 
     order = np.argsort(x, kind="stable")
     step = max(1, len(x) // 20_000)
-    alpha = float(np.clip(400 / max(1, len(x) // step), 0.08, 0.55))
+    alpha = float(np.clip(1200 / max(1, len(x) // step), 0.12, 0.55))
     axis.scatter(x[order[::step]], y[order[::step]], s=12, color=color, alpha=alpha, linewidths=0)
     parts = [part for part in np.array_split(order, min(bins, max(1, len(x) // 8))) if len(part)]
     if len(parts) > 2:
@@ -388,16 +392,19 @@ def scatter_with_trend(axis: Axes, x: np.ndarray, y: np.ndarray, color: str, *, 
                   path_effects=[withStroke(linewidth=4.5, foreground="white")])  # fmt: skip
 
 
-def label_points(axis: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str], color: str) -> None:
+def label_points(
+    axis: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str], colors: str | Sequence[str]
+) -> None:
     """Texts beside points, where there is room: one that would cover an earlier one is left out.
 
     Call when everything else is drawn: limits and layout must be final.
     """
     axis.figure.draw_without_rendering()
+    colors = [colors] * len(texts) if isinstance(colors, str) else colors
     pixels = axis.transData.transform(np.column_stack([x, y]))
     taken: list[np.ndarray] = []
-    for place, value, text, pixel in zip(x, y, texts, pixels, strict=True):
-        if any(abs(pixel[0] - other[0]) < 48 and abs(pixel[1] - other[1]) < 16 for other in taken):
+    for place, value, text, color, pixel in zip(x, y, texts, colors, pixels, strict=True):
+        if not np.isfinite(pixel).all() or any(abs(pixel[0] - other[0]) < 50 and abs(pixel[1] - other[1]) < 16 for other in taken):
             continue
         taken.append(pixel)
         axis.annotate(text, (place, value), xytext=(7, 5), textcoords="offset points", color=color, fontsize=9)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -173,9 +174,13 @@ def _labels(models: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list
     for number, model in enumerate(models):
         same = [other for other, name in zip(flags, models, strict=True) if name == model]
         keys = sorted({key for other in same for key in flags[number].keys() | other.keys() if flags[number].get(key) != other.get(key)})
-        said = ", ".join(f"{key} {flags[number].get(key, 'none')}" for key in keys[:3])
+        said = ", ".join(f"{key} {_flag_value(flags[number].get(key))}" for key in keys[:3])
         labels.append(f"{model} ({said})" if said else model)
     return [f"{label} #{labels[: n + 1].count(label)}" if labels.count(label) > 1 else label for n, label in enumerate(labels)]
+
+
+def _flag_value(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _beside(paths: Sequence[str]) -> Path:
@@ -453,8 +458,14 @@ def _draw_masses(runs: Sequence[StoredRun]) -> Figure:
 
     @styled
     def draw() -> Figure:
-        figure, axes = panels(len(runs), 1 + generated, width=10 if generated else 6.5)
-        for run, row in zip(runs, axes, strict=True):
+        # Without true masses two runs share a row.
+        columns = 2 if generated else min(2, len(runs))
+        rows = len(runs) if generated else -(-len(runs) // 2)
+        figure, axes = panels(rows, columns, width=10 if columns == 2 else 6)
+        places = axes if generated else axes.reshape(-1, 1)
+        for unused in places[len(runs) :].flat:
+            unused.set_axis_off()
+        for run, row in zip(runs, places, strict=False):
             popularity, mass = run.arrays["item_popularity"], run.arrays["item_log_mass"].astype(float)
             seen = popularity > 0
             scatter_with_trend(row[0], np.log10(popularity[seen]), mass[seen], run.color)
@@ -479,8 +490,12 @@ def _count_ticks(axis: Any, largest: int) -> None:
 
 
 def _mass_title(run: StoredRun, what: str) -> str:
+    """Label and correlation; in lines, as a panel is narrow."""
     value = run.result.get("mass", {}).get(f"item_spearman_{what}")
-    return run.label if value is None else f"{run.label}: Spearman {value:.3f}"
+    if value is None:
+        return textwrap.fill(run.label, 44)
+    end = f"Spearman {value:.3f}"
+    return f"{run.label}: {end}" if len(run.label) < 26 else f"{textwrap.fill(run.label, 44)}\n{end}"
 
 
 def _mass_table(runs: Sequence[StoredRun]) -> tuple[list[str], list[list[Cell | str]], str]:
@@ -535,9 +550,9 @@ def _draw_mass_curve(runs: Sequence[StoredRun], k: int) -> Figure:
         left.margins(0.2)
         if max(tail.max() for _, tail, _ in drawn) == 0:
             left.set_xlim(-0.001, 0.01)
-        for run, (scales, tail, overall) in zip(runs, drawn, strict=True):
-            order = [len(scales) - 1, 0, *range(1, len(scales) - 1)]  # the ends are labelled first
-            label_points(left, tail[order], overall[order], [f"t = {scales[n]:g}" for n in order], run.color)
+        marks = [(tail[n], overall[n], f"t = {scales[n]:g}", run.color) for n in (-1, 0, 2)
+                 for run, (scales, tail, overall) in zip(runs, drawn, strict=True)]  # fmt: skip
+        label_points(left, *zip(*marks, strict=True))
         return figure
 
     return draw()

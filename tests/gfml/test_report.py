@@ -167,7 +167,7 @@ def test_labels_never_cover_each_other():
     axis = axes[0, 0]
     x, y = [0.0, 0.001, 0.5, 1.0], [0.0, 0.001, 0.5, 1.0]
     axis.plot(x, y)
-    label_points(axis, x, y, ["first", "hidden", "middle", "last"], "#000000")
+    label_points(axis, x, y, ["first", "hidden", "middle", "last"], ["#000000"] * 4)
     assert [text.get_text() for text in axis.texts] == ["first", "middle", "last"]
 
 
