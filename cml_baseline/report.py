@@ -280,7 +280,7 @@ def _draw_map(items: Items, shown: np.ndarray, plane: np.ndarray, chosen: Sequen
             of = np.array([genre == name for genre in first])
             axis.scatter(*plane[of].T, s=sizes[of], color=color, alpha=0.7, linewidths=0, label=name or "other")
         axis.set_axis_off()
-        legend_below(figure, axis, columns=5)
+        legend_below(figure, axis)
         place = {item: row for row, item in enumerate(shown.tolist())}
         points = [plane[place[item]] for item in chosen]
         label_points(axis, *zip(*points, strict=True), [items.titles[item] for item in chosen], TEXT)

@@ -110,11 +110,12 @@ def read_item_info(file: str | os.PathLike[str], data: Interactions) -> ItemInfo
     if title is None and genre is None:
         raise UserError(f"{path} has no title and no genres, found {', '.join(table.cells)}: check --item-info")
     rows = _rows(path, table.ids(), data, table.num_rows)
+    words = table.words(genre) if genre else [[]] * table.num_rows
     titles, genres = [""] * data.num_items, [()] * data.num_items
     for row, item in enumerate(rows):
         if item >= 0:
             titles[item] = table.cells[title][row] if title else ""
-            genres[item] = tuple(table.words(genre)[row]) if genre else ()
+            genres[item] = tuple(words[row])
     return ItemInfo(titles, genres)
 
 
