@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gfml import program
 from gfml.cli import Options
 from gfml.cml import FeatureProjection
 from gfml.data.interactions import Interactions
@@ -19,33 +19,11 @@ from gfml.errors import UserError
 from gfml.evaluation import evaluate
 from gfml.graph import build_graph
 from gfml.gravity import Gravity
-from gfml.mirror import MirrorGradient
-from gfml.runs import EXTENDABLE, Run, damaged, load_state, seed_everything
+from gfml.program import ProjectedStep, build_step, cut_offs
+from gfml.runs import Run, load_state, seed_everything
 from gfml.sampling import TripleSampler
-from gfml.train import Closure, FitResult, Step, Terms, WeightAverage, fit, load_best, plain_step
+from gfml.train import FitResult, Step, WeightAverage
 from recsys.model import MetricOptions, PairOptions, Recommender
-
-
-def check_against_data(options: Options, data: Interactions) -> None:
-    """Rules between flags and data, before any training. UserError names both."""
-    largest = max(cut_offs(options))
-    if largest > data.num_items:
-        raise UserError(f"found a list length of {largest}, wanted at most the {data.num_items} items of {data.name}: mend --topks")
-    if options.es_on == "val" and data.valid.nnz == 0:
-        raise UserError(f"{data.name} has no validation part to select on: give --val_ratio 0.1, or --es_on test and say so")
-    if data.test.nnz == 0:
-        raise UserError(f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off")
-
-
-def require_earlier_run(options: Options, run: Run) -> None:
-    """With ``--load 1`` a missing checkpoint is an error, not a fresh start."""
-    if options.load and not run.file("last.pt").exists():
-        raise UserError(f"--load 1 found no checkpoint in {run.path}: train first, or give --load 0")
-
-
-def cut_offs(options: Options) -> tuple[int, ...]:
-    """The list lengths to judge: ``--topks`` and the one that selects."""
-    return tuple(sorted({*options.topks, int(options.es_metric.partition("@")[2])}))
 
 
 def build_model(options: Options, data: Interactions, device: torch.device) -> Recommender:
@@ -81,12 +59,7 @@ def build_training(options: Options, model: Recommender) -> tuple[torch.optim.Op
     """Optimizer, learning-rate schedule, step and running averages."""
     groups = model.parameter_groups(options.lr_decay, bool(options.mass_adamw))
     optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
-    step: Step = partial(plain_step, clip_norm=options.clip_grad)
-    if options.mirror != "off":
-        step = MirrorGradient(
-            optimizer, options.mirror_alpha1, options.mirror_alpha2, options.mirror_every, options.mirror,
-            clip=options.mirror_clip,
-        )
+    step = build_step(options, optimizer, options.clip_grad)
     if options.model == "cml":
         step = ProjectedStep(step, model)
     ema = None
@@ -94,27 +67,6 @@ def build_training(options: Options, model: Recommender) -> tuple[torch.optim.Op
         averaged = model.gravity.mass.parameters() if options.ema_scope == "mass" else model.parameters()
         ema = WeightAverage(averaged, options.lam_d)
     return optimizer, _schedule(options, optimizer), step, ema
-
-
-class ProjectedStep:
-    """Another step, then the projection of the touched rows into the ball. Its state is the inner step's."""
-
-    def __init__(self, inner: Step, model: Recommender) -> None:
-        self.inner, self.model = inner, model
-
-    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
-        terms = self.inner(closure, optimizer)
-        self.model.project()
-        return terms
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner step's state, empty if it has none."""
-        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put :meth:`state_dict` back."""
-        if state:
-            self.inner.load_state_dict(state)
 
 
 def build_sampler(options: Options, data: Interactions, device: torch.device) -> TripleSampler:
@@ -127,7 +79,7 @@ def build_sampler(options: Options, data: Interactions, device: torch.device) ->
 
 def metrics(options: Options, data: Interactions, model: Recommender, split: str) -> dict[str, float]:
     """Ranking metrics of one part, for selection."""
-    return evaluate(scorer_of(options, model), data, split, cut_offs(options), device=model.encoder.nodes.device).means
+    return evaluate(scorer_of(options, model), data, split, cut_offs(options.topks, options.es_metric), device=model.encoder.nodes.device).means
 
 
 def scorer_of(options: Options, model: Recommender) -> Any:
@@ -138,26 +90,16 @@ def scorer_of(options: Options, model: Recommender) -> Any:
 def refit(
     options: Options, data: Interactions, device: torch.device, fitted: FitResult, run: Run
 ) -> tuple[Recommender, Interactions]:
-    """A model trained anew on train and validation for the selected number of epochs, and that data.
-
-    It has a run directory of its own inside the run, so an interrupted refit continues too, and a run that is
-    extended and selects another epoch has another refit.
-    """
-    whole, epochs = data.refit(), fitted.best_epoch or 0
-    config = {key: value for key, value in run.config.items() if key not in EXTENDABLE} | {"epochs": epochs}
+    """A model trained anew on train and validation for the selected number of epochs, and that data."""
+    whole = data.refit()
     seed_everything(options.seed)
     model = build_model(options, whole, device)
     optimizer, scheduler, step, ema = build_training(options, model)
-    with Run.open(run.path, "recsys", config, name=f"refit-{epochs}") as inner:
-        if inner.is_done:
-            model.load_state_dict(inner.load_best()["model"])
-            return model.eval(), whole
-        fit(
-            model, optimizer, batches=build_sampler(options, whole, device).epoch, loss_fn=model.loss, step=step,
-            scheduler=scheduler, ema=ema, evaluate=None, select=None, run=inner, epochs=epochs,
-            checkpoint_every=options.checkpoint_every, amp=options.amp, progress=options.progress,
-        )
-        inner.finish({"selection": {**fitted.selection(), "refit": "on train and validation, for the selected epochs"}})
+    model = program.refit(
+        model, optimizer, fitted=fitted, run=run, family="recsys", batches=build_sampler(options, whole, device).epoch,
+        loss_fn=model.loss, step=step, scheduler=scheduler, ema=ema, checkpoint_every=options.checkpoint_every,
+        amp=options.amp, progress=options.progress,
+    )
     return model, whole
 
 
@@ -169,21 +111,9 @@ def trained_on(options: Options, data: Interactions) -> Interactions:
 def load_reported(
     options: Options, data: Interactions, device: torch.device, path: Path, *, done: bool = True
 ) -> tuple[Recommender, Interactions]:
-    """The model that a run's result is about, in eval mode, and the data it was trained on.
-
-    done False: the best weights so far of an unfinished run. UserError when the file is missing or damaged.
-    """
-    if not done:
-        model = build_model(options, data, device)
-        load_best(model, path)
-        return model.eval(), data
-    data = trained_on(options, data)
-    model, saved = build_model(options, data, device), load_state(path / "final.pt")
-    try:
-        model.load_state_dict(saved["model"])
-    except (KeyError, RuntimeError) as error:
-        raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
-    return model.eval(), data
+    """The model that a run's result is about, in eval mode, and the data it was trained on."""
+    data = trained_on(options, data) if done else data
+    return program.load_reported(build_model(options, data, device), path, done=done), data
 
 
 def describe(options: Options, data: Interactions, model: Recommender, device: torch.device, run: Run) -> str:

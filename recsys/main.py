@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from recsys.results import judge, print_result, store
 
     from gfml.data.options import load_from_args
+    from gfml.program import check_judgeable, cut_offs, require_earlier_run
     from gfml.runs import Run, seed_everything
     from gfml.tracking import Tracker
     from gfml.train import fit
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(options)
     set_threads(options)
     data = load_from_args(options)
-    experiment.check_against_data(options, data)
+    check_judgeable(data, cut_offs(options.topks, options.es_metric), options.es_on)
     selection = f"{options.es_on}/{options.es_metric}"
 
     label = f"{data.name}-{options.model}-{options.loss_mode}"
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run.path} is done; this is its result (--overwrite trains anew)")
             print_result(run.result, run.path)
             return 0
-        experiment.require_earlier_run(options, run)
+        require_earlier_run(options.load, run)
         run.check_data(data.fingerprint)
 
         seed_everything(options.seed)

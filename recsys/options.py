@@ -147,8 +147,8 @@ def _add_evaluation_flags(parser: Parser) -> None:
                        help="score to rank by; mat: the one the loss trained")
     group.add_argument("--mass-scale", type=_nonnegative, default=1.0, metavar="T", help="factor on the log-masses when ranking")
     group.add_argument("--ES", type=int, choices=(0, 1), default=1, help="stop early")
-    group.add_argument("--es_metric", default="ndcg@20", metavar="NAME@K", help="what selects the epoch")
-    group.add_argument("--es_on", choices=("val", "test"), default="val",
+    group.add_argument("--es_metric", "--select-metric", dest="es_metric", default="ndcg@20", metavar="NAME@K", help="what selects the epoch")
+    group.add_argument("--es_on", "--select-on", dest="es_on", choices=("val", "test"), default="val",
                        help="test: the original's protocol, selection on the reported split; labelled in every result")
     group.add_argument("--patience", type=_count, default=30, metavar="N", help="evaluations without a better one before stopping")
     group.add_argument("--eval-every", type=_count, default=10, metavar="N", help="epochs between evaluations")

@@ -14,11 +14,12 @@ from gfml.cli import Options
 from gfml.data.interactions import Interactions
 from gfml.evaluation import Evaluation, evaluate
 from gfml.files import atomic_open
+from gfml.program import cut_offs, selection_of
 from gfml.reporting import baseline_results, data_facts, mass_report, table_columns, text_table
 from gfml.runs import Run, save_state
 from gfml.tracking import Tracker
 from gfml.train import FitResult
-from recsys.experiment import cut_offs, scorer_of
+from recsys.experiment import scorer_of
 from recsys.model import Recommender
 
 MASS_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -35,14 +36,14 @@ def judge(options: Options, data: Interactions, model: Recommender, fitted: FitR
         "model": f"{options.model} {options.loss_mode}",
         "topks": list(options.topks),
         "data": data_facts(data),
-        "selection": _selection(options, fitted, run),
+        "selection": selection_of(fitted, run, refit=options.refit),
         "test": test.means,
         "cold_users": test.cold_users,
     }
     if data.valid.nnz:
         result["val"] = evaluation(options, data, model, "valid").means
     names = [] if "none" in options.baselines else options.baselines
-    result["baselines"] = baseline_results(names, data, cut_offs(options), cache_dir=Path(options.out) / "baselines")
+    result["baselines"] = baseline_results(names, data, cut_offs(options.topks, options.es_metric), cache_dir=Path(options.out) / "baselines")
     if model.ranks_by_gravity and model.gravity.mass.mode != "none":
         norms = model.encoder.vectors()[1].detach().norm(dim=1).cpu().double().numpy()
         result["mass"] = mass_report(model.gravity.mass, data, norms)
@@ -57,7 +58,7 @@ def judge(options: Options, data: Interactions, model: Recommender, fitted: FitR
 def evaluation(options: Options, data: Interactions, model: Recommender, split: str) -> Evaluation:
     """Accuracy and beyond of one part."""
     device = model.encoder.nodes.device
-    return evaluate(scorer_of(options, model), data, split, cut_offs(options), beyond=True, device=device)
+    return evaluate(scorer_of(options, model), data, split, cut_offs(options.topks, options.es_metric), beyond=True, device=device)
 
 
 def store(
@@ -103,18 +104,6 @@ def _print_masses(mass: Mapping[str, float]) -> None:
     if "item_spearman_popularity" in mass:
         print(f"item mass: Spearman {mass['item_spearman_popularity']:.3f} with popularity", end="")
         print(f", {mass['item_spearman_true']:.3f} with the true mass" if "item_spearman_true" in mass else "")
-
-
-def _selection(options: Options, fitted: FitResult | None, run: Run) -> dict[str, Any]:
-    if fitted is None:
-        if run.is_done:
-            return run.result["selection"]
-        best = run.load_best()
-        return {"epoch": best["epoch"], "metric": best["metric"], "protocol": "best so far of an unfinished run"}
-    selection = fitted.selection()
-    if options.refit:
-        selection["protocol"] += ", trained anew on train and validation"
-    return selection
 
 
 def _mass_curve(options: Options, data: Interactions, model: Recommender) -> dict[str, Any] | None:
