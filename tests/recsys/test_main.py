@@ -201,7 +201,7 @@ def test_the_program_runs_from_another_directory(run_script, tmp_path):
         (["--load", "1"], ["--load 1 found no checkpoint"]),
         (["--eval-only"], ["there is no run"]),
         (["--val_ratio", "0"], ["no validation part", "--val-ratio"]),
-        (["--val_ratio", "1"], ["validation ratio of 1", "--val_ratio"]),
+        (["--val_ratio", "1"], ["validation ratio of 1"]),
         (["--pretrain", "1"], ["--pretrain-file"]),
         (["--pretrain", "1", "--pretrain-file", "no/such.npz"], ["no/such.npz"]),
         (["--model", "cml", "--loss_mode", "cml", "--features", "no/such.npy"], ["no/such.npy"]),
