@@ -18,7 +18,7 @@ from hlrm.options import build_train_parser, parse_eval
 from gfml.cli import Options, resolve_device, run_main, set_threads
 
 # Flags of eval.py that take the place of the training's.
-OVERRIDES = ("topk", "eval_size", "num_cohorts", "mask_seen", "eval_batch_size", "num_inter", "history_sampling", "baselines",
+OVERRIDES = ("topk", "eval_size", "num_cohorts", "mask_seen", "eval_batch_size", "judge_inter", "history_sampling", "baselines",
              "data_root", "dataset", "device", "threads")  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def flags_of(given: Options, trained: dict[str, Any], file: object) -> Options:
         if hasattr(given, name) and getattr(given, name) != trained[name]:
             found = f"{file} was trained with --{name} {trained[name]}, found --{name} {getattr(given, name)}"
             raise UserError(f"{found}: drop the flag or give another --save_dir")
-    if getattr(given, "num_inter", 0) and trained["model"] in ("cml", "lrml"):
+    if getattr(given, "judge_inter", 0) and trained["model"] in ("cml", "lrml"):
         raise UserError(f"{file} is a model without histories ({trained['model']}): drop --num_inter")
     options = build_train_parser().parse_args([])
     for name, value in trained.items():

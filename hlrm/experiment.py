@@ -15,29 +15,18 @@ from gfml.data.interactions import Interactions, csr_from_pairs, pairs_from_csr
 from gfml.encoders import Tables
 from gfml.errors import UserError
 from gfml.evaluation import evaluate
-from gfml.mirror import MirrorGradient
 from gfml.pretrained import join_tables, read_nodes, read_table
+from gfml.program import ProjectedStep, build_step
 from gfml.runs import Run
 from gfml.sampling import TripleSampler, seeded_generator
 from gfml.topk import Scorer
-from gfml.train import Closure, Step, Terms, plain_step
+from gfml.train import Step
 from hlrm.data import History, PairBatch, PairSampler, fixed_histories
 from hlrm.model import HingeOptions, RelationModel, TranslatedModel, clip_rows_
 from hlrm.relations import DiagonalRelation, MemoryRelation
 
 # fit keeps the highest value; a loss is judged by its negative.
 MINUS_LOSS = "minus_loss"
-
-
-def check_against_data(options: Options, data: Interactions) -> None:
-    """Rules between flags and data, before any training. UserError names both."""
-    largest = max(options.topk)
-    if largest > data.num_items:
-        raise UserError(f"found a list length of {largest}, wanted at most the {data.num_items} items of {data.name}: mend --topk")
-    if data.valid.nnz == 0:
-        raise UserError(f"{data.name} has no validation part to select on: give --val_ratio 0.1")
-    if data.test.nnz == 0:
-        raise UserError(f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off")
 
 
 def build_model(options: Options, data: Interactions, device: torch.device, *, start: bool = True) -> RelationModel:
@@ -64,35 +53,9 @@ def build_training(options: Options, model: RelationModel) -> tuple[torch.optim.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kinds = {"adam": partial(torch.optim.Adam, fused=True), "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
     optimizer = kinds[options.optimizer](trained, lr=options.lr)
-    step: Step = partial(plain_step, clip_norm=options.clip if options.clip > 0 else None)
-    if options.mirror != "off":
-        step = MirrorGradient(
-            optimizer, options.mirror_alpha1, options.mirror_alpha2, options.mirror_every, options.mirror,
-            clip=options.mirror_clip,
-        )
+    step = build_step(options, optimizer, options.clip if options.clip > 0 else None)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, options.lr_scheduler_gamma)
     return optimizer, scheduler, ProjectedStep(step, model)
-
-
-class ProjectedStep:
-    """Another step, then the projection into the ball. Its state is the inner step's."""
-
-    def __init__(self, inner: Step, model: RelationModel) -> None:
-        self.inner, self.model = inner, model
-
-    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
-        terms = self.inner(closure, optimizer)
-        self.model.project()
-        return terms
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner step's state, empty if it has none."""
-        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put :meth:`state_dict` back."""
-        if state:
-            self.inner.load_state_dict(state)
 
 
 def build_sampler(options: Options, data: Interactions, device: torch.device) -> PairSampler:
@@ -106,7 +69,7 @@ def build_sampler(options: Options, data: Interactions, device: torch.device) ->
 def histories(options: Options, data: Interactions, split: str, device: torch.device) -> History:
     """What judging ``split`` knows of every user: train for valid, train and valid for test. A function of the seed."""
     return fixed_histories(
-        data.seen(split), options.num_inter, options.seed, kind=options.history_sampling,
+        data.seen(split), options.judge_inter, options.seed, kind=options.history_sampling,
         popularity=data.item_popularity, device=device,
     )
 
@@ -157,6 +120,8 @@ def describe(options: Options, data: Interactions, model: RelationModel, device:
     notes = [f"note: {key}: {value}" for key, value in data.notes.items()]
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     history = f", at most {options.num_inter} {options.history_sampling} history items" if options.num_inter else ""
+    if options.judge_inter != options.num_inter:
+        history += f" ({options.judge_inter} when judging)"
     distance = "squared distances" if options.squared else "plain distances"
     return "\n".join([
         f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "

@@ -85,7 +85,7 @@ def build_eval_parser() -> Parser:
     judging = parser.add_argument_group("judging")
     judging.add_argument("--eval-split", choices=("valid", "test"), default="test", help="the part that is judged")
     _add_protocol_flags(judging)
-    judging.add_argument("--num_inter", type=number(int, least=0), metavar="P", help="history items per user")
+    judging.add_argument("--num_inter", "--judge-inter", dest="judge_inter", type=number(int, least=0), metavar="P", help="history items per user")
     judging.add_argument("--history-sampling", choices=("random", "unpop", "last"), help="how they are chosen when there are more")
     judging.add_argument("--baselines", nargs="+", choices=(*BASELINES, "none"), help="simple recommenders judged beside the model")
     judging.add_argument("--result", metavar="FILE", help="where the numbers go (default: FILE.eval.json beside the model)")
@@ -121,6 +121,8 @@ def _add_model_flags(parser: Parser) -> None:
     group.add_argument("--emb_size", "--embedding-dim", dest="emb_size", type=_count, default=100, metavar="D", help="width of the vectors")
     group.add_argument("--num_relations", type=_count, default=20, metavar="N", help="memory slots")
     group.add_argument("--num_inter", type=number(int, least=0), default=50, metavar="P", help="largest number of history items of a user")
+    group.add_argument("--judge-inter", type=number(int, least=0), default=None, metavar="P",
+                       help="the same when judging (default: --num_inter, as published; more judges better)")
     group.add_argument("--history-sampling", choices=("random", "unpop", "last"), default="random",
                        help="how they are chosen when there are more")
     group.add_argument("--clip_norm", type=_positive, default=1.0, metavar="R", help="radius of the ball of all vectors")
@@ -187,6 +189,8 @@ def parse_train(argv: list[str] | None = None) -> Options:
     unused = _as_compared(parser, options) if options.model != "hlr" else set()
     if options.squared is None:
         options.squared = options.relation_form == "memory" or options.model != "hlr"
+    if options.judge_inter is None:
+        options.judge_inter = options.num_inter
     if options.include_user_slot is None:
         options.include_user_slot = options.relation_form == "memory" and options.hlrm_type == "base"
     _check(parser, options)
@@ -260,11 +264,12 @@ def _as_compared(parser: Parser, options: Options) -> set[str]:
     foreign = {"hlrm_type", "relation_form", "include_user_slot", "copy_relations"}
     foreign |= {"beta", "diff_memory"} if options.model != "lrml" else set()
     foreign |= {"num_relations", "clip_memory"} if options.model in ("cml", "transcf") else set()
-    foreign |= {"num_inter"} if options.model in ("cml", "lrml") else set()
+    foreign |= {"num_inter", "judge_inter"} if options.model in ("cml", "lrml") else set()
+    foreign |= {"judge_inter"} if options.model == "transcf" else set()
     if wrong := sorted(foreign & options.explicit):
         parser.error(f"--{wrong[0].replace('_', '-')} belongs to --model hlr, found --model {options.model}: drop it")
     if options.model in ("cml", "lrml"):
-        options.num_inter = 0
+        options.num_inter = options.judge_inter = 0
     return foreign
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,24 +123,24 @@ def print_result(result: Mapping[str, Any], where: str) -> None:
     protocol, selection = result["protocol"], result["selection"]
     split = "val" if protocol["split"] == "valid" else "test"
     print(f"\n{protocol['split']} of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}")
-    seen = f"seen items {protocol['seen items']}"
-    print(f"\nfull catalogue, all {protocol['users']} users, usual definitions, {seen}")
-    rows = {result["model"]: _named(result[split], COLUMNS, result["topks"])}
-    for name, found in result["baselines"].items():
-        rows[name] = _named(found["test"], COLUMNS, result["topks"]) if "test" in found else {}
-    print(text_table(rows, list(rows[result["model"]])))
-    print(
-        f"\nsampled users as in the paper, {protocol['cohorts']} cohorts of {protocol['cohort_size']}, published formulas, {seen}"
-    )
-    rows = {
-        f"{result['model']}, {kind}": _named(
-            {name: value[kind] for name, value in result["sampled"].items()}, PAPER_COLUMNS, result["topks"]
-        )
-        for kind in ("mean", "std")
-    }
-    print(text_table(rows, list(next(iter(rows.values())))))
+    judged = f"{protocol['users']} users, seen items {protocol['seen items']}"
+    print(f"\nfull catalogue, all {judged}, usual definitions")
+    rows = {result["model"]: result[split]}
+    rows |= {name: found["test"] for name, found in result["baselines"].items() if "test" in found}
+    _print_tables(rows, COLUMNS, result["topks"])
+    groups = f"{protocol['cohorts']} cohorts of {protocol['cohort_size']} of these users"
+    print(f"\nsampled users as in the paper, {groups}, published formulas")
+    sampled = result["sampled"].items()
+    rows = {f"{result['model']}, {kind}": {name: value[kind] for name, value in sampled} for kind in ("mean", "std")}
+    _print_tables(rows, PAPER_COLUMNS, result["topks"])
     print(where)
 
 
-def _named(means: Mapping[str, float], columns: Mapping[str, str], ks: list[int]) -> dict[str, float]:
-    return {f"{shown}@{k}": means[f"{name}@{k}"] for k in ks for shown, name in columns.items() if f"{name}@{k}" in means}
+def _print_tables(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str], ks: Sequence[int]) -> None:
+    """One table for every K, under the port's names."""
+    for k in ks:
+        named = {
+            name: {f"{shown}@{k}": means[f"{ours}@{k}"] for shown, ours in columns.items() if f"{ours}@{k}" in means}
+            for name, means in rows.items()
+        }
+        print(text_table(named, list(next(iter(named.values())))))

@@ -72,23 +72,36 @@ class MemoryScorer(_RelationScorer):
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:
         """Scores of users [B] with every item: [B, I]."""
+        # Users with histories of one length share a block: little is spent on padding.
+        order = self.history.counts[users].argsort(stable=True)
+        users = users[order]
         user, history = self.user[users], History(*(part[users] for part in self.history))
         known, place = self._known(history)
         result = user.new_empty(len(users), self.num_items)
-        slots, width = self.relation.memory.shape[0], history.ids.shape[1] + 1
+        slots = self.relation.memory.shape[0]
         step = self._item_block(slots * max(len(known), len(users)))
-        rows = self._user_block(step * width * slots)
+        blocks = self._user_blocks(history.counts, step * slots)
         taste = self._taste(user, history)
         for start in range(0, self.num_items, step):
             item = self.item[start : start + step]
             table, own = self._addresses(known, user, item)
-            for first in range(0, len(users), rows):
-                part = slice(first, first + rows)
-                mixed = self._mix(user[part], item, table[place[part]], own[part], history.mask[part])
+            for part, width in blocks:
+                mask = history.mask[part, :width]
+                mixed = self._mix(user[part], item, table[place[part, :width]], own[part], mask)
                 if taste is not None:
-                    mixed = mixed + self._prefer(item, taste[part], own[part], history.mask[part])
+                    mixed = mixed + self._prefer(item, taste[part, :width], own[part], mask)
                 result[part, start : start + step] = self._negative_distance(user[part], item, mixed)
-        return result
+        return result[order.argsort()]
+
+    def _user_blocks(self, counts: Tensor, floats_per_slot: int) -> list[tuple[slice, int]]:
+        """Slices of users, whose counts ascend, and the longest history in each."""
+        lengths, blocks, start = counts.tolist(), [], 0
+        while start < len(lengths):
+            end = min(start + self._user_block(floats_per_slot * (lengths[start] + 1)), len(lengths))
+            end = min(end, start + self._user_block(floats_per_slot * (lengths[end - 1] + 1)))
+            blocks.append((slice(start, end), lengths[end - 1]))
+            start = end
+        return blocks
 
     def _known(self, history: History) -> tuple[Tensor, Tensor]:
         """Vectors of the distinct items in the histories [R, D], and the row of each history place [B, P]."""

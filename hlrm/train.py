@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hlrm.results import print_result, report, store
 
     from gfml.data.options import load_from_args
+    from gfml.program import check_judgeable
     from gfml.runs import Run, seed_everything
     from gfml.tracking import Tracker
     from gfml.train import fit, load_best
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(options)
     set_threads(options)
     data = load_from_args(options)
-    experiment.check_against_data(options, data)
+    check_judgeable(data, options.topk, "val")
 
     kind = f"{options.relation_form}-{options.hlrm_type}" if options.model == "hlr" else options.model
     with Run.open(

@@ -4,7 +4,8 @@
     python scripts/results_table.py lastfm --folder recsys --check
 
 Runs under one label are one row: mean and sample standard deviation over n runs. Baselines stored in the results
-follow, once. Published numbers come from ``configs/tables/NAME.toml`` when it exists. The CSV is
+follow, once. Published numbers come from ``configs/tables/NAME.toml`` when it exists; its ``metrics`` names the figures
+kept and its ``columns`` those shown. The CSV is
 ``FOLDER/results/NAME.csv``; the block of FOLDER/README.md between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->`` is
 made from the CSV alone (so is one named FOLDER/NAME in the first page), and ``--check`` fails if they disagree.
 """
@@ -30,8 +31,8 @@ FACTS = ("method", "protocol", "n", "epoch", "train_seconds")
 METRICS = ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini", "arp")
 
 
-def rows_of_runs(labelled: Iterable[tuple[str, Path]]) -> list[dict[str, str]]:
-    """One row per label, then one per baseline, in order of appearance."""
+def rows_of_runs(labelled: Iterable[tuple[str, Path]], metrics: Sequence[str] = METRICS) -> list[dict[str, str]]:
+    """One row per label, then one per baseline, in order of appearance; the metrics of these names at every K."""
     from gfml.runs import read_result
 
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -44,7 +45,7 @@ def rows_of_runs(labelled: Iterable[tuple[str, Path]]) -> list[dict[str, str]]:
                 # The same data under another protocol has other train pairs, so other baselines.
                 kind = "test protocol" if "on test" in result["selection"]["protocol"] else "validation protocol"
                 baselines.setdefault(f"{name} ({kind})", found)
-    rows = [_mean_row(label, results) for label, results in groups.items()]
+    rows = [_mean_row(label, results, metrics) for label, results in groups.items()]
     # A refit on train and validation has the train pairs of the test protocol, so its baselines are the same.
     by_name: dict[str, list[Mapping[str, float]]] = {}
     for name, found in baselines.items():
@@ -53,11 +54,11 @@ def rows_of_runs(labelled: Iterable[tuple[str, Path]]) -> list[dict[str, str]]:
     if single:
         baselines = {name.partition(" (")[0]: found for name, found in baselines.items()}
     for name, found in baselines.items():
-        rows.append({"method": name, "protocol": "no training", "n": "1"} | _cells([found["test"]]))
+        rows.append({"method": name, "protocol": "no training", "n": "1"} | _cells([found["test"]], metrics))
     return rows
 
 
-def _mean_row(label: str, results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _mean_row(label: str, results: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, str]:
     protocols = {result["selection"]["protocol"] for result in results}
     names = {result["data"]["name"] for result in results}
     if len(protocols) > 1 or len(names) > 1:
@@ -66,11 +67,11 @@ def _mean_row(label: str, results: Sequence[Mapping[str, Any]]) -> dict[str, str
     epochs = sorted({str(result["selection"]["epoch"]) for result in results}, key=int)
     seconds = statistics.mean(result["seconds"].get("train", 0.0) for result in results)
     facts = {"method": label, "protocol": protocols.pop(), "n": str(len(results)), "epoch": "/".join(epochs)}
-    return {**facts, "train_seconds": f"{seconds:.0f}"} | _cells([result["test"] for result in results])
+    return {**facts, "train_seconds": f"{seconds:.0f}"} | _cells([result["test"] for result in results], metrics)
 
 
-def _cells(tests: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    names = [name for name in tests[0] if name.partition("@")[0] in METRICS and all(name in test for test in tests)]
+def _cells(tests: Sequence[Mapping[str, float]], metrics: Sequence[str]) -> dict[str, str]:
+    names = [name for name in tests[0] if name.partition("@")[0] in metrics and all(name in test for test in tests)]
     cells = {}
     for name in names:
         values = [test[name] for test in tests]
@@ -166,7 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"found {bad!r}, wanted LABEL=RUN such as 'MF, gravity=runs/NAME'")
         labelled = [(run.rpartition("=")[0], Path(run.rpartition("=")[2])) for run in given.runs]
         with atomic_open(store, newline="") as stream:
-            stream.write(to_csv(rows_of_runs(labelled) + published_rows(given.name)))
+            rows = rows_of_runs(labelled, declared(given.name).get("metrics", METRICS))
+            stream.write(to_csv(rows + published_rows(given.name)))
     if not store.exists():
         raise UserError(f"there is no {store}: give the runs as LABEL=RUN")
     table = to_markdown(store.read_text(encoding="utf-8"), declared(given.name).get("columns", ()))
