@@ -107,6 +107,7 @@ def data_facts(data: Interactions) -> dict[str, Any]:
         "valid": data.valid.nnz,
         "test": data.test.nnz,
         "fingerprint": data.fingerprint,
+        "test_fingerprint": data.part_fingerprint("test"),
         "notes": {key: str(value) for key, value in data.notes.items()},
     }
 

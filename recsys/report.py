@@ -331,7 +331,7 @@ def _why_unpaired(first: StoredRun, run: StoredRun) -> str:
     here, there = first.arrays["test_users"], run.arrays["test_users"]
     if not np.array_equal(here, there):
         return f"other users judged ({len(there):,}, not {len(here):,})"
-    return "" if first.data["test"] == run.data["test"] else "another test part"
+    return "" if first.data["test_fingerprint"] == run.data["test_fingerprint"] else "another test part"
 
 
 def _difference(first: StoredRun, run: StoredRun, name: str) -> Cell:

@@ -93,12 +93,11 @@ class Interactions:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over shape and all three parts: equal data gives an equal fingerprint."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.valid, self.test):
-            digest.update(np.asarray(part.shape, dtype=np.int64).tobytes())
-            digest.update(part.indptr.astype(np.int64).tobytes())
-            digest.update(part.indices.astype(np.int64).tobytes())
-        return digest.hexdigest()
+        return _digest(self.train, self.valid, self.test)
+
+    def part_fingerprint(self, split: str) -> str:
+        """sha256 of one part: two runs are judged on the same pairs when theirs for ``test`` are equal."""
+        return _digest(self.split(split))
 
     def seen(self, split: str) -> sp.csr_array:
         """What must not be recommended when ``split`` is judged: train, and for test also valid."""
@@ -150,3 +149,12 @@ class Interactions:
             train=csr_from_pairs(users[~held], items[~held], *shape),
             valid=csr_from_pairs(users[held], items[held], *shape),
         )
+
+
+def _digest(*parts: sp.csr_array) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.asarray(part.shape, dtype=np.int64).tobytes())
+        digest.update(part.indptr.astype(np.int64).tobytes())
+        digest.update(part.indices.astype(np.int64).tobytes())
+    return digest.hexdigest()
