@@ -14,7 +14,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +58,10 @@ def export(run: str | os.PathLike[str], kind: str = "auto", top: int = 100) -> d
 
     kind = _available(kind)
     arrays = read_arrays(Path(run))
-    user, item = arrays["user"], arrays["item"]
+    user, item = search_vectors(arrays)
     top = min(top, len(item))
     folder = Path(run) / "ann"
-    kept = {name: arrays[name] for name in ("user", "item", "item_ids") if name in arrays}
+    kept = {"user": user, "item": item} | {name: arrays[name] for name in ("item_ids",) if name in arrays}
     with atomic_open(folder / "vectors.npz", "wb") as stream:
         np.savez_compressed(stream, **kept)
     queries = user[np.random.default_rng(0).permutation(len(user))[:QUERIES]]
@@ -96,6 +96,17 @@ def read_arrays(run: Path) -> dict[str, np.ndarray]:
     if not {"user", "item"} <= arrays.keys():
         raise UserError(f"{run} is no run of cml_baseline/main.py: give the directory of one")
     return arrays
+
+
+def search_vectors(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """User and item vectors whose squared distance is what ranks: one coordinate more where cold items have an offset."""
+    import numpy as np
+
+    user, item = arrays["user"], arrays["item"]
+    if not arrays.get("item_offset", np.zeros(1)).any():
+        return user, item
+    more = np.sqrt(arrays["item_offset"], dtype=np.float32)[:, None]
+    return np.concatenate([user, np.zeros_like(user[:, :1])], 1), np.concatenate([item, more], 1)
 
 
 def exact_search(queries: np.ndarray, items: np.ndarray, top: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from gfml.cli import Options
 from gfml.data.interactions import Interactions, csr_from_pairs, pairs_from_csr
 from gfml.data.items import FeatureTable, ItemInfo, beside, read_item_features, read_item_info, standardised
 from gfml.data.options import load_from_args
-from gfml.errors import UserError
+from gfml.program import check_judgeable, cut_offs
 
 # Files with titles and genres that come with known data sets.
 INFO_FILES = ("movies.dat", "ml-100k.item")
@@ -21,19 +21,8 @@ def load(options: Options) -> Interactions:
     data = load_from_args(options)
     if options.hide_items:
         data = hide_items(data, options.hide_items, options.split_seed)
-    largest = max(cut_offs(options))
-    if largest > data.num_items:
-        raise UserError(f"found a list length of {largest}, wanted at most the {data.num_items} items of {data.name}: mend --topks")
-    if options.select_on == "val" and data.valid.nnz == 0:
-        raise UserError(f"{data.name} has no validation part to select on: give --val-ratio 0.1, or --select-on test and say so")
-    if data.test.nnz == 0:
-        raise UserError(f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off")
+    check_judgeable(data, cut_offs(options.topks, options.select_metric), options.select_on)
     return data
-
-
-def cut_offs(options: Options) -> tuple[int, ...]:
-    """The list lengths to judge: ``--topks`` and the one that selects."""
-    return tuple(sorted({*options.topks, int(options.select_metric.partition("@")[2])}))
 
 
 def hide_items(data: Interactions, share: float, seed: int) -> Interactions:

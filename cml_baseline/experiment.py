@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from cml_baseline.data import cut_offs, features
+from cml_baseline.data import features
+from gfml import program
 from gfml.cli import Options
 from gfml.cml import FeatureProjection, ItemFeatures, MetricLearner, MetricOptions
 from gfml.data.interactions import Interactions
 from gfml.evaluation import Evaluation, evaluate
-from gfml.mirror import MirrorGradient
-from gfml.runs import EXTENDABLE, Run, damaged, load_state, seed_everything
+from gfml.runs import Run, seed_everything
 from gfml.sampling import TripleSampler, TwoStageSampler
-from gfml.train import FitResult, FollowedStep, Step, fit, load_best, plain_step
+from gfml.train import FitResult, Optimizers, Step
 
 
 def build_model(options: Options, data: Interactions, device: torch.device) -> MetricLearner:
@@ -27,7 +26,7 @@ def build_model(options: Options, data: Interactions, device: torch.device) -> M
     )  # fmt: skip
     model = MetricLearner(
         data.num_users, data.num_items, options.embedding_dim, options=loss, radius=options.clip_norm,
-        std=options.init_std, features=_build_features(options, data),
+        std=options.init_std, features=_build_features(options, data), expected=options.cold_score == "expected",
     )  # fmt: skip
     return model.to(device)
 
@@ -44,22 +43,18 @@ def _build_features(options: Options, data: Interactions) -> ItemFeatures | None
     return ItemFeatures(projection, torch.from_numpy(table.values), torch.from_numpy(table.known), cold)
 
 
-def build_training(options: Options, model: MetricLearner) -> tuple[torch.optim.Optimizer, Step]:
-    """Optimizer and step; every step ends with the projection into the ball."""
-    groups = [{"params": list(model.encoder.parameters()), "lr": options.lr}]
-    if model.features is not None:
-        groups.append({"params": list(model.features.parameters()), "lr": options.feature_lr})
-    if options.optimizer == "adagrad":
-        optimizer: torch.optim.Optimizer = torch.optim.Adagrad(groups, initial_accumulator_value=options.accumulator, foreach=True)
+def build_training(options: Options, model: MetricLearner) -> tuple[torch.optim.Optimizer | Optimizers, Step]:
+    """Optimizer and step; every step ends with the projection into the ball. The feature network takes Adam always."""
+    points = list(model.encoder.parameters())
+    network = [] if model.features is None else list(model.features.parameters())
+    if options.optimizer == "adam":
+        groups = [{"params": points, "lr": options.lr}, *([{"params": network, "lr": options.feature_lr}] if network else [])]
+        optimizer: torch.optim.Optimizer | Optimizers = torch.optim.Adam(groups, fused=True)
     else:
-        optimizer = torch.optim.Adam(groups, fused=True)
-    step: Step = partial(plain_step, clip_norm=options.clip_grad)
-    if options.mirror != "off":
-        step = MirrorGradient(
-            optimizer, options.mirror_alpha1, options.mirror_alpha2, options.mirror_every, options.mirror,
-            clip=options.mirror_clip,
-        )  # fmt: skip
-    return optimizer, FollowedStep(step, model.project)
+        optimizer = torch.optim.Adagrad(points, options.lr, initial_accumulator_value=options.accumulator, foreach=True)
+        if network:
+            optimizer = Optimizers(optimizer, torch.optim.Adam(network, options.feature_lr, fused=True))
+    return optimizer, program.ProjectedStep(program.build_step(options, optimizer, options.clip_grad), model)
 
 
 def build_sampler(options: Options, data: Interactions, model: MetricLearner, device: torch.device) -> TripleSampler:
@@ -76,6 +71,11 @@ def build_sampler(options: Options, data: Interactions, model: MetricLearner, de
     return TripleSampler(data.train, negatives=options.sampler, **common)
 
 
+def cut_offs(options: Options) -> tuple[int, ...]:
+    """The list lengths to judge: ``--topks`` and the one that selects."""
+    return program.cut_offs(options.topks, options.select_metric)
+
+
 def judge_split(
     options: Options, data: Interactions, model: MetricLearner, split: str, *, beyond: bool = False
 ) -> Evaluation:
@@ -86,46 +86,25 @@ def judge_split(
 def refit(
     options: Options, data: Interactions, device: torch.device, fitted: FitResult, run: Run
 ) -> tuple[MetricLearner, Interactions]:
-    """A model trained anew on train and validation for the selected number of epochs, and that data.
-
-    It has a run directory of its own inside the run, so an interrupted refit continues too.
-    """
-    whole, epochs = data.refit(), fitted.best_epoch or 0
-    config = {key: value for key, value in run.config.items() if key not in EXTENDABLE} | {"epochs": epochs}
+    """A model trained anew on train and validation for the selected number of epochs, and that data."""
+    whole = data.refit()
     seed_everything(options.seed)
     model = build_model(options, whole, device)
     optimizer, step = build_training(options, model)
-    with Run.open(run.path, "cml_baseline", config, name=f"refit-{epochs}") as inner:
-        if inner.is_done:
-            model.load_state_dict(inner.load_best()["model"])
-            return model.eval(), whole
-        fit(
-            model, optimizer, batches=build_sampler(options, whole, model, device).epoch, loss_fn=model.loss, step=step,
-            evaluate=None, select=None, run=inner, epochs=epochs, checkpoint_every=options.checkpoint_every,
-            progress=options.progress or False,
-        )  # fmt: skip
-        inner.finish({"selection": {**fitted.selection(), "refit": "on train and validation, for the selected epochs"}})
+    program.refit(
+        model, optimizer, fitted=fitted, run=run, family="cml_baseline", step=step, loss_fn=model.loss,
+        batches=build_sampler(options, whole, model, device).epoch, checkpoint_every=options.checkpoint_every,
+        progress=options.progress or False,
+    )  # fmt: skip
     return model, whole
 
 
 def load_reported(
-    options: Options, data: Interactions, device: torch.device, path: Path, *, done: bool = True
+    options: Options, data: Interactions, device: torch.device, path: Path, *, done: bool
 ) -> tuple[MetricLearner, Interactions]:
-    """The model that a run's result is about, in eval mode, and the data it was trained on.
-
-    done False: the best weights so far of an unfinished run. UserError when the file is missing or damaged.
-    """
-    if not done:
-        model = build_model(options, data, device)
-        load_best(model, path)
-        return model.eval(), data
-    data = data.refit() if options.refit else data
-    model, saved = build_model(options, data, device), load_state(path / "final.pt")
-    try:
-        model.load_state_dict(saved["model"])
-    except (KeyError, RuntimeError) as error:
-        raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
-    return model.eval(), data
+    """The model that a run's result is about, in eval mode, and the data it was trained on."""
+    data = data.refit() if options.refit and done else data
+    return program.load_reported(build_model(options, data, device), path, done=done), data
 
 
 def describe(options: Options, data: Interactions, model: MetricLearner, device: torch.device, run: Run) -> str:

@@ -14,10 +14,10 @@ ANN = ("off", "auto", "faiss", "sklearn")
 # What --dataset auto means, and the cut of the paper.
 USUAL_DATA = "ml1m"
 USUAL_SPLIT, USUAL_RATIOS = "per-user", [0.6, 0.2, 0.2]
-# The published programs: AdaGrad 0.1; Adam at 1e-3. The network takes smaller steps than the points do.
+# As in the published programs.
 LEARNING_RATES = {"adagrad": 0.1, "adam": 1e-3}
-FEATURE_LEARNING_RATES = {"adagrad": 0.01, "adam": 1e-3}
-FEATURE_FLAGS = ("feature_columns", "feature_norm", "feature_weight", "feature_scale", "hidden_dim", "dropout", "feature_lr")
+FEATURE_FLAGS = ("feature_columns", "feature_norm", "feature_weight", "feature_scale", "hidden_dim", "dropout", "feature_lr",
+                 "cold_score")
 # No part of what a run computes.
 NOT_IDENTITY = frozenset({"report", "baselines", "ann", "item_info", "data_root", "cache_dir", "cache", "download"})
 
@@ -70,7 +70,9 @@ def _add_feature_flags(parser: Parser) -> None:
     group.add_argument("--feature-scale", type=_positive, default=0.5, metavar="S", help="factor on the network's output")
     group.add_argument("--hidden-dim", "--hidden", type=_count, default=256, metavar="H", help="hidden width of the network")
     group.add_argument("--dropout", type=number(least=0, most=0.99), default=0.5, metavar="P", help="probability that a hidden unit is dropped")
-    group.add_argument("--feature-lr", type=_positive, default=None, metavar="X", help="learning rate of the network (default: 0.01 adagrad, 0.001 adam)")
+    group.add_argument("--feature-lr", type=_positive, default=1e-3, metavar="X", help="learning rate of the network, which takes Adam always")
+    group.add_argument("--cold-score", choices=("expected", "paper"), default="expected",
+                       help="cold items rank by the squared distance of their projection; expected adds the network's mean squared error")
     group.add_argument("--hide-items", type=number(least=0, most=0.9), default=0.0, metavar="R",
                        help="take this share of the items out of train and validation, to see how features place cold items")
     group.add_argument("--item-info", metavar="FILE", help="titles and genres for the report (default: those of MovieLens where they are found)")
@@ -114,8 +116,6 @@ def parse(argv: list[str] | None = None) -> Options:
     options = parser.parse_args(argv)
     if options.lr is None:
         options.lr = LEARNING_RATES[options.optimizer]
-    if options.feature_lr is None and options.features:
-        options.feature_lr = FEATURE_LEARNING_RATES[options.optimizer]
     _check(parser, options)
     _choose_data(options)
     options.resolved = parser.config_of(options)
@@ -153,6 +153,8 @@ def _check(parser: Parser, options: Options) -> None:
         parser.error("--refit needs selection on validation")
     if options.mirror != "off" and options.clip_grad is not None:
         parser.error("with --mirror give --mirror-clip instead of --clip-grad")
+    if options.mirror != "off" and options.features and options.optimizer != "adam":
+        parser.error("--mirror with --features needs one optimizer for points and network: give --optimizer adam")
     # A stored config names every flag: only a value other than the default contradicts.
     changed = {name for name in options.explicit if getattr(options, name, None) not in (None, parser.get_default(name))}
     belongs = dict.fromkeys(FEATURE_FLAGS, ("--features FILE", bool(options.features)))

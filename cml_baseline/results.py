@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from cml_baseline.data import cut_offs
-from cml_baseline.experiment import judge_split
+from cml_baseline.experiment import cut_offs, judge_split
 from cml_baseline.table import read_epochs
 from gfml.cli import Options
 from gfml.cml import MetricLearner
 from gfml.data.interactions import Interactions
 from gfml.evaluation import Evaluation
 from gfml.files import atomic_open
+from gfml.program import selection_of
 from gfml.reporting import baseline_results, data_facts, table_columns, text_table
 from gfml.runs import Run, save_state
 from gfml.train import FitResult
@@ -37,7 +37,7 @@ def judge(
         "model": "cml" if model.features is None else "cml with features",
         "topks": list(options.topks),
         "data": data_facts(data),
-        "selection": _selection(options, fitted, run),
+        "selection": selection_of(fitted, run, refit=options.refit),
         "test": test.means,
         "cold_users": test.cold_users,
         "cold_items": int((data.item_popularity == 0).sum()),
@@ -59,6 +59,8 @@ def store(
     user, item = (part.cpu().numpy() for part in model.vectors())
     arrays = {"item_popularity": data.item_popularity, "user_activity": data.user_activity, "test_users": test.users,
               "top": test.top.astype(np.int32), "user": user, "item": item}  # fmt: skip
+    if (offsets := model.offsets()) is not None:
+        arrays["item_offset"] = offsets.cpu().numpy()
     if data.item_ids is not None:
         arrays["item_ids"] = np.asarray([str(name) for name in data.item_ids.tolist()])
     arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if _is_kept(name)}
@@ -89,15 +91,3 @@ def print_result(result: Mapping[str, Any], path: Path) -> None:
     for what, name in (("epochs", "epochs.csv"), ("report", "report/report.html"), ("index", "ann"), ("TensorBoard", "tensorboard")):
         if (path / name).exists():
             print(f"{what:<15} {path / name}")
-
-
-def _selection(options: Options, fitted: FitResult | None, run: Run) -> dict[str, Any]:
-    if fitted is None:
-        if run.is_done:
-            return run.result["selection"]
-        best = run.load_best()
-        return {"epoch": best["epoch"], "metric": best["metric"], "protocol": "best so far of an unfinished run"}
-    selection = fitted.selection()
-    if options.refit:
-        selection["protocol"] += ", trained anew on train and validation"
-    return selection

@@ -187,6 +187,18 @@ class ItemFeatures(nn.Module):
         """Item vectors [I, D] with f(x_j) for the cold items that have features."""
         return item.index_put((self.placed,), self._project(self.placed))
 
+    @torch.no_grad()
+    def offsets(self, encoder: Tables) -> Tensor:
+        """What to add to squared distances so that they are expected ones: [I], zero but for placed items.
+
+        If the network misses v_j by an error without direction, E |u - v_j|^2 = |u - f(x_j)|^2 + E |v_j - f(x_j)|^2;
+        the second term is the mean over the items it was trained on. Without it a network, which always predicts
+        something near the middle, puts cold items nearer to everybody than any item that users have chosen.
+        """
+        vectors = encoder.nodes[encoder.num_users :][self.trained]
+        error = feature_loss(self._project(self.trained), vectors) / max(1, len(vectors))
+        return error * self.placed
+
     def _project(self, chosen: Tensor) -> Tensor:
         training = self.projection.training
         self.projection.eval()
@@ -200,6 +212,8 @@ class MetricLearner(nn.Module):
     """Collaborative Metric Learning: users and items as points of a ball of radius ``radius``.
 
     Starts from N(0, std^2) (std None: 1 / sqrt(D)) pulled into the ball; with features, items start at f(x_j).
+    expected: rank cold items by their expected squared distance (:meth:`ItemFeatures.offsets`); False: by the
+    distance of f(x_j) alone, as in the paper.
     """
 
     def __init__(
@@ -212,11 +226,12 @@ class MetricLearner(nn.Module):
         radius: float = 1.0,
         std: float | None = None,
         features: ItemFeatures | None = None,
+        expected: bool = True,
     ) -> None:
         super().__init__()
         std = embedding_dim**-0.5 if std is None else std
         self.encoder = Tables(num_users, num_items, embedding_dim, init="normal", std=std)
-        self.options, self.radius, self.features = options, radius, features
+        self.options, self.radius, self.features, self.expected = options, radius, features, expected
         project_to_ball_(self.encoder.nodes.data, radius=radius)
         if features is not None:
             features.start_(self.encoder)
@@ -239,9 +254,13 @@ class MetricLearner(nn.Module):
         user, item = (part.detach() for part in self.encoder.vectors())
         return user, item if self.features is None else self.features.place(item)
 
+    def offsets(self) -> Tensor | None:
+        """What ranking adds to the squared distances of cold items, [I]; None for nothing."""
+        return self.features.offsets(self.encoder) if self.features is not None and self.expected else None
+
     def scorer(self) -> SquaredDistanceScorer:
         """All-item scores: minus the squared distance."""
-        return SquaredDistanceScorer(*self.vectors())
+        return SquaredDistanceScorer(*self.vectors(), self.offsets())
 
 
 def covariance_rows(encoder: Tables, users: Tensor, pos: Tensor) -> Tensor:
@@ -258,21 +277,25 @@ def project_batch_(encoder: Tables, users: Tensor, items: Tensor, radius: float)
 
 
 class SquaredDistanceScorer:
-    """score(u, i) = -|x_u - y_i|^2, ranked through 2 x.y - |y|^2 (a :class:`gfml.topk.Scorer`)."""
+    """score(u, i) = -|x_u - y_i|^2 - offset_i, ranked through 2 x.y - |y|^2 - offset (a :class:`gfml.topk.Scorer`).
 
-    def __init__(self, user: Tensor, item: Tensor) -> None:
+    Shape: user [U, D], item [I, D], offset [I] or None for zero.
+    """
+
+    def __init__(self, user: Tensor, item: Tensor, offset: Tensor | None = None) -> None:
         self.user, self.item = user, item
         self.num_users, self.num_items = user.shape[0], item.shape[0]
+        self._item_term = item.detach().square().sum(1) + (0.0 if offset is None else offset)
 
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:
-        """Minus squared distances of users [B] to every item: [B, I]."""
+        """Scores of users [B] with every item: [B, I]."""
         user = self.user[users]
-        half = torch.addmm(self.item.square().sum(1), user, self.item.T, alpha=-2)
-        return half.add_(user.square().sum(1, keepdim=True)).neg_()
+        negated = torch.addmm(self._item_term, user, self.item.T, alpha=-2)
+        return negated.add_(user.square().sum(1, keepdim=True)).neg_()
 
     @torch.no_grad()
     def factors(self) -> Factors:
-        """[2 x, 1] . [y, -|y|^2]: the score without the user's own constant."""
+        """[2 x, 1] . [y, -|y|^2 - offset]: the score without the user's own constant."""
         one = torch.ones_like(self.user[:, :1])
-        return Factors(torch.cat([2 * self.user, one], 1), torch.cat([self.item, -self.item.square().sum(1, True)], 1))
+        return Factors(torch.cat([2 * self.user, one], 1), torch.cat([self.item, -self._item_term[:, None]], 1))

@@ -69,30 +69,30 @@ def plain_step(closure: Closure, optimizer: torch.optim.Optimizer, *, clip_norm:
     return values
 
 
-class FollowedStep:
-    """Another step, then ``after()``: a projection of the parameters, for one. Its state is the inner step's."""
+class Optimizers:
+    """Several optimizers, each with parameters of its own, that step as one."""
 
-    def __init__(self, inner: Step, after: Callable[[], object]) -> None:
-        self.inner, self.after = inner, after
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
 
-    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
-        terms = self.inner(closure, optimizer)
-        self.after()
-        return terms
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
 
-    def new_epoch(self) -> None:
-        """Pass the start of an epoch on."""
-        if hasattr(self.inner, "new_epoch"):
-            self.inner.new_epoch()
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner step's state, empty if it has none."""
-        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
+        return {"parts": [part.state_dict() for part in self.parts]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put :meth:`state_dict` back."""
-        if state:
-            self.inner.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
 
 
 class EarlyStopping:

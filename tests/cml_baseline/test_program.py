@@ -154,6 +154,19 @@ def test_features_place_items_that_train_never_shows(run, tmp_path, capsys):
     moved = ~np.isclose(stored["item"], state["encoder.nodes"][60:].numpy()).all(1)
     # Exactly the cold items that have features rank where the network puts them.
     assert (moved == ((stored["item_popularity"] == 0) & (np.arange(80) < 79))).all()
+    assert ((stored["item_offset"] > 0) == moved).all()
+    # The exported vectors rank as the evaluation did.
+    assert max(row["recall"] for row in ann.export(path, "sklearn", top=20)["searches"]) == 1
+    user, item = ann.search_vectors(stored)
+    assert user.shape[1] == item.shape[1] == 9
+    seen = load_dataset("demo", demo_users=60, demo_items=80, demo_interactions=1500)
+    near = ann.exact_search(user, item, 10)
+    for row, judged in zip(stored["test_users"], stored["top"], strict=True):
+        known = set(hide_items(seen, 0.3, 2020).train_and_valid[[row]].indices.tolist())
+        assert [i for i in near[row] if i not in known] == [i for i in judged.tolist() if i in near[row]]
+    paper = run(*flags, "--cold-score", "paper", name="paper")
+    assert read_result(paper)["test"]["cold_exposure@10"] > result["test"]["cold_exposure@10"]
+    assert "item_offset" not in np.load(paper / "analysis.npz").files
     assert {"train/features", "train/hinge"} <= read_metrics(path)[0].keys()
 
 

@@ -11,9 +11,10 @@ import torch
 from gfml.cml import BLOCK, FeatureProjection, ItemFeatures, MetricLearner, MetricOptions, mined_hinge, sq_distances_to
 from gfml.data.interactions import csr_from_pairs
 from gfml.losses import covariance
+from gfml.program import ProjectedStep
 from gfml.sampling import Triples, TripleSampler
 from gfml.topk import topk_items
-from gfml.train import FollowedStep, plain_step
+from gfml.train import plain_step
 
 NUM_USERS, NUM_ITEMS, WIDTH = 12, 40, 6
 
@@ -96,7 +97,7 @@ def test_after_every_step_all_points_are_in_the_ball(optimizer, radius):
     model = random_model(dtype=torch.float32, radius=radius)
     assert model.encoder.nodes.norm(dim=1).max() <= radius + 1e-6
     kind = {"adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam}[optimizer]
-    optimiser, step = kind(model.parameters(), lr=0.5), FollowedStep(plain_step, model.project)
+    optimiser, step = kind(model.parameters(), lr=0.5), ProjectedStep(plain_step, model)
     for seed in range(8):
         batch = random_batch(size=4, seed=seed)
         step(lambda batch=batch: model.loss(batch), optimiser)
@@ -226,7 +227,12 @@ def test_cold_items_stand_at_their_projection_and_train_nothing():
     loss = features.loss(model.encoder, torch.tensor([2, 9, 2]))
     assert loss == 0
     scores = model.scorer().score(torch.arange(NUM_USERS))
-    torch.testing.assert_close(scores[:, 2], -(model.vectors()[0] - placed[2]).square().sum(1))
+    distance = (model.vectors()[0] - placed[2]).square().sum(1)
+    missed = (features.projection.eval()(features.features) - free).square().sum(1)[features.trained].mean().detach()
+    torch.testing.assert_close(scores[:, 2], -distance - missed)
+    model.expected = False
+    torch.testing.assert_close(model.scorer().score(torch.arange(NUM_USERS))[:, 2], -distance)
+    torch.testing.assert_close(model.scorer().score(torch.arange(NUM_USERS))[:, 3], scores[:, 3])
 
 
 def test_the_feature_loss_pulls_each_item_of_the_batch_once():
@@ -271,7 +277,7 @@ def test_two_blocks_are_told_apart(kind, lr):
     model = MetricLearner(20, 30, 8)
     optimizer = kind(model.parameters(), lr=lr)
     sampler = TripleSampler(train, batch_size=60, seed=0, scheme="interaction", num_negatives=5)
-    step, steps = FollowedStep(plain_step, model.project), 0
+    step, steps = ProjectedStep(plain_step, model), 0
     for epoch in range(200):
         for batch in sampler.epoch(epoch):
             step(lambda batch=batch: model.loss(batch), optimizer)
