@@ -285,7 +285,7 @@ class TwoStageSampler(TripleSampler):
         directions = None
         for number, (chosen, liked) in enumerate(zip(users.split(self.batch_size), pos.split(self.batch_size))):
             if number % self.refresh == 0:
-                directions = F.normalize(self._item_vectors().detach().double(), dim=1)
+                directions = F.normalize(self._item_vectors().detach().float(), dim=1)
             yield Triples(chosen, liked, self._near(chosen, liked, directions, generator))
 
     def _near(self, users: Tensor, pos: Tensor, directions: Tensor, generator: torch.Generator) -> Tensor:
@@ -309,10 +309,12 @@ class TwoStageSampler(TripleSampler):
         """Running sums of each candidate's probability for each item, float64 [n, C]; row r runs from r to r + 1."""
         cosine = directions[items] @ directions[candidates].T
         itself = candidates == items[:, None]
-        log_weight = (3 - directions.shape[1]) / 2 * torch.log1p(-cosine.square().clamp_max(1 - 1e-9))
-        log_weight.masked_fill_((cosine <= 0) | itself, -torch.inf)
+        away = (cosine <= 0) | itself
+        # Below 1 also in single precision: coinciding directions weigh much, not infinitely much.
+        log_weight = cosine.square_().clamp_max_(1 - 1e-6).neg_().log1p_().mul_((3 - directions.shape[1]) / 2)
+        log_weight.masked_fill_(away, -torch.inf)
         lonely = log_weight.amax(1, keepdim=True) == -torch.inf
-        upto = log_weight.masked_fill_(lonely, 0.0).softmax(1).cumsum(1)
+        upto = log_weight.masked_fill_(lonely, 0.0).softmax(1).cumsum(1, dtype=torch.float64)
         return upto.div_(upto[:, -1:].clone()).add_(torch.arange(len(items), device=items.device)[:, None])
 
 
