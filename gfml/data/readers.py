@@ -232,6 +232,27 @@ def read_adjacency_parts(paths: Mapping[str, str | os.PathLike[str]]) -> Records
     return join_parts({name: read_adjacency(path) for name, path in paths.items()})
 
 
+def read_counted_lists(path: str | os.PathLike[str], *, counts_as_items: bool = False) -> Records:
+    """CiteULike's ``users.dat``: line u is ``n item item ...``, the first number being how many items follow.
+
+    counts_as_items: take that number for one more item, as the experiments of the CML paper did.
+    Raises UserError for a line whose number of items is not the one it announces.
+    """
+    path = Path(path)
+    tokens = _tokens(read_bytes(path), path)
+    value = _integers(tokens)
+    first = np.ones(len(value), dtype=bool)
+    first[1:] = tokens.line[1:] != tokens.line[:-1]
+    listed = np.bincount(tokens.line)
+    wrong = np.flatnonzero(value[first] != listed[tokens.line[first]] - 1)
+    if len(wrong):
+        line = int(tokens.line[first][wrong[0]])
+        found = f"found {listed[line] - 1} items after the count {int(value[first][wrong[0]])}"
+        raise UserError(f"{path}, line {line + 1}: {found}, wanted as many: is each line a count and its items?")
+    keep = np.ones_like(first) if counts_as_items else ~first
+    return Records(tokens.line[keep].astype(np.int64), value[keep])
+
+
 def _read_numbers(
     path: str | os.PathLike[str], columns: Sequence[str], *, separator: bytes = b"\t"
 ) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from gfml.data.download import download, file_hash, unpack
@@ -13,6 +14,7 @@ from gfml.data.interactions import Interactions
 from gfml.data.readers import (
     Records,
     read_adjacency_parts,
+    read_counted_lists,
     read_lastfm,
     read_mcl_parts,
     read_movielens,
@@ -228,6 +230,18 @@ _SETS = (
             "citeulike-a/valid.txt.gz": "f2cd4c08d2c5c837527847cb21dafec4ebb86fa254933ce2c249b0b528404036",
             "citeulike-a/test.txt.gz": "579d4996cf951b569f0dfa0e078294d989270483e0c772996bff437514250373",
         },
+    ),
+    KnownDataset(
+        "citeulike-t", "scientific papers with tags", "github.com/js05212/citeulike-t", "research use, cite; no stated licence",
+        ("citeulike-t", "ctrsr_datasets/citeulike-t"), (Layout({"all": "users.dat"}, _one(read_counted_lists)),),
+        Counts(7_947, 25_584, total=134_860), split="per-user", ratios=(0.6, 0.2, 0.2),
+    ),
+    KnownDataset(
+        "citeulike-t-counts", "the same with list lengths as items, as in the CML paper's experiments",
+        "github.com/js05212/citeulike-t", "research use, cite; no stated licence",
+        ("citeulike-t", "ctrsr_datasets/citeulike-t"),
+        (Layout({"all": "users.dat"}, _one(partial(read_counted_lists, counts_as_items=True))),),
+        Counts(7_947, 25_586, total=142_794), split="per-user", ratios=(0.6, 0.2, 0.2),
     ),
     KnownDataset(
         "dist_test", "a copy of gowalla", "github.com/gusye1234/LightGCN-PyTorch, data/gowalla, copied to dist_test",

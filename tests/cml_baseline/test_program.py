@@ -15,6 +15,8 @@ from cml_baseline.main import main
 from cml_baseline.options import parse
 from gfml.cli import run_main
 from gfml.data.options import load_dataset
+from gfml.data.readers import read_counted_lists
+from gfml.errors import UserError
 from gfml.runs import load_state, read_metrics, read_result
 
 TINY = ["--dataset", "demo", "--demo-users", "60", "--demo-items", "80", "--demo-interactions", "1500", "--dim", "8",
@@ -259,6 +261,22 @@ def test_without_movielens_the_demo_is_used_and_said(tmp_path, capsys):
     options = parse(["--data-root", str(tmp_path)])
     assert options.dataset == "demo" and options.resolved["dataset"] == "demo" and options.split is None
     assert f"the embedded demo (MovieLens-1M is not in {tmp_path})" in capsys.readouterr().err
+
+
+def test_citeulike_counts_are_no_items_unless_asked_for(tmp_path):
+    (tmp_path / "citeulike-t").mkdir()
+    file = tmp_path / "citeulike-t" / "users.dat"
+    file.write_text("2 10 30\n0\n3 30 2 40\n")
+    assert read_counted_lists(file).items.tolist() == [10, 30, 30, 2, 40]
+    assert read_counted_lists(file).users.tolist() == [0, 0, 2, 2, 2]
+    legacy = read_counted_lists(file, counts_as_items=True)
+    assert legacy.items.tolist() == [2, 10, 30, 0, 3, 30, 2, 40] and legacy.users.tolist() == [0] * 3 + [1] + [2] * 4
+    for name, pairs in (("citeulike-t", 5), ("citeulike-t-counts", 8)):
+        data = load_dataset(name, data_root=tmp_path, cache=False)
+        assert data.train.nnz + data.valid.nnz + data.test.nnz == pairs
+    file.write_text("2 10 30\n3 5\n")
+    with pytest.raises(UserError, match="line 2: found 1 items after the count 3"):
+        read_counted_lists(file)
 
 
 # ---------------------------------------------------------------- what the user can mend
