@@ -141,7 +141,8 @@ def _is_kept(name: str) -> bool:
 
 def _write_tensorboard(data: Interactions, model: Recommender, result: Mapping[str, Any], tracker: Tracker) -> None:
     epoch = result["selection"]["epoch"] or 0
-    tracker.scalars(epoch, {f"test/{name}": value for name, value in result["test"].items()})
+    shown = table_columns({"test": result["test"]}, result["topks"])
+    tracker.scalars(epoch, {f"test/{name}": result["test"][name] for name in shown})
     mass = model.gravity.mass
     if mass.item is not None:
         tracker.histogram("mass/item", mass.log_item(), epoch)
