@@ -55,7 +55,9 @@ def join_tables(user: np.ndarray, item: np.ndarray, shape: tuple[int, int, int],
     num_users, num_items, dim = shape
     for name, table, rows in (("user", user, num_users), ("item", item, num_items)):
         if table.shape != (rows, dim):
-            raise UserError(f"{source} holds {name} vectors {table.shape}, wanted {(rows, dim)}: use the same data and width")
+            raise UserError(
+                f"{source} holds {name} vectors {table.shape}, wanted {(rows, dim)}: use the same data and width"
+            )
     return _finite(torch.from_numpy(np.concatenate([user, item]).astype(np.float32)), source)
 
 

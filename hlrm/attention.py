@@ -44,7 +44,9 @@ def explain(
         np.savez_compressed(stream, **arrays)
     with atomic_open(folder / "attention.csv", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["user", "item", "slot", "reference", "user_attention", "item_attention", "memory_row", "memory_share"])
+        writer.writerow(
+            ["user", "item", "slot", "reference", "user_attention", "item_attention", "memory_row", "memory_share"]
+        )
         writer.writerows(table_rows(arrays, data, names))
     for number in range(min(len(pairs), PLOTTED)):
         plot_pair(folder / f"pair-{number + 1}.png", arrays, number, data, names)
@@ -150,7 +152,9 @@ def _user_name(data: Interactions, user: int) -> str:
 
 
 def _numbered(data: Interactions, user: str, item: str) -> tuple[int, int]:
-    return _row(user, data.user_ids, data.num_users, "user", data), _row(item, data.item_ids, data.num_items, "item", data)
+    return _row(user, data.user_ids, data.num_users, "user", data), _row(
+        item, data.item_ids, data.num_items, "item", data
+    )
 
 
 def _row(name: str, ids: np.ndarray | None, count: int, what: str, data: Interactions) -> int:

@@ -102,7 +102,7 @@ class Histories:
         return _padded(window, length - 1)
 
     def _window(self, rows: Tensor, width: int, generator: torch.Generator, order: Tensor) -> Tensor:
-        """``width`` consecutive entries of each row, cyclic: [B, width]; of shorter rows the first ``degree`` differ."""
+        """``width`` consecutive entries of each row, cyclic: [B, width]; a shorter row repeats after ``degree``."""
         degree, steps = self.degree[rows], torch.arange(width, device=self.device)
         if self.kind == "last":
             place = degree[:, None] - 1 - steps

@@ -18,8 +18,10 @@ from hlrm.options import build_train_parser, parse_eval
 from gfml.cli import Options, resolve_device, run_main, set_threads
 
 # Flags of eval.py that take the place of the training's.
-OVERRIDES = ("topk", "eval_size", "num_cohorts", "mask_seen", "eval_batch_size", "judge_inter", "history_sampling", "baselines",
-             "data_root", "dataset", "device", "threads")  # fmt: skip
+OVERRIDES = (
+    "topk", "eval_size", "num_cohorts", "mask_seen", "eval_batch_size", "judge_inter", "history_sampling", "baselines",
+    "data_root", "dataset", "device", "threads",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = resolve_device(options)
     data = load_from_args(options)
     if max(options.topk) > data.num_items:
-        raise UserError(f"found a list length of {max(options.topk)}, wanted at most {data.num_items} items: mend --topk")
+        raise UserError(
+            f"found a list length of {max(options.topk)}, wanted at most {data.num_items} items: mend --topk"
+        )
     model = restore(options, data, saved, file, device)
     result, evaluation = report(options, data, model, given.eval_split)
     result["selection"] = saved["selection"]

@@ -33,8 +33,13 @@ def build_model(options: Options, data: Interactions, device: torch.device, *, s
     """The model as the flags say. start False: without start vectors, because saved weights will follow."""
     encoder = Tables(data.num_users, data.num_items, options.emb_size, init="ball")
     hinge = HingeOptions(
-        options.loss_margin, options.squared, options.reduction, options.copy_relations, options.clip_norm,
-        options.clip_memory, bool(options.compat),
+        options.loss_margin,
+        options.squared,
+        options.reduction,
+        options.copy_relations,
+        options.clip_norm,
+        options.clip_memory,
+        bool(options.compat),
     )
     if options.model == "transcf":
         model = TranslatedModel(
@@ -61,16 +66,25 @@ def build_training(options: Options, model: RelationModel) -> tuple[torch.optim.
 def build_sampler(options: Options, data: Interactions, device: torch.device) -> PairSampler:
     """Batches of the train part."""
     return PairSampler(
-        data.train, batch_size=options.train_batch_size, width=options.num_inter, seed=options.seed,
-        kind=options.history_sampling, with_audience=options.model == "transcf", device=device,
+        data.train,
+        batch_size=options.train_batch_size,
+        width=options.num_inter,
+        seed=options.seed,
+        kind=options.history_sampling,
+        with_audience=options.model == "transcf",
+        device=device,
     )
 
 
 def histories(options: Options, data: Interactions, split: str, device: torch.device) -> History:
     """What judging ``split`` knows of every user: train for valid, train and valid for test. A function of the seed."""
     return fixed_histories(
-        data.seen(split), options.judge_inter, options.seed, kind=options.history_sampling,
-        popularity=data.item_popularity, device=device,
+        data.seen(split),
+        options.judge_inter,
+        options.seed,
+        kind=options.history_sampling,
+        popularity=data.item_popularity,
+        device=device,
     )
 
 
@@ -123,15 +137,17 @@ def describe(options: Options, data: Interactions, model: RelationModel, device:
     if options.judge_inter != options.num_inter:
         history += f" ({options.judge_inter} when judging)"
     distance = "squared distances" if options.squared else "plain distances"
-    return "\n".join([
-        f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
-        f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
-        *notes,
-        f"{model_name(options)}, margin {options.loss_margin:g} on {distance}{history}; "
-        f"{count:,} trained parameters on {device}; seed {options.seed}",
-        f"selecting by {options.select_metric} on validation",
-        f"run directory {run.path}",
-    ])
+    return "\n".join(
+        [
+            f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
+            f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
+            *notes,
+            f"{model_name(options)}, margin {options.loss_margin:g} on {distance}{history}; "
+            f"{count:,} trained parameters on {device}; seed {options.seed}",
+            f"selecting by {options.select_metric} on validation",
+            f"run directory {run.path}",
+        ]
+    )
 
 
 def model_name(options: Options) -> str:
@@ -152,8 +168,12 @@ def _build_relation(options: Options) -> MemoryRelation | DiagonalRelation | Non
             options.emb_size, options.num_relations, options.hlrm_type, user_slot=options.include_user_slot
         )
     return MemoryRelation(
-        options.emb_size, options.num_relations, options.hlrm_type, user_slot=options.include_user_slot,
-        beta=options.beta, diff_memory=options.diff_memory,
+        options.emb_size,
+        options.num_relations,
+        options.hlrm_type,
+        user_slot=options.include_user_slot,
+        beta=options.beta,
+        diff_memory=options.diff_memory,
     )
 
 
@@ -177,13 +197,20 @@ def _validation_batches(options: Options, data: Interactions, device: torch.devi
     open_users = np.diff(data.train_and_valid.indptr) < data.num_items
     users, items = (torch.from_numpy(side[open_users[users]]).to(device) for side in (users, items))
     if len(users) == 0:
-        raise UserError(f"{data.name} has no validation pair with an item left over as a negative: select by ndcg@10 instead")
+        raise UserError(
+            f"{data.name} has no validation pair with an item left over as a negative: select by ndcg@10 instead"
+        )
     negatives = known.negatives(users, seeded_generator(device, options.seed, 0, 3))
     history = histories(options, data, "valid", device)
     audience = None
     if options.model == "transcf":
         audience = fixed_histories(
-            data.train.T.tocsr(), options.num_inter, options.seed, kind="random", popularity=data.user_activity, device=device
+            data.train.T.tocsr(),
+            options.num_inter,
+            options.seed,
+            kind="random",
+            popularity=data.user_activity,
+            device=device,
         )
     return [
         _judged_batch(users[part], items[part], negatives[part], history, audience)

@@ -20,7 +20,9 @@ from gfml.metrics.ranking import find_hits, ndcg
 NAMES = ("hitrate", "map", "mrr", "ndcg", "prec", "rec", "ndcg_local")
 
 
-def paper_metrics(top: np.ndarray, relevant: sp.csr_array, k: int, *, whole_list: bool = False) -> dict[str, np.ndarray]:
+def paper_metrics(
+    top: np.ndarray, relevant: sp.csr_array, k: int, *, whole_list: bool = False
+) -> dict[str, np.ndarray]:
     """Values per user [n]; NaN where a user has none.
 
     Shape: top int [n, >= k]; relevant CSR [n, I]. whole_list: the ideal order of ndcg_local is made of all hits in the
@@ -57,7 +59,13 @@ def median_popularity(top: np.ndarray, popularity: np.ndarray) -> float:
 
 
 def cohort_metrics(
-    top: np.ndarray, relevant: sp.csr_array, popularity: np.ndarray, k: int, groups: list[np.ndarray], *, whole_list: bool = False
+    top: np.ndarray,
+    relevant: sp.csr_array,
+    popularity: np.ndarray,
+    k: int,
+    groups: list[np.ndarray],
+    *,
+    whole_list: bool = False,
 ) -> dict[str, dict[str, float]]:
     """{"map@10": {"mean", "std"}, ...}: means over the groups' means, sample standard deviation between groups."""
     per_user = paper_metrics(top, relevant, k, whole_list=whole_list)

@@ -1,4 +1,4 @@
-"""The models: HLR and HLR++ with the paper's or the port's relations, LRML and CML as their limits, TransCF beside them.
+"""HLR and HLR++ with the paper's or the port's relations, LRML and CML as their limits, TransCF beside them.
 
 Relevance is minus the distance between u + r and v, where the relation r depends on the user, the item and the user's
 history. A batch is users, positives, negatives and histories; the loss is a hinge, and every optimizer step is followed
@@ -49,7 +49,7 @@ def distances(query: Tensor, items: Tensor, squared: bool) -> Tensor:
 
 @torch.no_grad()
 def clip_rows_(table: Tensor, radius: float = 1.0, *, compat: bool = False) -> None:
-    """In place: pull rows longer than ``radius`` onto the sphere; compat: just inside it, times radius / (norm + 1e-7)."""
+    """In place: pull rows longer than ``radius`` onto the sphere; compat: times radius / (norm + 1e-7)."""
     if not compat:
         project_to_ball_(table, radius=radius)
         return
@@ -61,7 +61,10 @@ class RelationModel(nn.Module):
     """Points of users and items, a relation between them, and the hinge. relation None: CML."""
 
     def __init__(
-        self, encoder: Tables, relation: MemoryRelation | DiagonalRelation | None, options: HingeOptions = HingeOptions()
+        self,
+        encoder: Tables,
+        relation: MemoryRelation | DiagonalRelation | None,
+        options: HingeOptions = HingeOptions(),
     ) -> None:
         super().__init__()
         if options.reduction not in ("sum", "mean"):
@@ -95,7 +98,7 @@ class RelationModel(nn.Module):
                 clip_rows_(table.data, compat=self.options.compat)
 
     def scorer(self, history: History, *, train: sp.csr_array, block: int = 0, memory_mb: float = 256) -> Scorer:
-        """All-item scores; history: of every user. train: for neighbourhood means. block: most items at a time, 0: any."""
+        """All-item scores; history: of every user. train: for neighbour means. block: most items at a time, 0: any."""
         user, item = (part.detach() for part in self.encoder.vectors())
         if self.relation is None:
             return SquaredDistanceScorer(user, item)
@@ -123,14 +126,19 @@ class RelationModel(nn.Module):
 class TranslatedModel(RelationModel):
     """TransCF-style: r = (mean of the user's items) * (mean of the item's users), coordinate by coordinate.
 
-    Training takes means over drawn histories of both sides, judging over all train neighbours. Added to the hinge:
-    neighbour_weight times |u - mean of items|^2 + |v - mean of users|^2 and distance_weight times the positive's squared
-    distance, means over the batch. Source: Park, Kim, Xie, Yu, Collaborative Translational Metric Learning, ICDM 2018
-    (there with neighbourhoods in full at every step).
+    Training takes means over drawn histories of both sides, judging over all train neighbours. To the hinge it adds
+    neighbour_weight times |u - mean of items|^2 + |v - mean of users|^2 and distance_weight times the squared distance
+    of the positive, means over the batch. Source: Park, Kim, Xie, Yu, Collaborative Translational Metric Learning,
+    ICDM 2018 (there with neighbourhoods in full at every step).
     """
 
     def __init__(
-        self, encoder: Tables, options: HingeOptions = HingeOptions(), *, neighbour_weight: float, distance_weight: float
+        self,
+        encoder: Tables,
+        options: HingeOptions = HingeOptions(),
+        *,
+        neighbour_weight: float,
+        distance_weight: float,
     ) -> None:
         super().__init__(encoder, None, options)
         self.neighbour_weight, self.distance_weight = neighbour_weight, distance_weight
@@ -152,7 +160,9 @@ class TranslatedModel(RelationModel):
     def scorer(self, history: History, *, train: sp.csr_array, block: int = 0, memory_mb: float = 256) -> Scorer:
         """All-item scores from the means over all train neighbours."""
         user, item = (part.detach() for part in self.encoder.vectors())
-        return TranslatedScorer(user, item, neighbour_means(train, item), neighbour_means(sp.csr_array(train.T.tocsr()), user))
+        return TranslatedScorer(
+            user, item, neighbour_means(train, item), neighbour_means(sp.csr_array(train.T.tocsr()), user)
+        )
 
     def _mean(self, history: History, offset: int) -> Tensor:
         """Mean vector of each row's neighbours, 0 without any: [B, D]."""

@@ -20,7 +20,9 @@ FORMS = ("memory", "diagonal")
 BASELINES = ("popularity", "item-knn", "ease")
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 # Where results go and what is judged after training: no part of what a run computes.
-NOT_IDENTITY = frozenset({"save_model", "save_dir", "eval_batch_size", "baselines", "data_root", "cache_dir", "cache", "download"})
+NOT_IDENTITY = frozenset(
+    {"save_model", "save_dir", "eval_batch_size", "baselines", "data_root", "cache_dir", "cache", "download"}
+)
 # Flags of the printed synopsis, which shows them without values.
 SYNOPSIS = frozenset({
     "--train_batch_size", "--eval_batch_size", "--num_inter", "--hlrm_type", "--epochs", "--lr", "--lr_scheduler_gamma",
@@ -59,9 +61,19 @@ def build_train_parser() -> Parser:
     _add_training_flags(parser)
     _add_judging_flags(parser)
     group = parser.add_argument_group("selection")
-    group.add_argument("--select-metric", default="loss", metavar="NAME@K",
-                       help="what selects the epoch on validation: loss (as published), or a metric such as ndcg@10")
-    group.add_argument("--select-users", type=_count, default=1000, metavar="N", help="validation users ranked for --select-metric NAME@K")
+    group.add_argument(
+        "--select-metric",
+        default="loss",
+        metavar="NAME@K",
+        help="what selects the epoch on validation: loss (as published), or a metric such as ndcg@10",
+    )
+    group.add_argument(
+        "--select-users",
+        type=_count,
+        default=1000,
+        metavar="N",
+        help="validation users ranked for --select-metric NAME@K",
+    )
     group.add_argument("--eval-every", type=_count, default=1, metavar="N", help="epochs between evaluations")
     add_mirror_flags(parser)
     add_run_flags(parser)
@@ -76,96 +88,268 @@ def build_eval_parser() -> Parser:
         argument_default=argparse.SUPPRESS,
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--save_dir", "--save-dir", default="hlrm_base.pt", metavar="FILE", help="saved model, or a run directory")
+    model.add_argument(
+        "--save_dir", "--save-dir", default="hlrm_base.pt", metavar="FILE", help="saved model, or a run directory"
+    )
     model.add_argument("--hlrm_type", choices=TYPES, help="must be the saved model's")
     model.add_argument("--emb_size", type=_count, metavar="D", help="must be the saved model's")
     model.add_argument("--num_relations", type=_count, metavar="N", help="must be the saved model's")
-    model.add_argument("--is_pretrained_embs", type=yes_or_no, nargs="?", const=True, metavar="BOOL",
-                       help="accepted; the saved vectors are used either way")
+    model.add_argument(
+        "--is_pretrained_embs",
+        type=yes_or_no,
+        nargs="?",
+        const=True,
+        metavar="BOOL",
+        help="accepted; the saved vectors are used either way",
+    )
     judging = parser.add_argument_group("judging")
     judging.add_argument("--eval-split", choices=("valid", "test"), default="test", help="the part that is judged")
     _add_protocol_flags(judging)
-    judging.add_argument("--num_inter", "--judge-inter", dest="judge_inter", type=number(int, least=0), metavar="P", help="history items per user")
-    judging.add_argument("--history-sampling", choices=("random", "unpop", "last"), help="how they are chosen when there are more")
-    judging.add_argument("--baselines", nargs="+", choices=(*BASELINES, "none"), help="simple recommenders judged beside the model")
-    judging.add_argument("--result", metavar="FILE", help="where the numbers go (default: FILE.eval.json beside the model)")
+    judging.add_argument(
+        "--num_inter",
+        "--judge-inter",
+        dest="judge_inter",
+        type=number(int, least=0),
+        metavar="P",
+        help="history items per user",
+    )
+    judging.add_argument(
+        "--history-sampling", choices=("random", "unpop", "last"), help="how they are chosen when there are more"
+    )
+    judging.add_argument(
+        "--baselines", nargs="+", choices=(*BASELINES, "none"), help="simple recommenders judged beside the model"
+    )
+    judging.add_argument(
+        "--result", metavar="FILE", help="where the numbers go (default: FILE.eval.json beside the model)"
+    )
     explain = parser.add_argument_group("explanations")
-    explain.add_argument("--attention", type=number(int, least=0), default=0, metavar="N",
-                         help="write and plot the attention of the first recommendation of N judged users")
-    explain.add_argument("--pair", nargs=2, action="append", metavar=("USER", "ITEM"), help="the same for a pair of ids of the data; may repeat")
-    explain.add_argument("--attention-dir", metavar="DIR", help="folder for them (default: FILE.attention beside the model)")
+    explain.add_argument(
+        "--attention",
+        type=number(int, least=0),
+        default=0,
+        metavar="N",
+        help="write and plot the attention of the first recommendation of N judged users",
+    )
+    explain.add_argument(
+        "--pair",
+        nargs=2,
+        action="append",
+        metavar=("USER", "ITEM"),
+        help="the same for a pair of ids of the data; may repeat",
+    )
+    explain.add_argument(
+        "--attention-dir", metavar="DIR", help="folder for them (default: FILE.attention beside the model)"
+    )
     explain.add_argument("--item-info", metavar="FILE", help="titles of items (default: a known file beside the data)")
     data = parser.add_argument_group("data and machine")
     data.add_argument("--data-root", metavar="DIR", help="where data sets lie")
     data.add_argument("--dataset", help="the data of the training at another place")
     data.add_argument("--device", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
-    data.add_argument("--threads", type=number(int, least=0), metavar="N", help="CPU threads; 0 leaves the choice to PyTorch")
+    data.add_argument(
+        "--threads", type=number(int, least=0), metavar="N", help="CPU threads; 0 leaves the choice to PyTorch"
+    )
     return parser
 
 
 def _add_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=MODELS, default="hlr",
-                       help="hlr: latent relations; lrml, cml, transcf: compared models under the same protocol")
+    group.add_argument(
+        "--model",
+        choices=MODELS,
+        default="hlr",
+        help="hlr: latent relations; lrml, cml, transcf: compared models under the same protocol",
+    )
     group.add_argument("--hlrm_type", choices=TYPES, default="base", help="base: HLR; plus: HLR++")
-    group.add_argument("--relation-form", choices=FORMS, default="memory",
-                       help="memory: the paper's attention over memory slots; diagonal: the arithmetic of the port")
-    group.add_argument("--include-user-slot", action=argparse.BooleanOptionalAction, default=None,
-                       help="the user among the references (default: yes for memory base, else no)")
-    group.add_argument("--beta", type=_nonnegative, default=1.0, metavar="B", help="smoothing exponent of the user's attention; 1 is a softmax")
-    group.add_argument("--diff-memory", action=argparse.BooleanOptionalAction, default=False, help="a second memory for the user slot")
-    group.add_argument("--copy-relations", action=argparse.BooleanOptionalAction, default=False,
-                       help="the negative takes the positive's relation")
-    group.add_argument("--squared", action=argparse.BooleanOptionalAction, default=None,
-                       help="squared distances (default: yes for memory, no for diagonal, as published)")
-    group.add_argument("--emb_size", "--embedding-dim", dest="emb_size", type=_count, default=100, metavar="D", help="width of the vectors")
+    group.add_argument(
+        "--relation-form",
+        choices=FORMS,
+        default="memory",
+        help="memory: the paper's attention over memory slots; diagonal: the arithmetic of the port",
+    )
+    group.add_argument(
+        "--include-user-slot",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the user among the references (default: yes for memory base, else no)",
+    )
+    group.add_argument(
+        "--beta",
+        type=_nonnegative,
+        default=1.0,
+        metavar="B",
+        help="smoothing exponent of the user's attention; 1 is a softmax",
+    )
+    group.add_argument(
+        "--diff-memory", action=argparse.BooleanOptionalAction, default=False, help="a second memory for the user slot"
+    )
+    group.add_argument(
+        "--copy-relations",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="the negative takes the positive's relation",
+    )
+    group.add_argument(
+        "--squared",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="squared distances (default: yes for memory, no for diagonal, as published)",
+    )
+    group.add_argument(
+        "--emb_size",
+        "--embedding-dim",
+        dest="emb_size",
+        type=_count,
+        default=100,
+        metavar="D",
+        help="width of the vectors",
+    )
     group.add_argument("--num_relations", type=_count, default=20, metavar="N", help="memory slots")
-    group.add_argument("--num_inter", type=number(int, least=0), default=50, metavar="P", help="largest number of history items of a user")
-    group.add_argument("--judge-inter", type=number(int, least=0), default=None, metavar="P",
-                       help="the same when judging (default: --num_inter, as published; more judges better)")
-    group.add_argument("--history-sampling", choices=("random", "unpop", "last"), default="random",
-                       help="how they are chosen when there are more")
-    group.add_argument("--clip_norm", type=_positive, default=1.0, metavar="R", help="radius of the ball of all vectors")
-    group.add_argument("--clip-memory", action=argparse.BooleanOptionalAction, default=False, help="keep memory rows within length 1 too")
-    group.add_argument("--compat", type=int, choices=(0, 1), default=0,
-                       help="1: clip by min(1, R / (norm + 1e-7)) and sort the whole list in local NDCG, as the port does")
-    group.add_argument("--neighbour-weight", type=_nonnegative, default=0.1, help="transcf: weight of its neighbourhood regulariser")
-    group.add_argument("--distance-weight", type=_nonnegative, default=0.1, help="transcf: weight of its distance regulariser")
+    group.add_argument(
+        "--num_inter",
+        type=number(int, least=0),
+        default=50,
+        metavar="P",
+        help="largest number of history items of a user",
+    )
+    group.add_argument(
+        "--judge-inter",
+        type=number(int, least=0),
+        default=None,
+        metavar="P",
+        help="the same when judging (default: --num_inter, as published; more judges better)",
+    )
+    group.add_argument(
+        "--history-sampling",
+        choices=("random", "unpop", "last"),
+        default="random",
+        help="how they are chosen when there are more",
+    )
+    group.add_argument(
+        "--clip_norm", type=_positive, default=1.0, metavar="R", help="radius of the ball of all vectors"
+    )
+    group.add_argument(
+        "--clip-memory",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep memory rows within length 1 too",
+    )
+    group.add_argument(
+        "--compat",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="1: clip by min(1, R / (norm + 1e-7)) and sort the whole list in local NDCG, as the port does",
+    )
+    group.add_argument(
+        "--neighbour-weight", type=_nonnegative, default=0.1, help="transcf: weight of its neighbourhood regulariser"
+    )
+    group.add_argument(
+        "--distance-weight", type=_nonnegative, default=0.1, help="transcf: weight of its distance regulariser"
+    )
 
 
 def _add_start_flags(parser: Parser) -> None:
     group = parser.add_argument_group("start values")
-    group.add_argument("--is_pretrained_embs", type=yes_or_no, nargs="?", const=True, default=False, metavar="BOOL",
-                       help="start from the vectors of --pretrained, or of --user-emb and --item-emb")
-    group.add_argument("--pretrained", metavar="FILE", help="run directory (its final.pt), checkpoint, or .npz with user [U, D] and item [I, D]")
+    group.add_argument(
+        "--is_pretrained_embs",
+        type=yes_or_no,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="BOOL",
+        help="start from the vectors of --pretrained, or of --user-emb and --item-emb",
+    )
+    group.add_argument(
+        "--pretrained",
+        metavar="FILE",
+        help="run directory (its final.pt), checkpoint, or .npz with user [U, D] and item [I, D]",
+    )
     group.add_argument("--user-emb", metavar="FILE", help=".npy of user vectors [U, D]")
     group.add_argument("--item-emb", metavar="FILE", help=".npy of item vectors [I, D]")
-    group.add_argument("--freeze_embs", type=yes_or_no, nargs="?", const=True, default=False, metavar="BOOL",
-                       help="train the relations alone")
+    group.add_argument(
+        "--freeze_embs",
+        type=yes_or_no,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="BOOL",
+        help="train the relations alone",
+    )
 
 
 def _add_training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--train_batch_size", "--batch-size", dest="train_batch_size", type=_count, default=5000, metavar="B", help="pairs per step")
+    group.add_argument(
+        "--train_batch_size",
+        "--batch-size",
+        dest="train_batch_size",
+        type=_count,
+        default=5000,
+        metavar="B",
+        help="pairs per step",
+    )
     group.add_argument("--epochs", type=number(int, least=0), default=100, metavar="N", help="largest number of epochs")
     group.add_argument("--lr", type=_positive, default=2e-4, help="learning rate")
-    group.add_argument("--lr_scheduler_gamma", type=number(above=0, most=1), default=0.98, metavar="G", help="factor on the rate after every epoch")
-    group.add_argument("--clip", type=number(), default=3.0, metavar="NORM", help="largest gradient norm; 0 or less: none")
-    group.add_argument("--patience", type=_count, default=10, metavar="N", help="evaluations without a better one before stopping")
-    group.add_argument("--loss_margin", "--margin", dest="loss_margin", type=_nonnegative, default=0.2, metavar="M", help="margin, in units of the distance")
-    group.add_argument("--reduction", choices=("mean", "sum"), default="mean", help="of the hinge over a batch; the paper sums")
+    group.add_argument(
+        "--lr_scheduler_gamma",
+        type=number(above=0, most=1),
+        default=0.98,
+        metavar="G",
+        help="factor on the rate after every epoch",
+    )
+    group.add_argument(
+        "--clip", type=number(), default=3.0, metavar="NORM", help="largest gradient norm; 0 or less: none"
+    )
+    group.add_argument(
+        "--patience", type=_count, default=10, metavar="N", help="evaluations without a better one before stopping"
+    )
+    group.add_argument(
+        "--loss_margin",
+        "--margin",
+        dest="loss_margin",
+        type=_nonnegative,
+        default=0.2,
+        metavar="M",
+        help="margin, in units of the distance",
+    )
+    group.add_argument(
+        "--reduction", choices=("mean", "sum"), default="mean", help="of the hinge over a batch; the paper sums"
+    )
     group.add_argument("--optimizer", choices=("adam", "adagrad", "sgd"), default="adam", help="optimizer")
-    group.add_argument("--save_model", type=yes_or_no, nargs="?", const=True, default=True, metavar="BOOL",
-                       help="write the selected weights to --save_dir; the run directory holds them in any case")
-    group.add_argument("--save_dir", default="hlrm_base.pt", metavar="FILE", help="the FILE that eval.py reads (the port's name for it)")
+    group.add_argument(
+        "--save_model",
+        type=yes_or_no,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="BOOL",
+        help="write the selected weights to --save_dir; the run directory holds them in any case",
+    )
+    group.add_argument(
+        "--save_dir",
+        default="hlrm_base.pt",
+        metavar="FILE",
+        help="the FILE that eval.py reads (the port's name for it)",
+    )
 
 
 def _add_judging_flags(parser: Parser) -> None:
     group = parser.add_argument_group("judging")
-    group.add_argument("--eval_batch_size", type=_count, default=10000, metavar="N", help="most validation pairs and most items at a time")
+    group.add_argument(
+        "--eval_batch_size",
+        type=_count,
+        default=10000,
+        metavar="N",
+        help="most validation pairs and most items at a time",
+    )
     _add_protocol_flags(group, train=True)
-    group.add_argument("--baselines", nargs="+", choices=(*BASELINES, "none"), default=["popularity"],
-                       help="simple recommenders judged beside the model")
+    group.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=(*BASELINES, "none"),
+        default=["popularity"],
+        help="simple recommenders judged beside the model",
+    )
 
 
 def _add_protocol_flags(group: argparse._ArgumentGroup, *, train: bool = False) -> None:
@@ -173,11 +357,32 @@ def _add_protocol_flags(group: argparse._ArgumentGroup, *, train: bool = False) 
     given = {"default": argparse.SUPPRESS} if not train else {}
     if not train:
         group.add_argument("--eval_batch_size", type=_count, metavar="N", help="most items at a time")
-    group.add_argument("--topk", "--topks", dest="topk", nargs="+", action=TopksAction, metavar="K", help="list lengths, such as 10", **given or {"default": (10,)})
-    group.add_argument("--eval_size", type=_count, metavar="N", help="test users in a cohort of the sampled protocol", **given or {"default": 1000})
-    group.add_argument("--num-cohorts", type=_count, metavar="N", help="cohorts of the sampled protocol", **given or {"default": 5})
-    group.add_argument("--mask-seen", action=argparse.BooleanOptionalAction, help="never recommend known items; the port does",
-                       **given or {"default": True})
+    group.add_argument(
+        "--topk",
+        "--topks",
+        dest="topk",
+        nargs="+",
+        action=TopksAction,
+        metavar="K",
+        help="list lengths, such as 10",
+        **given or {"default": (10,)},
+    )
+    group.add_argument(
+        "--eval_size",
+        type=_count,
+        metavar="N",
+        help="test users in a cohort of the sampled protocol",
+        **given or {"default": 1000},
+    )
+    group.add_argument(
+        "--num-cohorts", type=_count, metavar="N", help="cohorts of the sampled protocol", **given or {"default": 5}
+    )
+    group.add_argument(
+        "--mask-seen",
+        action=argparse.BooleanOptionalAction,
+        help="never recommend known items; the port does",
+        **given or {"default": True},
+    )
 
 
 def parse_train(argv: list[str] | None = None) -> Options:
@@ -238,17 +443,33 @@ def _apply_data_config(parser: Parser, options: Options) -> None:
     try:
         config = json.loads(Path(options.data_config).read_text(encoding="utf-8"))["dataset"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"cannot read {options.data_config} ({type(error).__name__} {error}): wanted JSON with an object dataset")
-    known = {"name", "path", "interactions", "binary", "pos_threshold", "n_core", "split_method", "random_state", "file_format"}
+        parser.error(
+            f"cannot read {options.data_config} ({type(error).__name__} {error}): wanted JSON with an object dataset"
+        )
+    known = {
+        "name",
+        "path",
+        "interactions",
+        "binary",
+        "pos_threshold",
+        "n_core",
+        "split_method",
+        "random_state",
+        "file_format",
+    }
     if unknown := sorted(config.keys() - known):
         parser.error(f"{options.data_config} sets dataset.{unknown[0]}, wanted only {', '.join(sorted(known))}")
     if not config.get("binary", True) or config.get("file_format", "csv") != "csv":
-        parser.error(f"{options.data_config} asks for data that is not binary or not csv: only binary feedback from csv is read")
+        parser.error(
+            f"{options.data_config} asks for data that is not binary or not csv: only binary feedback from csv is read"
+        )
     method = config.get("split_method", "fo")
     if method not in SPLIT_METHODS:
-        parser.error(f"{options.data_config} sets split_method {method!r}: choose {' or '.join(SPLIT_METHODS)}, or give --split")
+        parser.error(
+            f"{options.data_config} sets split_method {method!r}: choose {' or '.join(SPLIT_METHODS)}, or give --split"
+        )
     values = {
-        "dataset": str(Path(config.get("path", ".")) / config["interactions"]) if "interactions" in config else config.get("name"),
+        "dataset": _file_of(config),
         "threshold": config.get("pos_threshold"), "kcore": config.get("n_core", 0), "split": SPLIT_METHODS[method],
         "split_seed": config.get("random_state", 2021),
     }  # fmt: skip
@@ -257,6 +478,13 @@ def _apply_data_config(parser: Parser, options: Options) -> None:
     for name, value in values.items():
         if name not in options.explicit:
             setattr(options, name, value)
+
+
+def _file_of(config: dict[str, object]) -> str | None:
+    """The path of the interactions, else the name of the data."""
+    if "interactions" not in config:
+        return config.get("name")
+    return str(Path(config.get("path", ".")) / config["interactions"])
 
 
 def _as_compared(parser: Parser, options: Options) -> set[str]:
@@ -292,6 +520,9 @@ def _check(parser: Parser, options: Options) -> None:
         parser.error("with --mirror give --mirror-clip instead of --clip")
     name, _, k = options.select_metric.partition("@")
     if options.select_metric != "loss" and (name not in METRICS or not k.isdigit() or int(k) < 1):
-        parser.error(f"found --select-metric {options.select_metric!r}, wanted loss or one of {', '.join(METRICS)} with a cut-off, such as ndcg@10")
+        parser.error(
+            f"found --select-metric {options.select_metric!r}, wanted loss or one of {', '.join(METRICS)} with a "
+            "cut-off, such as ndcg@10"
+        )
     if "none" in options.baselines and len(options.baselines) > 1:
         parser.error("--baselines none cannot stand beside others")

@@ -35,20 +35,26 @@ def judge(options: Options, data: Interactions, model: RelationModel, split: str
     Both rank the whole catalogue; "sampled" samples users. They share one ranking.
     """
     found = evaluate(
-        scorer_of(options, data, model, split), data, split, options.topk, beyond=True, mask_seen=options.mask_seen,
+        scorer_of(options, data, model, split),
+        data,
+        split,
+        options.topk,
+        beyond=True,
+        mask_seen=options.mask_seen,
         device=model.encoder.nodes.device,
     )
     groups = cohorts(len(found.users), options.eval_size, options.num_cohorts, options.split_seed)
     relevant, sampled = data.split(split)[found.users], {}
     for k in options.topk:
-        sampled |= cohort_metrics(
-            found.top, relevant, data.item_popularity, k, groups, whole_list=bool(options.compat)
-        )
+        sampled |= cohort_metrics(found.top, relevant, data.item_popularity, k, groups, whole_list=bool(options.compat))
     result = {
         "val" if split == "valid" else split: found.means,
         "sampled": sampled,
         "protocol": {
-            "split": split, "users": len(found.users), "cohorts": len(groups), "cohort_size": len(groups[0]),
+            "split": split,
+            "users": len(found.users),
+            "cohorts": len(groups),
+            "cohort_size": len(groups[0]),
             "seen items": "left out" if options.mask_seen else "recommended too, as in the port",
         },
         "cold_users": found.cold_users,
@@ -65,9 +71,7 @@ def report(options: Options, data: Interactions, model: RelationModel, split: st
     return result | {"baselines": simple}, evaluation
 
 
-def store(
-    options: Options, data: Interactions, model: RelationModel, fitted: FitResult, run: Run
-) -> dict[str, Any]:
+def store(options: Options, data: Interactions, model: RelationModel, fitted: FitResult, run: Run) -> dict[str, Any]:
     """Judge the selected weights, write them, the arrays behind the report and ``result.json``; returns the result."""
     result, test = report(options, data, model, "test")
     result["selection"] = fitted.selection()
@@ -77,14 +81,18 @@ def store(
         save_model(Path(options.save_dir), options, data, model, result["selection"])
     arrays = {"item_popularity": data.item_popularity, "user_activity": data.user_activity, "test_users": test.users,
               "top": test.top.astype(np.int32)}  # fmt: skip
-    arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name}
+    arrays |= {
+        f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name
+    }
     with atomic_open(run.file("analysis.npz"), "wb") as stream:
         np.savez_compressed(stream, **arrays)
     run.finish(result)
     return result
 
 
-def save_model(path: Path, options: Options, data: Interactions, model: RelationModel, selection: Mapping[str, Any]) -> None:
+def save_model(
+    path: Path, options: Options, data: Interactions, model: RelationModel, selection: Mapping[str, Any]
+) -> None:
     """Weights with everything eval.py needs: flags, and which data they were trained on."""
     flags = {name: value for name, value in vars(options).items() if name not in ("resolved", "config")}
     save_state(path, {
@@ -99,11 +107,15 @@ def read_model(path: Path) -> tuple[dict[str, Any], Path]:
         raise UserError(f"there is no saved model {file}: train one with hlrm/train.py, or give --save_dir FILE")
     saved = load_state(file)
     if not {"model", "options", "data", "selection"} <= saved.keys():
-        raise UserError(f"{file} was not written by hlrm/train.py (it holds {', '.join(sorted(saved))}): give another --save_dir")
+        raise UserError(
+            f"{file} was not written by hlrm/train.py (it holds {', '.join(sorted(saved))}): give another --save_dir"
+        )
     return saved, file
 
 
-def restore(options: Options, data: Interactions, saved: Mapping[str, Any], file: Path, device: torch.device) -> RelationModel:
+def restore(
+    options: Options, data: Interactions, saved: Mapping[str, Any], file: Path, device: torch.device
+) -> RelationModel:
     """The saved model, in eval mode. UserError when data or shapes are others."""
     if saved["data"] != data.fingerprint:
         raise UserError(
@@ -114,7 +126,9 @@ def restore(options: Options, data: Interactions, saved: Mapping[str, Any], file
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise UserError(f"{file} holds a model of another shape ({str(error).splitlines()[-1].strip()}): give its own flags") from None
+        raise UserError(
+            f"{file} holds a model of another shape ({str(error).splitlines()[-1].strip()}): give its own flags"
+        ) from None
     return model.eval()
 
 

@@ -1,7 +1,7 @@
 """Train a recommender with hierarchical latent relations (HLR, HLR++) and judge it.
 
     python hlrm/train.py                                                         the embedded demo data
-    python hlrm/train.py --config configs/hlrm/ml100k-hlr.toml                   MovieLens-100K as the paper cuts its data
+    python hlrm/train.py --config configs/hlrm/ml100k.toml                       MovieLens-100K, cut as in the paper
     python hlrm/train.py --train_batch_size 5000 --num_inter 50 --hlrm_type plus --lr 2e-4 --save_dir hlrm_plus.pt
 
 A batch is users, one positive and one negative each, and up to P history items of every user; it makes one optimizer
@@ -43,8 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     kind = f"{options.relation_form}-{options.hlrm_type}" if options.model == "hlr" else options.model
     with Run.open(
-        options.out, "hlrm", options.resolved, label=f"{data.name}-{kind}", exclude=LOCATION_FLAGS | NOT_IDENTITY,
-        name=options.run_name, resume=options.resume, overwrite=options.overwrite, read_only=options.eval_only,
+        options.out,
+        "hlrm",
+        options.resolved,
+        label=f"{data.name}-{kind}",
+        exclude=LOCATION_FLAGS | NOT_IDENTITY,
+        name=options.run_name,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        read_only=options.eval_only,
     ) as run:
         if run.is_done and not options.eval_only:
             print(f"{run.path} is done; this is its result (--overwrite trains anew)")
@@ -57,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.eval_only:
             best = load_best(model, run.path)
             result, _ = report(options, data, model.eval(), "test")
-            selection = run.result["selection"] if run.is_done else best | {"protocol": "best so far of an unfinished run"}
+            selection = (
+                run.result["selection"] if run.is_done else best | {"protocol": "best so far of an unfinished run"}
+            )
             print_result(result | {"selection": selection}, f"run directory {run.path}")
             return 0
         print(experiment.describe(options, data, model, device, run), file=sys.stderr)
@@ -67,14 +76,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             sampler = experiment.build_sampler(options, data, device)
             validation = experiment.Validation(options, data, model, device)
             fitted = fit(
-                model, optimizer, batches=sampler.epoch, loss_fn=model.loss, step=step, scheduler=scheduler,
-                evaluate=validation, select=validation.select, run=run, epochs=options.epochs,
-                eval_every=options.eval_every, patience=options.patience, checkpoint_every=options.checkpoint_every,
-                progress=options.progress, tracker=tracker,
+                model,
+                optimizer,
+                batches=sampler.epoch,
+                loss_fn=model.loss,
+                step=step,
+                scheduler=scheduler,
+                evaluate=validation,
+                select=validation.select,
+                run=run,
+                epochs=options.epochs,
+                eval_every=options.eval_every,
+                patience=options.patience,
+                checkpoint_every=options.checkpoint_every,
+                progress=options.progress,
+                tracker=tracker,
             )
             result = store(options, data, model, fitted, run)
             tracker.scalars(fitted.best_epoch or 0, {f"test/{name}": value for name, value in result["test"].items()})
-        print_result(result, f"run directory {run.path}" + (f"\nsaved model   {options.save_dir}" if options.save_model else ""))
+        print_result(
+            result, f"run directory {run.path}" + (f"\nsaved model   {options.save_dir}" if options.save_model else "")
+        )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Histories and batches: what is left out, who may appear, distributions, and that an epoch is a function of its number."""
+"""Histories and batches: what is left out, who may appear, distributions, epochs that depend on their number alone."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ def test_unpop_prefers_rare_items():
 def test_an_epoch_holds_every_pair_once_and_depends_on_its_number_alone():
     matrix = matrix_of()
     sampler = PairSampler(matrix, batch_size=16, width=5, seed=4, with_audience=True)
-    first, again = list(sampler.epoch(3)), list(PairSampler(matrix, batch_size=16, width=5, seed=4, with_audience=True).epoch(3))
+    first, again = (
+        list(sampler.epoch(3)),
+        list(PairSampler(matrix, batch_size=16, width=5, seed=4, with_audience=True).epoch(3)),
+    )
     assert len(first) == len(sampler.epoch(3))
     other = list(sampler.epoch(4))
     for one, two in zip(first, again, strict=True):

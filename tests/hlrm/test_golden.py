@@ -155,7 +155,9 @@ def diagonal_batch(golden):
 def test_port_values_and_gradients(golden, close, kind, dtype):
     model, batch = diagonal_model(golden, kind, dtype), diagonal_batch(golden)
     prefix = f"orig_{kind}__"
-    close(model.encoder.nodes.detach(), torch.cat([golden[f"{prefix}user_emb_after"], golden[f"{prefix}item_emb_after"]]))
+    close(
+        model.encoder.nodes.detach(), torch.cat([golden[f"{prefix}user_emb_after"], golden[f"{prefix}item_emb_after"]])
+    )
     found = model.attend(batch.users, both(batch), batch.history)
     distance = model.distances(batch.users, both(batch), batch.history).detach()
     for column, side in enumerate(("pos", "neg")):
@@ -173,7 +175,10 @@ def test_port_values_and_gradients(golden, close, kind, dtype):
     grads = {"user_emb": user, "item_emb": item, "user_attention_key": model.relation.key.grad,
              "user_attention_val": model.relation.value.grad}  # fmt: skip
     if kind == "plus":
-        grads |= {"item_attention_key": model.relation.item_key.grad, "item_attention_val": model.relation.item_value.grad}
+        grads |= {
+            "item_attention_key": model.relation.item_key.grad,
+            "item_attention_val": model.relation.item_value.grad,
+        }
     for name, value in grads.items():
         close(value, golden[f"{prefix}grad_{name}"], grad=True)
 
@@ -211,7 +216,8 @@ def test_the_unused_third_module(golden, close):
     wanted = golden["orig_extended__output"]
     neighbours = golden["extended_neighbour_users"]
     found = [
-        neighbour_attention(target, other, neighbours, diagonal).vector[:, 0] for target, other in ((user, item), (item, user))
+        neighbour_attention(target, other, neighbours, diagonal).vector[:, 0]
+        for target, other in ((user, item), (item, user))
     ]
     assert min(float((one - wanted).abs().max()) for one in found) < 1e-12
 
@@ -255,7 +261,9 @@ def test_published_metrics(golden):
     for theirs, ours in names.items():
         per_user = golden[f"orig_metric_user_{theirs}"].numpy()
         np.testing.assert_allclose(np.nan_to_num(found[ours]), per_user, atol=1e-12, err_msg=theirs)
-        np.testing.assert_allclose(np.nanmean(found[ours]), float(golden[f"orig_metric_{theirs}"]), atol=1e-12, err_msg=theirs)
+        np.testing.assert_allclose(
+            np.nanmean(found[ours]), float(golden[f"orig_metric_{theirs}"]), atol=1e-12, err_msg=theirs
+        )
     for name in ("map", "mrr", "hitrate", "ndcg_local"):
         wanted = golden[f"natural_paper_metric_user_{name}"].numpy()
         np.testing.assert_allclose(found[name], wanted, atol=1e-12, err_msg=name)
@@ -266,5 +274,7 @@ def test_usual_metrics(golden):
     found = ranking_metrics(golden["metric_recommended"].numpy(), relevant_of(golden), [k])
     names = {"prec": "precision", "rec": "recall", "hit": "hit", "map": "map", "mrr": "mrr", "ndcg": "ndcg"}
     for theirs, ours in names.items():
-        np.testing.assert_allclose(found[f"{ours}@{k}"], golden[f"natural_metric_user_{theirs}"].numpy(), atol=1e-12, err_msg=theirs)
+        np.testing.assert_allclose(
+            found[f"{ours}@{k}"], golden[f"natural_metric_user_{theirs}"].numpy(), atol=1e-12, err_msg=theirs
+        )
         assert means(found)[f"{ours}@{k}"] == pytest.approx(float(golden[f"natural_metric_{theirs}"]), abs=1e-12)

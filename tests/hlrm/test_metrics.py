@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from hlrm.metrics import cohort_metrics, cohorts, median_popularity, paper_metrics
+from hlrm.metrics import NAMES, cohort_metrics, cohorts, median_popularity, paper_metrics
 
 
 def case(hits, size):
@@ -21,14 +21,17 @@ def case(hits, size):
 @pytest.mark.parametrize(
     ("hits", "size", "wanted"),
     [
-        ([0, 1, 0, 0, 1], 3, {"prec": 0.4, "rec": 2 / 3, "hitrate": 2 / 3, "map": 0.18, "mrr": 0.7, "ndcg": 0.477624, "ndcg_local": 0.624051}),
-        ([1, 0, 0, 0, 0], 8, {"prec": 0.2, "rec": 0.125, "hitrate": 0.125, "map": 0.2, "mrr": 1.0, "ndcg": 0.339160, "ndcg_local": 1.0}),
-        ([1, 1, 1, 0, 0], 3, {"prec": 0.6, "rec": 1.0, "hitrate": 1.0, "map": 0.6, "mrr": 11 / 6, "ndcg": 1.0, "ndcg_local": 1.0}),
+        # hitrate, map, mrr, ndcg, prec, rec, ndcg_local
+        ([0, 1, 0, 0, 1], 3, [2 / 3, 0.18, 0.7, 0.477624, 0.4, 2 / 3, 0.624051]),
+        ([1, 0, 0, 0, 0], 8, [0.125, 0.2, 1.0, 0.339160, 0.2, 0.125, 1.0]),
+        ([1, 1, 1, 0, 0], 3, [1.0, 0.6, 11 / 6, 1.0, 0.6, 1.0, 1.0]),
     ],
 )  # fmt: skip
 def test_hand_counted(hits, size, wanted):
     found = paper_metrics(*case(hits, size), 5)
-    assert {name: float(value[0]) for name, value in found.items()} == pytest.approx(wanted, abs=1e-6)
+    assert {name: float(value[0]) for name, value in found.items()} == pytest.approx(
+        dict(zip(NAMES, wanted, strict=True)), abs=1e-6
+    )
 
 
 def test_users_without_hits_or_without_relevant_items():
@@ -41,10 +44,15 @@ def test_users_without_hits_or_without_relevant_items():
 def test_the_port_sorts_hits_beyond_the_cut_off():
     top, relevant = case([0, 1, 0, 1], 2)
     assert paper_metrics(top, relevant, 2)["ndcg_local"][0] == pytest.approx(1 / np.log2(3))
-    assert paper_metrics(top, relevant, 2, whole_list=True)["ndcg_local"][0] == pytest.approx(1 / np.log2(3) / (1 + 1 / np.log2(3)))
+    assert paper_metrics(top, relevant, 2, whole_list=True)["ndcg_local"][0] == pytest.approx(
+        1 / np.log2(3) / (1 + 1 / np.log2(3))
+    )
 
 
-@pytest.mark.parametrize(("users", "size", "number", "wanted"), [(100, 10, 5, [10] * 5), (23, 10, 5, [4] * 5), (3, 10, 5, [1] * 3), (60, 10, 1, [10])])
+@pytest.mark.parametrize(
+    ("users", "size", "number", "wanted"),
+    [(100, 10, 5, [10] * 5), (23, 10, 5, [4] * 5), (3, 10, 5, [1] * 3), (60, 10, 1, [10])],
+)
 def test_cohorts_are_disjoint_and_repeatable(users, size, number, wanted):
     groups = cohorts(users, size, number, seed=1)
     assert list(map(len, groups)) == wanted

@@ -18,9 +18,9 @@ from hlrm import eval as evaluation
 from hlrm import experiment, options, train
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ["--demo-users", "60", "--demo-items", "40", "--demo-interactions", "900", "--emb_size", "8", "--num_relations", "3",
-        "--num_inter", "4", "--train_batch_size", "128", "--lr", "0.02", "--epochs", "3", "--topk", "5", "--eval_size", "10",
-        "--threads", "1", "--device", "cpu", "--no-progress"]  # fmt: skip
+TINY = """--demo-users 60 --demo-items 40 --demo-interactions 900 --emb_size 8 --num_relations 3 --num_inter 4
+    --train_batch_size 128 --lr 0.02 --epochs 3 --topk 5 --eval_size 10 --threads 1 --device cpu
+    --no-progress""".split()
 TYPES = {
     "base": ["--hlrm_type", "base"],
     "plus": ["--hlrm_type", "plus"],
@@ -55,7 +55,11 @@ def run_of(folder="runs"):
 
 def tables(text):
     """Everything printed of the two tables, without the lines that say where files are."""
-    return [line for line in text.splitlines() if not line.startswith(("run directory", "saved model", "numbers", "attention"))]
+    return [
+        line
+        for line in text.splitlines()
+        if not line.startswith(("run directory", "saved model", "numbers", "attention"))
+    ]
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -77,21 +81,27 @@ def test_every_type_trains_and_eval_gives_the_same_numbers(name, capsys):
     assert any("full catalogue" in line for line in printed) and any("sampled users" in line for line in printed)
 
 
+TRAIN_SYNOPSIS = """--train_batch_size --eval_batch_size --num_inter --hlrm_type --epochs --lr --lr_scheduler_gamma
+    --clip --patience --emb_size --num_relations --is_pretrained_embs --freeze_embs --save_model -- save_dir
+    --loss_margin"""
+EVAL_SYNOPSIS = """--eval_batch_size --num_inter --hlrm_type --save_dir --eval_size --emb_size --topk --num_relations
+    --is_pretrained_embs"""
+# The same flags with the published defaults; --epochs 2, for one is warned about.
+TRAIN_FLAGS = """--train_batch_size 5000 --eval_batch_size 10000 --num_inter 50 --hlrm_type base --epochs 2 --lr 2e-5
+    --lr_scheduler_gamma 0.98 --clip 3 --patience 10 --emb_size 100 --num_relations 20 --is_pretrained_embs False
+    --freeze_embs False --save_model True --save_dir hlrm_base.pt --loss_margin 0.2"""
+EVAL_FLAGS = """--eval_batch_size 10000 --num_inter 50 --hlrm_type base --save_dir hlrm_base.pt --eval_size 1000
+    --emb_size 100 --topk 10 --num_relations 20 --is_pretrained_embs False"""
+
+
 def test_the_published_command_lines():
-    """The synopsis as printed, and with values; --epochs is lowered, or this would take minutes."""
-    words = ("--train_batch_size --eval_batch_size --num_inter --hlrm_type --epochs --lr --lr_scheduler_gamma --clip --patience "
-             "--emb_size --num_relations --is_pretrained_embs --freeze_embs --save_model -- save_dir --loss_margin").split()  # fmt: skip
-    assert vars(options.parse_train(words)) == vars(options.parse_train([]))
-    words = "--eval_batch_size --num_inter --hlrm_type --save_dir --eval_size --emb_size --topk --num_relations --is_pretrained_embs"
-    assert vars(options.parse_eval(words.split())) == vars(options.parse_eval([]))
+    """The synopsis as printed, which shows no values, means the defaults; with values it runs."""
+    assert vars(options.parse_train(TRAIN_SYNOPSIS.split())) == vars(options.parse_train([]))
+    assert vars(options.parse_eval(EVAL_SYNOPSIS.split())) == vars(options.parse_eval([]))
     small = ["--demo-users", "60", "--demo-items", "40", "--demo-interactions", "900", "--threads", "1"]
-    command = ("--train_batch_size 5000 --eval_batch_size 10000 --num_inter 50 --hlrm_type base --epochs 2 --lr 2e-5 "
-               "--lr_scheduler_gamma 0.98 --clip 3 --patience 10 --emb_size 100 --num_relations 20 --is_pretrained_embs False "
-               "--freeze_embs False --save_model True --save_dir hlrm_base.pt --loss_margin 0.2")  # fmt: skip
-    assert train.main([*command.split(), *small]) == 0
-    command = ("--eval_batch_size 10000 --num_inter 50 --hlrm_type base --save_dir hlrm_base.pt --eval_size 1000 --emb_size 100 "
-               "--topk 10 --num_relations 20 --is_pretrained_embs False")  # fmt: skip
-    assert evaluation.main(command.split()) == 0
+    assert train.main([*TRAIN_FLAGS.split(), *small]) == 0
+    assert evaluation.main(EVAL_FLAGS.split()) == 0
+    assert evaluation.main(EVAL_SYNOPSIS.split()) == 0
     assert Path("hlrm_base.eval.json").exists()
 
 
@@ -151,7 +161,9 @@ def test_patience_and_best_weights(monkeypatch):
 
 
 def test_the_rate_decays_once_an_epoch_and_gradients_are_clipped():
-    given = options.parse_train(tiny("--lr_scheduler_gamma", "0.5", "--clip", "0.001", "--optimizer", "sgd", "--lr", "1"))
+    given = options.parse_train(
+        tiny("--lr_scheduler_gamma", "0.5", "--clip", "0.001", "--optimizer", "sgd", "--lr", "1")
+    )
     from gfml.data.options import load_from_args
 
     data, device = load_from_args(given), torch.device("cpu")
@@ -231,14 +243,21 @@ def start_files(num_users=60, num_items=40, dim=8, scale=0.1):
     return torch.from_numpy(draw)
 
 
-@pytest.mark.parametrize("source", [["--pretrained", "start.npz"], ["--user-emb", "user.npy", "--item-emb", "item.npy"]])
+@pytest.mark.parametrize(
+    "source", [["--pretrained", "start.npz"], ["--user-emb", "user.npy", "--item-emb", "item.npy"]]
+)
 def test_frozen_start_vectors_stay_and_relations_learn(source):
     wanted = start_files(scale=2.0)  # some outside the ball: frozen means untouched
     assert train.main(tiny("--is_pretrained_embs", "true", "--freeze_embs", "yes", *source)) == 0
     model = load_state("hlrm_base.pt")["model"]
     assert torch.equal(model["encoder.nodes"], wanted)
     memory = model["relation.memory"]
-    assert train.main(tiny("--is_pretrained_embs", "true", "--freeze_embs", "yes", "--epochs", "0", "--out", "start", *source)) == 0
+    assert (
+        train.main(
+            tiny("--is_pretrained_embs", "true", "--freeze_embs", "yes", "--epochs", "0", "--out", "start", *source)
+        )
+        == 0
+    )
     assert not torch.equal(load_state(run_of("start") / "final.pt")["model"]["relation.memory"], memory)
 
 
@@ -255,7 +274,9 @@ def test_start_from_another_program_of_the_repository():
     """A checkpoint as recsys and the CML program write it: final.pt with encoder.nodes beside other weights."""
     nodes = start_files()
     Path("other").mkdir()
-    save_state("other/final.pt", {"model": {"encoder.nodes": nodes, "gravity.log_lamb": torch.zeros(())}, "selection": {}})
+    save_state(
+        "other/final.pt", {"model": {"encoder.nodes": nodes, "gravity.log_lamb": torch.zeros(())}, "selection": {}}
+    )
     assert train.main(tiny("--is_pretrained_embs", "True", "--pretrained", "other", "--epochs", "0")) == 0
     torch.testing.assert_close(load_state("hlrm_base.pt")["model"]["encoder.nodes"], nodes)
 
@@ -356,7 +377,13 @@ def test_other_settings_of_eval(capsys):
     read = lambda: json.loads(Path("hlrm_base.eval.json").read_text())  # noqa: E731
     assert evaluation.main(["--topk", "3", "7", "--eval-split", "valid", "--eval_size", "4", "--num-cohorts", "3"]) == 0
     found = read()
-    assert found["protocol"] | {"users": 0} == {"split": "valid", "users": 0, "cohorts": 3, "cohort_size": 4, "seen items": "left out"}
+    assert found["protocol"] | {"users": 0} == {
+        "split": "valid",
+        "users": 0,
+        "cohorts": 3,
+        "cohort_size": 4,
+        "seen items": "left out",
+    }
     assert {"recall@3", "recall@7"} <= found["val"].keys() and "test" not in found and "mmr@7" in found["sampled"]
     assert evaluation.main(["--eval_batch_size", "3"]) == 0
     blocks = read()
@@ -407,8 +434,10 @@ def ratings_file(folder):
 
 def test_the_ports_config_file(tmp_path, capsys):
     ratings_file(tmp_path)
-    config = {"name": "ml-20m", "path": str(tmp_path), "interactions": "ratings.csv", "binary": True, "pos_threshold": 4, "n_core": 3,
-              "split_method": "fo", "random_state": 2021, "file_format": "csv"}  # fmt: skip
+    config = {
+        "name": "ml-20m", "path": str(tmp_path), "interactions": "ratings.csv", "binary": True, "pos_threshold": 4,
+        "n_core": 3, "split_method": "fo", "random_state": 2021, "file_format": "csv",
+    }  # fmt: skip
     Path("config.json").write_text(json.dumps({"dataset": config, "cache": {"path": "cache"}}))
     given = options.parse_train(["--data-config", "config.json"])
     assert (given.threshold, given.kcore, given.split, given.split_seed) == (4, 3, "global", 2021)
@@ -416,7 +445,11 @@ def test_the_ports_config_file(tmp_path, capsys):
     assert train.main(small) == 0
     assert evaluation.main([]) == 0
     capsys.readouterr()
-    for change, message in (({"n_corr": 1}, "dataset.n_corr"), ({"split_method": "ufo"}, "split_method 'ufo'"), ({"binary": False}, "not binary")):
+    for change, message in (
+        ({"n_corr": 1}, "dataset.n_corr"),
+        ({"split_method": "ufo"}, "split_method 'ufo'"),
+        ({"binary": False}, "not binary"),
+    ):
         Path("bad.json").write_text(json.dumps({"dataset": config | change}))
         with pytest.raises(SystemExit):
             options.parse_train(["--data-config", "bad.json"])
@@ -431,10 +464,9 @@ def test_hlr_finds_two_tastes():
         for block in rng.choice(16, 2, replace=False):
             lines += [f"{user},{block * 8 + item}" for item in rng.choice(8, 6, replace=False)]
     Path("toy.csv").write_text("user,item\n" + "\n".join(lines) + "\n")
-    assert train.main([
-        "--dataset", "toy.csv", "--no-cache", "--emb_size", "8", "--epochs", "40", "--lr", "0.02", "--train_batch_size", "256",
-        "--lr_scheduler_gamma", "1", "--clip", "0", "--loss_margin", "1", "--topk", "5", "--threads", "1", "--num_inter", "12",
-        "--select-metric", "recall@5", "--eval-every", "20", "--no-progress",
-    ]) == 0  # fmt: skip
+    flags = """--dataset toy.csv --no-cache --emb_size 8 --epochs 40 --lr 0.02 --train_batch_size 256 --num_inter 12
+        --lr_scheduler_gamma 1 --clip 0 --loss_margin 1 --topk 5 --threads 1 --select-metric recall@5 --eval-every 20
+        --no-progress"""
+    assert train.main(flags.split()) == 0
     result = json.loads((run_of() / "result.json").read_text())
     assert result["test"]["recall@5"] > 0.6 > 0.2 > result["baselines"]["popularity"]["test"]["recall@5"]

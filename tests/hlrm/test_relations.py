@@ -268,8 +268,12 @@ def test_translated_scores_against_loops():
 
 
 def test_wrong_names_are_refused():
-    for build in (lambda: MemoryRelation(5, 4, "extended"), lambda: DiagonalRelation(5, 4, "hlr"),
-                  lambda: MemoryRelation(5, 4, "plus", diff_memory=True), lambda: model_of(None, reduction="max")):  # fmt: skip
+    for build in (
+        lambda: MemoryRelation(5, 4, "extended"),
+        lambda: DiagonalRelation(5, 4, "hlr"),
+        lambda: MemoryRelation(5, 4, "plus", diff_memory=True),
+        lambda: model_of(None, reduction="max"),
+    ):
         with pytest.raises(ValueError):
             build()
 
@@ -283,7 +287,11 @@ def test_cuda_gives_the_same_loss_and_scores(relation):
     history = History(torch.randint(12, (7, 4)), torch.full((7,), 4))
     scores = model.scorer(history, train=None).score(torch.arange(7))
     model = model.cuda()
-    found = model.loss(PairBatch(*(move(getattr(batch, name)) for name in ("users", "pos", "neg", "history"))))["loss"].detach().cpu()
+    found = (
+        model.loss(PairBatch(*(move(getattr(batch, name)) for name in ("users", "pos", "neg", "history"))))["loss"]
+        .detach()
+        .cpu()
+    )
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     found = model.scorer(move(history), train=None).score(torch.arange(7).cuda()).cpu()
     torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-5)

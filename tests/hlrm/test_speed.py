@@ -1,4 +1,4 @@
-"""Scoring a catalogue against the plain way: the relation of every user with every item, as the training step makes it."""
+"""Scoring a catalogue against the plain way: the relation of every user with every item, as training makes it."""
 
 from __future__ import annotations
 
