@@ -24,6 +24,7 @@ from gfml.errors import UserError, suggest
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from gfml.data.interactions import Interactions
@@ -265,7 +266,7 @@ def project(vectors: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray
 def _draw_map(items: Items, shown: np.ndarray, plane: np.ndarray, chosen: Sequence[int]) -> Figure:
     import numpy as np
 
-    from gfml.report import COLORS, GREYS, TEXT, label_points, legend_below, panels, styled
+    from gfml.report import COLORS, GREYS, legend_below, panels, styled
 
     @styled
     def draw() -> Figure:
@@ -282,11 +283,24 @@ def _draw_map(items: Items, shown: np.ndarray, plane: np.ndarray, chosen: Sequen
         axis.set_axis_off()
         legend_below(figure, axis)
         place = {item: row for row, item in enumerate(shown.tolist())}
-        points = [plane[place[item]] for item in chosen]
-        label_points(axis, *zip(*points, strict=True), [items.titles[item] for item in chosen], TEXT)
+        _name_points(axis, np.array([plane[place[item]] for item in chosen]), [items.titles[item] for item in chosen])
         return figure
 
     return draw()
+
+
+def _name_points(axis: Axes, points: np.ndarray, titles: Sequence[str]) -> None:
+    """A ring and a title at each point [n, 2]; a title that would cover an earlier one stays away."""
+    from gfml.report import TEXT
+
+    axis.scatter(*points.T, s=70, facecolors="none", edgecolors=TEXT, linewidths=1.4)
+    axis.figure.draw_without_rendering()
+    taken: list[tuple[float, float, float]] = []
+    for point, (left, y), title in zip(points, axis.transData.transform(points), titles, strict=True):
+        width = 6.5 * len(title)
+        if all(abs(y - other_y) > 15 or left > other + other_width or other > left + width for other, other_y, other_width in taken):
+            taken.append((left, y, width))
+            axis.annotate(title, point, xytext=(7, 5), textcoords="offset points", color=TEXT, fontsize=9, fontweight="bold")
 
 
 def _neighbours(page: Page, items: Items, chosen: Sequence[int]) -> None:

@@ -101,19 +101,25 @@ USER = [0.6, 0.0]
 ITEMS = [[0.0, 0.0], [0.6, 0.8], [-0.6, 0.0], [0.6, 0.3], [-0.8, 0.0]]
 
 
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_one_pair_with_four_negatives(dtype):
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_pair_with_four_negatives(device, dtype):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     # 100 items, those beyond the first five far from everything that matters here.
-    model = MetricLearner(1, 100, 2, options=MetricOptions(margin=0.5)).to(dtype)
+    model = MetricLearner(1, 100, 2, options=MetricOptions(margin=0.5)).to(device, dtype)
     with torch.no_grad():
         model.encoder.nodes[:6] = torch.tensor([USER, *ITEMS], dtype=dtype)
-    zero = torch.zeros(1, dtype=torch.int64)
-    parts = model.loss(Triples(zero, zero, torch.tensor([[1, 2, 3, 4]])))
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    parts = model.loss(Triples(zero, zero, torch.tensor([[1, 2, 3, 4]], device=device)))
     assert parts["loss"].item() == pytest.approx(0.77 * math.log(51), abs=2e-6) == pytest.approx(3.0275057, abs=2e-6)
     (grad,) = torch.autograd.grad(parts["loss"], model.encoder.nodes)
     wanted = torch.zeros(101, 2, dtype=dtype)
     wanted[0], wanted[1], wanted[4] = torch.tensor([[4.718191, 2.359095], [-4.718191, 0.0], [0.0, -2.359095]], dtype=dtype)
-    torch.testing.assert_close(grad, wanted, rtol=0, atol=2e-6)
+    torch.testing.assert_close(grad.cpu(), wanted, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize(
