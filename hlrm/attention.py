@@ -126,6 +126,7 @@ def plot_pair(path: Path, arrays: dict[str, np.ndarray], number: int, data: Inte
         image = axes[1].imshow(arrays["addresses"][number, slots], aspect="auto", cmap="viridis", vmin=0)
         axes[1].set_xlabel("memory row (latent relation)")
         axes[1].set_yticks([])
+        axes[1].xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=axes[1], label="share of the relation")
     user = _user_name(data, arrays["users"][number])
     figure.suptitle(f"user {user}, {names[arrays['items'][number]]}", fontsize=10)

@@ -147,3 +147,14 @@ def test_mean_item_scores():
     np.testing.assert_allclose(found, scores[users].double().mean(0), rtol=1e-6)
     with pytest.raises(ValueError, match="at least one user"):
         mean_item_scores(DenseScorer(scores), np.array([], dtype=np.int64))
+
+
+def test_known_items_may_be_left_in():
+    """Without the mask the lists are those of the bare scores, so known items take places of new ones."""
+    data, scores = random_data(4, 12, 30), torch.randn(12, 30, generator=torch.Generator().manual_seed(1))
+    seen = torch.from_numpy(data.seen("test").toarray())
+    open_lists = evaluate(DenseScorer(scores + 5 * seen), data, "test", (5,), mask_seen=False)
+    rows = torch.from_numpy(open_lists.users)
+    assert np.array_equal(open_lists.top, (scores + 5 * seen)[rows].topk(5, dim=1).indices.numpy())
+    masked = evaluate(DenseScorer(scores + 5 * seen), data, "test", (5,))
+    assert open_lists.means["recall@5"] <= masked.means["recall@5"]

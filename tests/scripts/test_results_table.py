@@ -111,3 +111,13 @@ def test_a_readme_without_the_block(table: dict, tmp_path: Path) -> None:
     (tmp_path / "paper" / "README.md").write_text("nothing\n")
     with pytest.raises(UserError, match="add both"):
         table["main"](["toy", "--folder", "paper", f"ours={store_run(tmp_path / 'r', 0.1)}"])
+
+
+def test_a_declaration_names_the_figures_that_are_kept(table: dict, tmp_path: Path) -> None:
+    (tmp_path / "configs" / "tables").mkdir(parents=True)
+    declared = 'metrics = ["users_q1_recall", "ndcg"]\ncolumns = ["users_q1_recall@20"]\n'
+    (tmp_path / "configs" / "tables" / "toy.toml").write_text(declared)
+    table["main"](["toy", "--folder", "paper", f"ours={store_run(tmp_path / 'r', 0.1)}"])
+    stored = (tmp_path / "paper" / "results" / "toy.csv").read_text()
+    assert "users_q1_recall@20" in stored and "ndcg@20" in stored and ",recall@20" not in stored
+    assert "| ours | selected on validation | 1 | 3 | 0.9000 | 10 |" in (tmp_path / "paper" / "README.md").read_text()
