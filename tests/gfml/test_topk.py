@@ -250,7 +250,8 @@ PEAK = """
 import resource, numpy as np, scipy.sparse as sp, torch
 from gfml.topk import FactorScorer, topk_items
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not ru_maxrss: a new program inherits that of the process that started it.
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
 class Distances(FactorScorer):
     factors = lambda self: None
     def score(self, users):
