@@ -26,7 +26,7 @@ def build_model(options: Options, data: Interactions, device: torch.device) -> M
     )  # fmt: skip
     model = MetricLearner(
         data.num_users, data.num_items, options.embedding_dim, options=loss, radius=options.clip_norm,
-        std=options.init_std, features=_build_features(options, data), expected=options.cold_score == "expected",
+        std=options.init_std, features=_build_features(options, data),
     )  # fmt: skip
     return model.to(device)
 
@@ -40,7 +40,8 @@ def _build_features(options: Options, data: Interactions) -> ItemFeatures | None
         scale=options.feature_scale, radius=options.clip_norm,
     )  # fmt: skip
     cold = torch.from_numpy(data.item_popularity == 0)
-    return ItemFeatures(projection, torch.from_numpy(table.values), torch.from_numpy(table.known), cold)
+    values, known = torch.from_numpy(table.values), torch.from_numpy(table.known)
+    return ItemFeatures(projection, values, known, cold, expected=options.cold_score == "expected")
 
 
 def build_training(options: Options, model: MetricLearner) -> tuple[torch.optim.Optimizer | Optimizers, Step]:

@@ -72,7 +72,7 @@ def _add_feature_flags(parser: Parser) -> None:
     group.add_argument("--dropout", type=number(least=0, most=0.99), default=0.5, metavar="P", help="probability that a hidden unit is dropped")
     group.add_argument("--feature-lr", type=_positive, default=1e-3, metavar="X", help="learning rate of the network, which takes Adam always")
     group.add_argument("--cold-score", choices=("expected", "paper"), default="expected",
-                       help="cold items rank by the squared distance of their projection; expected adds the network's mean squared error")
+                       help="cold items rank by the squared distance of their projection; expected adds the network's mean squared error on items kept from it")
     group.add_argument("--hide-items", type=number(least=0, most=0.9), default=0.0, metavar="R",
                        help="take this share of the items out of train and validation, to see how features place cold items")
     group.add_argument("--item-info", metavar="FILE", help="titles and genres for the report (default: those of MovieLens where they are found)")

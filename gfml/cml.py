@@ -20,6 +20,8 @@ from gfml.topk import Factors
 
 # Coordinates of gathered negatives that stay in a core's cache; a device with its own memory takes many at once.
 BLOCK, DEVICE_BLOCK = 1 << 19, 1 << 27
+# One item in so many is kept from the feature network, to see by how much it misses what it was not shown.
+HELD_OUT = 10
 
 
 class Mined(NamedTuple):
@@ -157,16 +159,24 @@ class ItemFeatures(nn.Module):
 
     features [I, F]; known bool [I]: items that have features; cold bool [I]: items without any train interaction,
     whose vectors mean nothing. Cold items are placed by the network and do not train it.
+    expected: rank cold items by their expected squared distance (:meth:`offsets`), for which every tenth of the other
+    items is kept from the network; False: by the squared distance of f(x_j) alone, as in the paper.
     The features are no part of the state dict.
     """
 
-    def __init__(self, projection: FeatureProjection, features: Tensor, known: Tensor, cold: Tensor) -> None:
+    def __init__(
+        self, projection: FeatureProjection, features: Tensor, known: Tensor, cold: Tensor, *, expected: bool = True
+    ) -> None:
         super().__init__()
         if not len(features) == len(known) == len(cold):
             raise ValueError(f"found {len(features)} rows, {len(known)} known and {len(cold)} cold items, wanted as many")
         self.projection = projection
+        held = torch.zeros_like(known)
+        if expected and bool((known & cold).any()):
+            held[(known & ~cold).nonzero()[::HELD_OUT, 0]] = True
         self.register_buffer("features", features, persistent=False)
-        self.register_buffer("trained", known & ~cold, persistent=False)
+        self.register_buffer("trained", known & ~cold & ~held, persistent=False)
+        self.register_buffer("held", held, persistent=False)
         self.register_buffer("placed", known & cold, persistent=False)
         self.register_buffer("known", known, persistent=False)
 
@@ -192,11 +202,11 @@ class ItemFeatures(nn.Module):
         """What to add to squared distances so that they are expected ones: [I], zero but for placed items.
 
         If the network misses v_j by an error without direction, E |u - v_j|^2 = |u - f(x_j)|^2 + E |v_j - f(x_j)|^2;
-        the second term is the mean over the items it was trained on. Without it a network, which always predicts
-        something near the middle, puts cold items nearer to everybody than any item that users have chosen.
+        the second term is the mean over the items kept from the network. Without it a network, which always predicts
+        something near the middle, puts cold items nearer to everybody than the items that users have chosen.
         """
-        vectors = encoder.nodes[encoder.num_users :][self.trained]
-        error = feature_loss(self._project(self.trained), vectors) / max(1, len(vectors))
+        vectors = encoder.nodes[encoder.num_users :][self.held]
+        error = feature_loss(self._project(self.held), vectors) / max(1, len(vectors))
         return error * self.placed
 
     def _project(self, chosen: Tensor) -> Tensor:
@@ -212,8 +222,6 @@ class MetricLearner(nn.Module):
     """Collaborative Metric Learning: users and items as points of a ball of radius ``radius``.
 
     Starts from N(0, std^2) (std None: 1 / sqrt(D)) pulled into the ball; with features, items start at f(x_j).
-    expected: rank cold items by their expected squared distance (:meth:`ItemFeatures.offsets`); False: by the
-    distance of f(x_j) alone, as in the paper.
     """
 
     def __init__(
@@ -226,12 +234,11 @@ class MetricLearner(nn.Module):
         radius: float = 1.0,
         std: float | None = None,
         features: ItemFeatures | None = None,
-        expected: bool = True,
     ) -> None:
         super().__init__()
         std = embedding_dim**-0.5 if std is None else std
         self.encoder = Tables(num_users, num_items, embedding_dim, init="normal", std=std)
-        self.options, self.radius, self.features, self.expected = options, radius, features, expected
+        self.options, self.radius, self.features = options, radius, features
         project_to_ball_(self.encoder.nodes.data, radius=radius)
         if features is not None:
             features.start_(self.encoder)
@@ -256,7 +263,9 @@ class MetricLearner(nn.Module):
 
     def offsets(self) -> Tensor | None:
         """What ranking adds to the squared distances of cold items, [I]; None for nothing."""
-        return self.features.offsets(self.encoder) if self.features is not None and self.expected else None
+        if self.features is None or not bool(self.features.held.any()):
+            return None
+        return self.features.offsets(self.encoder)
 
     def scorer(self) -> SquaredDistanceScorer:
         """All-item scores: minus the squared distance."""

@@ -197,12 +197,12 @@ def test_order_of_scores_is_order_of_distances():
 # ---------------------------------------------------------------- features
 
 
-def item_features(cold=(), unknown=(), dropout=0.5):
+def item_features(cold=(), unknown=(), dropout=0.5, **options):
     torch.manual_seed(5)
     projection = FeatureProjection(7, WIDTH, hidden_dim=9, dropout=dropout)
     known, is_cold = (torch.ones(NUM_ITEMS, dtype=torch.bool), torch.zeros(NUM_ITEMS, dtype=torch.bool))
     known[list(unknown)], is_cold[list(cold)] = False, True
-    return ItemFeatures(projection, torch.randn(NUM_ITEMS, 7), known, is_cold)
+    return ItemFeatures(projection, torch.randn(NUM_ITEMS, 7), known, is_cold, **options)
 
 
 def test_items_start_at_their_projection():
@@ -228,11 +228,16 @@ def test_cold_items_stand_at_their_projection_and_train_nothing():
     assert loss == 0
     scores = model.scorer().score(torch.arange(NUM_USERS))
     distance = (model.vectors()[0] - placed[2]).square().sum(1)
-    missed = (features.projection.eval()(features.features) - free).square().sum(1)[features.trained].mean().detach()
+    missed = (features.projection.eval()(features.features) - free).square().sum(1)[features.held].mean().detach()
     torch.testing.assert_close(scores[:, 2], -distance - missed)
-    model.expected = False
-    torch.testing.assert_close(model.scorer().score(torch.arange(NUM_USERS))[:, 2], -distance)
-    torch.testing.assert_close(model.scorer().score(torch.arange(NUM_USERS))[:, 3], scores[:, 3])
+    # One in ten of the 38 warm items is held out: it has features, starts at its projection and trains nothing.
+    assert features.held.sum() == 4 and not (features.held & features.trained).any() and features.trained.sum() == 34
+    assert features.loss(model.encoder, features.held.nonzero()[:, 0]) == 0
+    literal = MetricLearner(NUM_USERS, NUM_ITEMS, WIDTH, features=item_features(cold=[2, 9], unknown=[9], expected=False))
+    assert literal.offsets() is None and literal.features.trained.sum() == 38
+    placed = literal.vectors()[1][2]
+    torch.testing.assert_close(literal.scorer().score(torch.arange(NUM_USERS))[:, 2], -(literal.vectors()[0] - placed).square().sum(1))
+    assert not item_features().held.any()
 
 
 def test_the_feature_loss_pulls_each_item_of_the_batch_once():
