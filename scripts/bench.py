@@ -191,7 +191,7 @@ def bench_gravity_scoring(data: Any) -> Iterable[Row]:
     torch.manual_seed(0)
     user, item = torch.randn(data.num_users, 64), torch.randn(data.num_items, 64)
     users = torch.arange(min(4000, data.num_users))
-    seen = data.seen("test")[users.numpy()]
+    seen = data.seen("test")
 
     def top(scorer: Any, users: Any = users, seen: Any = seen) -> None:
         topk_items(scorer, users, 20, seen=seen)
