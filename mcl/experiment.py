@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
+from pathlib import Path
 
 import torch
 
+from gfml import program
 from gfml.cli import Options
 from gfml.data.interactions import Interactions
 from gfml.encoders import LightGCN, Tables
-from gfml.errors import UserError
 from gfml.evaluation import Evaluation, evaluate
 from gfml.graph import build_graph
 from gfml.gravity import Gravity
-from gfml.mirror import MirrorGradient
+from gfml.program import build_step, cut_offs
 from gfml.runs import Run, seed_everything
-from gfml.train import FitResult, Step, WeightAverage, fit, plain_step
+from gfml.train import FitResult, Step, WeightAverage
 from mcl.model import GravityOptions, MetricRecommender, MixedCentricOptions
 from mcl.sampler import UserBatchSampler
-
-
-def check_against_data(options: Options, data: Interactions) -> None:
-    """Rules between flags and data, before any training. UserError names both."""
-    largest = max(cut_offs(options))
-    if largest > data.num_items:
-        raise UserError(f"found a list length of {largest}, wanted at most the {data.num_items} items of {data.name}: mend --topks")
-    if options.select_on == "val" and data.valid.nnz == 0:
-        raise UserError(f"{data.name} has no validation part to select on: give --val_ratio 0.1, or --select-on test and say so")
-    if data.test.nnz == 0:
-        raise UserError(f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off")
-
-
-def require_earlier_run(options: Options, run: Run) -> None:
-    """With ``--load 1`` a missing checkpoint is an error, not a fresh start."""
-    if options.load and not run.file("last.pt").exists():
-        raise UserError(f"--load 1 found no checkpoint in {run.path}: train first, or give --load 0")
-
-
-def cut_offs(options: Options) -> tuple[int, ...]:
-    """The list lengths to judge: ``--topks`` and the one that selects."""
-    k = options.select_metric.partition("@")[2]
-    return tuple(sorted({*options.topks, *([int(k)] if k else [])}))
 
 
 def build_model(options: Options, data: Interactions, device: torch.device) -> MetricRecommender:
@@ -65,12 +42,7 @@ def build_model(options: Options, data: Interactions, device: torch.device) -> M
 def build_training(options: Options, model: MetricRecommender) -> tuple[torch.optim.Optimizer, Step, WeightAverage | None]:
     """Optimizer, step and running averages."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=options.lr, fused=True)
-    step: Step = partial(plain_step, clip_norm=options.clip_grad)
-    if options.mirror != "off":
-        step = MirrorGradient(
-            optimizer, options.mirror_alpha1, options.mirror_alpha2, options.mirror_every, options.mirror,
-            clip=options.mirror_clip,
-        )
+    step = build_step(options, optimizer, options.clip_grad)
     ema = None
     if options.ema:
         averaged = model.parameters() if options.ema_scope == "all" else model.gravity.mass.parameters()
@@ -91,7 +63,7 @@ def judge_split(
 ) -> Evaluation:
     """Full ranking of one part by ``--score``, or by another score."""
     scorer = model.scorer(score or options.score)
-    return evaluate(scorer, data, split, cut_offs(options), beyond=beyond, device=model.encoder.nodes.device)
+    return evaluate(scorer, data, split, cut_offs(options.topks, options.select_metric), beyond=beyond, device=model.encoder.nodes.device)
 
 
 def metrics(options: Options, data: Interactions, model: MetricRecommender, split: str) -> dict[str, float]:
@@ -103,25 +75,24 @@ def metrics(options: Options, data: Interactions, model: MetricRecommender, spli
 def refit(
     options: Options, data: Interactions, device: torch.device, fitted: FitResult, run: Run
 ) -> tuple[MetricRecommender, Interactions]:
-    """A model trained anew on train and validation for the selected number of epochs, and that data.
-
-    It has a run directory of its own inside the run, so an interrupted refit continues too.
-    """
+    """A model trained anew on train and validation for the selected number of epochs, and that data."""
     whole = data.refit()
     seed_everything(options.seed)
     model = build_model(options, whole, device)
     optimizer, step, ema = build_training(options, model)
-    with Run.open(run.path, "mcl", run.config, name="refit") as inner:
-        if inner.is_done:
-            model.load_state_dict(inner.load_best()["model"])
-            return model.eval(), whole
-        fit(
-            model, optimizer, batches=build_sampler(options, whole, device).epoch, loss_fn=model.loss, step=step, ema=ema,
-            evaluate=None, select=None, run=inner, epochs=fitted.best_epoch or 0, checkpoint_every=options.checkpoint_every,
-            progress=options.progress,
-        )
-        inner.finish({"selection": {**fitted.selection(), "refit": "train and validation, for the selected number of epochs"}})
+    model = program.refit(
+        model, optimizer, fitted=fitted, run=run, family="mcl", batches=build_sampler(options, whole, device).epoch,
+        loss_fn=model.loss, step=step, ema=ema, checkpoint_every=options.checkpoint_every, progress=options.progress,
+    )
     return model, whole
+
+
+def load_reported(
+    options: Options, data: Interactions, device: torch.device, path: Path, *, done: bool
+) -> tuple[MetricRecommender, Interactions]:
+    """The model that a run's result is about, in eval mode, and the data it was trained on."""
+    data = data.refit() if options.refit and done else data
+    return program.load_reported(build_model(options, data, device), path, done=done), data
 
 
 def describe(options: Options, data: Interactions, model: MetricRecommender, sampler: UserBatchSampler, run: Run) -> str:

@@ -31,14 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mcl.results import judge, print_result, store
 
     from gfml.data.options import load_from_args
+    from gfml.program import check_judgeable, cut_offs, require_earlier_run
     from gfml.runs import Run, seed_everything
     from gfml.tracking import Tracker
-    from gfml.train import fit, load_best
+    from gfml.train import fit
 
     device = resolve_device(options)
     set_threads(options)
     data = load_from_args(options)
-    experiment.check_against_data(options, data)
+    check_judgeable(data, cut_offs(options.topks, options.select_metric), options.select_on)
 
     with Run.open(
         options.out, "mcl", options.resolved, label=f"{data.name}-{options.encoder}-{options.mode}",
@@ -49,15 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{run.path} is done; this is its result (--overwrite trains anew)")
             print_result(run.result, run.path)
             return 0
-        experiment.require_earlier_run(options, run)
+        require_earlier_run(options.load, run)
         run.check_data(data.fingerprint)
 
         seed_everything(options.seed)
-        model = experiment.build_model(options, data, device)
         if options.eval_only:
-            load_best(model, run.path)
-            print_result(judge(options, data, model.eval(), None, run)[0], run.path)
+            model, data = experiment.load_reported(options, data, device, run.path, done=run.is_done)
+            print_result(judge(options, data, model, None, run)[0], run.path)
             return 0
+        model = experiment.build_model(options, data, device)
         sampler = experiment.build_sampler(options, data, device)
         print(experiment.describe(options, data, model, sampler, run), file=sys.stderr)
 

@@ -12,11 +12,12 @@ from gfml.cli import Options
 from gfml.data.interactions import Interactions
 from gfml.evaluation import Evaluation
 from gfml.files import atomic_open
+from gfml.program import cut_offs, selection_of
 from gfml.reporting import baseline_results, data_facts, mass_report, table_columns, text_table
 from gfml.runs import Run, save_state
 from gfml.tracking import Tracker
 from gfml.train import FitResult
-from mcl.experiment import cut_offs, judge_split
+from mcl.experiment import judge_split
 from mcl.model import SCORES, MetricRecommender
 
 
@@ -34,11 +35,11 @@ def judge(
         "model": f"{options.encoder} {options.mode}",
         "topks": list(options.topks),
         "data": data_facts(data),
-        "selection": _selection(options, fitted, run),
+        "selection": selection_of(fitted, run, refit=options.refit),
         "score": options.score,
         "test": test.means,
         "cold_users": test.cold_users,
-        "baselines": baseline_results(names, data, cut_offs(options), cache_dir=Path(options.out) / "baselines"),
+        "baselines": baseline_results(names, data, cut_offs(options.topks, options.select_metric), cache_dir=Path(options.out) / "baselines"),
     }
     if data.valid.nnz:
         result["val"] = judge_split(options, data, model, "valid", beyond=True).means
@@ -85,15 +86,3 @@ def print_result(result: Mapping[str, Any], path: Path) -> None:
         print(f"item mass: Spearman {mass['item_spearman_popularity']:.3f} with popularity", end="")
         print(f", {mass['item_dead']:.0%} without gradient" if "item_dead" in mass else "")
     print(f"run directory   {path}")
-
-
-def _selection(options: Options, fitted: FitResult | None, run: Run) -> dict[str, Any]:
-    if fitted is None:
-        if run.is_done:
-            return run.result["selection"]
-        best = run.load_best()
-        return {"epoch": best["epoch"], "metric": best["metric"], "protocol": "best so far of an unfinished run"}
-    selection = fitted.selection()
-    if options.refit:
-        selection["protocol"] += ", trained anew on train and validation"
-    return selection

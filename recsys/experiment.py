@@ -19,8 +19,9 @@ from gfml.errors import UserError
 from gfml.evaluation import evaluate
 from gfml.graph import build_graph
 from gfml.gravity import Gravity
+from gfml.pretrained import read_nodes, read_table
 from gfml.program import ProjectedStep, build_step, cut_offs
-from gfml.runs import Run, load_state, seed_everything
+from gfml.runs import Run, seed_everything
 from gfml.sampling import TripleSampler
 from gfml.train import FitResult, Step, WeightAverage
 from recsys.model import MetricOptions, PairOptions, Recommender
@@ -51,7 +52,8 @@ def build_model(options: Options, data: Interactions, device: torch.device) -> R
         features=projection, item_features=features,
     )
     if options.pretrain:
-        _copy_tables(model.encoder, options.pretrain_file)
+        shape = (data.num_users, data.num_items, options.embedding_dim)
+        model.encoder.nodes.data.copy_(read_nodes(options.pretrain_file, shape))
     return model.to(device)
 
 
@@ -151,41 +153,11 @@ def _schedule(options: Options, optimizer: torch.optim.Optimizer) -> torch.optim
     return None
 
 
-def _copy_tables(encoder: Tables, source: str) -> None:
-    """Start values from a run directory (final.pt) or an .npz with ``user`` and ``item``."""
-    path = Path(source)
-    if path.is_dir():
-        nodes = load_state(path / "final.pt")["model"]["encoder.nodes"]
-    else:
-        arrays = _load_arrays(path)
-        if not {"user", "item"} <= arrays.keys():
-            raise UserError(f"{path} holds {', '.join(sorted(arrays))}, wanted the arrays user and item: mend --pretrain-file")
-        nodes = torch.from_numpy(np.concatenate([arrays["user"], arrays["item"]])).float()
-    if nodes.shape != encoder.nodes.shape:
-        raise UserError(f"{path} holds tables {tuple(nodes.shape)}, wanted {tuple(encoder.nodes.shape)} (users and items x width)")
-    with torch.no_grad():
-        encoder.nodes.copy_(nodes)
-
-
 def _read_features(file: str, num_items: int) -> Tensor:
-    """Item features float32 [I, F] from .npy, or from the first 2-D array of an .npz."""
-    path = Path(file)
-    arrays = _load_arrays(path)
-    features = next((array for array in arrays.values() if array.ndim == 2), None)
-    if features is None or features.shape[0] != num_items:
-        found = "no table" if features is None else f"{features.shape[0]} rows"
-        raise UserError(f"{path} holds {found}, wanted one row of features for each of {num_items} items: mend --features")
-    features = torch.from_numpy(features.astype(np.float32))
+    """Item features float32 [I, F] from an .npy or .npz with one table."""
+    features = torch.from_numpy(read_table(file).astype(np.float32))
+    if len(features) != num_items:
+        raise UserError(f"{file} holds {len(features)} rows, wanted one for each of {num_items} items: mend --features")
     if not bool(torch.isfinite(features).all()):
-        raise UserError(f"{path} holds numbers that are not finite, wanted finite features: mend the file")
+        raise UserError(f"{file} holds numbers that are not finite, wanted finite features: mend the file")
     return features
-
-
-def _load_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}: check the path") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot read {path} as .npy or .npz ({error}): wanted plain arrays") from None
-    return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"array": loaded}

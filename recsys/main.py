@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from recsys.options import NOT_IDENTITY, parse
 
-from gfml.cli import LOCATION_FLAGS, Options, resolve_device, run_main, set_threads
+from gfml.cli import LOCATION_FLAGS, resolve_device, run_main, set_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:

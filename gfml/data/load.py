@@ -12,7 +12,7 @@ import numpy as np
 from gfml.data import cache, registry
 from gfml.data.interactions import Interactions, pairs_from_csr
 from gfml.data.readers import PARTS, Records, read_adjacency_parts, read_mcl_parts, read_table
-from gfml.data.registry import GENERATED, KnownDataset
+from gfml.data.registry import KnownDataset
 from gfml.data.splits import check_ratios, prepare
 from gfml.data.synthetic import generate
 from gfml.errors import UserError, choice_error
