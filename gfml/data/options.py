@@ -86,13 +86,13 @@ def load_dataset(
     a file of one's own ``per-user`` 0.8/0.1/0.1. Data without validation part loses ``val_ratio``
     of each user's train pairs to one. Raises UserError, one line, for everything a user can mend.
     """
-    from gfml.data import load
+    from gfml.data import load, registry
 
     columns = {"user_col": user_col, "item_col": item_col, "rating_col": rating_col, "time_col": time_col}
     sizes = {"num_users": demo_users, "num_items": demo_items, "num_interactions": demo_interactions}
     shape = {**sizes, "tail_exponent": demo_tail, "noise": demo_noise, "seed": demo_seed}
     cut = load.Cut(threshold, kcore, split, None if split_ratios is None else tuple(split_ratios), split_seed)
-    if str(dataset) in load.GENERATED:
+    if str(dataset) in registry.GENERATED:
         data = load.load_generated(str(dataset), {key: value for key, value in shape.items() if value is not None}, cut)
     elif any(value is not None for value in shape.values()):
         raise UserError(f"the --demo-* flags shape generated data, but the data set is {dataset}: drop them")
