@@ -106,9 +106,12 @@ class Recommender(nn.Module):
 
         mat: dot and bpr rank by the dot product; gravity and bpr_gra by g; mix and mix_bpr by
         (1 - rho) dot + rho g; cml by minus the squared distance. dot and gravity force one of the two.
-        original: as published, where only loss mode gravity on MF ranks by g, on vectors that are not normalised.
+        original: as published: only loss mode gravity on MF ranks by g, on vectors that are not normalised, and every
+        score passes through a float32 sigmoid, which is exactly 1 from about 16.7 on, so that high scores tie.
         mass_scale: factor on the log-masses in g.
         """
+        if infer_mode == "original":
+            return SaturatedScorer(self._original_scorer())
         user, item = (part.detach() for part in self.encoder.vectors())
         choice = self._ranking_score(infer_mode)
         if choice == "dot":
@@ -117,16 +120,19 @@ class Recommender(nn.Module):
             return SquaredDistanceScorer(user, item)
         if choice == "blend":
             return BlendScorer(self.gravity, user, item, self.pair.mix_ratio, mass_scale)
-        emb_norm = False if infer_mode == "original" else None
-        return GravityScorer(self.gravity, user, item, emb_norm=emb_norm, mass_scale=mass_scale)
+        return GravityScorer(self.gravity, user, item, mass_scale=mass_scale)
+
+    def _original_scorer(self) -> Scorer:
+        user, item = (part.detach() for part in self.encoder.vectors())
+        if self.loss_mode == "gravity" and type(self.encoder) is Tables:
+            return GravityScorer(self.gravity, user, item, emb_norm=False)
+        return FactorScorer(user, item)
 
     def _ranking_score(self, infer_mode: str) -> str:
         if infer_mode not in INFER_MODES:
             raise ValueError(f"unknown infer mode {infer_mode!r}: choose one of {', '.join(INFER_MODES)}")
         if infer_mode in ("dot", "gravity"):
             return infer_mode
-        if infer_mode == "original":
-            return "gravity" if self.loss_mode == "gravity" and type(self.encoder) is Tables else "dot"
         return {"gravity": "gravity", "bpr_gra": "gravity", "mix": "blend", "mix_bpr": "blend", "cml": "cml"}.get(
             self.loss_mode, "dot"
         )
@@ -199,3 +205,19 @@ class BlendScorer:
         if self.mix_ratio == 0:
             return self.dot.factors()
         return self.gravity.factors() if self.mix_ratio == 1 else None
+
+
+class SaturatedScorer:
+    """sigmoid(score) of another scorer, ranked as it is: ties and all (the published programs' ranking)."""
+
+    def __init__(self, inner: Scorer) -> None:
+        self.inner = inner
+        self.num_users, self.num_items = inner.num_users, inner.num_items
+
+    def score(self, users: Tensor) -> Tensor:
+        """Probabilities of users [B] with every item: [B, I]."""
+        return self.inner.score(users).sigmoid_()
+
+    def factors(self) -> Factors | None:
+        """None: the ties are part of the ranking."""
+        return None

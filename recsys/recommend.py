@@ -238,7 +238,7 @@ def is_logit(run: LoadedRun) -> bool:
 
     from gfml.gravity import GravityScorer
 
-    return run.model.loss_mode == "dot" and run.options.infer_mode != "gravity" or isinstance(run.scorer, (GravityScorer, BlendScorer))
+    return run.model.loss_mode == "dot" and run.options.infer_mode in ("mat", "dot") or isinstance(run.scorer, (GravityScorer, BlendScorer))
 
 
 # -- output
