@@ -41,7 +41,7 @@ def _build_features(options: Options, data: Interactions) -> ItemFeatures | None
     )  # fmt: skip
     cold = torch.from_numpy(data.item_popularity == 0)
     values, known = torch.from_numpy(table.values), torch.from_numpy(table.known)
-    return ItemFeatures(projection, values, known, cold, expected=options.cold_score == "expected")
+    return ItemFeatures(projection, values, known, cold, cold_offset=options.cold_offset)
 
 
 def build_training(options: Options, model: MetricLearner) -> tuple[torch.optim.Optimizer | Optimizers, Step]:

@@ -17,7 +17,7 @@ USUAL_SPLIT, USUAL_RATIOS = "per-user", [0.6, 0.2, 0.2]
 # As in the published programs.
 LEARNING_RATES = {"adagrad": 0.1, "adam": 1e-3}
 FEATURE_FLAGS = ("feature_columns", "feature_norm", "feature_weight", "feature_scale", "hidden_dim", "dropout", "feature_lr",
-                 "cold_score")
+                 "cold_offset")
 # No part of what a run computes.
 NOT_IDENTITY = frozenset({"report", "baselines", "ann", "item_info", "data_root", "cache_dir", "cache", "download"})
 
@@ -71,8 +71,8 @@ def _add_feature_flags(parser: Parser) -> None:
     group.add_argument("--hidden-dim", "--hidden", type=_count, default=256, metavar="H", help="hidden width of the network")
     group.add_argument("--dropout", type=number(least=0, most=0.99), default=0.5, metavar="P", help="probability that a hidden unit is dropped")
     group.add_argument("--feature-lr", type=_positive, default=1e-3, metavar="X", help="learning rate of the network, which takes Adam always")
-    group.add_argument("--cold-score", choices=("expected", "paper"), default="expected",
-                       help="cold items rank by the squared distance of their projection; expected adds the network's mean squared error on items kept from it")
+    group.add_argument("--cold-offset", type=_nonnegative, default=0.5, metavar="C",
+                       help="cold items rank by the squared distance to their projection plus C mean squared errors of the network; paper: 0")
     group.add_argument("--hide-items", type=number(least=0, most=0.9), default=0.0, metavar="R",
                        help="take this share of the items out of train and validation, to see how features place cold items")
     group.add_argument("--item-info", metavar="FILE", help="titles and genres for the report (default: those of MovieLens where they are found)")

@@ -159,20 +159,20 @@ class ItemFeatures(nn.Module):
 
     features [I, F]; known bool [I]: items that have features; cold bool [I]: items without any train interaction,
     whose vectors mean nothing. Cold items are placed by the network and do not train it.
-    expected: rank cold items by their expected squared distance (:meth:`offsets`), for which every tenth of the other
-    items is kept from the network; False: by the squared distance of f(x_j) alone, as in the paper.
+    cold_offset: what ranking adds to the squared distances of placed items, in mean squared errors of the network, for
+    which every tenth of the other items is kept from it; 0: nothing, as in the paper. See :meth:`offsets`.
     The features are no part of the state dict.
     """
 
     def __init__(
-        self, projection: FeatureProjection, features: Tensor, known: Tensor, cold: Tensor, *, expected: bool = True
+        self, projection: FeatureProjection, features: Tensor, known: Tensor, cold: Tensor, *, cold_offset: float = 0.5
     ) -> None:
         super().__init__()
         if not len(features) == len(known) == len(cold):
             raise ValueError(f"found {len(features)} rows, {len(known)} known and {len(cold)} cold items, wanted as many")
-        self.projection = projection
+        self.projection, self.cold_offset = projection, cold_offset
         held = torch.zeros_like(known)
-        if expected and bool((known & cold).any()):
+        if cold_offset > 0 and bool((known & cold).any()):
             held[(known & ~cold).nonzero()[::HELD_OUT, 0]] = True
         self.register_buffer("features", features, persistent=False)
         self.register_buffer("trained", known & ~cold & ~held, persistent=False)
@@ -199,15 +199,16 @@ class ItemFeatures(nn.Module):
 
     @torch.no_grad()
     def offsets(self, encoder: Tables) -> Tensor:
-        """What to add to squared distances so that they are expected ones: [I], zero but for placed items.
+        """What ranking adds to squared distances: [I], ``cold_offset`` times the mean squared error for placed items.
 
-        If the network misses v_j by an error without direction, E |u - v_j|^2 = |u - f(x_j)|^2 + E |v_j - f(x_j)|^2;
-        the second term is the mean over the items kept from the network. Without it a network, which always predicts
-        something near the middle, puts cold items nearer to everybody than the items that users have chosen.
+        A network predicts something near the middle, and the middle is near everybody: by the distance to f(x_j) alone
+        cold items displace what users would choose. If the network missed v_j by an error without direction, then
+        E |u - v_j|^2 = |u - f(x_j)|^2 + E |v_j - f(x_j)|^2, a factor of 1; that hides cold items from the few users who
+        want them, so smaller factors trade the recall of cold items against that of all.
         """
         vectors = encoder.nodes[encoder.num_users :][self.held]
         error = feature_loss(self._project(self.held), vectors) / max(1, len(vectors))
-        return error * self.placed
+        return self.cold_offset * error * self.placed
 
     def _project(self, chosen: Tensor) -> Tensor:
         training = self.projection.training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_features_place_items_that_train_never_shows(run, tmp_path, capsys):
     for row, judged in zip(stored["test_users"], stored["top"], strict=True):
         known = set(hide_items(seen, 0.3, 2020).train_and_valid[[row]].indices.tolist())
         assert [i for i in near[row] if i not in known] == [i for i in judged.tolist() if i in near[row]]
-    paper = run(*flags, "--cold-score", "paper", name="paper")
+    paper = run(*flags, "--cold-offset", "0", name="paper")
     assert read_result(paper)["test"]["cold_exposure@10"] > result["test"]["cold_exposure@10"]
     assert "item_offset" not in np.load(paper / "analysis.npz").files
     assert {"train/features", "train/hinge"} <= read_metrics(path)[0].keys()
@@ -255,6 +256,12 @@ def test_movielens_is_the_usual_data_where_it_lies(shared_data, capsys):
     assert "MovieLens-1M" in capsys.readouterr().err
     assert parse(["--dataset", "citeulike-a"]).split is None
     assert parse(["--dataset", "ml100k", "--split", "time"]).split == "time"
+
+
+@pytest.mark.parametrize("name", ("ml1m", "ml1m-cold"))
+def test_stored_settings_parse(name):
+    file = Path(__file__).parents[2] / "configs" / "cml_baseline" / f"{name}.toml"
+    assert parse(["--config", str(file)]).margin == 1.0
 
 
 @pytest.mark.slow
