@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from gfml.distances import SquaredDistance
@@ -21,6 +22,10 @@ TOLERANCES = {
     (torch.float32, False): {"rtol": 2e-5, "atol": 1e-5},
     (torch.float32, True): {"rtol": 1e-4, "atol": 2e-5},
 }
+
+# The same examples on every machine and every run: a failure is never luck.
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

@@ -268,7 +268,7 @@ def test_the_resolved_config_is_a_config(tmp_path):
 
 
 @settings(max_examples=40, deadline=None)
-@given(text=st.text(), value=st.floats(1e-300, 1e300), names=st.lists(st.from_regex(r"[^-\x00].*"), min_size=1))
+@given(text=st.text(), value=st.floats(1e-300, 1e300), names=st.lists(st.from_regex(r"[^-\x00].*", fullmatch=True), min_size=1))
 def test_any_string_and_number_survives_the_round_trip(tmp_path_factory, text, value, names):
     parser = make_parser()
     options = parser.parse_args([f"--comment={text}", f"--lr={value!r}"])
