@@ -21,7 +21,7 @@ from gfml.errors import UserError, suggest
 if TYPE_CHECKING:
     import torch
 
-MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch")
+MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 # Flags of the moment: never written to a config, or reading it back would repeat the deed.
 UNSAVED = frozenset({"help", "config", "resume", "overwrite", "eval_only", "run_name", "gpu_id"})

@@ -46,6 +46,7 @@ def evaluate(
     *,
     beyond: bool = False,
     mask_seen: bool = True,
+    mask_valid: bool = True,
     memory_mb: float = 256,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
@@ -54,6 +55,8 @@ def evaluate(
     Masked: train for ``valid``, train and valid for ``test``, nothing for ``train`` (a fit check).
     Items that never occur in train stay candidates.
     mask_seen: False masks nothing, as some published programs do: known items then fill the top ranks.
+    mask_valid: False leaves validation items in the lists of ``test``, as MMRec's protocol does: they cost ranks and
+        cannot be hits.
     beyond: add group recall, exposure, coverage, popularity and novelty (gfml.metrics.beyond).
     device: where the user ids given to ``score`` live; ignored for scorers with factors.
     Errors: UserError for an empty split or a cut-off beyond the catalogue; ValueError for bad ks.
@@ -65,7 +68,9 @@ def evaluate(
         raise UserError(
             f"found no {split} interactions in {data.name}, wanted at least one: cut some off or choose another split"
         )
-    seen = data.seen(split) if mask_seen and split != "train" else None
+    seen = None
+    if mask_seen and split != "train":
+        seen = data.seen(split) if mask_valid else data.train
     ids = torch.from_numpy(users).to(device)
     top = topk_items(scorer, ids, ks[-1], seen=seen, memory_mb=memory_mb).cpu().numpy()
     relevant = part[users]

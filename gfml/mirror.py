@@ -57,7 +57,7 @@ from torch.optim import Optimizer
 
 from gfml.errors import UserError, choice_error
 
-MODES = ("two_step", "fused", "precond", "sgd_mirror", "backstitch")
+MODES = ("two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 _CHOICES = {
     "mode": MODES,
     "counter": ("global", "epoch"),
@@ -115,11 +115,12 @@ class MirrorGradient:
         ``precond`` steps with alpha1 g1, then adds alpha2 lr g2 / (sqrt(v) + eps) with Adam's second moment v
         of that step (bias-corrected, left unchanged); Adam and AdamW only.
         ``backstitch`` steps with -alpha2 g1, then with alpha1 g2.
+        ``repeat`` steps with alpha1 g1, then with +alpha2 g2: the control that has the extra step but no inversion.
     rng: ``replay`` gives the second half the random draws of the first, from the default CPU generator, those
         of the parameters' CUDA devices and ``generators``; Python's and numpy's are not covered.
     wd: which optimizer step of a mirrored batch decays the weights: ``both`` (as published), ``first``, or
         ``once`` = the one with alpha1, as a plain step would (the same as ``first`` but in ``backstitch``).
-        Matters only in the two modes that step twice.
+        Matters only in the three modes that step twice.
     clip: largest norm of a gradient, before it is multiplied by alpha, in both halves and on ordinary batches.
         clip_halves="second" is the published trainer's rule, for ``two_step``: the first half is not clipped,
         and the second is clipped after the multiplication.
@@ -346,7 +347,7 @@ class MirrorGradient:
         """theta' -> the new theta, from the gradients at theta'."""
         if self.diagnostics:
             second = {p: p.grad.clone() for p in self._with_grad()}
-        if self.mode in ("two_step", "backstitch"):
+        if self.mode in ("two_step", "backstitch", "repeat"):
             self._optimizer_step(second=True)
         else:
             if self.mode == "fused":
@@ -363,15 +364,16 @@ class MirrorGradient:
 
     def _optimizer_step(self, *, second: bool) -> None:
         """One of up to two optimizer steps of a mirrored batch, with alpha1 g or -alpha2 g."""
-        inverted = self.mode in ("two_step", "backstitch") and second == (self.mode == "two_step")
-        if inverted:
+        smaller = self.mode in ("two_step", "backstitch", "repeat") and second == (self.mode != "backstitch")
+        if smaller:
             self._keep_mirrored_only()
         if self.clip_halves == "both":
             self._clip()
-        self._multiply(-self.alpha2 if inverted else self.alpha1)
+        sign = 1 if self.mode == "repeat" else -1
+        self._multiply(sign * self.alpha2 if smaller else self.alpha1)
         if self.clip_halves == "second" and second:
             self._clip()
-        decays = {"both": True, "first": not second, "once": not inverted}[self.wd]
+        decays = {"both": True, "first": not second, "once": not smaller}[self.wd]
         with _weight_decay(self.optimizer, decays):
             self.optimizer.step()
 

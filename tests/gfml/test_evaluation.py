@@ -117,6 +117,17 @@ def test_valid_items_are_masked_only_when_test_is_judged():
     assert evaluate(scorer, data, "train", (4,)).top.tolist() == [[0, 1, 2, 3]]
 
 
+def test_published_masking_leaves_validation_items_in_the_test_lists():
+    data = random_data(3, 8, 15)
+    scores = np.random.default_rng(0).random((8, 15))
+    found = evaluate(DenseScorer(torch.from_numpy(scores)), data, "test", (5,), mask_valid=False)
+    for row, user in enumerate(found.users):
+        left = np.where(data.train.toarray()[user] > 0, -np.inf, scores[user])
+        np.testing.assert_array_equal(found.top[row], np.argsort(-left)[:5])
+    usual = evaluate(DenseScorer(torch.from_numpy(scores)), data, "test", (5,))
+    assert not np.array_equal(found.top, usual.top)
+
+
 def test_monotone_images_give_the_same_metrics():
     data, rng = random_data(8, 30, 50), torch.Generator().manual_seed(2)
     user, item = torch.randn(30, 8, generator=rng).double(), torch.randn(50, 8, generator=rng).double()

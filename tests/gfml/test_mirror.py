@@ -235,6 +235,20 @@ def test_backstitch_commutes_with_two_step_on_a_quadratic():
     torch.testing.assert_close(*ends, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_repeat_is_two_ordinary_steps_of_the_scaled_loss(kind):
+    """The control arm: the extra step of the same size without the inversion; it descends."""
+    A, start = random_quadratic()
+    theta, plain = (start.clone().requires_grad_() for _ in range(2))
+    mirror_step(lambda: theta @ A @ theta / 2, kind([theta], lr=0.1), 1.3, 0.3, mode="repeat")
+    optimizer = kind([plain], lr=0.1)
+    for alpha in (1.3, 0.3):
+        optimizer.zero_grad()
+        (alpha * (plain @ A @ plain) / 2).backward()
+        optimizer.step()
+    torch.testing.assert_close(theta.detach(), plain.detach(), rtol=1e-14, atol=0)
+
+
 def test_one_step_descends_the_penalised_loss_up_to_third_order():
     """theta - lr grad[(a1-a2) L + a1 a2 lr/2 |grad L|^2]: halving lr divides the residual by eight."""
     start = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64)
@@ -570,7 +584,7 @@ def test_clipped_fused_is_clipped_two_step_under_sgd():
 )
 def test_weight_decay_per_mirrored_batch(kind, mode):
     """A parameter with zero gradient moves by the decay alone: (1 - lr wd)^n, n = decaying steps."""
-    for wd, times in {"both": 1 + (mode in ("two_step", "backstitch")), "first": 1, "once": 1}.items():
+    for wd, times in {"both": 1 + (mode in ("two_step", "backstitch", "repeat")), "first": 1, "once": 1}.items():
         theta = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
         optimizer = kind([theta], lr=0.1, weight_decay=0.5)
         mirror_step(lambda t=theta: (0.0 * t).sum(), optimizer, mode=mode, wd=wd)
