@@ -14,6 +14,7 @@ Each positive gets W negatives among the items the user has not in train (test i
 
     uniform      every such item alike.
     popularity   in proportion to the number of train pairs of the item; items without any are never drawn.
+    train-items  every such item that occurs in train alike (MMRec's sampler).
     two-stage    :class:`TwoStageSampler`: popular candidates, then those near the positive.
 
 A user for whom no item is left can have no negative and is left out; the number of such users is ``num_saturated``.
@@ -34,8 +35,9 @@ from torch import Tensor
 from gfml.errors import UserError
 
 SCHEMES = ("user", "interaction", "per_user")
-NEGATIVES = ("uniform", "popularity")
+NEGATIVES = ("uniform", "popularity", "train-items")
 NEGATIVES_PER_DRAW = 1 << 21
+LOOKUPS_PER_BLOCK = 1 << 15
 # After so many rejections in a row a slot is filled from the list of all free items.
 ROUNDS = 64
 # Entries of a block of weights, float64.
@@ -95,7 +97,7 @@ def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generat
 
 @dataclass(frozen=True)
 class Triples:
-    """One batch: users [B], positives [B], negatives [B] (W = 1) or [B, W]; int64 on one device."""
+    """One batch: users [B], positives [B], negatives [B] (W = 1) or [B, W], W >= 0; int64 on one device."""
 
     users: Tensor
     pos: Tensor
@@ -108,8 +110,9 @@ class Triples:
 class TripleSampler:
     """Draws epochs of triples from a binary train matrix; see the module text.
 
-    num_negatives: W >= 1; with W = 1 negatives are [B]. batch_size: the last batch may be smaller.
-    negatives: uniform or popularity.
+    num_negatives: W >= 0; with W = 1 negatives are [B]. With W = 0 only pairs are drawn, also for users who have every
+    item. batch_size: the last batch may be smaller.
+    negatives: uniform, popularity or train-items.
     Raises :class:`UserError` when no user can give a triple.
     """
 
@@ -129,19 +132,20 @@ class TripleSampler:
             raise ValueError(f"unknown sampling scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
         if negatives not in NEGATIVES:
             raise ValueError(f"unknown kind of negatives {negatives!r}: choose one of {', '.join(NEGATIVES)}")
-        if batch_size < 1 or num_negatives < 1:
-            raise ValueError(f"found batch size {batch_size} and {num_negatives} negatives, wanted at least 1 of each")
+        if batch_size < 1 or num_negatives < 0:
+            raise ValueError(f"found batch size {batch_size} and {num_negatives} negatives, wanted at least 1 and 0")
         self.scheme, self.batch_size, self.num_negatives, self.seed = scheme, batch_size, num_negatives, seed
         self.num_users, self.num_items = train.shape
         self.device = torch.device(device)
         self._by_popularity = negatives == "popularity"
         counts = np.bincount(train.indices, minlength=self.num_items)
-        weights = counts if self._by_popularity else np.ones(self.num_items)
+        weights = {"popularity": counts, "train-items": counts > 0}.get(negatives, np.ones(self.num_items))
+        self._pool = torch.from_numpy(np.flatnonzero(counts)).to(self.device) if negatives == "train-items" else None
         self._weights = torch.from_numpy(weights.astype(np.float64)).to(self.device)
         # So many items can be drawn at all.
         drawable = int(np.count_nonzero(weights))
         degree = torch.from_numpy(np.diff(train.indptr).astype(np.int64)).to(self.device)
-        self._saturated = degree == drawable
+        self._saturated = (degree == drawable) & (num_negatives > 0)
         self.num_saturated = int(self._saturated.sum())
         self._usable = (degree > 0) & ~self._saturated
         self._all_usable = bool(self._usable.all())
@@ -152,7 +156,8 @@ class TripleSampler:
             )
         self._degree = degree
         self._start = torch.from_numpy(train.indptr[:-1].astype(np.int64)).to(self.device)
-        self._items = torch.from_numpy(train.indices.astype(np.int64)).to(self.device)
+        # Half the bytes of int64 keep more of a large table in the cache.
+        self._items = torch.from_numpy(train.indices.astype(np.int32)).to(self.device)
         self._known = PairSet(train, self.device, budget_mb)
 
     def epoch(self, epoch: int) -> TripleBatches:
@@ -170,6 +175,8 @@ class TripleSampler:
             raise ValueError("a user who has every item has no negative; leave such users out")
         shape = (len(users),) if self.num_negatives == 1 else (len(users), self.num_negatives)
         items = self._draw(shape, generator)
+        if self.num_negatives == 0:
+            return items
         wide = users if self.num_negatives == 1 else users[:, None].expand(shape)
         flat_items, flat_users = items.view(-1), wide.reshape(-1)
         self._replace_known(flat_users, flat_items, generator)
@@ -179,7 +186,7 @@ class TripleSampler:
         """The batches of the given pairs, in order, with negatives from ``generator``."""
         size = self.batch_size
         # Negatives of many batches at once cost less than batch by batch; a block bounds their memory.
-        block = size * max(1, NEGATIVES_PER_DRAW // (size * self.num_negatives))
+        block = size * max(1, NEGATIVES_PER_DRAW // (size * max(1, self.num_negatives)))
         for start in range(0, len(users), block):
             chosen, liked = users[start : start + block], pos[start : start + block]
             neg = self.negatives(chosen, generator)
@@ -187,10 +194,12 @@ class TripleSampler:
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Items, whoever knows them."""
+        if self._pool is not None:
+            return self._pool[torch.randint(len(self._pool), shape, generator=generator, device=self.device)]
         if not self._by_popularity:
             return torch.randint(self.num_items, shape, generator=generator, device=self.device)
         # The item of a random train pair: in proportion to counts without a table.
-        return self._items[torch.randint(len(self._items), shape, generator=generator, device=self.device)]
+        return self._items[torch.randint(len(self._items), shape, generator=generator, device=self.device)].long()
 
     def _replace_known(self, users: Tensor, items: Tensor, generator: torch.Generator) -> None:
         """Draw anew, in place, where the user knows the item. Shape: users, items int64 [n]."""
@@ -225,17 +234,22 @@ class TripleSampler:
 
     def _pairs_interaction(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         order = torch.randperm(len(self._items), generator=generator, device=self.device)
-        users, pos = torch.repeat_interleave(self._degree)[order], self._items[order]
+        users, pos = torch.repeat_interleave(self._degree)[order], self._items[order].long()
         if self._all_usable:
             return users, pos
         keep = self._usable[users]
         return users[keep], pos[keep]
 
     def _random_positive(self, users: Tensor, generator: torch.Generator) -> Tensor:
-        # A 31-bit draw scaled to 0..degree-1: uniform up to degree / 2^31, and much cheaper than floats.
-        draw = torch.randint(2**31, (len(users),), generator=generator, device=self.device)
-        offset = (draw * self._degree.index_select(0, users)) >> 31
-        return self._items.index_select(0, offset.add_(self._start.index_select(0, users)))
+        # Block by block on the CPU: temporaries that stay in its cache cost half as much as those of a whole epoch.
+        block = LOOKUPS_PER_BLOCK if self.device.type == "cpu" else max(1, len(users))
+        found = torch.empty_like(users)
+        for chosen, place in zip(users.split(block), found.split(block)):
+            # A 31-bit draw scaled to 0..degree-1: uniform up to degree / 2^31, and much cheaper than floats.
+            draw = torch.randint(2**31, (len(chosen),), generator=generator, device=self.device)
+            offset = draw.mul_(self._degree.index_select(0, chosen)).bitwise_right_shift_(31)
+            place.copy_(self._items.index_select(0, offset.add_(self._start.index_select(0, chosen))))
+        return found
 
 
 class TripleBatches:

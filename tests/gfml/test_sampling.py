@@ -151,6 +151,31 @@ def test_nothing_to_learn_from_is_a_user_error(rows):
     assert "\n" not in str(error.value)
 
 
+def test_pairs_without_negatives_keep_users_who_have_everything():
+    sampler = make_sampler(num_negatives=0, scheme="interaction")
+    batches = list(sampler.epoch(3))
+    assert all(batch.neg.shape == (len(batch), 0) for batch in batches)
+    pairs = sorted((user, item) for batch in batches for user, item in zip(batch.users.tolist(), batch.pos.tolist()))
+    assert pairs == sorted((user, item) for user, row in enumerate(ROWS) for item in row)
+
+
+def test_train_items_alone_are_drawn_and_alike():
+    """Items 5 and 7 occur in no train row: they are never negatives; the others are alike."""
+    rows = [[0, 1], [2, 3], [4, 6], [0, 6]]
+    sampler = make_sampler(rows, negatives="train-items", scheme="interaction", batch_size=8)
+    triples = draw(sampler, range(600))
+    assert not set(triples[:, 2]) & {5, 7, 8, 9, 10, 11}
+    free = {user: sorted({0, 1, 2, 3, 4, 6} - set(row)) for user, row in enumerate(rows)}
+    for user, items in free.items():
+        counts = Counter(triples[triples[:, 0] == user][:, 2].tolist())
+        assert set(counts) == set(items) and chisquare([counts[item] for item in items]).pvalue > P_VALUE
+
+
+def test_a_user_with_every_train_item_is_left_out():
+    sampler = make_sampler([[0, 1, 2], [0], [1]], negatives="train-items")
+    assert sampler.num_saturated == 1 and 0 not in draw(sampler, range(3))[:, 0]
+
+
 def test_negatives_of_a_saturated_user_are_refused():
     sampler = make_sampler()
     with pytest.raises(ValueError, match="every item"):
@@ -158,7 +183,7 @@ def test_negatives_of_a_saturated_user_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options", ({"scheme": "popular"}, {"batch_size": 0}, {"num_negatives": 0}, {"negatives": "hard"})
+    "options", ({"scheme": "popular"}, {"batch_size": 0}, {"num_negatives": -1}, {"negatives": "hard"})
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValueError, match="choose|wanted at least 1"):
