@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gfml.graph import Graph, propagate
 
-INITS = ("xavier_uniform", "normal", "ball")
+INITS = ("xavier_uniform", "xavier_normal", "normal", "ball")
 
 
 class Embedded(NamedTuple):
@@ -33,7 +33,8 @@ class Embedded(NamedTuple):
 class Tables(nn.Module):
     """Free vectors of users and items: one parameter ``nodes`` [U + I, D].
 
-    init: xavier_uniform (bound sqrt(6 / (rows + D)) per table), normal (N(0, std^2)), or ball
+    init: xavier_uniform (bound sqrt(6 / (rows + D)) per table), xavier_normal (deviation sqrt(2 / (rows + D)) per
+        table), normal (N(0, std^2)), or ball
     (N(0, 1 / D), rows longer than 1 pulled onto the unit sphere).
     """
 
@@ -127,6 +128,8 @@ def _initial_rows(count: int, width: int, init: str, std: float) -> Tensor:
     rows = torch.empty(count, width)
     if init == "xavier_uniform":
         return nn.init.xavier_uniform_(rows)
+    if init == "xavier_normal":
+        return nn.init.xavier_normal_(rows)
     if init == "normal":
         return nn.init.normal_(rows, std=std)
     if init == "ball":

@@ -84,6 +84,8 @@ def test_initial_vectors():
         bound = math.sqrt(6 / (count + 64))
         assert 0.999 * bound < table.abs().max() <= bound
         assert table.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.01)
+    for table, count in zip(Tables(4000, 2000, 64, init="xavier_normal").vectors(), (4000, 2000), strict=True):
+        assert table.std().item() == pytest.approx(math.sqrt(2 / (count + 64)), rel=0.01)
     assert Tables(4000, 2000, 64, init="normal", std=0.3).nodes.std().item() == pytest.approx(0.3, rel=0.01)
     norm = Tables(4000, 2000, 64, init="ball").nodes.norm(dim=1)
     assert norm.max() <= 1 + 1e-6 and 0.3 < (norm < 0.999).float().mean() < 0.7

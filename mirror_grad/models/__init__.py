@@ -1,0 +1,40 @@
+"""The models by name. Light: a model's module is imported when the model is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+
+from gfml.errors import choice_error
+from mirror_grad.models import settings
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a model is and what it needs.
+
+    needs_features: item features of at least one modality. needs_negatives: False for models of (user, item) pairs.
+    trains: False for models without parameters. has_published: ``--behaviour published`` differs from fixed.
+    """
+
+    module: str
+    cls: str
+    settings: type
+    needs_features: bool = True
+    needs_negatives: bool = True
+    trains: bool = True
+    has_published: bool = True
+
+
+MODELS: dict[str, Entry] = {
+    "BPR": Entry("bpr", "BPR", settings.BPR, needs_features=False),
+    "LightGCN": Entry("lightgcn", "LightGCN", settings.LightGCN, needs_features=False),
+}
+
+
+def load_model(name: str) -> type:
+    """The class of a model; :class:`gfml.errors.UserError` with a suggestion for an unknown name."""
+    if name not in MODELS:
+        raise choice_error("model", name, MODELS)
+    entry = MODELS[name]
+    return getattr(import_module(f"mirror_grad.models.{entry.module}"), entry.cls)

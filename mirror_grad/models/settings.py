@@ -1,0 +1,122 @@
+"""Hyper-parameters of every model: plain values, so that flags are known before torch is imported.
+
+``option`` keeps the meaning and the values that the published grid searched; where the grid is all that was published,
+the default is a value of it. Names are those of the published configuration files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str, *, grid: Sequence[Any] = (), choices: Sequence[str] = ()) -> Any:
+    """A dataclass field with its meaning, the published grid and, for texts, the allowed values."""
+    return field(default=default, metadata={"help": help, "grid": tuple(grid), "choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class BPR:
+    """Matrix factorisation with BPR."""
+
+    reg_weight: float = option(
+        1e-1, "weight of the L2 term of the batch's vectors", grid=(2.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    )
+
+
+@dataclass(frozen=True)
+class LightGCN:
+    """LightGCN with BPR."""
+
+    n_layers: int = option(2, "propagation layers", grid=(1, 2, 3, 4))
+    reg_weight: float = option(
+        1e-4, "weight of the L2 term of the batch's free vectors", grid=(1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+    )
+
+
+@dataclass(frozen=True)
+class VBPR:
+    """BPR with projected features beside the free item vectors."""
+
+    reg_weight: float = option(
+        1e-2, "weight of the L2 term of the batch's vectors", grid=(2.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+    )
+
+
+@dataclass(frozen=True)
+class BM3:
+    """Bootstrapped multimodal model without negatives."""
+
+    n_layers: int = option(1, "propagation layers", grid=(1, 2))
+    dropout: float = option(0.5, "share of zeroed target entries", grid=(0.3, 0.5))
+    reg_weight: float = option(0.1, "weight of the L2 term of all propagated vectors", grid=(0.1, 0.01))
+    cl_weight: float = option(2.0, "weight of the alignment of features and items", grid=(2.0,))
+
+
+@dataclass(frozen=True)
+class FREEDOM:
+    """Frozen item graph and user-item graph that is thinned out every epoch."""
+
+    n_ui_layers: int = option(2, "propagation layers on the user-item graph")
+    n_mm_layers: int = option(1, "propagation layers on the item graph")
+    knn_k: int = option(10, "neighbours of an item in the item graph, itself included")
+    mm_image_weight: float = option(0.1, "share of the image graph in the item graph; the text graph has the rest")
+    dropout: float = option(0.8, "share of user-item edges left out in an epoch", grid=(0.8, 0.9))
+    reg_weight: float = option(1e-3, "weight of the BPR losses of the projected features", grid=(0.0, 1e-5, 1e-4, 1e-3))
+
+
+@dataclass(frozen=True)
+class LayerGCN:
+    """Propagation whose layers are weighted by their likeness to the free vectors."""
+
+    n_layers: int = option(4, "propagation layers", grid=(4,))
+    dropout: float = option(0.1, "share of edges left out in an epoch", grid=(0.0, 0.1, 0.2))
+    reg_weight: float = option(
+        1e-3, "weight of the L2 term of the batch's free vectors", grid=(1e-2, 1e-3, 1e-4, 1e-5)
+    )
+
+
+@dataclass(frozen=True)
+class SELFCFED_LGN:
+    """Self-supervised LightGCN with dropped edges, without negatives."""
+
+    n_layers: int = option(2, "propagation layers", grid=(1, 2))
+    dropout: float = option(0.1, "share of zeroed target entries", grid=(0.1, 0.2, 0.5))
+    reg_weight: float = option(
+        1e-3, "weight of the L2 term of the batch's vectors", grid=(0.1, 1e-2, 1e-3, 1e-4, 1e-5, 0.0)
+    )
+
+
+@dataclass(frozen=True)
+class ItemKNNCBF:
+    """Item neighbours by their features; no training."""
+
+    knn_k: int = option(10, "neighbours of an item, itself included", grid=(10,))
+    shrink: float = option(10.0, "added to the product of feature norms, in squared feature units", grid=(10.0,))
+
+
+@dataclass(frozen=True)
+class LATTICE:
+    """Item graph learned from projected features, mixed with a frozen one."""
+
+    n_layers: int = option(1, "propagation layers on the item graph")
+    n_ui_layers: int = option(2, "propagation layers on the user-item graph (lightgcn, ngcf)")
+    feat_embed_dim: int = option(64, "width of the projected features")
+    knn_k: int = option(10, "neighbours of an item in each graph, itself included")
+    lambda_coeff: float = option(0.9, "share of the frozen graph; the learned one has the rest")
+    cf_model: str = option("lightgcn", "backbone on the user-item graph", choices=("lightgcn", "ngcf", "mf"))
+    mess_dropout: float = option(0.1, "share of zeroed message entries of ngcf")
+    rebuild_every: int = option(1, "batches between rebuildings of the learned graph; published: the first of an epoch")
+    reg_weight: float = option(0.0, "weight of the L2 term of the batch's vectors", grid=(0.0, 1e-5, 1e-4, 1e-3))
+
+
+@dataclass(frozen=True)
+class MGCN:
+    """Purified item views beside the user-item view, fused by attention."""
+
+    n_ui_layers: int = option(2, "propagation layers on the user-item graph")
+    n_layers: int = option(1, "propagation layers on the item graphs")
+    knn_k: int = option(10, "neighbours of an item in each graph, itself included")
+    cl_loss: float = option(0.01, "weight of the contrastive term", grid=(0.001, 0.01, 0.1))
+    reg_weight: float = option(1e-4, "weight of the L2 term of the batch's vectors")
