@@ -1,0 +1,509 @@
+"""Gravity attention: tokens attract each other by their mass and their distance.
+
+    gravity logit  ( mu_ij - lambda * log(1 + Q(q_i, k_j)) ) / S        dot logit  q_i . k_j / S_dot
+
+    weight_ij = softmax over keys j       (per head; i query position, j key position)
+
+Q is a squared distance (:mod:`gfml.distances`), mu the log-mass term, S a divisor. The softmax turns the gravity
+logits into a normalised power law, weight_ij ~ exp(mu_j / S) * (1 + Q)^(-lambda / S): keys are weighted by a mass of
+their own, and nearness only says how much of it is felt. A head's gravity logits do not change when all its queries
+and keys are moved by one vector (l2, l1); dot logits do.
+
+    attention = GravityAttention(384, 12, num_tokens=65, settings=AttentionSettings(lamb=3.0))
+    replace_attention(timm_model, AttentionSettings(mix="split", num_split=2), mass_pos="tail")
+
+Source: Byun, Lim, Song, "GFML: Gravity function for metric learning", Engineering Applications of Artificial
+Intelligence 139, 109463, 2025. In the published code the mass never reaches the logits (``mass="none"`` is that form)
+and heads of a split layer weigh another head's values (``head_order="original"``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gfml.distances import DISTANCES, SquaredDistance
+from gfml.gravity import log_mass
+
+MIXES = ("off", "normal", "split")
+MASSES = ("position", "content", "none")
+MASS_PARAMS = ("raw", "softplus")
+SCALES = ("sqrt_hidden", "sqrt_head", "none")
+MASS_POSITIONS = ("full", "full_fix", "head", "tail")
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How the heads of a gravity layer attend.
+
+    lamb, learn_lamb: lambda >= 0, fixed or learnable per gravity head (positive through softplus).
+    distance: l2, l1, emd or kl.
+    mix: off, every head is a gravity head; normal, every logit is (1 - lamb_mix) dot + lamb_mix gravity; split, heads
+        0 .. num_split-1 are gravity heads (with ``split_mix`` that blend) and the others dot heads. num_split 0 is
+        plain attention, num_split = H with split_mix False is off.
+    mass: position, one raw mass per token position; content, w . k_j + b per head; none, distance alone.
+    mass_param: raw, the parameter is the log-mass; softplus, log(1 + e^a). mass_init: uniform, U(0, 1), or zeros.
+    per_head: position masses of their own for every gravity head instead of shared ones.
+    mass_combine: sum, mu_ij = m_j, to which ``query_mass`` adds a query mass that the softmax cancels; product,
+        mu_ij = m_i m_j, where the query mass is how strongly a query feels the masses.
+    scale, dot_scale: divisors S and S_dot: sqrt_hidden (of the full width, as published), sqrt_head (of a head's
+        width, the usual one) and for gravity none: lambda is then the exponent itself.
+    head_order: natural, or original, where the weights come in the order dot heads, gravity heads while the values
+        keep theirs.
+    kernel: auto, the closed form with a backward pass of its own where there is one (l2), else explicit; explicit,
+        logits by the definition.
+    """
+
+    lamb: float = 1.0
+    learn_lamb: bool = False
+    distance: str = "l2"
+    mix: str = "off"
+    lamb_mix: float = 0.5
+    num_split: int = 6
+    split_mix: bool = False
+    mass: str = "position"
+    mass_param: str = "raw"
+    mass_init: str = "uniform"
+    per_head: bool = False
+    query_mass: bool = False
+    mass_combine: str = "sum"
+    scale: str = "sqrt_hidden"
+    dot_scale: str = "sqrt_hidden"
+    head_order: str = "natural"
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("distance", DISTANCES), ("mix", MIXES), ("mass", MASSES), ("mass_param", MASS_PARAMS),
+            ("mass_init", ("uniform", "zeros")), ("mass_combine", ("sum", "product")), ("scale", SCALES),
+            ("dot_scale", SCALES[:2]), ("head_order", ("natural", "original")), ("kernel", ("auto", "explicit")),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        if not (math.isfinite(self.lamb) and self.lamb >= 0) or (self.learn_lamb and self.lamb == 0):
+            raise ValueError(f"found lambda {self.lamb}, wanted a finite number >= 0, and > 0 if it is learned")
+        if not 0 <= self.lamb_mix <= 1:
+            raise ValueError(f"found lamb_mix {self.lamb_mix}, wanted a share between 0 and 1")
+
+    @property
+    def blend(self) -> float:
+        """Share of the gravity logit in a gravity head; the rest is the dot logit."""
+        blended = self.mix == "normal" or (self.mix == "split" and self.split_mix)
+        return self.lamb_mix if blended else 1.0
+
+    def num_gravity_heads(self, num_heads: int) -> int:
+        """Gravity heads among ``num_heads``; ValueError where there are fewer heads than num_split."""
+        if self.mix != "split":
+            return num_heads
+        if not 0 <= self.num_split <= num_heads:
+            raise ValueError(f"found num_split {self.num_split} and {num_heads} heads, wanted 0 <= num_split <= heads")
+        return self.num_split
+
+
+PLAIN = AttentionSettings(mix="split", num_split=0)
+
+
+class PositionMass(nn.Module):
+    """Raw masses of n token positions: ``key`` [S, n], and ``query`` [S, n] where one is wanted; S = 1 is shared.
+
+    init: uniform, U(0, 1), or zeros. Drawing leaves the global generator where it was, so that a model with masses
+    starts from the same other weights as one without.
+    """
+
+    def __init__(self, num_tokens: int, rows: int = 1, *, param: str = "raw", init: str = "uniform", query: bool = False) -> None:
+        super().__init__()
+        self.param = param
+        self.key = nn.Parameter(torch.zeros(rows, num_tokens))
+        self.query = nn.Parameter(torch.zeros(rows, num_tokens)) if query else None
+        if init == "uniform":
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                for table in self.parameters():
+                    table.uniform_()
+
+    def log_key(self) -> Tensor:
+        """Log-masses of keys [S, n]."""
+        return _log_mass(self.key, self.param)
+
+    def log_query(self) -> Tensor:
+        """Log-masses of queries [S, n]; ValueError where there are none."""
+        if self.query is None:
+            raise ValueError("these masses have no query side")
+        return _log_mass(self.query, self.param)
+
+
+class ContentMass(nn.Module):
+    """Log-masses read off the keys: M(w_h . k_j + b_h) per gravity head; both start at 0.
+
+    Under param raw the bias would be the same for all keys of a head and cancel in the softmax: there is none.
+    """
+
+    def __init__(self, num_heads: int, head_width: int, *, param: str = "raw", bias: bool = False) -> None:
+        super().__init__()
+        self.param = param
+        self.weight = nn.Parameter(torch.zeros(num_heads, head_width))
+        self.bias = nn.Parameter(torch.zeros(num_heads)) if bias or param != "raw" else None
+
+    def forward(self, k: Tensor) -> Tensor:
+        """Shape: k [B, G, n, d] -> [B, G, n]."""
+        raw = torch.einsum("bgnd,gd->bgn", k, self.weight)
+        return _log_mass(raw if self.bias is None else raw + self.bias[:, None], self.param)
+
+
+def pairwise(q: Tensor, k: Tensor, distance: SquaredDistance) -> Tensor:
+    """Q of every query with every key of its head. Shape: q, k [..., n, d] -> [..., n, n]."""
+    if distance.kind == "l1":
+        return torch.cdist(q, k, p=1).square()
+    form = distance.bilinear(q, k)
+    found = form.query @ form.key.mT + form.query_bias.unsqueeze(-1) + form.key_bias.unsqueeze(-2)
+    return found.square() if distance.is_squared_form else found.clamp_min(0)
+
+
+def gravity_logits(q: Tensor, k: Tensor, mu: Tensor | float, *, lamb: Tensor | float, divisor: float,
+                   distance: SquaredDistance = SquaredDistance()) -> Tensor:  # fmt: skip
+    """( mu_ij - lambda log(1 + Q(q_i, k_j)) ) / divisor, in float32 at least, also under autocast.
+
+    Shape: q, k [B, H, n, d]; mu broadcasts to the result [B, H, n, n]; lamb a number or [H, 1, 1].
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        return (mu - lamb * torch.log1p(pairwise(_full(q), _full(k), distance))) / divisor
+
+
+def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float, alpha: float = 0.0) -> Tensor:
+    """softmax_j( column_j - beta log(1 + D2_ij) + 2 alpha q_i . k_j ) with D2 = |q_i - k_j|^2 in float32 at least.
+
+    One matrix product gives 1 + D2; the dot term needs none of its own, as 2 q.k = |q|^2 + |k|^2 - D2 and the
+    softmax cancels |q_i|^2. The backward pass is written by hand: two products and no stored logits.
+
+    Shape: q, k [B, H, n, d]; column broadcasts to [B, H, 1, n]; beta a number or [H, 1, 1]. Returns [B, H, n, n].
+    Gradient: to q, k, column and beta, once. Equals :func:`gravity_logits` with l2 and a softmax.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = _full(q), _full(k)
+        column = column + alpha * k.square().sum(-1).unsqueeze(-2) if alpha else column
+        return _PowerLaw.apply(q, k, column, beta, alpha)
+
+
+class _PowerLaw(torch.autograd.Function):
+    """Weights softmax_j(column_j - beta log z_ij - alpha z_ij), z = 1 + |q_i - k_j|^2 = left_i . right_j.
+
+    left = [-2 q, |q|^2 + 1, 1] and right = [k, 1, |k|^2]. With U = -dL/dz, the products U right and U^T left hold the
+    row and column sums of U next to U k and U^T q, which is all that dq = 2 (U k - q rowsum U) and dk need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float, alpha: float) -> Tensor:
+        query_norm, key_norm = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
+        one = torch.ones_like(key_norm)
+        left, right = torch.cat([-2 * q, query_norm + 1, one], -1), torch.cat([k, one, key_norm], -1)
+        z = (left @ right.mT).clamp_(min=1)
+        logits = z.log().mul_(-beta).add_(column)
+        if alpha:
+            logits.sub_(z, alpha=alpha)
+        weights = torch.softmax(logits, -1)
+        ctx.save_for_backward(left, right, z, weights, beta if isinstance(beta, Tensor) else None)
+        ctx.beta, ctx.alpha, ctx.column_shape = beta, alpha, column.shape
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, z, weights, beta = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            logit = torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
+            wants = ctx.needs_input_grad
+            column = logit.sum(-2, keepdim=True).sum_to_size(ctx.column_shape) if wants[2] else None
+            exponent = -(logit * z.log()).sum((-1, -2), keepdim=True).sum_to_size(beta.shape) if wants[3] else None
+            pull = torch.div(logit, z).mul_(ctx.beta if beta is None else beta)
+            if ctx.alpha:
+                pull.add_(logit, alpha=ctx.alpha)
+            query, key = pull @ right, pull.mT @ left
+            d = right.shape[-1] - 2
+            q_grad = query[..., :d].mul(2).addcmul_(left[..., :d], query[..., d : d + 1])
+            k_grad = torch.addcmul(-key[..., :d], right[..., :d], key[..., d + 1 :], value=-2)
+        return q_grad, k_grad, column, exponent, None
+
+
+class GravityAttention(nn.Module):
+    """Multi-head self-attention whose first heads attend by gravity; see the module text and the settings.
+
+    width h, split into ``num_heads`` heads; ``qkv`` is one map to queries, keys and values, ``proj`` the output map,
+    both with bias. num_tokens: positions that have a mass. mass: masses shared with another layer.
+    dropout: of the output. There is none on the weights unless a replaced layer had it (``attn_drop``).
+
+    Shape: x [B, n, h] -> [B, n, h]. ValueError when n is not num_tokens and masses belong to positions.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_tokens: int, settings: AttentionSettings = AttentionSettings(), *,
+                 dropout: float = 0.0, mass: PositionMass | None = None) -> None:  # fmt: skip
+        super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"found width {width} and {num_heads} heads, wanted a width that the heads divide")
+        self.width, self.num_heads, self.head_width, self.settings = width, num_heads, width // num_heads, settings
+        self.num_tokens, self.num_gravity_heads = num_tokens, settings.num_gravity_heads(num_heads)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q_norm, self.k_norm, self.norm = nn.Identity(), nn.Identity(), nn.Identity()
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(dropout)
+        self.distance = SquaredDistance(settings.distance)
+        self.mass = new_mass(settings, self.num_gravity_heads, num_tokens, self.head_width) if mass is None else mass
+        if self.num_gravity_heads and settings.learn_lamb:
+            self.raw_lamb = nn.Parameter(torch.full((self.num_gravity_heads, 1, 1), _inverse_softplus(settings.lamb)))
+
+    @property
+    def lamb(self) -> Tensor | float:
+        """lambda: a number when fixed, [G, 1, 1] with gradient when learnable."""
+        return F.softplus(self.raw_lamb) if hasattr(self, "raw_lamb") else self.settings.lamb
+
+    @property
+    def divisor(self) -> float:
+        """S of the gravity logits."""
+        return {"sqrt_hidden": self.width**0.5, "sqrt_head": self.head_width**0.5, "none": 1.0}[self.settings.scale]
+
+    @property
+    def dot_divisor(self) -> float:
+        """S_dot of the dot logits."""
+        return (self.width if self.settings.dot_scale == "sqrt_hidden" else self.head_width) ** 0.5
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attend among all tokens; masks are refused (the arguments are those of timm's attention)."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("gravity attention knows no masks: found attn_mask or is_causal")
+        q, k, v = self._project(x)
+        if self.settings.kernel == "explicit":
+            heads = self.attn_drop(self._weights(q, k)).to(v.dtype) @ v
+        else:
+            heads = self._attend(q, k, v)
+        return self.proj_drop(self.proj(self.norm(heads.transpose(1, 2).flatten(2))))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """Attention weights [B, H, n, n] of x [B, n, h], by the definition; heads in the order of the values."""
+        q, k, _ = self._project(x)
+        return self._weights(q, k)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, H, n, n] of x [B, n, h]; heads as in :meth:`weights`."""
+        q, k, _ = self._project(x)
+        return self._logits(q, k)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(self.mass, PositionMass) and x.shape[1] != self.num_tokens:
+            raise ValueError(f"found {x.shape[1]} tokens, wanted {self.num_tokens}: each position has its own mass")
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_width)).permute(2, 0, 3, 1, 4)
+        q, k, v = heads.unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Heads [B, H, n, d]: gravity heads from their weights, dot heads by the library's fused attention."""
+        count = self.num_gravity_heads
+        original = self.settings.head_order == "original"
+        v_gravity, v_dot = (v[:, -count or self.num_heads :], v[:, : self.num_heads - count]) if original else (v[:, :count], v[:, count:])
+        parts = []
+        if count:
+            weights = self._gravity_weights(q[:, :count], k[:, :count])
+            parts.append(self.attn_drop(weights).to(v.dtype) @ v_gravity)
+        if count < self.num_heads:
+            dropout = self.attn_drop.p if self.training else 0.0
+            q, k = q[:, count:].to(v.dtype), k[:, count:].to(v.dtype)
+            parts.append(F.scaled_dot_product_attention(q, k, v_dot, dropout_p=dropout, scale=1 / self.dot_divisor))
+        return torch.cat(parts[::-1] if original else parts, 1)
+
+    def _gravity_weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Weights [B, G, n, n] of the gravity heads' queries and keys."""
+        closed = self.settings.distance == "l2" and not self._has_query_mass
+        if not closed:
+            return self._gravity_logits(q, k).softmax(-1)
+        share, column = self.settings.blend, self._key_mass(k)
+        column = q.new_zeros((), dtype=_full(q).dtype) if column is None else column * (share / self.divisor)
+        return power_law_weights(q, k, column, share * self.lamb / self.divisor, (1 - share) / (2 * self.dot_divisor))
+
+    def _weights(self, q: Tensor, k: Tensor) -> Tensor:
+        return self._logits(q, k).softmax(-1)
+
+    def _logits(self, q: Tensor, k: Tensor) -> Tensor:
+        count = self.num_gravity_heads
+        gravity, dot = self._gravity_logits(q[:, :count], k[:, :count]), self._dot_logits(q[:, count:], k[:, count:])
+        return torch.cat([dot, gravity] if self.settings.head_order == "original" else [gravity, dot], 1)
+
+    def _gravity_logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Logits [B, G, n, n] of gravity heads, blended with the dot logit where the settings say so."""
+        share = self.settings.blend
+        logits = gravity_logits(q, k, self._mass(k), lamb=self.lamb, divisor=self.divisor, distance=self.distance)
+        return logits if share == 1 else torch.lerp(self._dot_logits(q, k), logits, share)
+
+    def _dot_logits(self, q: Tensor, k: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            return _full(q) @ _full(k).mT / self.dot_divisor
+
+    @property
+    def _has_query_mass(self) -> bool:
+        return isinstance(self.mass, PositionMass) and self.mass.query is not None
+
+    def _key_mass(self, k: Tensor) -> Tensor | None:
+        """Log-masses of the keys, broadcastable to [B, G, 1, n]; None without masses."""
+        if isinstance(self.mass, ContentMass):
+            with torch.autocast(k.device.type, enabled=False):
+                return self.mass(_full(k)).unsqueeze(-2)
+        return None if self.mass is None else self.mass.log_key()[:, None]
+
+    def _mass(self, k: Tensor) -> Tensor | float:
+        """mu_ij, broadcastable to [B, G, n, n]."""
+        key = self._key_mass(k)
+        if key is None or not self._has_query_mass:
+            return 0.0 if key is None else key
+        query = self.mass.log_query()[:, :, None]
+        return query * key if self.settings.mass_combine == "product" else query + key
+
+
+def new_mass(settings: AttentionSettings, num_gravity_heads: int, num_tokens: int, head_width: int) -> nn.Module | None:
+    """The masses that a layer with these settings needs: none for distance alone and for plain attention."""
+    if settings.mass == "none" or not num_gravity_heads:
+        return None
+    if settings.mass == "content":
+        if settings.query_mass or settings.mass_combine == "product":
+            raise ValueError("masses read off the keys have no query side: found query_mass or mass_combine product")
+        return ContentMass(num_gravity_heads, head_width, param=settings.mass_param)
+    query = settings.query_mass or settings.mass_combine == "product"
+    rows = num_gravity_heads if settings.per_head else 1
+    return PositionMass(num_tokens, rows, param=settings.mass_param, init=settings.mass_init, query=query)
+
+
+def gravity_layers(mass_pos: str, num_layers: int) -> range:
+    """Layers with gravity: all (full; full_fix, where they share masses), the first (head) or the last (tail)."""
+    if mass_pos not in MASS_POSITIONS:
+        raise ValueError(f"unknown mass_pos {mass_pos!r}: choose one of {', '.join(MASS_POSITIONS)}")
+    layers = range(num_layers)
+    return {"head": layers[:1], "tail": layers[-1:]}.get(mass_pos, layers)
+
+
+def shared_mass(settings: AttentionSettings, mass_pos: str, num_heads: int, num_tokens: int) -> PositionMass | None:
+    """The one table of full_fix; None where layers have their own masses (content masses always do)."""
+    if mass_pos != "full_fix" or settings.mass != "position":
+        return None
+    return new_mass(settings, settings.num_gravity_heads(num_heads), num_tokens, 0)
+
+
+def replace_attention(
+    model: nn.Module, settings: AttentionSettings, *, mass_pos: str = "full", num_tokens: int | None = None
+) -> nn.Module:
+    """Give layers of a timm vision transformer gravity attention, in place; returns the model.
+
+    Every attention of the kind ``timm.layers.Attention`` that ``mass_pos`` selects is replaced. Its maps, norms and
+    dropouts are carried over as they are (trained or not) and dot logits keep its divisor, so ``num_split=0``
+    computes what the model computed before. num_tokens: by default patches and prefix tokens of the model.
+
+    ValueError when the model has no such attention, or one that is gated or masked.
+    """
+    from timm.layers import Attention
+
+    found = [(name, layer) for name, layer in model.named_modules() if type(layer) is Attention]
+    if not found:
+        raise ValueError(f"found no timm.layers.Attention in {type(model).__name__}, wanted a vision transformer")
+    if num_tokens is None:
+        num_tokens = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)
+    settings = replace(settings, dot_scale="sqrt_head")
+    mass = shared_mass(settings, mass_pos, found[0][1].num_heads, num_tokens)
+    for index in gravity_layers(mass_pos, len(found)):
+        name, layer = found[index]
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _converted(layer, settings, num_tokens, mass))
+    return model
+
+
+def _converted(layer: nn.Module, settings: AttentionSettings, num_tokens: int, mass: PositionMass | None) -> GravityAttention:
+    width = layer.num_heads * layer.head_dim
+    if getattr(layer, "gate", None) is not None or layer.qkv.in_features != width or layer.proj.out_features != width:
+        raise ValueError("found a gated attention or one that changes the width, wanted plain multi-head attention")
+    if not math.isclose(layer.scale, layer.head_dim**-0.5):
+        raise ValueError(f"found the dot scale {layer.scale}, wanted {layer.head_dim**-0.5:.4g}")
+    with torch.random.fork_rng(devices=[]):
+        new = GravityAttention(width, layer.num_heads, num_tokens, settings, mass=mass)
+    new.to(layer.qkv.weight.device, layer.qkv.weight.dtype).train(layer.training)
+    for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"):
+        setattr(new, name, getattr(layer, name))
+    return new
+
+
+def gravity_attentions(model: nn.Module) -> Iterator[tuple[str, GravityAttention]]:
+    """Every :class:`GravityAttention` of a model with its name, plain ones (without gravity heads) included."""
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, GravityAttention))
+
+
+def mass_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Masses and learnable lambdas: what weight decay should leave alone. A shared table is listed once."""
+    found: dict[int, nn.Parameter] = {}
+    for _, layer in gravity_attentions(model):
+        own = [] if layer.mass is None else [*layer.mass.parameters()]
+        own += [layer.raw_lamb] if hasattr(layer, "raw_lamb") else []
+        found |= {id(parameter): parameter for parameter in own}
+    return list(found.values())
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: everything decays except masses and lambdas. One group where there are none."""
+    free = mass_parameters(model)
+    kept = {id(parameter) for parameter in free}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in kept and parameter.requires_grad]
+    groups = [{"params": rest, "weight_decay": weight_decay}]
+    return [*groups, {"params": free, "weight_decay": 0.0}] if free else groups
+
+
+def log_masses(model: nn.Module) -> dict[str, Tensor]:
+    """Learned log-masses of positions by layer name, [S, n] each; layers without position masses are left out."""
+    layers = gravity_attentions(model)
+    return {name: layer.mass.log_key().detach() for name, layer in layers if isinstance(layer.mass, PositionMass)}
+
+
+@torch.no_grad()
+def attention_weights(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Weights [B, H, n, n] of every :class:`GravityAttention` while the model reads ``images``, by layer name.
+
+    The model is run in eval mode and left in the mode it was in.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        return lambda layer, inputs: found.__setitem__(name, layer.weights(inputs[0]))
+
+    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in gravity_attentions(model)]
+    training = model.training
+    try:
+        model.eval()(images)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class AttentionSummary(NamedTuple):
+    """What heads look at, averaged over images and queries."""
+
+    entropy: Tensor  # [H] nats; log n is uniform attention
+    first_token: Tensor  # [H] share of the weight on token 0 (the class token)
+    received: Tensor  # [H, n] mean weight on every key position; sums to 1
+
+
+def summarize_weights(weights: Tensor) -> AttentionSummary:
+    """Entropy per head, share on token 0, and mean weight per key position. Shape: weights [B, H, n, n]."""
+    entropy = -torch.special.xlogy(weights, weights).sum(-1).mean((0, 2))
+    received = weights.mean((0, 2))
+    return AttentionSummary(entropy, received[:, 0], received)
+
+
+def _full(x: Tensor) -> Tensor:
+    """float32 for half precisions, otherwise as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _log_mass(raw: Tensor, param: str) -> Tensor:
+    return log_mass(raw, "exp" if param == "raw" else param)
+
+
+def _inverse_softplus(value: float) -> float:
+    return value + math.log(-math.expm1(-value))

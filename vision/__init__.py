@@ -1,0 +1,1 @@
+"""Small-image classification: a vision transformer with gravity attention, balanced or long-tailed data."""
