@@ -38,8 +38,10 @@ def shared_data() -> Path:
 
 
 def load_tensors(name: str) -> dict[str, Tensor]:
+    """Arrays as tensors; texts as (lists of) str."""
     with np.load(GOLDEN / name, allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
+        arrays = {key: file[key] for key in file.files}
+    return {key: a.tolist() if a.dtype.kind == "U" else torch.from_numpy(a) for key, a in arrays.items()}
 
 
 @pytest.fixture(scope="session")
