@@ -103,13 +103,17 @@ def _timm(
 
 
 def _create(name: str, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
-    """timm's model; those with a fixed grid of patches are told the image size, the others take any."""
+    """timm's model; those with a grid of patches are told the image size, the others take any."""
     import timm
 
     options = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
     try:
-        return timm.create_model(name, img_size=image_size, **options)
+        model = timm.create_model(name, img_size=image_size, **options)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-    return timm.create_model(name, **options)
+        return timm.create_model(name, **options)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))
+    if any(image_size % side for side in patch):
+        raise ValueError(f"found images of side {image_size} and patches of {patch[0]} pixels, wanted a multiple")
+    return model
