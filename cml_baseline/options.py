@@ -5,11 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gfml.cli import Options, Parser, TopksAction, add_mirror_flags, add_run_flags, number
+from gfml.cli import (
+    Options,
+    Parser,
+    add_judging_flags,
+    add_mirror_flags,
+    add_run_flags,
+    check_judging,
+    count,
+    nonnegative,
+    number,
+    positive,
+)
 from gfml.data.options import add_data_flags
 
-BASELINES = ("popularity", "item-knn", "ease")
-METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 ANN = ("off", "auto", "faiss", "sklearn")
 # What --dataset auto means, and the cut of the paper.
 USUAL_DATA = "ml1m"
@@ -21,9 +30,6 @@ FEATURE_FLAGS = ("feature_columns", "feature_norm", "feature_weight", "feature_s
 # No part of what a run computes.
 NOT_IDENTITY = frozenset({"report", "baselines", "ann", "item_info", "data_root", "cache_dir", "cache", "download"})
 
-_positive = number(above=0)
-_nonnegative = number(least=0)
-_count = number(int, least=1)
 
 
 def build_parser() -> Parser:
@@ -46,15 +52,15 @@ def build_parser() -> Parser:
 def _add_model_flags(parser: Parser) -> None:
     switch = argparse.BooleanOptionalAction
     group = parser.add_argument_group("model and loss; distances are squared")
-    group.add_argument("--embedding-dim", "--dim", type=_count, default=100, metavar="D", help="width of the vectors (paper: r)")
-    group.add_argument("--margin", type=_nonnegative, default=0.5, metavar="M", help="safety margin (paper: m), in squared-distance units")
-    group.add_argument("--clip-norm", type=_positive, default=1.0, metavar="R", help="radius of the ball")
+    group.add_argument("--embedding-dim", "--dim", type=count, default=100, metavar="D", help="width of the vectors (paper: r)")
+    group.add_argument("--margin", type=nonnegative, default=0.5, metavar="M", help="safety margin (paper: m), in squared-distance units")
+    group.add_argument("--clip-norm", type=positive, default=1.0, metavar="R", help="radius of the ball")
     group.add_argument("--init-std", type=number(above=0, none=True), default=None, metavar="S",
                        help="deviation of the initial vectors; none: 1 / sqrt(D)")
     group.add_argument("--rank-weight", action=switch, default=True, help="weight pairs by log(1 + rank)")
     group.add_argument("--rank-floor", action=switch, default=True, help="round the estimated rank down, as in the paper")
     group.add_argument("--reduction", choices=("sum", "mean"), default="sum", help="of the hinge over a batch")
-    group.add_argument("--cov-weight", type=_nonnegative, default=0.0, metavar="L", help="weight of the covariance penalty (paper: lambda_c)")
+    group.add_argument("--cov-weight", type=nonnegative, default=0.0, metavar="L", help="weight of the covariance penalty (paper: lambda_c)")
     group.add_argument("--cov-form", choices=("squared", "paper", "signed"), default="squared",
                        help="squared: sum of squared off-diagonal entries; paper: as printed; signed: as released by the authors")
 
@@ -66,12 +72,12 @@ def _add_feature_flags(parser: Parser) -> None:
     group.add_argument("--feature-columns", nargs="+", metavar="NAME", help="use only these tables or columns of the file")
     group.add_argument("--feature-norm", choices=("standard", "none"), default="standard",
                        help="standard: columns centred, every table scaled to deviation 1")
-    group.add_argument("--feature-weight", type=_nonnegative, default=1.0, metavar="L", help="weight of the feature loss (paper: lambda_f)")
-    group.add_argument("--feature-scale", type=_positive, default=0.5, metavar="S", help="factor on the network's output")
-    group.add_argument("--hidden-dim", "--hidden", type=_count, default=256, metavar="H", help="hidden width of the network")
+    group.add_argument("--feature-weight", type=nonnegative, default=1.0, metavar="L", help="weight of the feature loss (paper: lambda_f)")
+    group.add_argument("--feature-scale", type=positive, default=0.5, metavar="S", help="factor on the network's output")
+    group.add_argument("--hidden-dim", "--hidden", type=count, default=256, metavar="H", help="hidden width of the network")
     group.add_argument("--dropout", type=number(least=0, most=0.99), default=0.5, metavar="P", help="probability that a hidden unit is dropped")
-    group.add_argument("--feature-lr", type=_positive, default=1e-3, metavar="X", help="learning rate of the network, which takes Adam always")
-    group.add_argument("--cold-offset", type=_nonnegative, default=0.5, metavar="C",
+    group.add_argument("--feature-lr", type=positive, default=1e-3, metavar="X", help="learning rate of the network, which takes Adam always")
+    group.add_argument("--cold-offset", type=nonnegative, default=0.5, metavar="C",
                        help="cold items rank by the squared distance to their projection plus C mean squared errors of the network; paper: 0")
     group.add_argument("--hide-items", type=number(least=0, most=0.9), default=0.0, metavar="R",
                        help="take this share of the items out of train and validation, to see how features place cold items")
@@ -81,29 +87,19 @@ def _add_feature_flags(parser: Parser) -> None:
 def _add_training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--optimizer", choices=tuple(LEARNING_RATES), default="adagrad", help="how the vectors are moved")
-    group.add_argument("--lr", type=_positive, default=None, help="learning rate of the vectors (default: 0.1 adagrad, 0.001 adam)")
-    group.add_argument("--accumulator", type=_nonnegative, default=0.0, metavar="A", help="AdaGrad's initial sum of squares; 0.1 in TensorFlow")
-    group.add_argument("--batch-size", type=_count, default=10_000, metavar="B", help="pairs per step (paper: N)")
+    group.add_argument("--lr", type=positive, default=None, help="learning rate of the vectors (default: 0.1 adagrad, 0.001 adam)")
+    group.add_argument("--accumulator", type=nonnegative, default=0.0, metavar="A", help="AdaGrad's initial sum of squares; 0.1 in TensorFlow")
+    group.add_argument("--batch-size", type=count, default=10_000, metavar="B", help="pairs per step (paper: N)")
     group.add_argument("--epochs", type=number(int, least=0), default=50, metavar="N", help="largest number of epochs; each meets every train pair once")
-    group.add_argument("--num-neg", type=_count, default=10, metavar="U", help="negatives per pair; the nearest one counts")
+    group.add_argument("--num-neg", type=count, default=10, metavar="U", help="negatives per pair; the nearest one counts")
     group.add_argument("--sampler", choices=("uniform", "popularity", "two-stage"), default="uniform", help="how negatives are drawn")
-    group.add_argument("--candidates", type=_count, default=2000, metavar="C", help="candidates per batch of --sampler two-stage")
-    group.add_argument("--refresh", type=_count, default=100, metavar="N", help="batches between looks at the vectors, --sampler two-stage")
+    group.add_argument("--candidates", type=count, default=2000, metavar="C", help="candidates per batch of --sampler two-stage")
+    group.add_argument("--refresh", type=count, default=100, metavar="N", help="batches between looks at the vectors, --sampler two-stage")
     group.add_argument("--clip-grad", type=number(above=0, none=True), default=None, metavar="NORM", help="largest gradient norm, or none")
 
 
 def _add_evaluation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("evaluation and selection")
-    group.add_argument("--topks", nargs="+", action=TopksAction, default=(50, 100), metavar="K", help="list lengths, such as 50 100")
-    group.add_argument("--select-on", choices=("val", "test"), default="val", help="test: selection on the reported split; labelled in every result")
-    group.add_argument("--select-metric", default="recall@50", metavar="NAME@K", help="what selects the epoch")
-    group.add_argument("--patience", type=number(int, least=1, none=True), default=5, metavar="N",
-                       help="evaluations without a better one before stopping, or none")
-    group.add_argument("--eval-every", type=_count, default=1, metavar="N", help="epochs between evaluations")
-    group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
-                       help="report a model trained anew on train and validation for the selected number of epochs")
-    group.add_argument("--baselines", nargs="+", choices=(*BASELINES, "none"), default=list(BASELINES),
-                       help="simple recommenders judged beside the model")
+    group = add_judging_flags(parser, topks=(50, 100), metric="recall@50", patience=5, eval_every=1)
     group.add_argument("--ann", nargs="?", const="auto", choices=ANN, default="off",
                        help="export item vectors with a nearest-neighbour index and its recall; auto: faiss if installed, else scikit-learn")
     group.add_argument("--report", type=int, choices=(0, 1), default=1, help="write the report with its plots")
@@ -144,15 +140,7 @@ def _has_parts(dataset: str) -> bool:
 
 
 def _check(parser: Parser, options: Options) -> None:
-    name, _, k = options.select_metric.partition("@")
-    if name not in METRICS or not k.isdigit() or int(k) < 1:
-        parser.error(f"found --select-metric {options.select_metric!r}, wanted {', '.join(METRICS)} with a cut-off, such as recall@50")
-    if "none" in options.baselines and len(options.baselines) > 1:
-        parser.error("--baselines none cannot stand beside others")
-    if options.select_on == "test" and options.refit:
-        parser.error("--refit needs selection on validation")
-    if options.mirror != "off" and options.clip_grad is not None:
-        parser.error("with --mirror give --mirror-clip instead of --clip-grad")
+    check_judging(parser, options)
     if options.mirror != "off" and options.features and options.optimizer != "adam":
         parser.error("--mirror with --features needs one optimizer for points and network: give --optimizer adam")
     # A stored config names every flag: only a value other than the default contradicts.

@@ -21,6 +21,9 @@ from gfml.errors import UserError, suggest
 if TYPE_CHECKING:
     import torch
 
+# Simple recommenders judged beside a model, and the ranking metrics that may select.
+BASELINES = ("popularity", "item-knn", "ease")
+METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 # Flags of the moment: never written to a config, or reading it back would repeat the deed.
@@ -323,6 +326,12 @@ def _device(text: str) -> str:
     return text
 
 
+positive = number(above=0)
+nonnegative = number(least=0)
+count = number(int, least=1)
+share = number(least=0, most=1)
+
+
 # -- common flags
 
 
@@ -357,6 +366,57 @@ def add_mirror_flags(parser: argparse.ArgumentParser) -> None:
     add("--mirror-every", type=number(int, least=1), default=3, metavar="N", help="a mirror step every N batches")
     add("--mirror-clip", type=number(above=0, none=True), default=None, metavar="NORM",
         help="largest gradient norm, or none")
+
+
+def add_judging_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    topks: tuple[int, ...],
+    metric: str,
+    patience: int,
+    eval_every: int,
+    metric_flags: tuple[str, ...] = ("--select-metric",),
+    on_flags: tuple[str, ...] = ("--select-on",),
+    metric_help: str = "what selects the epoch",
+) -> argparse._ArgumentGroup:
+    """Flags of evaluation and selection, the same in every recommender but for defaults and older names.
+
+    The first name of ``metric_flags`` and ``on_flags`` names the option. Returns the group, for a program's own flags.
+    """
+    switch = argparse.BooleanOptionalAction
+    group = parser.add_argument_group("evaluation and selection")
+    add = group.add_argument
+    add("--topks", nargs="+", action=TopksAction, default=topks, metavar="K",
+        help=f"list lengths, such as {' '.join(map(str, topks))}")
+    add(*on_flags, choices=("val", "test"), default="val",
+        help="test: the original's protocol, selection on the reported split; labelled in every result")
+    add(*metric_flags, default=metric, metavar="NAME@K", help=metric_help)
+    add("--patience", type=number(int, least=1, none=True), default=patience, metavar="N",
+        help="evaluations without a better one before stopping, or none")
+    add("--eval-every", type=count, default=eval_every, metavar="N", help="epochs between evaluations")
+    add("--refit", action=switch, default=False,
+        help="report a model trained anew on train and validation for the selected number of epochs")
+    add("--baselines", nargs="+", choices=(*BASELINES, "none"), default=list(BASELINES),
+        help="simple recommenders judged beside the model")
+    return group
+
+
+def check_judging(parser: argparse.ArgumentParser, options: Options, *, on: str = "select_on", metric: str = "select_metric",
+                  other_metrics: tuple[str, ...] = ()) -> None:  # fmt: skip
+    """The rules between the flags of :func:`add_judging_flags` and :func:`add_mirror_flags`; other_metrics need no cut-off."""
+    if options.mirror != "off" and options.clip_grad is not None:
+        parser.error("with --mirror give --mirror-clip instead of --clip-grad")
+    if getattr(options, on) == "test" and options.refit:
+        flag = "--es_on" if on == "es_on" else "--select-on"
+        parser.error(f"--refit needs selection on validation; {flag} test trains on all train pairs already")
+    value = getattr(options, metric)
+    name, _, k = value.partition("@")
+    if value not in other_metrics and (name not in METRICS or not re.fullmatch(r"[1-9][0-9]*", k)):
+        flag = "--es_metric" if metric == "es_metric" else "--select-metric"
+        wanted = f"{', '.join((*other_metrics, *METRICS))} with a cut-off, such as ndcg@20"
+        parser.error(f"found {flag} {value!r}, wanted one of {wanted}")
+    if "none" in options.baselines and len(options.baselines) > 1:
+        parser.error("--baselines none cannot stand beside others")
 
 
 def resolve_device(options: Options) -> torch.device:

@@ -279,13 +279,6 @@ def covariance_rows(encoder: Tables, users: Tensor, pos: Tensor) -> Tensor:
     return F.embedding(nodes, encoder.nodes)
 
 
-def project_batch_(encoder: Tables, users: Tensor, items: Tensor, radius: float) -> None:
-    """After an optimizer step: pull the rows a batch touched back into the ball."""
-    # Rows that repeat are written twice with the same values.
-    nodes = torch.cat([users, items.reshape(-1) + encoder.num_users])
-    project_to_ball_(encoder.nodes.data, nodes, radius)
-
-
 class SquaredDistanceScorer:
     """score(u, i) = -|x_u - y_i|^2 - offset_i, ranked through 2 x.y - |y|^2 - offset (a :class:`gfml.topk.Scorer`).
 

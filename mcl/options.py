@@ -10,11 +10,21 @@ import argparse
 import re
 import sys
 
-from gfml.cli import Options, Parser, TopksAction, add_mirror_flags, add_run_flags, number
+from gfml.cli import (
+    Options,
+    Parser,
+    add_judging_flags,
+    add_mirror_flags,
+    add_run_flags,
+    check_judging,
+    count,
+    nonnegative,
+    number,
+    positive,
+    share,
+)
 from gfml.data.options import add_data_flags
 
-BASELINES = ("popularity", "item-knn", "ease")
-METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 # The published program's names for data that another program publishes under the same name.
 DATASETS = {"amazon-book": "amazon-book-mcl", "yelp": "yelp-mcl"}
 # Accepted so that old command lines run; each says so once when it is given.
@@ -30,10 +40,6 @@ NOT_IDENTITY = frozenset({*WITHOUT_EFFECT, "load", "baselines", "data_root", "ca
 # dest of the flag with two meanings -> (meaning in the fork, meaning in the original)
 TWO_MEANINGS = {"lamb_p": ("grav_weight_pos", "mcl_lambda_p"), "lamb_n": ("grav_weight_neg", "mcl_lambda_n")}
 
-_positive = number(above=0)
-_nonnegative = number(least=0)
-_count = number(int, least=1)
-_share = number(least=0, most=1)
 
 
 def build_parser() -> Parser:
@@ -59,7 +65,7 @@ def _add_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--encoder", choices=("lightgcn", "tables"), default="lightgcn",
                        help="lightgcn: tables propagated over the train graph; tables: free vectors")
-    group.add_argument("--embedding-dim", "--dim", type=_count, default=64, metavar="D", help="width of the vectors")
+    group.add_argument("--embedding-dim", "--dim", type=count, default=64, metavar="D", help="width of the vectors")
     group.add_argument("--num-layers", "--layer", type=number(int, least=0), default=3, metavar="K", help="propagation layers")
     group.add_argument("--combine", "--comb_method", choices=("sum", "mean", "final"), default="sum",
                        help="output of the layers; under sum squared distances are (K + 1)^2 times those of mean")
@@ -74,8 +80,8 @@ def _add_mixed_centric_flags(parser: Parser) -> None:
                        help="mcl: mixed-centric loss; gfml: gravity loss; mix: both")
     group.add_argument("--gfml", action="store_true", help="the fork's name of --mode gfml; wins over --mix")
     group.add_argument("--mix", action="store_true", help="the fork's name of --mode mix")
-    group.add_argument("--alpha", type=_positive, default=1.25, metavar="A", help="sharpness of positive pairs (paper: alpha)")
-    group.add_argument("--beta", type=_positive, default=5.0, metavar="B", help="sharpness of negative pairs (paper: beta)")
+    group.add_argument("--alpha", type=positive, default=1.25, metavar="A", help="sharpness of positive pairs (paper: alpha)")
+    group.add_argument("--beta", type=positive, default=5.0, metavar="B", help="sharpness of negative pairs (paper: beta)")
     group.add_argument("--mcl-lambda-p", "--lambp", type=number(), default=6.5, metavar="L",
                        help="offset added to E of positive pairs (paper: lambda_p)")
     group.add_argument("--mcl-lambda-n", "--lambn", type=number(), default=-0.5, metavar="L",
@@ -92,16 +98,16 @@ def _add_mixed_centric_flags(parser: Parser) -> None:
 
 def _add_gravity_flags(parser: Parser) -> None:
     group = parser.add_argument_group("gravity loss (modes gfml and mix): g = log-masses - lambda log(E + 1)")
-    group.add_argument("--grav-lambda", "--lambd", type=_positive, default=1.0, metavar="L", help="lambda, the weight of the distance")
+    group.add_argument("--grav-lambda", "--lambd", type=positive, default=1.0, metavar="L", help="lambda, the weight of the distance")
     group.add_argument("--grav-weight-pos", type=number(), default=1.0, metavar="W", help="weight of mean(-g) over positives")
     group.add_argument("--grav-weight-neg", type=number(), default=1.0, metavar="W", help="weight of mean(g) over hardest negatives")
     group.add_argument("--gfml_opt", type=int, choices=(0, 1), default=0, help="1: positives alone, unweighted; vectors collapse")
-    group.add_argument("--mix_ratio", type=_share, default=0.5, metavar="R", help="share of gravity in mode mix")
+    group.add_argument("--mix_ratio", type=share, default=0.5, metavar="R", help="share of gravity in mode mix")
     group.add_argument("--mass-param", choices=("relu", "softplus", "exp"), default="relu", help="map to log-mass; relu as published")
     group.add_argument("--mass-init", choices=("xavier", "default"), default="xavier",
                        help="initial masses; xavier as published, under which half of the relu masses never move")
     group.add_argument("--ema", action=argparse.BooleanOptionalAction, default=False, help="running averages of --ema-scope")
-    group.add_argument("--ema_decay", type=_share, default=0.995, metavar="D", help="decay of the running averages")
+    group.add_argument("--ema_decay", type=share, default=0.995, metavar="D", help="decay of the running averages")
     group.add_argument("--ema-scope", choices=("frozen", "mass", "all"), default="frozen",
                        help="frozen: masses are not trained, so their average is their start, as published; "
                             "mass: trained masses are averaged; all: vectors too")
@@ -109,14 +115,14 @@ def _add_gravity_flags(parser: Parser) -> None:
 
 def _add_training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training")
-    group.add_argument("--decay", type=_nonnegative, default=1e-4, help="weight of the regulariser of the free tables")
-    group.add_argument("--lr", type=_positive, default=1e-3, help="learning rate of Adam")
-    group.add_argument("--batch-size", type=_count, default=1000, metavar="M", help="USERS per step, also the constant m of the loss")
+    group.add_argument("--decay", type=nonnegative, default=1e-4, help="weight of the regulariser of the free tables")
+    group.add_argument("--lr", type=positive, default=1e-3, help="learning rate of Adam")
+    group.add_argument("--batch-size", type=count, default=1000, metavar="M", help="USERS per step, also the constant m of the loss")
     group.add_argument("--epochs", type=number(int, least=0), default=1000, metavar="N", help="largest number of epochs")
-    group.add_argument("--num-neg", type=_count, default=10, metavar="W", help="negatives per positive")
+    group.add_argument("--num-neg", type=count, default=10, metavar="W", help="negatives per positive")
     group.add_argument("--drop-last", action=argparse.BooleanOptionalAction, default=False,
                        help="leave out each epoch's incomplete last batch of users, as published")
-    group.add_argument("--duplicate-batches", type=_count, default=1, metavar="N",
+    group.add_argument("--duplicate-batches", type=count, default=1, metavar="N",
                        help="use every batch N times in a row; 5 is the published sampler's defect")
     group.add_argument("--clip-grad", type=number(above=0, none=True), default=None, metavar="NORM",
                        help="largest gradient norm, or none")
@@ -124,21 +130,12 @@ def _add_training_flags(parser: Parser) -> None:
 
 
 def _add_evaluation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("evaluation and selection")
-    group.add_argument("--topks", nargs="+", action=TopksAction, default=(5, 10, 20), metavar="K", help="list lengths, such as 5 10 20")
+    group = add_judging_flags(
+        parser, topks=(5, 10, 20), metric="sum", patience=30, eval_every=10, metric_flags=("--select-metric", "--es_metric"),
+        on_flags=("--select-on", "--es_on"), metric_help="what selects the epoch; sum: recall and ndcg at every K, as published",
+    )  # fmt: skip
     group.add_argument("--score", choices=("distance", "gravity"), default="distance",
                        help="what ranks and selects; distance as published, where masses play no part")
-    group.add_argument("--select-on", "--es_on", choices=("val", "test"), default="val",
-                       help="test: the original's protocol, selection on the reported split; labelled in every result")
-    group.add_argument("--select-metric", "--es_metric", default="sum", metavar="NAME@K",
-                       help="what selects the epoch; sum: recall and ndcg at every K, as published")
-    group.add_argument("--patience", type=number(int, least=1, none=True), default=30, metavar="N",
-                       help="evaluations without a better one before stopping, or none")
-    group.add_argument("--eval-every", type=_count, default=10, metavar="N", help="epochs between evaluations")
-    group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
-                       help="report a model trained anew on train and validation for the selected number of epochs")
-    group.add_argument("--baselines", nargs="+", choices=(*BASELINES, "none"), default=list(BASELINES),
-                       help="simple recommenders judged beside the model")
 
 
 def _add_flags_without_effect(parser: Parser) -> None:
@@ -206,12 +203,4 @@ def _check(parser: Parser, options: Options) -> None:
         parser.error("--score gravity needs masses, which --mode mcl has not: give --mode gfml or mix")
     if options.mode == "mcl" and options.ema and options.ema_scope != "all":
         parser.error("--ema averages masses, which --mode mcl has not: give --ema-scope all, or --mode gfml or mix")
-    if options.mirror != "off" and options.clip_grad is not None:
-        parser.error("with --mirror give --mirror-clip instead of --clip-grad")
-    if options.select_on == "test" and options.refit:
-        parser.error("--refit needs selection on validation; --select-on test trains on all train pairs already")
-    name, _, k = options.select_metric.partition("@")
-    if options.select_metric != "sum" and (name not in METRICS or not re.fullmatch(r"[1-9][0-9]*", k)):
-        parser.error(f"found --select-metric {options.select_metric!r}, wanted sum or one of {', '.join(METRICS)} with a cut-off, such as ndcg@20")
-    if "none" in options.baselines and len(options.baselines) > 1:
-        parser.error("--baselines none cannot stand beside others")
+    check_judging(parser, options, other_metrics=("sum",))

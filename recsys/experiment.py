@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gfml import program
 from gfml.cli import Options
-from gfml.cml import FeatureProjection
+from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.data.interactions import Interactions
 from gfml.distances import SquaredDistance
 from gfml.encoders import LightGCN, Tables
@@ -24,7 +24,7 @@ from gfml.program import ProjectedStep, build_step, cut_offs
 from gfml.runs import Run, seed_everything
 from gfml.sampling import TripleSampler
 from gfml.train import FitResult, Step, WeightAverage
-from recsys.model import MetricOptions, PairOptions, Recommender
+from recsys.model import PairOptions, Recommender
 
 
 def build_model(options: Options, data: Interactions, device: torch.device) -> Recommender:
@@ -37,19 +37,15 @@ def build_model(options: Options, data: Interactions, device: torch.device) -> R
         mass_param=options.mass_param, mass_init=options.mass_init, lamb=options.lamb, learn_lamb=options.learn_lamb,
         eps=options.eps, emb_norm=bool(options.emb_norm),
     )
-    features = None if options.features is None else _read_features(options.features, data.num_items)
-    projection = None if features is None else FeatureProjection(
-        features.shape[1], options.embedding_dim, hidden_dim=options.hidden_layer_dim, dropout=options.dropout_rate,
-        scale=options.feature_projection_scaling_factor, radius=options.clip_norm,
-    )
     model = Recommender(
         _build_encoder(options, data), gravity, options.loss_mode,
         pair=PairOptions(options.mix_ratio, options.decay, options.weight_decay, bool(options.compat)),
         metric=MetricOptions(
-            options.margin, options.use_rank_weight, options.cov_loss_weight if options.use_cov_loss else 0.0,
-            options.feature_l2_reg, options.clip_norm if options.model == "cml" else None,
+            margin=options.margin, use_rank_weight=options.use_rank_weight,
+            cov_weight=options.cov_loss_weight if options.use_cov_loss else 0.0, feature_weight=options.feature_l2_reg,
         ),
-        features=projection, item_features=features,
+        radius=options.clip_norm if options.model == "cml" else None,
+        features=None if options.features is None else _build_features(options, data.num_items),
     )
     if options.pretrain:
         shape = (data.num_users, data.num_items, options.embedding_dim)
@@ -151,6 +147,17 @@ def _schedule(options: Options, optimizer: torch.optim.Optimizer) -> torch.optim
     if options.lr_schedule == "step":
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.epochs // 2, options.epochs * 3 // 4])
     return None
+
+
+def _build_features(options: Options, num_items: int) -> ItemFeatures:
+    """CML's feature network over every item, as published: those without interactions take part too."""
+    table = _read_features(options.features, num_items)
+    projection = FeatureProjection(
+        table.shape[1], options.embedding_dim, hidden_dim=options.hidden_layer_dim, dropout=options.dropout_rate,
+        scale=options.feature_projection_scaling_factor, radius=options.clip_norm,
+    )
+    every = torch.ones(num_items, dtype=torch.bool)
+    return ItemFeatures(projection, table, every, ~every, cold_offset=0.0)
 
 
 def _read_features(file: str, num_items: int) -> Tensor:

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gfml import losses
-from gfml.cml import (
-    FeatureProjection,
-    SquaredDistanceScorer,
-    covariance_rows,
-    feature_loss,
-    mined_hinge,
-    project_batch_,
-)
+from gfml.cml import ItemFeatures, MetricOptions, SquaredDistanceScorer, metric_loss
 from gfml.encoders import Embedded, Tables
 from gfml.gravity import Gravity, GravityScorer
 from gfml.sampling import Triples
@@ -35,22 +28,11 @@ class PairOptions:
     compat: bool = False
 
 
-@dataclass(frozen=True)
-class MetricOptions:
-    """Collaborative Metric Learning: the hinge, its regularisers and the ball. radius None: no ball."""
-
-    margin: float = 1.9
-    use_rank_weight: bool = False
-    cov_weight: float = 0.0
-    feature_weight: float = 0.1
-    radius: float | None = None
-
-
 class Recommender(nn.Module):
     """Scores users and items and gives the loss of a batch of triples.
 
-    encoder makes the vectors; gravity the gravity score (its masses are never propagated over a graph);
-    features, with item_features [I, F], is CML's feature regulariser.
+    encoder makes the vectors; gravity the gravity score (its masses are never propagated over a graph).
+    metric and features are CML's loss and its feature regulariser; radius is that of its ball, None: no ball.
     """
 
     def __init__(
@@ -61,23 +43,20 @@ class Recommender(nn.Module):
         *,
         pair: PairOptions = PairOptions(),
         metric: MetricOptions = MetricOptions(),
-        features: FeatureProjection | None = None,
-        item_features: Tensor | None = None,
+        radius: float | None = None,
+        features: ItemFeatures | None = None,
     ) -> None:
         super().__init__()
         if loss_mode not in losses.LOSS_MODES:
             raise ValueError(f"unknown loss mode {loss_mode!r}: choose one of {', '.join(losses.LOSS_MODES)}")
         self.encoder, self.gravity, self.loss_mode = encoder, gravity, loss_mode
-        self.pair, self.metric, self.features = pair, metric, features
-        self._touched: tuple[Tensor, Tensor] | None = None
-        self.register_buffer("item_features", item_features, persistent=False)
+        self.pair, self.metric, self.radius, self.features = pair, metric, radius, features
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         """{"loss": total, named parts}: what :func:`gfml.train.fit` takes."""
-        items = torch.cat([batch.pos[:, None], batch.neg.view(len(batch), -1)], 1)
-        self._touched = (batch.users, items)
         if self.loss_mode == "cml":
-            return self._metric_loss(batch)
+            return metric_loss(self.encoder, batch, self.metric, self.features)[0]
+        items = torch.cat([batch.pos[:, None], batch.neg.view(len(batch), -1)], 1)
         embedded = self.encoder(batch.users, items)
         return losses.pair_loss(
             self.loss_mode,
@@ -92,9 +71,9 @@ class Recommender(nn.Module):
         )
 
     def project(self) -> None:
-        """After an optimizer step: pull the rows of the last batch into the ball, when there is one."""
-        if self.metric.radius is not None and self._touched is not None:
-            project_batch_(self.encoder, *self._touched, self.metric.radius)
+        """After an optimizer step: pull every point into the ball, when there is one; momentum moves them all."""
+        if self.radius is not None:
+            losses.project_to_ball_(self.encoder.nodes.data, radius=self.radius)
 
     @property
     def ranks_by_gravity(self) -> bool:
@@ -157,26 +136,6 @@ class Recommender(nn.Module):
         user, item = self.gravity.mass.raw(users, items)
         pos, neg = (None, None) if item is None else self._split(item)
         return (losses.mass_reg_compat if self.pair.compat else losses.mass_reg)(user, pos, neg)
-
-    def _metric_loss(self, batch: Triples) -> dict[str, Tensor]:
-        options = self.metric
-        mined = mined_hinge(
-            self.encoder,
-            batch.users,
-            batch.pos,
-            batch.neg,
-            margin=options.margin,
-            use_rank_weight=options.use_rank_weight,
-        )
-        parts = {"hinge": mined.hinge.loss}
-        if options.cov_weight:
-            rows = covariance_rows(self.encoder, batch.users, batch.pos)
-            parts["covariance"] = options.cov_weight * losses.covariance(rows)
-        if self.features is not None:
-            items = torch.cat([batch.pos, batch.neg.reshape(-1)]).unique()
-            vectors = self.encoder.nodes[items + self.encoder.num_users]
-            parts["features"] = options.feature_weight * feature_loss(self.features(self.item_features[items]), vectors)
-        return {"loss": sum(parts.values()), **parts}
 
     @staticmethod
     def _dot(embedded: Embedded) -> Tensor:

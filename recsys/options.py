@@ -9,12 +9,23 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gfml.cli import Options, Parser, TopksAction, add_mirror_flags, add_run_flags, number
+from gfml.cli import (
+    Options,
+    Parser,
+    add_judging_flags,
+    add_mirror_flags,
+    add_run_flags,
+    check_judging,
+    count,
+    nonnegative,
+    number,
+    positive,
+    share,
+)
 from gfml.data.options import add_data_flags
 
 MODELS = ("mf", "lgn", "cml")
 LOSSES = ("dot", "bpr", "gravity", "mix", "bpr_gra", "mix_bpr", "cml")
-BASELINES = ("popularity", "item-knn", "ease")
 # Accepted so that old command lines run; each says so when it is changed.
 WITHOUT_EFFECT = {
     "a_fold": "the adjacency is never split: products need no extra memory",
@@ -30,10 +41,6 @@ DEMO_DEFAULTS = {"lr": 5e-3, "epochs": 200, "eval_every": 5, "patience": 6}
 # No part of what a run computes.
 NOT_IDENTITY = frozenset({*WITHOUT_EFFECT, "load", "report", "baselines", "data_root", "cache_dir", "cache", "download"})
 
-_positive = number(above=0)
-_nonnegative = number(least=0)
-_count = number(int, least=1)
-_share = number(least=0, most=1)
 
 
 def build_parser() -> Parser:
@@ -58,7 +65,7 @@ def build_parser() -> Parser:
 def _add_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", choices=MODELS, default="mf", help="mf: tables; lgn: LightGCN; cml: tables in a ball")
-    group.add_argument("--embedding-dim", "--recdim", type=_count, default=64, metavar="D", help="width of the vectors")
+    group.add_argument("--embedding-dim", "--recdim", type=count, default=64, metavar="D", help="width of the vectors")
     group.add_argument("--num-layers", "--layer", type=number(int, least=0), default=3, metavar="K",
                        help="propagation layers of lgn")
     group.add_argument("--combine", choices=("mean", "sum", "final"), default="mean", help="output of lgn's layers")
@@ -69,7 +76,7 @@ def _add_model_flags(parser: Parser) -> None:
                        help="drop both directions of an edge together")
     group.add_argument("--init", choices=("auto", "xavier_uniform", "normal", "ball"), default="auto",
                        help="initial tables; auto: xavier_uniform for mf, normal for lgn, ball for cml")
-    group.add_argument("--init-std", type=_positive, default=0.1, metavar="S", help="deviation of --init normal")
+    group.add_argument("--init-std", type=positive, default=0.1, metavar="S", help="deviation of --init normal")
     group.add_argument("--pretrain", type=int, choices=(0, 1), default=0, help="start from the tables of --pretrain-file")
     group.add_argument("--pretrain-file", metavar="FILE",
                        help="run directory, or .npz with user [U, D] and item [I, D] tables")
@@ -77,9 +84,9 @@ def _add_model_flags(parser: Parser) -> None:
 
 def _add_gravity_flags(parser: Parser) -> None:
     group = parser.add_argument_group("gravity score: mass - lambda log(squared distance + eps)")
-    group.add_argument("--lamb", type=_positive, default=1.0, metavar="L", help="lambda, the weight of the distance")
+    group.add_argument("--lamb", type=positive, default=1.0, metavar="L", help="lambda, the weight of the distance")
     group.add_argument("--learn-lamb", action=argparse.BooleanOptionalAction, default=False, help="learn lambda too")
-    group.add_argument("--eps", type=_positive, default=0.01, metavar="E", help="softening of the logarithm")
+    group.add_argument("--eps", type=positive, default=0.01, metavar="E", help="softening of the logarithm")
     group.add_argument("--dist_mode", choices=("l1", "l2", "kl", "emd"), default="l2", help="kind of squared distance")
     group.add_argument("--emd-input", choices=("raw", "softmax"), default="raw", help="rows of emd as they are or as distributions")
     group.add_argument("--emd-power", type=int, choices=(1, 2), default=1, help="2 squares emd once more, as published")
@@ -99,23 +106,23 @@ def _add_gravity_flags(parser: Parser) -> None:
 def _add_training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("loss and training")
     group.add_argument("--loss_mode", choices=LOSSES, default="gravity", help="loss")
-    group.add_argument("--mix_ratio", type=_share, default=0.5, metavar="R", help="share of gravity in mix and mix_bpr")
-    group.add_argument("--decay", type=_nonnegative, default=1e-4, help="weight of the embedding regulariser")
-    group.add_argument("--weight_decay", "--mass-reg", dest="weight_decay", type=_nonnegative, default=1e-2,
+    group.add_argument("--mix_ratio", type=share, default=0.5, metavar="R", help="share of gravity in mix and mix_bpr")
+    group.add_argument("--decay", type=nonnegative, default=1e-4, help="weight of the embedding regulariser")
+    group.add_argument("--weight_decay", "--mass-reg", dest="weight_decay", type=nonnegative, default=1e-2,
                        help="weight of the MASS regulariser (the original's name; plainly: --mass-reg)")
-    group.add_argument("--lr", type=_positive, default=1e-3, help="learning rate")
-    group.add_argument("--lr_decay", "--adamw-decay", dest="lr_decay", type=_nonnegative, default=1e-2,
+    group.add_argument("--lr", type=positive, default=1e-3, help="learning rate")
+    group.add_argument("--lr_decay", "--adamw-decay", dest="lr_decay", type=nonnegative, default=1e-2,
                        help="AdamW's decoupled weight decay (the original's name); 0 is plain Adam")
     group.add_argument("--mass_adamw", type=int, choices=(0, 1), default=0, help="1: AdamW decays the masses too")
     group.add_argument("--lr-schedule", choices=("none", "cosine", "step"), default="none",
                        help="cosine: to zero over --epochs; step: a tenth after half and three quarters of them")
-    group.add_argument("--batch-size", "--bpr_batch", type=_count, default=2048, metavar="B", help="triples per step")
+    group.add_argument("--batch-size", "--bpr_batch", type=count, default=2048, metavar="B", help="triples per step")
     group.add_argument("--epochs", type=number(int, least=0), default=1000, metavar="N", help="largest number of epochs")
     group.add_argument("--sampler", choices=("user", "interaction", "per_user"), default="user",
                        help="how positives are drawn: a uniform user first, every pair once, or equally many per user")
-    group.add_argument("--num-neg", type=_count, default=None, metavar="W", help="negatives per positive; 10 for the cml loss, else 1")
+    group.add_argument("--num-neg", type=count, default=None, metavar="W", help="negatives per positive; 10 for the cml loss, else 1")
     group.add_argument("--ema_on", type=int, choices=(0, 1), default=1, help="evaluate running averages of --ema-scope")
-    group.add_argument("--lam_d", type=_share, default=0.995, help="decay of the running averages")
+    group.add_argument("--lam_d", type=share, default=0.995, help="decay of the running averages")
     group.add_argument("--ema-scope", choices=("mass", "all"), default="mass", help="what is averaged")
     group.add_argument("--clip-grad", type=number(above=0, none=True), default=None, metavar="NORM",
                        help="largest gradient norm, or none")
@@ -128,34 +135,27 @@ def _add_training_flags(parser: Parser) -> None:
 
 def _add_metric_learning_flags(parser: Parser) -> None:
     group = parser.add_argument_group("collaborative metric learning (loss cml, model cml)")
-    group.add_argument("--margin", type=_nonnegative, default=1.9, help="margin in squared-distance units")
-    group.add_argument("--clip_norm", type=_positive, default=1.0, metavar="R", help="radius of the ball of model cml")
+    group.add_argument("--margin", type=nonnegative, default=1.9, help="margin in squared-distance units")
+    group.add_argument("--clip_norm", type=positive, default=1.0, metavar="R", help="radius of the ball of model cml")
     group.add_argument("--use_rank_weight", action=argparse.BooleanOptionalAction, default=False, help="weight pairs by log(1 + rank)")
     group.add_argument("--use_cov_loss", action=argparse.BooleanOptionalAction, default=False, help="penalise correlated dimensions")
-    group.add_argument("--cov_loss_weight", type=_nonnegative, default=1.0, help="weight of that penalty")
+    group.add_argument("--cov_loss_weight", type=nonnegative, default=1.0, help="weight of that penalty")
     group.add_argument("--features", metavar="FILE", help=".npy or .npz of item features [I, F]; None: no features")
-    group.add_argument("--hidden_layer_dim", type=_count, default=64, help="hidden width of the feature projection")
+    group.add_argument("--hidden_layer_dim", type=count, default=64, help="hidden width of the feature projection")
     group.add_argument("--dropout_rate", type=number(least=0, most=0.99), default=0.2, help="dropout of the feature projection")
-    group.add_argument("--feature_l2_reg", type=_nonnegative, default=0.1, help="weight of the feature loss")
-    group.add_argument("--feature_projection_scaling_factor", type=_positive, default=0.5, help="factor on the projection")
+    group.add_argument("--feature_l2_reg", type=nonnegative, default=0.1, help="weight of the feature loss")
+    group.add_argument("--feature_projection_scaling_factor", type=positive, default=0.5, help="factor on the projection")
 
 
 def _add_evaluation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("evaluation and selection")
-    group.add_argument("--topks", nargs="+", action=TopksAction, default=(10, 20), metavar="K", help="list lengths, such as 10 20")
+    group = add_judging_flags(
+        parser, topks=(10, 20), metric="ndcg@20", patience=30, eval_every=10, metric_flags=("--es_metric", "--select-metric"),
+        on_flags=("--es_on", "--select-on"),
+    )  # fmt: skip
     group.add_argument("--infer_mode", choices=("mat", "dot", "gravity", "original"), default="mat",
                        help="score to rank by; mat: the one the loss trained")
-    group.add_argument("--mass-scale", type=_nonnegative, default=1.0, metavar="T", help="factor on the log-masses when ranking")
+    group.add_argument("--mass-scale", type=nonnegative, default=1.0, metavar="T", help="factor on the log-masses when ranking")
     group.add_argument("--ES", type=int, choices=(0, 1), default=1, help="stop early")
-    group.add_argument("--es_metric", "--select-metric", dest="es_metric", default="ndcg@20", metavar="NAME@K", help="what selects the epoch")
-    group.add_argument("--es_on", "--select-on", dest="es_on", choices=("val", "test"), default="val",
-                       help="test: the original's protocol, selection on the reported split; labelled in every result")
-    group.add_argument("--patience", type=_count, default=30, metavar="N", help="evaluations without a better one before stopping")
-    group.add_argument("--eval-every", type=_count, default=10, metavar="N", help="epochs between evaluations")
-    group.add_argument("--refit", action=argparse.BooleanOptionalAction, default=False,
-                       help="report a model trained anew on train and validation for the selected number of epochs")
-    group.add_argument("--baselines", nargs="+", choices=(*BASELINES, "none"), default=list(BASELINES),
-                       help="simple recommenders judged beside the model")
     group.add_argument("--report", type=int, choices=(0, 1), default=1, help="write the report with its plots")
 
 
@@ -217,12 +217,4 @@ def _check(parser: Parser, options: Options, given: frozenset[str]) -> None:
         parser.error("the published kl ranking is undefined (it takes logarithms of raw vectors): give --infer_mode gravity or dot")
     if options.features and options.loss_mode != "cml":
         parser.error("--features belongs to --loss_mode cml")
-    if options.mirror != "off" and options.clip_grad is not None:
-        parser.error("with --mirror give --mirror-clip instead of --clip-grad")
-    if options.es_on == "test" and options.refit:
-        parser.error("--refit needs selection on validation; --es_on test trains on all train pairs already")
-    name, _, k = options.es_metric.partition("@")
-    if name not in ("recall", "ndcg", "precision", "hit", "mrr", "map") or not k.isdigit() or int(k) < 1:
-        parser.error(f"found --es_metric {options.es_metric!r}, wanted recall, ndcg, precision, hit, mrr or map with a cut-off, such as ndcg@20")
-    if "none" in options.baselines and len(options.baselines) > 1:
-        parser.error("--baselines none cannot stand beside others")
+    check_judging(parser, options, on="es_on", metric="es_metric")

@@ -309,7 +309,7 @@ def test_citeulike_counts_are_no_items_unless_asked_for(tmp_path):
         (["--candidates", "5"], "--candidates belongs to --sampler two-stage"),
         (["--dropout", "0.1"], "--dropout belongs to --features FILE"),
         (["--optimizer", "adam", "--accumulator", "0.1"], "--accumulator belongs to --optimizer adagrad"),
-        (["--select-metric", "recall"], "wanted recall, ndcg"),
+        (["--select-metric", "recall"], "wanted one of recall, ndcg"),
         (["--refit", "--select-on", "test"], "--refit needs selection on validation"),
         (["--mirror", "two_step", "--clip-grad", "1"], "give --mirror-clip instead"),
         (["--cov-form", "square"], "did you mean 'squared'"),

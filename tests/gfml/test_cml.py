@@ -9,10 +9,9 @@ from gfml.cml import (
     covariance_rows,
     feature_loss,
     mined_hinge,
-    project_batch_,
 )
 from gfml.encoders import Tables
-from gfml.losses import covariance, warp_hinge
+from gfml.losses import covariance, project_to_ball_, warp_hinge
 from gfml.topk import topk_items
 
 WEIGHTS = {"floor": {}, "nofloor": {"rank_floor": False}, "noweight": {"use_rank_weight": False}}
@@ -100,7 +99,7 @@ def test_only_touched_rows_are_pulled_into_the_ball(golden):
     encoder = encoder_of(golden, lambda rows: 4 * rows)
     before = encoder.nodes.detach().clone()
     users, items = golden["users"], golden["negs"]
-    project_batch_(encoder, users, items, radius=1.1)
+    project_to_ball_(encoder.nodes.data, torch.cat([users, items.flatten() + encoder.num_users]), radius=1.1)
     touched = torch.zeros(len(before), dtype=torch.bool)
     touched[torch.cat([users, items.flatten() + encoder.num_users])] = True
     outside = before.norm(dim=1) > 1.1

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from gfml.cml import FeatureProjection
+from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.data.interactions import Interactions, csr_from_pairs
 from gfml.encoders import LightGCN, Tables
 from gfml.evaluation import evaluate
@@ -16,7 +16,7 @@ from gfml.gravity import Gravity
 from gfml.losses import LOSS_MODES
 from gfml.sampling import Triples, TripleSampler
 from gfml.topk import topk_items
-from recsys.model import INFER_MODES, MODELS, MetricOptions, PairOptions, Recommender
+from recsys.model import INFER_MODES, MODELS, PairOptions, Recommender
 
 NUM_USERS, NUM_ITEMS, DIM = 6, 9, 5
 DISTS = ("l2", "l1", "emd", "kl")
@@ -40,14 +40,14 @@ def random_train(seed=0):
     return sp.csr_array((np.random.default_rng(seed).random((NUM_USERS, NUM_ITEMS)) < 0.4).astype(np.float32))
 
 
-def make_model(model="mf", loss="gravity", mode="both_sum", pair=PairOptions(), metric=MetricOptions(), **options):
+def make_model(model="mf", loss="gravity", mode="both_sum", pair=PairOptions(), metric=MetricOptions(margin=1.9, use_rank_weight=False), radius=None, **options):
     torch.manual_seed(0)
     encoder = make_encoder(model, random_train(), DIM)
     encoder.nodes.data.normal_()
     gravity = make_gravity((NUM_USERS, NUM_ITEMS), mode, **options)
     for table in gravity.mass.parameters():
         table.data.normal_()
-    return Recommender(encoder, gravity, loss, pair=pair, metric=metric).double()
+    return Recommender(encoder, gravity, loss, pair=pair, metric=metric, radius=radius).double()
 
 
 # ---------------------------------------------------------------- stored values through the module
@@ -235,10 +235,11 @@ def test_parts_of_the_metric_loss(close):
     torch.manual_seed(0)
     features = torch.randn(NUM_ITEMS, 4, dtype=torch.float64)
     projection = FeatureProjection(4, DIM, dropout=0.0)
-    metric = MetricOptions(margin=0.7, use_rank_weight=True, cov_weight=2.0, feature_weight=0.4, radius=0.9)
+    metric = MetricOptions(margin=0.7, use_rank_weight=True, cov_weight=2.0, feature_weight=0.4)
+    every = torch.ones(NUM_ITEMS, dtype=torch.bool)
     module = Recommender(
         make_encoder("cml", random_train(), DIM), make_gravity((NUM_USERS, NUM_ITEMS), "none"), "cml", metric=metric,
-        features=projection, item_features=features,
+        radius=0.9, features=ItemFeatures(projection, features, every, ~every, cold_offset=0.0),
     ).double()
     users, pos, neg = torch.tensor([0, 5, 0]), torch.tensor([1, 2, 3]), torch.tensor([[4, 1], [7, 7], [4, 8]])
     parts = module.loss(Triples(users, pos, neg))
@@ -256,20 +257,17 @@ def test_parts_of_the_metric_loss(close):
     batch = [1, 2, 3, 4, 7, 8]
     close(parts["features"].detach(), 0.4 * (projection(features[batch]) - item[batch]).square().sum().detach())
     close(parts["loss"].detach(), sum(parts[name] for name in ("hinge", "covariance", "features")).detach())
-    assert "item_features" not in module.state_dict()
+    assert not any(value.shape == features.shape for value in module.state_dict().values())
 
 
-def test_projection_after_a_step_touches_the_batch_alone():
-    module = make_model("cml", "cml", metric=MetricOptions(radius=1.0))
-    module.encoder.nodes.data.mul_(5)
+def test_the_ball_holds_every_point_and_only_with_a_radius():
+    module = make_model("cml", "cml", radius=1.0)
+    module.encoder.nodes.data.mul_(torch.linspace(0.1, 5, NUM_USERS + NUM_ITEMS)[:, None])
     before = module.encoder.nodes.detach().clone()
     module.project()
-    assert torch.equal(module.encoder.nodes, before)
-    module.loss(Triples(torch.tensor([2]), torch.tensor([4]), torch.tensor([[0, 8]])))
-    module.project()
-    moved = (module.encoder.nodes != before).any(1).nonzero()[:, 0].tolist()
-    assert moved == [2, *(NUM_USERS + item for item in (0, 4, 8))]
-    assert module.encoder.nodes[moved].norm(dim=1).max() <= 1 + 1e-6
+    norms = before.norm(dim=1, keepdim=True)
+    assert (norms > 1).any() and (norms < 1).any()
+    torch.testing.assert_close(module.encoder.nodes.detach(), before / norms.clamp_min(1))
     free = make_model("mf", "bpr")
     free.loss(Triples(torch.tensor([2]), torch.tensor([4]), torch.tensor([0])))
     kept = free.encoder.nodes.detach().clone()
@@ -325,7 +323,8 @@ def test_a_block_structure_is_learnt(model, loss, dist, steps):
         make_encoder(model, train, 16),
         make_gravity(train.shape, distance=dist, emb_norm=dist != "kl", mass_param=mass_param),
         loss,
-        metric=MetricOptions(radius=1.0 if model == "cml" else None, margin=0.5),
+        metric=MetricOptions(margin=0.5, use_rank_weight=False),
+        radius=1.0 if model == "cml" else None,
     )
     losses = train_model(module, train, steps, 0.05)
     top = topk_items(module.scorer(), torch.arange(20), 5, seen=None)
@@ -338,7 +337,7 @@ def test_metric_learning_gathers_the_items_of_a_block():
     train = blocks(20, 30, 15)
     module = Recommender(
         make_encoder("cml", train, 8), make_gravity(train.shape, "none"), "cml",
-        metric=MetricOptions(margin=0.5, use_rank_weight=True, radius=1.0),
+        metric=MetricOptions(margin=0.5, use_rank_weight=True), radius=1.0,
     )
     train_model(module, train, 100, 0.05, num_negatives=5)
     top = topk_items(module.scorer(), torch.arange(20), 5, seen=None)
