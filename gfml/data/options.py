@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 SPLIT_CHOICES = ("native", "per-user", "global", "leave-one-out", "time")
 
 
-def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo") -> None:
-    """Add the flags of :func:`load_dataset`; their names are its keywords."""
+def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo", short: Sequence[str] = ()) -> None:
+    """Add the flags of :func:`load_dataset`; their names are its keywords. short: further names of ``--dataset``."""
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", default=dataset,
+    data.add_argument("--dataset", *short, default=dataset,
                       help="a known name, a file (CSV, TSV, .inter, Parquet) or a folder with train.txt")  # fmt: skip
     data.add_argument("--data-root", metavar="DIR",
                       help="where data sets lie (default: $GFML_DATA, ./data, ~/.cache/gfml/data)")  # fmt: skip

@@ -1,0 +1,128 @@
+"""Item features: texts and images to vectors, noise where it is asked for by name, and rows of items without any.
+
+Text encoders: ``tfidf-svd`` (TF-IDF of words, reduced by a truncated SVD), ``hashing`` (hashed words, no fitting) and any
+sentence-transformers model by its name. Image encoders: the binary feature files of the Amazon 2014 release, or a timm
+backbone over a folder of pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gfml.errors import UserError
+
+LOCAL_ENCODERS = ("tfidf-svd", "hashing")
+AMAZON_WIDTH = 4096
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def encode_texts(texts: Sequence[str], encoder: str, width: int = 384, seed: int = 0) -> np.ndarray:
+    """float32 [n, F]; an empty text is a row of zeros for the local encoders.
+
+    tfidf-svd: F = min(width, vocabulary - 1, n - 1); width does not count for a sentence-transformers model.
+    """
+    if not any(text.strip() for text in texts):
+        raise UserError(f"all {len(texts)} item texts are empty: give titles with --item-text, or use image features alone")
+    if encoder == "hashing":
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        return HashingVectorizer(n_features=width, alternate_sign=True).transform(texts).toarray().astype(np.float32)
+    if encoder == "tfidf-svd":
+        return _tfidf_svd(texts, width, seed)
+    return _sentences(texts, encoder)
+
+
+def _tfidf_svd(texts: Sequence[str], width: int, seed: int) -> np.ndarray:
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(texts) > 1000 else 1).fit_transform(texts)
+    kept = min(width, min(words.shape) - 1)
+    if kept < 1:
+        raise UserError(f"found {words.shape[1]} different words in {len(texts)} texts, wanted more for tfidf-svd: use hashing")
+    return TruncatedSVD(kept, random_state=seed).fit_transform(words).astype(np.float32)
+
+
+def _sentences(texts: Sequence[str], name: str) -> np.ndarray:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        local = " or ".join(LOCAL_ENCODERS)
+        raise UserError(f"the text encoder {name!r} needs sentence-transformers: pip install '.[text]', or choose {local}") from None
+    try:
+        model = SentenceTransformer(name)
+    except Exception as error:  # whatever the hub, the network or the files raise
+        raise UserError(f"cannot load the text encoder {name!r} ({' '.join(str(error).split())[:120]}): check the name") from error
+    return np.asarray(model.encode(list(texts), show_progress_bar=False), dtype=np.float32)
+
+
+def read_amazon_images(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(features [n, 4096] float32, known bool [n]) of the items ``names`` from a .b file of the Amazon 2014 release.
+
+    The file is a sequence of records of a 10-byte id and 4096 little-endian float32; it is mapped, not read whole.
+    """
+    record = np.dtype([("asin", "S10"), ("values", "<f4", AMAZON_WIDTH)])
+    size = path.stat().st_size
+    if size == 0 or size % record.itemsize:
+        raise UserError(f"{path} has {size} bytes, wanted a multiple of {record.itemsize} (10-byte id, {AMAZON_WIDTH} float32): fetch it again")
+    stored = np.memmap(path, dtype=record, mode="r")
+    place = {asin.decode("latin-1"): row for row, asin in enumerate(stored["asin"].tolist())}
+    rows = np.array([place.get(name, -1) for name in names])
+    values = np.zeros((len(names), AMAZON_WIDTH), dtype=np.float32)
+    values[rows >= 0] = stored["values"][rows[rows >= 0]]
+    return values, rows >= 0
+
+
+def encode_pictures(
+    folder: Path, names: Sequence[str], backbone: str, weights: Path | None = None, batch_size: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+    """(features [n, F] float32, known bool [n]) of ``folder/NAME.jpg`` (or .png, ...) by a timm backbone.
+
+    weights: a state file for the backbone; None takes the pretrained ones of that name, which timm downloads.
+    """
+    import timm
+    import torch
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: check --image-folder")
+    if not timm.is_model(backbone):
+        raise UserError(f"timm has no backbone {backbone!r}: check --image-encoder (python -c 'import timm; print(timm.list_models())')")
+    model = timm.create_model(backbone, pretrained=weights is None, num_classes=0)
+    if weights is not None:
+        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    model.eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    paths = [next((p for end in PICTURES if (p := folder / f"{name}{end}").is_file()), None) for name in names]
+    known = np.array([path is not None for path in paths])
+    if not known.any():
+        raise UserError(f"{folder} has no picture of the {len(names)} items, wanted names such as {names[0]}.jpg: check --image-folder")
+    values = np.zeros((len(names), model.num_features), dtype=np.float32)
+    rows = np.flatnonzero(known)
+    for start in range(0, len(rows), batch_size):
+        some = rows[start : start + batch_size]
+        with torch.inference_mode():
+            batch = torch.stack([transform(Image.open(paths[row]).convert("RGB")) for row in some])
+            values[some] = model(batch).numpy()
+    return values, known
+
+
+def random_features(num_items: int, width: int, seed: int, stream: int) -> np.ndarray:
+    """Standard normal noise, float32 [I, F]: the right shape and no content."""
+    return np.random.default_rng([seed, stream]).standard_normal((num_items, width), dtype=np.float32)
+
+
+def fill_missing(values: np.ndarray, known: np.ndarray, how: str) -> np.ndarray:
+    """Rows of items without features become the mean of the others (as the published pipeline does) or zero."""
+    filled = values.copy()
+    filled[~known] = values[known].mean(0) if how == "mean" and known.any() else 0
+    return filled
+
+
+def words_of(titles: Iterable[str], genres: Iterable[Sequence[str]]) -> list[str]:
+    """One text an item: its title and genres."""
+    return [" ".join([title, *kinds]).strip() for title, kinds in zip(titles, genres, strict=True)]

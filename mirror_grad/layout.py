@@ -1,0 +1,177 @@
+"""The directory layout of MMRec, read and written without pickles.
+
+    NAME.inter           TAB separated with header: userID itemID [rating timestamp] x_label (0 train, 1 valid, 2 test)
+    image_feat.npy       numbers [I, F], row = itemID; text_feat.npy the same
+    u_id_mapping.csv     TAB separated: user_id, userID; i_id_mapping.csv: asin, itemID
+    item_text.csv        item_id (as in i_id_mapping), title: the text behind text_feat.npy
+    user_graph.npz       CSR arrays indptr, indices, counts: users who share train items, most shared first
+    manifest.json        where it all came from, with hashes
+
+The published user_graph_dict.npy is a pickle and is not read: the graph is computed from train where none is stored.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+from gfml.data.readers import read_bytes
+from gfml.errors import UserError
+from gfml.files import atomic_open, write_json
+
+MODALITIES = ("image", "text")
+# Neighbours that the published script keeps of each user.
+NEIGHBOURS = 200
+# id map of a folder: file -> (column of the row number, column of the source's id)
+ITEM_MAPS = {"i_id_mapping.csv": ("itemID", "asin"), "ge3_item_map.csv": ("split_item", "movieID")}
+
+
+def find_inter(dataset: str, roots: Sequence[Path]) -> Path | None:
+    """The .inter file that a path, a folder or a name below one of the roots means; None when there is none."""
+    given = Path(dataset).expanduser()
+    if given.is_file():
+        return given if ".inter" in given.suffixes else None
+    folders = [given] if given.is_dir() else [root / dataset for root in roots]
+    names = [f"{folder.resolve().name}.inter{end}" for folder in folders for end in ("", ".gz")]
+    found = (folder / name for folder in folders for name in names if (folder / name).is_file())
+    alone = (path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.inter*")))
+    return next(found, next(alone, None))
+
+
+def require_labels(path: Path) -> None:
+    """UserError unless the table has the column of its published split."""
+    head = read_bytes(path).split(b"\n", 1)[0].decode("utf-8", "replace").strip().split("\t")
+    if "x_label" not in [name.partition(":")[0] for name in head]:
+        found = ", ".join(head[:6])
+        raise UserError(f"{path} has no column x_label (0 train, 1 validation, 2 test), found {found}: add it, or give --split per-user")
+
+
+def read_feature_file(path: Path, num_items: int) -> np.ndarray:
+    """float32 [I, F] of one .npy file; UserError for pickles, other shapes, other row counts and numbers not finite."""
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"cannot read {path} ({' '.join(str(error).split())[:120]}): wanted a plain .npy table of numbers") from None
+    if not isinstance(table, np.ndarray) or table.ndim != 2 or table.dtype.kind not in "biuf":
+        raise UserError(f"{path} holds no table of numbers, wanted {num_items} rows of features: mend the file")
+    return checked_features(table, num_items, str(path))
+
+
+def checked_features(table: np.ndarray, num_items: int, name: str) -> np.ndarray:
+    """float32 copy of features [I, F]; UserError where rows do not match the items or numbers are not finite."""
+    if len(table) != num_items:
+        raise UserError(f"{name} has {len(table)} rows, wanted {num_items}, one for each item: are interactions and features of the same data?")
+    values = np.ascontiguousarray(table, dtype=np.float32)
+    bad = ~np.isfinite(values).all(1)
+    if bad.any():
+        raise UserError(f"{name} has numbers that are not finite in {int(bad.sum())} rows, the first is item {int(bad.argmax())}: mend the features")
+    return values
+
+
+def read_item_map(folder: Path, num_items: int) -> np.ndarray | None:
+    """The source's id of every item, str [I] ("unmapped-7" where the map has none); None without a map."""
+    for name, (number, source) in ITEM_MAPS.items():
+        path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+        if path is not None:
+            return _mapped(path, number, source, num_items)
+    return None
+
+
+def _mapped(path: Path, number: str, source: str, num_items: int) -> np.ndarray:
+    lines = read_bytes(path).decode("utf-8").splitlines()
+    rows = list(csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ","))
+    if not rows or not {number, source} <= rows[0].keys():
+        raise UserError(f"{path} lacks the columns {number} and {source}, found {lines[0]!r}: mend the map")
+    names = [f"unmapped-{row}" for row in range(num_items)]
+    for row in rows:
+        place = int(row[number]) if row[number].isdigit() else -1
+        if not 0 <= place < num_items:
+            raise UserError(f"{path} maps {row[source]!r} to {row[number]!r}, wanted a number below the {num_items} items: mend the map")
+        names[place] = row[source] or names[place]
+    return np.array(names)
+
+
+def shared_items(train: sp.csr_array, limit: int = NEIGHBOURS, block: int = 1024) -> sp.csr_array:
+    """Users who share train items: counts |items(u) & items(v)|, int64 CSR [U, U], zero diagonal.
+
+    Of each user the ``limit`` largest counts are kept, equal ones by the smaller id, stored most shared first (so the
+    column indices are not sorted). Never builds U x U.
+    """
+    binary = sp.csr_array((np.ones(train.nnz, np.int32), train.indices, train.indptr), shape=train.shape)
+    across, rows, columns, counts = binary.T.tocsr(), [], [], []
+    for start in range(0, train.shape[0], block):
+        part = (binary[start : start + block] @ across).tocoo()
+        row, column, count = part.row.astype(np.int64) + start, part.col.astype(np.int64), part.data.astype(np.int64)
+        keep = row != column
+        row, column, count = row[keep], column[keep], count[keep]
+        order = np.lexsort((column, -count, row))
+        row, column, count = row[order], column[order], count[order]
+        first = np.searchsorted(row, np.arange(start, start + block))
+        keep = np.arange(len(row)) - first[row - start] < limit
+        rows, columns, counts = [*rows, row[keep]], [*columns, column[keep]], [*counts, count[keep]]
+    indptr = np.concatenate([[0], np.bincount(np.concatenate(rows), minlength=train.shape[0]).cumsum()])
+    return sp.csr_array((np.concatenate(counts), np.concatenate(columns), indptr), shape=(train.shape[0],) * 2)
+
+
+def write_user_graph(path: Path, graph: sp.csr_array) -> None:
+    """Store :func:`shared_items`."""
+    with atomic_open(path, "wb") as stream:
+        np.savez_compressed(stream, indptr=graph.indptr, indices=graph.indices, counts=graph.data)
+
+
+def read_user_graph(path: Path, num_users: int) -> sp.csr_array:
+    """What :func:`write_user_graph` wrote; UserError when it is of other users."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            indptr, indices, counts = (file[name] for name in ("indptr", "indices", "counts"))
+    except (ValueError, OSError, KeyError, EOFError) as error:
+        raise UserError(f"cannot read {path} ({error}): delete it, it is computed again from train") from None
+    if len(indptr) != num_users + 1 or (len(indices) and indices.max() >= num_users):
+        raise UserError(f"{path} is of {len(indptr) - 1} users, the data has {num_users}: delete it, it is computed again")
+    return sp.csr_array((counts, indices, indptr), shape=(num_users, num_users))
+
+
+def write_inter(path: Path, users: np.ndarray, items: np.ndarray, labels: np.ndarray, ratings: np.ndarray, times: np.ndarray) -> None:
+    """The interaction file, rows in the order given."""
+    with atomic_open(path, newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+        writer.writerow(["userID", "itemID", "rating", "timestamp", "x_label"])
+        writer.writerows(zip(users.tolist(), items.tolist(), ratings.tolist(), times.tolist(), labels.tolist(), strict=True))
+
+
+def write_map(path: Path, head: tuple[str, str], names: Sequence[str]) -> None:
+    """An id map: the source's id and the row number, TAB separated."""
+    with atomic_open(path, newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+        writer.writerow(head)
+        writer.writerows(zip(names, range(len(names)), strict=True))
+
+
+def write_texts(path: Path, names: Sequence[str], texts: Sequence[str]) -> None:
+    """The items' texts by their source ids."""
+    with atomic_open(path, newline="") as stream:
+        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
+        writer.writerow(["item_id", "title"])
+        writer.writerows(zip(names, texts, strict=True))
+
+
+def write_feature_file(path: Path, table: np.ndarray) -> None:
+    """A feature table as float32."""
+    with atomic_open(path, "wb") as stream:
+        np.save(stream, np.ascontiguousarray(table, dtype=np.float32), allow_pickle=False)
+
+
+def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
+    """manifest.json: the facts and the sha256 of every file beside it."""
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != "manifest.json" and not path.name.startswith("."):
+            with open(path, "rb") as stream:
+                hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    write_json(os.path.join(folder, "manifest.json"), {**facts, "sha256": hashes})
