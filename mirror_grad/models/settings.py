@@ -52,6 +52,7 @@ class BM3:
     dropout: float = option(0.5, "share of zeroed target entries", grid=(0.3, 0.5))
     reg_weight: float = option(0.1, "weight of the L2 term of all propagated vectors", grid=(0.1, 0.01))
     cl_weight: float = option(2.0, "weight of the alignment of features and items", grid=(2.0,))
+    train_features: bool = option(True, "train the item features themselves, as published")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class FREEDOM:
     mm_image_weight: float = option(0.1, "share of the image graph in the item graph; the text graph has the rest")
     dropout: float = option(0.8, "share of user-item edges left out in an epoch", grid=(0.8, 0.9))
     reg_weight: float = option(1e-3, "weight of the BPR losses of the projected features", grid=(0.0, 1e-5, 1e-4, 1e-3))
+    train_features: bool = option(True, "train the item features themselves, as published")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class LATTICE:
     mess_dropout: float = option(0.1, "share of zeroed message entries of ngcf")
     rebuild_every: int = option(1, "batches between rebuildings of the learned graph; published: the first of an epoch")
     reg_weight: float = option(0.0, "weight of the L2 term of the batch's vectors", grid=(0.0, 1e-5, 1e-4, 1e-3))
+    train_features: bool = option(True, "train the item features themselves, as published")
 
 
 @dataclass(frozen=True)
@@ -120,3 +123,4 @@ class MGCN:
     knn_k: int = option(10, "neighbours of an item in each graph, itself included")
     cl_loss: float = option(0.01, "weight of the contrastive term", grid=(0.001, 0.01, 0.1))
     reg_weight: float = option(1e-4, "weight of the L2 term of the batch's vectors")
+    train_features: bool = option(True, "train the item features themselves, as published")

@@ -21,13 +21,22 @@ def guarded_bpr(pos: Tensor, neg: Tensor) -> Tensor:
     return -(1e-10 + (pos - neg).sigmoid()).log().mean()
 
 
+def dot_bpr(user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """:func:`gfml.losses.bpr` of dot products. Shape: [B, D] each."""
+    return losses.bpr((user * pos).sum(1), (user * neg).sum(1))
+
+
 def unsquared_norms(*blocks: Tensor) -> Tensor:
     """sum_j |X_j|_F / rows of the last X: the published regulariser, norms not squared. Shape: each [n_j, D].
 
-    Its gradient is of length 1 / rows for each block, however large the vectors; undefined for an all-zero block,
-    where it is 0 here.
+    Its gradient is of length 1 / rows for each block, however large the vectors, and 0 for an all-zero block.
     """
     return sum(torch.linalg.vector_norm(block) for block in blocks) / blocks[-1].shape[0]
+
+
+def half_square_sum(*blocks: Tensor) -> Tensor:
+    """sum_j |X_j|_F^2 / 2: a regulariser that grows with the batch."""
+    return 0.5 * sum(block.square().sum() for block in blocks)
 
 
 def ranking_terms(
@@ -42,3 +51,18 @@ def ranking_terms(
     bpr = guarded_bpr(*scores) if published else losses.bpr(*scores)
     reg = unsquared_norms(*regularised) if published else losses.half_mean_square(*regularised)
     return {"loss": bpr + weight * reg, "bpr": bpr, "reg": reg}
+
+
+def cosine_gap(online: Tensor, target: Tensor) -> Tensor:
+    """1 - mean cos(online, target); no gradient to the target. Shape: [B, D] each."""
+    return 1.0 - F.cosine_similarity(online, target.detach(), dim=1).mean()
+
+
+def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """mean_i -log(exp(cos(x_i, y_i) / t) / sum_j exp(cos(x_i, y_j) / t)): a row against all rows of its batch.
+
+    Shape: first, second [B, D]. log B when all rows are alike; repeated rows are each other's false negatives.
+    One direction; by log-sum-exp, where the published sums overflow for small temperatures.
+    """
+    logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / temperature
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))

@@ -65,3 +65,116 @@ def test_id_models(stored, toy, data, check, name, behaviour, prefix):
     kit.fill(model, {"encoder.nodes": kit.nodes(golden)})
     grads = {"encoder.nodes": kit.nodes(golden, f"{prefix}grad_")}
     check(model, kit.toy_batch(toy), golden, prefix, {"bpr": "bpr", "reg": "reg"}, grads, guard=name != "BPR")
+
+
+def tables(golden, modalities=("image", "text")):
+    """Stored names of feature tables and projectors by our names."""
+    found = {}
+    for name in modalities:
+        found[f"features.{name}.table"] = f"{name}_table"
+        found[f"features.{name}.linear.weight"] = f"{name}_proj_w"
+        found[f"features.{name}.linear.bias"] = f"{name}_proj_b"
+    return found
+
+
+def load(model, golden, names):
+    """Fill ``tables.nodes`` and the parameters ``names`` (ours -> stored)."""
+    return kit.fill(model, {"tables.nodes": kit.nodes(golden)} | {ours: golden[f"p_{name}"] for ours, name in names.items()})
+
+
+def grads_of(golden, prefix, names):
+    """Stored gradients by our names, of those that are stored."""
+    found = {"tables.nodes": kit.nodes(golden, f"{prefix}grad_")}
+    return found | {o: golden[f"{prefix}grad_{n}"] for o, n in names.items() if f"{prefix}grad_{n}" in golden}
+
+
+@pytest.mark.parametrize("behaviour, prefix", [("published", "orig_"), ("fixed", "fixed_sq_")])
+def test_vbpr(stored, toy, data, check, behaviour, prefix):
+    golden = stored("mm_vbpr")
+    names = {"user": "user", "item": "item", "features.linear.weight": "proj_w", "features.linear.bias": "proj_b"}
+    model = kit.build("VBPR", data, behaviour=behaviour, reg_weight=0.1)
+    kit.fill(model, {ours: golden[f"p_{name}"] for ours, name in names.items()})
+    grads = {o: golden[f"{prefix}grad_{n}"] for o, n in names.items() if f"{prefix}grad_{n}" in golden}
+    check(model, kit.toy_batch(toy), golden, prefix, {"bpr": "bpr", "reg": "reg"}, grads, guard=False)
+
+
+BM3_PARTS = {"ui": "ui", "iu": "iu", "reg": "reg"} | {f"{m}_{t}": f"{m}_{t}" for m in ("image", "text") for t in ("item", m)}
+BM3_NAMES = tables(None) | {"predictor.weight": "Q_w", "predictor.bias": "Q_b"}
+
+
+@pytest.mark.parametrize("behaviour, prefix", [("published", "orig_"), ("fixed", "fixed_sq_")])
+def test_bm3(stored, toy, data, check, behaviour, prefix):
+    golden = stored("mm_bm3")
+    model = kit.build("BM3", data, behaviour=behaviour, n_layers=1, dropout=0.0, reg_weight=0.1, cl_weight=2.0)
+    load(model, golden, BM3_NAMES)
+    check(model, kit.toy_batch(toy), golden, prefix, BM3_PARTS, grads_of(golden, prefix, BM3_NAMES))
+
+
+def test_bm3_with_stored_masks(stored, toy, data, check, monkeypatch):
+    golden, batch = stored("mm_bm3"), kit.toy_batch(toy)
+    rows = {"user": batch.users.unique(), **dict.fromkeys(("item", "image", "text"), batch.pos.unique())}
+    masks = iter([golden[f"in_drop_mask_{name}"][ids] for name, ids in rows.items()])
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p: x * next(masks) / (1 - p))
+    model = kit.build("BM3", data, behaviour="published", n_layers=1, dropout=0.3, reg_weight=0.1, cl_weight=2.0)
+    load(model, golden, BM3_NAMES)
+    check(model, batch, golden, "orig_drop_", BM3_PARTS, grads_of(golden, "orig_drop_", BM3_NAMES))
+
+
+def test_freedom(stored, toy, data, check):
+    golden, names = stored("mm_freedom"), tables(None)
+    parts = {name: name for name in ("bpr", "bpr_text", "bpr_image")}
+    options = {"knn_k": 5, "mm_image_weight": 0.1, "reg_weight": 0.1, "n_mm_layers": 1, "n_ui_layers": 2}
+    model = load(kit.build("FREEDOM", data, dropout=0.0, **options), golden, names)
+    torch.testing.assert_close(model.item_graph(torch.eye(24)), golden["graph_item"], **GUARD)
+    check(model, kit.toy_batch(toy), golden, "orig_", parts, grads_of(golden, "orig_", names))
+    for epoch in ("epoch1", "epoch2"):
+        model.graph.set_part(kit.pairs_to_csr(golden[f"in_{epoch}_kept_user"], golden[f"in_{epoch}_kept_item"]))
+        torch.testing.assert_close(model.graph.part(torch.eye(54), 1, combine="final"), golden[f"graph_{epoch}_ui"], **GUARD)
+        check(model, kit.toy_batch(toy), golden, f"orig_{epoch}_", parts, grads_of(golden, f"orig_{epoch}_", names))
+
+
+@pytest.mark.parametrize("behaviour, prefix, parts", [
+    ("published", "orig_", {"bpr": "bpr_sum", "reg": "l2_sum"}),
+    ("fixed", "fixed_mean_", {"bpr": "bpr_mean", "reg": "l2_mean"}),
+])
+def test_layergcn(stored, toy, data, check, behaviour, prefix, parts):
+    golden = stored("mm_layergcn")
+    model = load(kit.build("LayerGCN", data, behaviour=behaviour, n_layers=4, dropout=0.0, reg_weight=0.1), golden, {})
+    check(model, kit.toy_batch(toy), golden, prefix, parts, grads_of(golden, prefix, {}))
+    for epoch in ("epoch1", "epoch2") if behaviour == "published" else ():
+        model.graph.set_part(kit.pairs_to_csr(golden[f"in_{epoch}_kept_user"], golden[f"in_{epoch}_kept_item"]))
+        check(model, kit.toy_batch(toy), golden, f"orig_{epoch}_", parts, grads_of(golden, f"orig_{epoch}_", {}))
+
+
+SELFCF = {"n_layers": 2, "reg_weight": 0.01}
+SELFCF_NAMES = {"predictor.weight": "Q_w", "predictor.bias": "Q_b"}
+
+
+@pytest.mark.parametrize("behaviour, prefix, reg", [("published", "orig_", "l2_sum"), ("fixed", "fixed_mean_", "l2_mean")])
+def test_selfcf(stored, toy, data, check, monkeypatch, behaviour, prefix, reg):
+    golden = stored("mm_selfcfed_lgn")
+    model = load(kit.build("SELFCFED_LGN", data, behaviour=behaviour, dropout=0.0, **SELFCF), golden, SELFCF_NAMES)
+    monkeypatch.setattr(model, "edge_values", lambda: None)
+    parts = {"cos_ui": "cos_ui", "cos_iu": "cos_iu", "reg": reg}
+    check(model, kit.toy_batch(toy), golden, prefix, parts, grads_of(golden, prefix, SELFCF_NAMES))
+
+
+def test_selfcf_with_stored_masks(stored, toy, data, check, monkeypatch):
+    golden = stored("mm_selfcfed_lgn")
+    model = load(kit.build("SELFCFED_LGN", data, behaviour="published", dropout=0.2, **SELFCF), golden, SELFCF_NAMES)
+    graph = model.light.graph
+    sources = torch.repeat_interleave(graph.indptr.diff().long())
+    kept = golden["in_drop_edge_keep"][sources, graph.indices.long()]
+    monkeypatch.setattr(model, "edge_values", lambda: graph.values * kept / (1 - golden["in_drop_edge_rate"]))
+    masks = iter([golden["in_drop_mask_user"], golden["in_drop_mask_item"]])
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p: x * next(masks) / (1 - p))
+    parts = {"cos_ui": "cos_ui", "cos_iu": "cos_iu", "reg": "l2_sum"}
+    check(model, kit.toy_batch(toy), golden, "orig_drop_", parts, grads_of(golden, "orig_drop_", SELFCF_NAMES))
+
+
+def test_itemknncbf(stored, data):
+    golden = stored("mm_itemknncbf")
+    model = kit.build("ItemKNNCBF", data, knn_k=5, shrink=10.0)
+    found = model.neighbours.weights.todense()
+    torch.testing.assert_close(torch.from_numpy(found), golden["graph_item"], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(kit.scores(model).double(), golden["orig_score"], rtol=2e-5, atol=2e-6)

@@ -218,7 +218,7 @@ def test_user_graph_against_the_published_one(stored):
     golden, toy = stored("mm_dualgnn"), stored("mm_toy")
     counts = sp.csr_array(toy["user_count"].numpy())
     graph = UserGraph(counts, 6, seed=0).double()
-    full = counts.getnnz(1) >= 6
+    full = np.diff(counts.indptr) >= 6
     # Sorted counts of the first neighbours give the same weights whatever the order of ties.
     ptr, stored_counts = toy["ug_ptr"].tolist(), toy["ug_count"].double()
     for user in full.nonzero()[0]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gfml.data.interactions import Interactions, csr_from_pairs
 from gfml.sampling import Triples
-from mirror_grad.data import MultimodalData, make_data
+from mirror_grad.data import MultimodalData
 from mirror_grad.models import MODELS, load_model
 
 
@@ -21,7 +20,7 @@ def toy_data(toy: Mapping[str, Tensor]) -> MultimodalData:
     users, items, labels = (toy[f"inter_{name}"].numpy() for name in ("user", "item", "label"))
     parts = (csr_from_pairs(users[labels == part], items[labels == part], *shape) for part in range(3))
     features = {name: toy[f"feat_{name}"].to(torch.get_default_dtype()) for name in ("image", "text")}
-    return make_data(Interactions("toy", *parts), features)
+    return MultimodalData(Interactions("toy", *parts), features)
 
 
 def toy_batch(toy: Mapping[str, Tensor]) -> Triples:
@@ -62,5 +61,5 @@ def nodes(golden: Mapping[str, Tensor], prefix: str = "p_") -> Tensor:
     return torch.cat([golden[f"{prefix}user"], golden[f"{prefix}item"]])
 
 
-def csr(matrix: Any) -> np.ndarray:
-    return np.asarray(matrix.todense())
+def pairs_to_csr(users: Tensor, items: Tensor, shape: tuple[int, int] = (30, 24)) -> Any:
+    return csr_from_pairs(users.numpy(), items.numpy(), *shape)

@@ -1,0 +1,77 @@
+"""FREEDOM (Zhou and Shen, A Tale of Two Graphs, MM 2023; arXiv 2211.06924)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfml.encoders import Tables
+from gfml.sampling import Triples
+from gfml.sparse import SparseMatrix
+from gfml.topk import FactorScorer
+from mirror_grad.models import settings
+from mirror_grad.parts.features import distinct, projected
+from mirror_grad.parts.graphs import ThinnedGraph, mixed_item_graph
+from mirror_grad.parts.losses import dot_bpr
+
+if TYPE_CHECKING:
+    from mirror_grad.data import MultimodalData
+
+
+class FREEDOM(nn.Module):
+    """LightGCN on a user-item graph thinned by degree, plus item vectors smoothed over a frozen item graph.
+
+        item = propagated item + S^L item,   S = mean over the k nearest items, images and texts mixed
+        loss = BPR(u, item) + reg_weight * sum_m BPR(u, W_m f_m + b_m)
+
+    Evaluation uses the whole user-item graph. published: the number of kept edges is a truncated float product.
+    """
+
+    Settings = settings.FREEDOM
+
+    def __init__(
+        self, data: MultimodalData, settings: settings.FREEDOM, *, behaviour: str, embedding_dim: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+        train = data.interactions.train
+        self.graph = ThinnedGraph(train, settings.dropout, seed, truncate=behaviour == "published")
+        mixed = mixed_item_graph(data.features, settings.knn_k, settings.mm_image_weight, data.cache_dir)
+        self.item_graph = SparseMatrix.from_scipy(mixed)
+        self.features = projected(data.features, embedding_dim, trained=settings.train_features)
+
+    def new_epoch(self, epoch: int) -> None:
+        self.graph.new_epoch(epoch)
+
+    def smoothed_items(self) -> Tensor:
+        """S^L times the free item vectors: [I, D]."""
+        items = self.tables.nodes[self.tables.num_users :]
+        for _ in range(self.settings.n_mm_layers):
+            items = self.item_graph(items)
+        return items
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        items = torch.cat([batch.pos, batch.neg])
+        rows, place = distinct(torch.cat([batch.users, self.tables.num_users + items]))
+        nodes = F.embedding(place, self.graph()(self.tables.nodes, self.settings.n_ui_layers, rows=rows))
+        user, item = nodes.split([len(batch), len(items)])
+        item = item + F.embedding(items, self.smoothed_items())
+        terms = {"bpr": dot_bpr(user, *item.chunk(2))}
+        loss = terms["bpr"]
+        if self.settings.reg_weight:
+            rows, place = distinct(items)
+            for name, features in self.features.items():
+                pos, neg = F.embedding(place, features(rows)).chunk(2)
+                terms[f"bpr_{name}"] = dot_bpr(user, pos, neg)
+                loss = loss + self.settings.reg_weight * terms[f"bpr_{name}"]
+        return {"loss": loss, **terms}
+
+    @torch.no_grad()
+    def scorer(self) -> FactorScorer:
+        light = self.graph.whole
+        user, item = light.split(light(self.tables.nodes, self.settings.n_ui_layers))
+        return FactorScorer(user, item + self.smoothed_items())

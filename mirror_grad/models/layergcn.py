@@ -1,0 +1,65 @@
+"""LayerGCN (Zhou et al., ICDE 2023): propagation refined by the likeness of each layer to the free vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfml import losses
+from gfml.encoders import Tables
+from gfml.sampling import Triples
+from gfml.topk import FactorScorer
+from mirror_grad.models import settings
+from mirror_grad.parts.graphs import ThinnedGraph
+from mirror_grad.parts.losses import dot_bpr, half_square_sum
+
+if TYPE_CHECKING:
+    from mirror_grad.data import MultimodalData
+
+
+class LayerGCN(nn.Module):
+    """E_l = cos(A_hat E_{l-1}, E_0) * A_hat E_{l-1} row by row; output E_1 + ... + E_L, without the free vectors E_0.
+
+    Training leaves out a share ``dropout`` of the edges, drawn anew every epoch: by degree in odd epochs, alike in
+    even ones. fixed: BPR and L2 are means over the batch; published: sums, so that the step depends on its size.
+    """
+
+    Settings = settings.LayerGCN
+
+    def __init__(
+        self, data: MultimodalData, settings: settings.LayerGCN, *, behaviour: str, embedding_dim: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.settings, self.published = settings, behaviour == "published"
+        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+        train = data.interactions.train
+        self.graph = ThinnedGraph(train, settings.dropout, seed, alternate=True, truncate=self.published)
+
+    def new_epoch(self, epoch: int) -> None:
+        self.graph.new_epoch(epoch)
+
+    def outputs(self) -> Tensor:
+        """Final vectors of users, then items: [U + I, D]."""
+        light, layer = self.graph(), self.tables.nodes
+        total = torch.zeros_like(layer)
+        for _ in range(self.settings.n_layers):
+            layer = light(layer, 1, combine="final")
+            layer = F.cosine_similarity(layer, self.tables.nodes, dim=1)[:, None] * layer
+            total = total + layer
+        return total
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        ids = torch.cat([batch.users, self.tables.num_users + batch.pos, self.tables.num_users + batch.neg])
+        final, ego = F.embedding(ids, self.outputs()).chunk(3), F.embedding(ids, self.tables.nodes).chunk(3)
+        bpr = dot_bpr(*final)
+        reg = losses.half_mean_square(*ego)
+        if self.published:
+            bpr, reg = bpr * len(batch), half_square_sum(*ego)
+        return {"loss": bpr + self.settings.reg_weight * reg, "bpr": bpr, "reg": reg}
+
+    @torch.no_grad()
+    def scorer(self) -> FactorScorer:
+        return FactorScorer(*self.graph.whole.split(self.outputs()))

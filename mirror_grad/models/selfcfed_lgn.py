@@ -1,0 +1,63 @@
+"""SelfCF with edge dropout on LightGCN (Zhou et al., SelfCF, TORS 2023; arXiv 2107.03019)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfml import losses
+from gfml.encoders import Tables
+from gfml.sampling import Triples
+from gfml.topk import FactorScorer
+from mirror_grad.models import settings
+from mirror_grad.parts.graphs import LightPropagation
+from mirror_grad.parts.losses import cosine_gap, half_square_sum
+
+if TYPE_CHECKING:
+    from mirror_grad.data import MultimodalData
+
+
+class SELFCFED_LGN(nn.Module):
+    """Predicts a dropped-out copy of the other side's vector: no negatives.
+
+        loss = -mean cos(Q u, stop(i'))/2 - mean cos(Q i, stop(u'))/2 + reg_weight * R(u, i),   x' = dropout(x)
+
+    u, i: rows of LightGCN on A_hat whose entries fall independently with a rate drawn from U(0, 1) for every batch.
+    score = (Q u) . i + u . (Q i), from the whole graph.
+    fixed: R is half the mean square over the batch; published: half the sum, which outweighs the rest.
+    """
+
+    Settings = settings.SELFCFED_LGN
+
+    def __init__(
+        self, data: MultimodalData, settings: settings.SELFCFED_LGN, *, behaviour: str, embedding_dim: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.settings, self.published = settings, behaviour == "published"
+        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+        self.light = LightPropagation(data.interactions.train)
+        self.predictor = nn.Linear(embedding_dim, embedding_dim)
+
+    def edge_values(self) -> Tensor:
+        """Entries of A_hat, each kept with probability 1 - r and divided by it; r ~ U(0, 1) anew for every call."""
+        values = self.light.values
+        rate = torch.rand((), device=values.device, dtype=values.dtype)
+        return torch.where(torch.rand_like(values) >= rate, values / (1.0 - rate), 0.0)
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        nodes = self.light(self.tables.nodes, self.settings.n_layers, values=self.edge_values())
+        user, item = F.embedding(torch.cat([batch.users, self.tables.num_users + batch.pos]), nodes).chunk(2)
+        user_target, item_target = (F.dropout(x.detach(), self.settings.dropout) for x in (user, item))
+        cos_ui = 0.5 * (cosine_gap(self.predictor(user), item_target) - 1.0)
+        cos_iu = 0.5 * (cosine_gap(self.predictor(item), user_target) - 1.0)
+        reg = half_square_sum(user, item) if self.published else losses.half_mean_square(user, item)
+        loss = cos_ui + cos_iu + self.settings.reg_weight * reg
+        return {"loss": loss, "cos_ui": cos_ui, "cos_iu": cos_iu, "reg": reg}
+
+    @torch.no_grad()
+    def scorer(self) -> FactorScorer:
+        user, item = self.light.split(self.light(self.tables.nodes, self.settings.n_layers))
+        return FactorScorer(torch.cat([self.predictor(user), user], 1), torch.cat([item, self.predictor(item)], 1))

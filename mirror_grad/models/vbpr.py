@@ -1,0 +1,52 @@
+"""VBPR (He and McAuley, AAAI 2016): BPR with projected features beside the free item vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfml.sampling import Triples
+from gfml.topk import FactorScorer
+from mirror_grad.models import settings
+from mirror_grad.parts.features import ProjectedFeatures, distinct
+from mirror_grad.parts.losses import ranking_terms
+
+if TYPE_CHECKING:
+    from mirror_grad.data import MultimodalData
+
+
+class VBPR(nn.Module):
+    """score(u, i) = user_u . [item_i ; W f_i + b] with the features f = [text ; image] as they are.
+
+    loss = BPR + reg_weight * R over the batch's users [2D] and whole items [2D], projected part included; R squared
+    (fixed) or not (published), see :func:`mirror_grad.parts.losses.ranking_terms`.
+    Differences from the paper: no biases, no second, low-rank set of vectors.
+    """
+
+    Settings = settings.VBPR
+
+    def __init__(
+        self, data: MultimodalData, settings: settings.VBPR, *, behaviour: str, embedding_dim: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.settings, self.published = settings, behaviour == "published"
+        self.user = nn.Parameter(nn.init.xavier_uniform_(torch.empty(data.num_users, 2 * embedding_dim)))
+        self.item = nn.Parameter(nn.init.xavier_uniform_(torch.empty(data.num_items, embedding_dim)))
+        features = torch.cat([data.features[name] for name in ("text", "image") if name in data.features], 1)
+        self.features = ProjectedFeatures(features, embedding_dim, trained=False)
+        nn.init.xavier_normal_(self.features.linear.weight)
+        nn.init.zeros_(self.features.linear.bias)
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        user = F.embedding(batch.users, self.user)
+        rows, place = distinct(torch.cat([batch.pos, batch.neg]))
+        items = torch.cat([F.embedding(rows, self.item), self.features(rows)], 1)
+        pos, neg = F.embedding(place, items).chunk(2)
+        return ranking_terms(user, pos, neg, (user, pos, neg), self.settings.reg_weight, published=self.published)
+
+    @torch.no_grad()
+    def scorer(self) -> FactorScorer:
+        return FactorScorer(self.user.detach(), torch.cat([self.item, self.features()], 1))
