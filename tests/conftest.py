@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfml.distances import SquaredDistance
 
@@ -81,3 +82,22 @@ def kinds() -> dict[str, SquaredDistance]:
 def published(kinds: dict[str, SquaredDistance]) -> dict[str, SquaredDistance]:
     """The four distances as the published code computes them."""
     return {"l2": kinds["l2"], "l1": kinds["l1"], "emd": kinds["emd_power2"], "kl": kinds["kl_compat"]}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(part, torch.Tensor):
+                self.numel = max(self.numel, part.numel())
+        return result
+
+
+@pytest.fixture
+def largest_tensor() -> LargestTensor:
+    """A context in which ``.numel`` grows to the size of the largest tensor that any operation returns."""
+    return LargestTensor()

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfml.distances import SquaredDistance, softplus
 from gfml.gravity import unit_rows
@@ -120,24 +119,11 @@ def test_far_from_the_origin_the_closed_form_keeps_its_digits(kinds, name):
     torch.testing.assert_close(moved.double(), kinds[name].all_pairs(x, y), rtol=1e-4, atol=1e-5)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor any operation returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for part in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(part, torch.Tensor):
-                self.numel = max(self.numel, part.numel())
-        return result
-
-
 @pytest.mark.parametrize("name", ALL)
-def test_no_tensor_of_all_pairs_and_all_coordinates(kinds, name):
+def test_no_tensor_of_all_pairs_and_all_coordinates(kinds, largest_tensor, name):
     num_queries, num_keys, width = 40, 50, 16
     x, y = rows(num_queries, width), rows(num_keys, width, seed=1)
-    with LargestTensor() as largest:
+    with largest_tensor as largest:
         kinds[name].all_pairs(x, y)
     assert largest.numel == num_queries * num_keys
 

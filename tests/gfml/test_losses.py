@@ -521,6 +521,14 @@ def test_covariance_penalises_correlation_only(close):
     close(losses.covariance(rows + 5), losses.covariance(rows))
 
 
+@pytest.mark.parametrize("form", ("squared", "paper", "signed"))
+def test_covariance_never_forms_a_matrix_of_all_pairs_of_rows(largest_tensor, form):
+    rows = randn(3000, 4).requires_grad_()
+    with largest_tensor as largest:
+        losses.covariance(rows, form).backward()
+    assert largest.numel == rows.numel()
+
+
 def test_projection_equals_the_stored_one_bit_for_bit_inside(cml, close):
     before, radius = cml["projection_in"], float(cml["clip_norm"])
     table = before.clone()
