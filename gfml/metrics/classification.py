@@ -104,8 +104,7 @@ def sensitivity(recall: Tensor, counts: np.ndarray) -> Sensitivity:
     counts = torch.as_tensor(np.asarray(counts, np.float64))
     y = recall.double().cpu()
     kept = ~y.isnan() & (counts > 0)
-    x, y = counts[kept].log(), y[kept]
-    x, y = x - x.mean(), y - y.mean()
+    x, y = _centred(counts[kept].log()), _centred(y[kept])
     xx, xy, yy = (x * x).sum(), (x * y).sum(), (y * y).sum()
     return Sensitivity(_ratio(xy, xx).item(), _ratio(xy, (xx * yy).sqrt()).item())
 
@@ -130,6 +129,11 @@ def classification_metrics(
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     """part / whole in float64, NaN where whole is 0."""
     return part.double() / whole.double().where(whole != 0, torch.nan)
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Deviations from the mean, exactly 0 where all are equal."""
+    return values - values.mean() if len(values) and values.min() < values.max() else torch.zeros_like(values)
 
 
 def _present(recall: Tensor) -> Tensor:
