@@ -178,3 +178,67 @@ def test_itemknncbf(stored, data):
     found = model.neighbours.weights.todense()
     torch.testing.assert_close(torch.from_numpy(found), golden["graph_item"], rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(kit.scores(model).double(), golden["orig_score"], rtol=2e-5, atol=2e-6)
+
+
+# The published L2 term is divided by the configured batch size, ours by the rows: 20 of 32 here.
+L2_SHARE = 20 / 32
+MGCN_NAMES = tables(None) | {f"{kind}.{m}.{p}": f"{kind}_{m}_{p[0]}" for kind in ("gate", "prefer") for m in ("image", "text") for p in ("weight", "bias")}
+MGCN_NAMES |= {"fusion.query.0.weight": "query1_w", "fusion.query.0.bias": "query1_b", "fusion.query.2.weight": "query2_w"}
+
+
+def test_mgcn(stored, toy, data, check):
+    golden = stored("mm_mgcn")
+    options = {"n_ui_layers": 2, "n_layers": 1, "knn_k": 5, "reg_weight": 0.1 * L2_SHARE, "cl_loss": 0.1}
+    model = load(kit.build("MGCN", data, **options), golden, MGCN_NAMES)
+    parts = {"bpr": "bpr", "nce_item": "nce_item", "nce_user": "nce_user"}
+    check(model, kit.toy_batch(toy), golden, "orig_", parts, grads_of(golden, "orig_", MGCN_NAMES))
+    torch.testing.assert_close(model.loss(kit.toy_batch(toy))["reg"] * L2_SHARE, golden["orig_part_batchl2"], **GUARD)
+    side, content = model.outputs()
+    torch.testing.assert_close(side, golden["orig_mid_side"], **GUARD)
+    torch.testing.assert_close(content, golden["orig_mid_content"], **GUARD)
+    torch.testing.assert_close(model.fusion(model.view("image"), model.view("text"))[1], golden["orig_mid_attention"], **GUARD)
+    torch.testing.assert_close(model.to_users(torch.eye(24)), golden["graph_R_hat"], **GUARD)
+    for name in ("image", "text"):
+        torch.testing.assert_close(model.item_graphs[name](torch.eye(24)), golden[f"graph_{name}"], **GUARD)
+
+
+LATTICE = {"n_layers": 1, "n_ui_layers": 2, "feat_embed_dim": 6, "knn_k": 5, "reg_weight": 0.1 * L2_SHARE, "mess_dropout": 0.0}
+LATTICE_NAMES = tables(None) | {"modal_weight": "modal_weight"}
+NGCF_NAMES = {f"{ours}.{d}.{p}": f"{name}{d}_{p[0]}" for ours, name in (("sums", "gc"), ("products", "bi")) for d in (0, 1) for p in ("weight", "bias")}
+
+
+def test_lattice(stored, toy, data, check):
+    golden = stored("mm_lattice")
+    model = load(kit.build("LATTICE", data, behaviour="published", **LATTICE), golden, LATTICE_NAMES)
+    batch = kit.toy_batch(toy)
+    check(model, batch, golden, "orig_", {"bpr": "bpr"}, grads_of(golden, "orig_", LATTICE_NAMES))
+    graph = sum(matrix(torch.eye(24), values) for matrix, values in model.item_graph())
+    torch.testing.assert_close(graph.detach(), golden["graph_item"], **GUARD)
+    torch.testing.assert_close(model.adjacency(torch.eye(54)), golden["graph_ui"], **GUARD)
+    for name in ("image", "text"):
+        torch.testing.assert_close(model.frozen[name](torch.eye(24)), golden[f"graph_{name}_frozen"], **GUARD)
+    # The next batch, and the same once more, take the graph as a constant; so does the second half of the first.
+    for later in (batch, kit.toy_batch(toy)):
+        check(model, later, golden, "orig_later_batch_", {"bpr": "bpr"}, grads_of(golden, "orig_later_batch_", {}))
+        found = kit.gradients(model.loss(later)["loss"], model)
+        assert all(not grad.any() for name, grad in found.items() if name != "tables.nodes")
+
+
+def test_lattice_fixed_learns_the_graph_in_every_batch(stored, toy, data, check):
+    golden = stored("mm_lattice")
+    model = load(kit.build("LATTICE", data, **LATTICE), golden, LATTICE_NAMES)
+    for _ in range(3):
+        check(model, kit.toy_batch(toy), golden, "orig_", {"bpr": "bpr"}, grads_of(golden, "orig_", LATTICE_NAMES))
+
+
+@pytest.mark.parametrize("prefix, options", [
+    ("orig_lambda0_", {"lambda_coeff": 0.0}), ("orig_lambda1_", {"lambda_coeff": 1.0}),
+    ("orig_mf_", {"cf_model": "mf"}), ("orig_ngcf_", {"cf_model": "ngcf"}),
+])
+def test_lattice_variants(stored, toy, data, check, prefix, options):
+    golden, names = stored("mm_lattice"), LATTICE_NAMES | (NGCF_NAMES if "ngcf" in prefix else {})
+    model = load(kit.build("LATTICE", data, **LATTICE | options), golden, names)
+    check(model, kit.toy_batch(toy), golden, prefix, {}, grads_of(golden, prefix, names))
+    if "lambda1" in prefix:
+        found = kit.gradients(model.loss(kit.toy_batch(toy))["loss"], model)
+        assert not found["features.image.linear.weight"].any() and found["modal_weight"].any()
