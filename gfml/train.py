@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from gfml import distributed
 from gfml.errors import UserError, choice_error
-from gfml.runs import Run, damaged, load_state, rng_state, set_rng_state
+from gfml.runs import Run, damaged, load_state, rng_state, seed_everything, set_rng_state
 from gfml.tracking import Tracker
 
 Terms = Mapping[str, Tensor | float]
@@ -413,6 +414,9 @@ def fit(
         every two minutes.
     amp: bfloat16 autocast around loss_fn. compile_loss: torch.compile it.
     progress: True a bar, None a bar on a terminal and otherwise a line per evaluation, False silent.
+    Several processes (:mod:`gfml.distributed`): ``loss_fn`` calls the wrapped model, ``run`` is that of ``open_run``, and
+        ``evaluate`` returns the same in each. Train terms are then means over processes, and each epoch starts from
+        random numbers of (seed, epoch, process), so that a continued run needs those of no other process.
     Raises UserError when the loss or the selected metric is not finite, the metric does not exist, there are no
         batches, or the checkpoint does not belong to this model.
     """
@@ -424,6 +428,7 @@ def fit(
     parts["step"] = step if hasattr(step, "state_dict") else None
     parts = {name: part for name, part in parts.items() if part is not None}
     state = _Progress(model, parts, BestKeeper(model, ema), EarlyStopping(patience))
+    seed = torch.initial_seed()
     if run is not None:
         _restore(state, run, select or LAST_EPOCH)
     show = _Display(progress, epochs, state.epoch)
@@ -440,6 +445,8 @@ def fit(
             row: dict[str, Any] = {"epoch": epoch}
             if epoch > 0:
                 started = time.perf_counter()
+                if distributed.world_size() > 1:
+                    seed_everything(hash((seed, epoch, distributed.rank())) % 2**63)
                 if scheduler is not None:
                     row["lr"] = optimizer.param_groups[0]["lr"]
                 means = _train_epoch(epoch, model, optimizer, batches, compute, step, ema, amp, check_every, show)
@@ -513,7 +520,7 @@ def _train_epoch(
     found = means.means()
     if not found:
         raise UserError(f"epoch {epoch} had no batches: the training part is empty or smaller than one batch")
-    return found
+    return distributed.mean_of(found, next(model.parameters()).device)
 
 
 def _evaluate(best: BestKeeper, evaluate: Callable[[str], Mapping[str, float]], split: str) -> dict[str, float]:
@@ -571,7 +578,8 @@ def _restore(state: _Progress, run: Run, select: str) -> None:
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise damaged(path, f"of another model or program: {str(error).splitlines()[0]}") from error
     run.truncate_metrics(state.epoch)
-    state.rows = run.metrics()
+    # A process that only follows may read the rows before they are truncated.
+    state.rows = [row for row in run.metrics() if row["epoch"] <= state.epoch]
     _restore_best(state, run, select)
 
 
