@@ -2,6 +2,7 @@
 
     python scripts/bench.py recsys [--data-root DIR] [--only NAME ...] [--json FILE]
     python scripts/bench.py mcl [--data-root DIR] [--json FILE]
+    python scripts/bench.py vision [--batch N] [--device DEVICE] [--only attention model] [--json FILE]
 
 Every row times ours and something to hold it against in the same run: the library operations it cannot do without
 (a floor) or the plain loop it replaces (kept in ``tests/*/reference_*.py``). CPU seconds are user + system of
@@ -54,6 +55,34 @@ def measure(call: Callable[[], object], *, runs: int = 5, warm_up: int = 1) -> t
         call()
         times.append((time.process_time() - cpu, time.perf_counter() - wall))
     return min(cpu for cpu, _ in times), min(wall for _, wall in times)
+
+
+def measure_in_turn(calls: dict[str, Callable[[], object]], device: str = "cpu", *, runs: int = 5) -> dict[str, tuple[float, float]]:
+    """CPU and wall seconds of several calls that take turns, so that a busy machine slows all alike.
+
+    The smallest of ``runs`` after a warm-up. On a GPU both are the median of the device's own seconds.
+    """
+    import torch
+
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(runs + (1 if device == "cpu" else 5)):
+        for name, call in calls.items():
+            if device == "cpu":
+                cpu, wall = time.process_time(), time.perf_counter()
+                call()
+                seconds = (time.process_time() - cpu, time.perf_counter() - wall)
+            else:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                call()
+                end.record()
+                end.synchronize()
+                seconds = (start.elapsed_time(end) / 1000,) * 2
+            if turn >= (1 if device == "cpu" else 5):
+                times[name].append(seconds)
+    if device == "cpu":
+        return {name: tuple(min(column) for column in zip(*rows, strict=True)) for name, rows in times.items()}
+    return {name: (sorted(rows)[len(rows) // 2][0],) * 2 for name, rows in times.items()}
 
 
 def reference(name: str, folder: str = "gfml") -> ModuleType:
@@ -391,6 +420,92 @@ def bench_cml(data: Any) -> Iterable[Row]:
     yield Row("CML evaluation", cpu, wall, "", 0.0, "")
 
 
+def bench_attention(batch: int, device: str) -> Iterable[Row]:
+    """Forward and backward of one attention layer at the published sizes: 65 tokens, 12 heads, width 384, lambda 3.
+
+    Against the same layer with dot heads alone, which is torch's fused attention. On a GPU under bfloat16 autocast.
+    """
+    import torch
+
+    from gfml.attention import PLAIN, AttentionSettings, GravityAttention
+
+    torch.manual_seed(0)
+    plain, lamb = reference("attention"), 3.0
+    settings = {
+        "gravity": AttentionSettings(lamb),
+        "gravity without mass": AttentionSettings(lamb, mass="none"),
+        "gravity, content mass": AttentionSettings(lamb, mass="content"),
+        "gravity, masses per head": AttentionSettings(lamb, per_head=True),
+        "gravity, learned lambda": AttentionSettings(lamb, learn_lamb=True),
+        "normal mix": AttentionSettings(lamb, mix="normal"),
+        "split 6": AttentionSettings(lamb, mix="split"),
+        "split 6, blended": AttentionSettings(lamb, mix="split", split_mix=True),
+        "gravity l1": AttentionSettings(lamb, distance="l1"),
+        "gravity, explicit kernel": AttentionSettings(lamb, kernel="explicit"),
+    }
+    sizes = (384, 12, 65)
+    layers = {"torch's fused attention": GravityAttention(*sizes, PLAIN)}
+    layers |= {name: GravityAttention(*sizes, each) for name, each in settings.items()}
+    layers |= {f"cdist and autograd, {kind}": plain.PlainGravityAttention(*sizes, lamb, p) for kind, p in (("l2", 2.0), ("l1", 1.0))}
+    x, grad = (torch.randn(batch, 65, 384, device=device) for _ in range(2))
+    x.requires_grad_()
+
+    def steps(layer: torch.nn.Module) -> Callable[[], None]:
+        layer.to(device)
+
+        def step() -> None:
+            layer.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+                out = layer(x)
+            out.backward(grad.to(out.dtype))
+
+        return step
+
+    times = measure_in_turn({name: steps(layer) for name, layer in layers.items()}, device, runs=5 if device == "cpu" else 50)
+    base, *others = times
+    for name in others:
+        bar = "" if name.startswith("cdist") or "explicit" in name else "<= 1.5 x"
+        yield Row(f"attention layer, {name}", *times[name], base, times[base][0], bar)
+    for kind in ("l2", "l1"):
+        ours = times["gravity" if kind == "l2" else "gravity l1"]
+        yield Row(f"attention layer, gravity {kind}", *ours, f"cdist and autograd, {kind}", times[f"cdist and autograd, {kind}"][0], "")
+
+
+def bench_vision_model(batch: int, device: str) -> Iterable[Row]:
+    """Training step of the published model (7 layers, width 384) with gravity in its layers against plain ``vit``."""
+    import torch
+    import torch.nn.functional as F
+
+    from gfml.attention import AttentionSettings
+    from vision.models import build_model
+    from vision.vit import ViTSettings
+
+    mixes = {"": {}, ", normal mix": {"mix": "normal"}, ", split 6 blended": {"mix": "split", "split_mix": True}}
+    cases = {f"vit_gra {place}{mix}": (place, options) for mix, options in mixes.items()
+             for place in ("full", "full_fix", "head", "tail") if place == "full" or not mix or (place, mix[2:7]) == ("tail", "split")}
+    images, labels = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
+
+    def steps(name: str, place: str = "full", options: dict[str, Any] | None = None) -> Callable[[], None]:
+        torch.manual_seed(0)
+        settings = AttentionSettings(3.0, **(options or {}))
+        model = build_model(name, num_classes=10, vit=ViTSettings(mass_pos=place), attention=settings).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    calls = {"vit": steps("vit")} | {name: steps("vit_gra", *case) for name, case in cases.items()}
+    times = measure_in_turn(calls, device, runs=3 if device == "cpu" else 50)
+    for name in cases:
+        yield Row(f"training step of {batch}, {name}", *times[name], "vit", times["vit"][0], "<= 1.5 x")
+
+
 def table(rows: list[Row]) -> str:
     """Aligned text."""
     lines = [("work", "ours cpu s", "wall s", "against", "cpu s", "ratio", "bar")]
@@ -439,22 +554,37 @@ def cml(arguments: argparse.Namespace) -> list[Row]:
     return list(bench_cml(load_dataset("ml1m", data_root=arguments.data_root, split="per-user", split_ratios=(0.6, 0.2, 0.2))))
 
 
+def vision(arguments: argparse.Namespace) -> list[Row]:
+    """Attention layer and whole model; on a GPU the columns are the device's seconds."""
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = (arguments.batch,) * 2 if arguments.batch else (64, 16) if device == "cpu" else (128, 128)
+    if device != "cpu":
+        print(f"{torch.cuda.get_device_name()}: every column is seconds on the device, medians of 50\n")
+    parts = {"attention": lambda: bench_attention(sizes[0], device), "model": lambda: bench_vision_model(sizes[1], device)}
+    return [row for name in arguments.only or parts for row in parts[name]()]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("family", choices=("recsys", "mcl", "cml"), help="what to time")
+    parser.add_argument("family", choices=("recsys", "mcl", "cml", "vision"), help="what to time")
     parser.add_argument("--data-root", help="where the data sets lie")
     parser.add_argument("--big", default="gowalla", help="data set of the graph, evaluation and memory rows")
     parser.add_argument("--small", default="ml1m", help="data set of the MF rows")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000],
                         help="interactions of generated data")
-    parser.add_argument("--only", nargs="+", choices=("sampling", "lightgcn", "evaluation", "mf", "scoring", "memory", "scaling"))
+    parser.add_argument("--batch", type=int, help="images of a vision step; default 64 for a layer, 16 for a model, 128 on a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the vision rows; default cuda where there is one")
+    parser.add_argument("--only", nargs="+", help="parts of the family",
+                        choices=("sampling", "lightgcn", "evaluation", "mf", "scoring", "memory", "scaling", "attention", "model"))
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     print(f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    rows = {"recsys": recsys, "mcl": mcl, "cml": cml}[arguments.family](arguments)
+    rows = {"recsys": recsys, "mcl": mcl, "cml": cml, "vision": vision}[arguments.family](arguments)
     print("\n" + table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=2))

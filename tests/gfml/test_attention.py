@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -599,6 +601,28 @@ def test_the_layer_can_be_traced_for_compilation(mix) -> None:
     torch.compile(layer, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
     for name, p in layer.named_parameters():
         torch.testing.assert_close(p.grad, wanted[name])
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1"])
+def test_the_layer_is_the_plain_formula(kind) -> None:
+    """What the layer is timed against computes the same, forward and backward."""
+    spec = importlib.util.spec_from_file_location("reference_attention", Path(__file__).parent / "reference_attention.py")
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    other = plain.PlainGravityAttention(12, 3, 5, 3.0, 2.0 if kind == "l2" else 1.0).double()
+    layer, x = small(lamb=3.0, distance=kind), rows(0, 2, 5, 12)
+    with torch.no_grad():
+        for part in ("weight", "bias"):
+            maps = (other.query, other.key, other.value)
+            layer.qkv.get_parameter(part).copy_(torch.cat([each.get_parameter(part) for each in maps]))
+            layer.proj.get_parameter(part).copy_(other.out.get_parameter(part))
+        layer.mass.key.copy_(other.mass[None])
+    ours, theirs = layer(x), other(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    for out in (ours, theirs):
+        out.square().sum().backward()
+    torch.testing.assert_close(layer.mass.key.grad[0], other.mass.grad, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(layer.qkv.weight.grad[:12], other.query.weight.grad, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.gpu

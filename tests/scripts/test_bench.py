@@ -58,3 +58,13 @@ def test_the_plain_lightgcn_step_is_the_same_step(bench: dict) -> None:
         other = plain.training_step(plain.coo_adjacency(train), nodes, theirs, triple, 12, 3, 1e-2)
         assert loss == pytest.approx(other, rel=1e-5)
     assert torch.allclose(model.encoder.nodes, nodes, atol=1e-4)
+
+
+def test_vision_rows(bench: dict, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    assert bench["main"](["vision", "--batch", "1", "--device", "cpu", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    works = {row["work"] for row in rows}
+    assert {"attention layer, gravity", "attention layer, split 6", "training step of 1, vit_gra full"} <= works
+    assert {row["against"] for row in rows} >= {"torch's fused attention", "vit"}
+    assert all(row["ours_cpu"] > 0 and row["ratio"] > 0 for row in rows)
