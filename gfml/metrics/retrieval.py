@@ -67,11 +67,12 @@ def retrieve(
     classes, both = torch.unique(torch.cat([query_labels, reference_labels]), return_inverse=True)
     query_class, reference_class = both[: len(query)], both[len(query) :]
     relevant = torch.bincount(reference_class, minlength=len(classes))[query_class] - int(alone)
-    query, reference = F.normalize(query, dim=1), F.normalize(reference, dim=1)
+    reference = F.normalize(reference, dim=1)
+    query = reference if alone else F.normalize(query, dim=1)
     candidates = len(reference) - int(alone)
     depth = min(candidates, max(*ks, keep, int(relevant.max()), 1))
 
-    blocks = []
+    found: dict[str, Tensor] = {}
     size = _block_size(len(reference), depth, whole, query.element_size(), memory_mib)
     for start in range(0, len(query), size):
         part = slice(start, start + size)
@@ -79,8 +80,11 @@ def retrieve(
         if alone:
             own = torch.arange(start, start + len(cosines), device=query.device)
             cosines.scatter_(1, own[:, None], -torch.inf)
-        blocks.append(_judge(cosines, query_class[part], reference_class, relevant[part], ks, keep, depth, candidates, whole))
-    return _collect(blocks, ks, int((relevant == 0).sum()))
+        block = _judge(cosines, query_class[part], reference_class, relevant[part], ks, keep, depth, candidates, whole)
+        for name, values in block.items():
+            # One array for all blocks: small pieces kept from each would hold its freed memory apart.
+            found.setdefault(name, values.new_empty(len(query), *values.shape[1:]))[part] = values
+    return _collected(found, int((relevant == 0).sum()))
 
 
 def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
@@ -153,8 +157,8 @@ def _judge(
     return block | {"neighbours": indices[:, :shown], "right": right[:, :shown], "cosines": values[:, :shown]}
 
 
-def _collect(blocks: Sequence[dict[str, Tensor]], ks: Sequence[int], unmatched: int) -> Retrieval:
-    joined = {name: torch.cat([block[name] for block in blocks]).cpu().numpy() for name in blocks[0]}
+def _collected(found: dict[str, Tensor], unmatched: int) -> Retrieval:
+    joined = {name: values.cpu().numpy() for name, values in found.items()}
     pictures = {name: joined.pop(name) for name in ("neighbours", "right", "cosines")}
     means = {name: _mean(values) for name, values in joined.items()}
     return Retrieval(means, joined, **pictures, unmatched=unmatched)
