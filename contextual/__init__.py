@@ -1,0 +1,1 @@
+"""Contextual similarity: image retrieval trained on who a picture's neighbours are."""
