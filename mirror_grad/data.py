@@ -103,7 +103,9 @@ def load(options: Options, *, needs_features: bool) -> MultimodalData:
         interactions = replace(interactions, name=inter.name.split(".")[0])
     if not options.keep_cold_users:
         interactions = without_cold_users(interactions)
-    ids = None if folder is None else read_item_map(folder, interactions.num_items)
+    # A folder may hold several data sets; a map is for the one whose items have numbers alone.
+    numbered = folder is not None and interactions.item_ids is None
+    ids = read_item_map(folder, interactions.num_items) if numbered else None
     if ids is not None:
         interactions = replace(interactions, item_ids=ids)
     cache_dir = (Path(options.cache_dir) if options.cache_dir else default_cache_dir()).parent / "graphs" if options.cache else None

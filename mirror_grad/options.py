@@ -226,7 +226,7 @@ def _weights_file(tokens: list[str]) -> tuple[list[str], str | None]:
 
 def _scan(tokens: Sequence[str]) -> _Chosen:
     """Model, data and mirror of a command line and its config files, before anything is checked."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--model", "-m")
     first.add_argument("--dataset", "-d")
     first.add_argument("--mirror")
@@ -236,7 +236,7 @@ def _scan(tokens: Sequence[str]) -> _Chosen:
     first.add_argument("--resume")
     try:
         found, _ = first.parse_known_args([token for token in tokens if token != "--"])
-    except SystemExit:  # a flag without its value: the real parser says so in one line
+    except argparse.ArgumentError:  # a flag without its value: the real parser says so in one line
         return _Chosen("SELFCFED_LGN", "baby", True, None)
     files = ([str(Path(found.resume) / "config.toml")] if found.resume else []) + found.config
     stored = {key.replace("-", "_"): value for path in files for key, value in _read_flat(path).items()}

@@ -1,0 +1,305 @@
+"""From raw Amazon reviews and metadata to a data folder that ``mirror_grad/main.py --dataset FOLDER`` reads.
+
+    python mirror_grad/preprocess.py --reviews reviews_Baby.json.gz --meta meta_Baby.json.gz --out data/baby2
+    python mirror_grad/preprocess.py --reviews ratings_Baby.csv --meta meta_Baby.json.gz --images image_features_Baby.b \
+        --text-encoder sentence-transformers/all-MiniLM-L6-v2 --out data/baby2
+
+Steps: drop incomplete rows and exact repeats, k-core, number users and items by first appearance, split, text and image
+features, a manifest with hashes. Text of an item: title, brand, categories and description.
+Differences from the published notebooks: one seeded command, other splits, no code in the metadata is run.
+Source: Zhou, MMRec, 2023 (the pipeline); McAuley et al., SIGIR 2015 (the 2014 release and its features).
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfml.cli import Options, Parser, number, run_main
+from gfml.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SPLITS = ("random", "user-time", "global-time", "leave-last")
+
+
+def build_parser() -> Parser:
+    """The command line of ``mirror_grad/preprocess.py``."""
+    parser = Parser(prog="mirror_grad/preprocess.py", description="Raw Amazon reviews and metadata to a data folder.")
+    add = parser.add_argument
+    add("--reviews", required=True, metavar="FILE", help="reviews as JSON lines (reviewerID, asin, overall, unixReviewTime) or "
+                                                         "ratings as CSV without header (user, item, rating, time); gzip or not")
+    add("--meta", metavar="FILE", help="metadata, a JSON or Python-literal object a line (asin, title, brand, categories, description)")
+    add("--out", required=True, metavar="DIR", help="the data folder; its name is the data set's")
+    add("--kcore", type=number(int, least=1), default=5, metavar="K", help="least number of rows of a user and of an item")
+    add("--duplicates", choices=("times", "first"), default="times",
+        help="times: repeats of a pair at another time stay, as published; first: only the earliest stays")
+    add("--split", choices=SPLITS, default="random",
+        help="random: of each user at random, as released; user-time: the same sizes, latest rows held out; global-time: by "
+             "quantiles of all times; leave-last: the last row to test, the one before to validation")
+    add("--ratios", type=number(above=0), nargs=3, default=[0.8, 0.1, 0.1], metavar=("TRAIN", "VALID", "TEST"), help="shares of global-time")
+    add("--seed", type=number(int, least=0), default=999, metavar="N", help="seed of the random split and of tfidf-svd")
+    add("--text-encoder", default="tfidf-svd", metavar="NAME", help="tfidf-svd, hashing, or a sentence-transformers model")
+    add("--text-width", type=number(int, least=1), default=384, metavar="F", help="width of tfidf-svd and hashing features")
+    add("--images", metavar="FILE", help="binary image features of the 2014 release (.b)")
+    add("--image-folder", metavar="DIR", help="pictures ASIN.jpg, encoded by --image-encoder")
+    add("--image-encoder", default="resnet50", metavar="NAME", help="timm backbone for --image-folder")
+    add("--image-weights", metavar="FILE", help="state of the backbone (default: timm's pretrained weights, downloaded)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(None if argv is None else list(argv))
+    if options.images and options.image_folder:
+        raise UserError("found --images and --image-folder: give the one whose features are wanted")
+    if not options.meta and not options.images and not options.image_folder:
+        raise UserError("found neither --meta nor --images nor --image-folder: items would have no features; give at least one")
+    rows = read_reviews(Path(options.reviews)).deduplicated(options.duplicates)
+    rows = rows.take(k_core_rows(rows, options.kcore))
+    if not len(rows):
+        raise UserError(f"the {options.kcore}-core of {options.reviews} is empty: lower --kcore")
+    users, user_names = by_appearance(rows.users)
+    items, item_names = by_appearance(rows.items)
+    labels = split_rows(options.split, users, rows.times, options.ratios, options.seed)
+    folder = write(options, rows, users, user_names, items, item_names, labels)
+    print(f"{folder}: {len(user_names):,} users, {len(item_names):,} items, {len(rows):,} rows")
+    return 0
+
+
+# -- reading
+
+
+@dataclass(frozen=True)
+class Reviews:
+    """Complete rows: users and items str, ratings and times float64."""
+
+    users: np.ndarray
+    items: np.ndarray
+    ratings: np.ndarray
+    times: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, keep: np.ndarray) -> Reviews:
+        """The rows that a mask or an index selects."""
+        return Reviews(self.users[keep], self.items[keep], self.ratings[keep], self.times[keep])
+
+    def deduplicated(self, how: str) -> Reviews:
+        """Without repeats of (user, item, time); with ``first``, of each (user, item) only the earliest row."""
+        import numpy as np
+
+        key = [self.users, self.items] + ([self.times] if how == "times" else [])
+        order = np.lexsort((np.arange(len(self)), self.times, self.items, self.users))
+        first = np.ones(len(self), dtype=bool)
+        if len(self):
+            first[1:] = np.any([column[order][1:] != column[order][:-1] for column in key], axis=0)
+        return self.take(np.sort(order[first]))
+
+
+def read_reviews(path: Path) -> Reviews:
+    """Rows with user, item, rating and time, in file order; incomplete ones are left out."""
+    return _from_json(path) if ".json" in path.suffixes or ".jsonl" in path.suffixes else _from_csv(path)
+
+
+def _from_csv(path: Path) -> Reviews:
+    import pandas as pd
+
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: check --reviews")
+    names = ["user", "item", "rating", "time"]
+    try:
+        frame = pd.read_csv(path, header=None, names=names, dtype={"user": str, "item": str}).dropna()
+    except ValueError as error:
+        raise UserError(f"{path} is no table of user, item, rating, time ({' '.join(str(error).split())[:120]}): check --reviews") from None
+    return _checked(path, *(frame[name].to_numpy() for name in names))
+
+
+def _from_json(path: Path) -> Reviews:
+    names = ("reviewerID", "asin", "overall", "unixReviewTime")
+    found = [[row.get(name) for name in names] for row in _objects(path)]
+    kept = [row for row in found if all(value not in (None, "") for value in row)]
+    return _checked(path, *(list(column) for column in (zip(*kept, strict=True) if kept else ((),) * 4)))
+
+
+def _checked(path: Path, users: Any, items: Any, ratings: Any, times: Any) -> Reviews:
+    import numpy as np
+
+    try:
+        numbers = [np.asarray(column, dtype=np.float64) for column in (ratings, times)]
+    except ValueError:
+        raise UserError(f"{path} has ratings or times that are not numbers: wanted user, item, rating, time without header") from None
+    if not len(numbers[0]):
+        raise UserError(f"{path} has no complete row of user, item, rating and time: check --reviews")
+    return Reviews(np.asarray(users, dtype=str), np.asarray(items, dtype=str), *numbers)
+
+
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    """One object a line, JSON or a Python literal as in the 2014 metadata; nothing is evaluated."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: check the path")
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+    with opened as stream:
+        for place, line in enumerate(stream, start=1):
+            if line.strip():
+                yield _object(line, path, place)
+
+
+def _object(line: str, path: Path, place: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        try:
+            found = ast.literal_eval(line.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}, line {place}: found {line[:40]!r}, wanted one JSON object a line: fetch the file again")
+    return found
+
+
+def read_metadata(path: Path, names: Sequence[str]) -> list[str]:
+    """The text of every item of ``names``: title, brand, first category path, description; "" where nothing is known."""
+    wanted, texts = set(names), {}
+    for row in _objects(path):
+        if row.get("asin") in wanted:
+            texts[row["asin"]] = item_text(row)
+    return [texts.get(name, "") for name in names]
+
+
+def item_text(row: dict[str, Any]) -> str:
+    """One line of text from an item's metadata."""
+    paths = row.get("categories") or [[]]
+    first = paths[0] if isinstance(paths[0], list) else paths
+    description = row.get("description") or ""
+    words = [row.get("title") or "", row.get("brand") or "", *first, *([description] if isinstance(description, str) else description)]
+    return " ".join(" ".join(str(word) for word in words if word).split())
+
+
+# -- core, numbers, split
+
+
+def k_core_rows(rows: Reviews, k: int) -> np.ndarray:
+    """Mask of the rows left when users and items with fewer than k rows are removed together until none is left."""
+    import numpy as np
+
+    from gfml.data.splits import k_core
+
+    return k_core(np.unique(rows.users, return_inverse=True)[1], np.unique(rows.items, return_inverse=True)[1], k)
+
+
+def by_appearance(names: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Numbers 0, 1, ... in order of first appearance, and the name of each number."""
+    import numpy as np
+
+    ordered, first, rows = np.unique(names, return_index=True, return_inverse=True)
+    rank = np.empty(len(ordered), dtype=np.int64)
+    order = np.argsort(first)
+    rank[order] = np.arange(len(ordered))
+    return rank[rows], ordered[order].tolist()
+
+
+def split_sizes(count: int) -> tuple[int, int, int]:
+    """Rows of a user for train, validation and test, as in the released data.
+
+    n < 10: n - 2, 1, 1. Else with h = floor(n / 5): n - h, floor(h / 2), the rest of h. Fewer than 3 all train.
+    """
+    if count < 3:
+        return count, 0, 0
+    if count < 10:
+        return count - 2, 1, 1
+    held = count // 5
+    return count - held, held // 2, held - held // 2
+
+
+def split_rows(how: str, users: np.ndarray, times: np.ndarray, ratios: Sequence[float], seed: int) -> np.ndarray:
+    """Labels int8 of every row: 0 train, 1 validation, 2 test."""
+    import numpy as np
+
+    if how == "global-time":
+        return _by_quantiles(times, ratios)
+    key = np.random.default_rng(seed).random(len(users)) if how == "random" else times
+    order = np.lexsort((np.arange(len(users)), key, users))
+    counts = np.bincount(users)
+    sizes = np.array([_last_two(n) if how == "leave-last" else split_sizes(n) for n in counts.tolist()])
+    place = np.empty(len(users), dtype=np.int64)
+    place[order] = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
+    train, valid = sizes[users, 0], sizes[users, 1]
+    return ((place >= train).astype(np.int8) + (place >= train + valid)).astype(np.int8)
+
+
+def _last_two(count: int) -> tuple[int, int, int]:
+    return (count, 0, 0) if count < 3 else (count - 2, 1, 1)
+
+
+def _by_quantiles(times: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
+    """Rows before the first cut train, before the second validate; the cuts are quantiles of all times."""
+    import numpy as np
+
+    share = np.cumsum(np.asarray(ratios) / np.sum(ratios))
+    first, second = np.quantile(times, [share[0], share[1]])
+    return ((times >= first).astype(np.int8) + (times >= second)).astype(np.int8)
+
+
+# -- writing
+
+
+def write(
+    options: Options, rows: Reviews, users: np.ndarray, user_names: list[str], items: np.ndarray, item_names: list[str], labels: np.ndarray
+) -> Path:
+    """The whole folder; the path."""
+    from mirror_grad import layout
+
+    folder = Path(options.out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Rows of a user stand together, parts in order, as in the released files.
+    import numpy as np
+
+    order = np.lexsort((rows.times, labels, users))
+    columns = (column[order] for column in (users, items, labels, rows.ratings, rows.times))
+    layout.write_inter(folder / f"{folder.resolve().name}.inter", *columns)
+    layout.write_map(folder / "u_id_mapping.csv", ("user_id", "userID"), user_names)
+    layout.write_map(folder / "i_id_mapping.csv", ("asin", "itemID"), item_names)
+    made = _features(options, folder, item_names)
+    layout.write_manifest(folder, {
+        "users": len(user_names), "items": len(item_names), "rows": len(rows), "parts": np.bincount(labels, minlength=3).tolist(),
+        "settings": {key: value for key, value in vars(options).items() if value is not None}, "features": made,
+    })  # fmt: skip
+    return folder
+
+
+def _features(options: Options, folder: Path, names: list[str]) -> dict[str, Any]:
+    """Write the feature files; what they are, for the manifest. Items without own features are listed there."""
+    import numpy as np
+
+    from mirror_grad import features, layout
+
+    made: dict[str, Any] = {}
+    if options.meta:
+        texts = read_metadata(Path(options.meta), names)
+        layout.write_texts(folder / "item_text.csv", names, texts)
+        # A text without words is one blank for a sentence model, a row of zeros for the others.
+        table = features.encode_texts([text or " " for text in texts], options.text_encoder, options.text_width, options.seed)
+        layout.write_feature_file(folder / "text_feat.npy", table)
+        made["text"] = {"encoder": options.text_encoder, "width": table.shape[1], "missing": [n for n, text in zip(names, texts) if not text]}
+    if options.images or options.image_folder:
+        if options.images:
+            values, known, encoder = *features.read_amazon_images(Path(options.images), names), "amazon 2014"
+        else:
+            weights = Path(options.image_weights) if options.image_weights else None
+            values, known = features.encode_pictures(Path(options.image_folder), names, options.image_encoder, weights)
+            encoder = options.image_encoder
+        layout.write_feature_file(folder / "image_feat.npy", features.fill_missing(values, known, "mean"))
+        made["image"] = {"encoder": encoder, "width": values.shape[1], "missing": np.asarray(names)[~known].tolist()}
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

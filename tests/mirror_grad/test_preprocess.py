@@ -1,0 +1,181 @@
+"""Raw reviews and metadata to a data folder, against stored vectors and on a small raw release."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+
+import numpy as np
+import pytest
+
+from gfml.cli import run_main
+from gfml.errors import UserError
+from mirror_grad import features, preprocess
+from mirror_grad.data import load
+from mirror_grad.options import parse
+
+
+@pytest.fixture(scope="module")
+def golden(numbers):
+    return numbers("mm_dataset")
+
+
+@pytest.fixture(scope="module")
+def core(golden, tmp_path_factory):
+    """The stored raw rows through a CSV file, without repeats, cut to the stored core."""
+    path = tmp_path_factory.mktemp("raw") / "ratings.csv"
+    columns = (golden[f"raw_{name}"] for name in ("user", "item", "rating", "timestamp"))
+    with open(path, "w") as stream:
+        for user, item, rating, time in zip(*(column.tolist() for column in columns), strict=True):
+            stream.write(f"{user},{item},{'' if rating != rating else rating},{'' if time != time else time}\n")
+    rows = preprocess.read_reviews(path).deduplicated("times")
+    return rows.take(preprocess.k_core_rows(rows, int(golden["kcore"])))
+
+
+def test_core_is_the_stored_one(golden, core):
+    kept = golden["core_rows"]
+    assert core.users.tolist() == golden["raw_user"][kept].tolist() and core.items.tolist() == golden["raw_item"][kept].tolist()
+    assert preprocess.k_core_rows(core, int(golden["kcore"])).all()
+
+
+def test_numbers_by_first_appearance_are_the_stored_ones(golden, core):
+    for column, name in ((core.users, "umap"), (core.items, "imap")):
+        rows, names = preprocess.by_appearance(column)
+        assert names == golden[f"{name}_raw"].tolist() and (np.asarray(names)[rows] == column).all()
+
+
+def test_sizes_of_the_random_split_are_the_stored_ones(golden):
+    found = [preprocess.split_sizes(n) for n in golden["split_n"].tolist()]
+    assert [found_of for n, found_of in zip(golden["split_n"], found, strict=True) if n >= 3] == [
+        tuple(row) for n, row in zip(golden["split_n"], golden["split_counts"].tolist(), strict=True) if n >= 3
+    ]
+    assert [preprocess.split_sizes(n) for n in (5, 9, 10, 15, 20, 37)] == [(3, 1, 1), (7, 1, 1), (8, 1, 1), (12, 1, 2), (16, 2, 2), (30, 3, 4)]
+
+
+@pytest.mark.parametrize("kind", ["mg", "mmrec"])
+def test_global_time_split_is_the_stored_one(golden, core, kind):
+    users, items = preprocess.by_appearance(core.users)[0], preprocess.by_appearance(core.items)[0]
+    labels = preprocess.split_rows("global-time", users, core.times, golden[f"ratios_{kind}"].tolist(), 0)
+    found = sorted(zip(users.tolist(), items.tolist(), core.times.tolist(), labels.tolist(), strict=True))
+    assert found == sorted(map(tuple, golden[f"indexed_{kind}"][:, [0, 1, 3, 4]].tolist()))
+
+
+@pytest.mark.parametrize("how", ["random", "user-time", "leave-last"])
+def test_splits_of_each_user(how):
+    counts = [1, 2, 3, 9, 10, 25]
+    users = np.repeat(np.arange(len(counts)), counts)
+    times = np.random.default_rng(0).permutation(len(users)).astype(float)
+    labels = preprocess.split_rows(how, users, times, (0.8, 0.1, 0.1), 5)
+    for user, count in enumerate(counts):
+        own, when = labels[users == user], times[users == user]
+        sizes = preprocess.split_sizes(count) if how != "leave-last" else (count, 0, 0) if count < 3 else (count - 2, 1, 1)
+        assert tuple(np.bincount(own, minlength=3)) == sizes
+        if how != "random":
+            assert (np.diff(own[np.argsort(when)]) >= 0).all()
+    again = preprocess.split_rows(how, users, times, (0.8, 0.1, 0.1), 5)
+    assert (labels == again).all()
+    assert how != "random" or (labels != preprocess.split_rows(how, users, times, (0.8, 0.1, 0.1), 6)).any()
+
+
+def test_repeats_of_a_pair():
+    rows = preprocess.Reviews(np.array(["a", "a", "a", "b"]), np.array(["x", "x", "x", "x"]), np.ones(4), np.array([5.0, 2.0, 5.0, 1.0]))
+    assert rows.deduplicated("times").times.tolist() == [5.0, 2.0, 1.0]
+    assert rows.deduplicated("first").times.tolist() == [2.0, 1.0]
+
+
+def test_text_of_an_item():
+    row = {"title": "A\nkettle", "brand": "Acme", "categories": [["Home", "Kitchen"], ["Other"]], "description": "boils  water"}
+    assert preprocess.item_text(row) == "A kettle Acme Home Kitchen boils water"
+    assert preprocess.item_text({"asin": "x", "title": None, "description": ["one", "two"]}) == "one two" and preprocess.item_text({}) == ""
+
+
+def test_metadata_is_never_run(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text("{'asin': 'a', 'title': 'fine'}\n__import__('os').system('true')\n")
+    with pytest.raises(UserError, match="line 2"):
+        preprocess.read_metadata(path, ["a"])
+
+
+# -- the whole way on a small raw release
+
+
+def raw_release(folder):
+    """40 users, 30 items, dense enough for a 5-core; one item without metadata, one without image features."""
+    rng = np.random.default_rng(1)
+    names = [f"B{n:09d}" for n in range(30)]
+    with gzip.open(folder / "reviews.json.gz", "wt") as stream:
+        for user in range(40):
+            for item in rng.choice(30, 12, replace=False):
+                row = {"reviewerID": f"U{user}", "asin": names[item], "overall": 4.0, "unixReviewTime": int(rng.integers(1e6))}
+                stream.write(json.dumps(row) + "\n")
+        stream.write(json.dumps({"reviewerID": "lonely", "asin": names[0], "overall": 1.0, "unixReviewTime": 3}) + "\n")
+        stream.write(json.dumps({"reviewerID": "U1", "asin": None, "overall": 1.0, "unixReviewTime": 3}) + "\n")
+    with gzip.open(folder / "meta.json.gz", "wt") as stream:
+        for number, name in enumerate(names[1:], start=1):
+            stream.write(repr({"asin": name, "title": f"thing {number} 'quoted'", "categories": [["Baby", f"kind {number % 3}"]]}) + "\n")
+    with open(folder / "images.b", "wb") as stream:
+        for number, name in enumerate(names[:-1]):
+            stream.write(name.encode() + np.full(4096, number + 1, dtype="<f4").tobytes())
+    return names
+
+
+def test_one_command_from_raw_files_to_a_run(tmp_path, capsys):
+    names = raw_release(tmp_path)
+    words = ["--reviews", tmp_path / "reviews.json.gz", "--meta", tmp_path / "meta.json.gz", "--images", tmp_path / "images.b", "--text-width", 8]
+    for out in ("toys", "again/toys"):
+        assert run_main(preprocess.main, [*map(str, words), "--out", str(tmp_path / out)]) == 0
+    assert "40 users, 30 items, 480 rows" in capsys.readouterr().out
+    data = load(parse(["-m", "VBPR", "--no-cache", "-d", str(tmp_path / "toys")]), needs_features=True)
+    assert {name: tuple(table.shape) for name, table in data.features.items()} == {"image": (30, 4096), "text": (30, 8)}
+    assert (data.interactions.user_activity == 10).all() and data.interactions.valid.nnz == 40 and data.interactions.test.nnz == 40
+    ids = data.interactions.item_ids.tolist()
+    assert sorted(ids) == names
+    for row, name in enumerate(ids):
+        number = names.index(name)
+        assert data.features["image"][row, 0] == pytest.approx(number + 1 if number < 29 else np.arange(1, 30).mean())
+    manifest = json.loads((tmp_path / "toys" / "manifest.json").read_text())
+    assert manifest["features"]["image"]["missing"] == [names[29]] and manifest["features"]["text"]["missing"] == [names[0]]
+    assert manifest["sha256"] == json.loads((tmp_path / "again/toys/manifest.json").read_text())["sha256"]
+
+
+def test_pictures_are_encoded_by_a_timm_backbone(tmp_path):
+    import timm
+    import torch
+    from PIL import Image
+
+    backbone = "test_resnet"
+    torch.manual_seed(0)
+    model = timm.create_model(backbone, pretrained=False, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    rng = np.random.default_rng(0)
+    for name, end in (("a", ".jpg"), ("c", ".png")):
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{name}{end}")
+    values, known = features.encode_pictures(tmp_path, ["a", "b", "c"], backbone, tmp_path / "w.pt")
+    assert known.tolist() == [True, False, True] and values.shape == (3, model.num_features)
+    assert (values[1] == 0).all() and np.abs(values[0] - values[2]).max() > 1e-4
+    with pytest.raises(UserError, match="has no backbone"):
+        features.encode_pictures(tmp_path, ["a"], "resnet_none", tmp_path / "w.pt")
+    with pytest.raises(UserError, match="no picture"):
+        features.encode_pictures(tmp_path, ["z"], backbone, tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--reviews", "none.csv", "--meta", "m"], "there is no file"),
+        (["--reviews", "reviews.json.gz"], "items would have no features"),
+        (["--reviews", "reviews.json.gz", "--images", "short.b"], "bytes, wanted a multiple"),
+        (["--reviews", "reviews.json.gz", "--meta", "meta.json.gz", "--kcore", "99"], "99-core of .* is empty"),
+        (["--reviews", "reviews.json.gz", "--meta", "meta.json.gz", "--text-encoder", "tfidf"], "needs sentence-transformers|cannot load"),
+        (["--reviews", "bad.csv", "--meta", "meta.json.gz"], "not numbers"),
+    ],
+)
+def test_mistakes_are_one_line(words, said, tmp_path, monkeypatch, capsys):
+    raw_release(tmp_path)
+    (tmp_path / "short.b").write_bytes(b"123")
+    (tmp_path / "bad.csv").write_text("u,i,good,now\n")
+    monkeypatch.chdir(tmp_path)
+    assert run_main(preprocess.main, [*words, "--out", "out"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(said, error) and "\n" not in error
