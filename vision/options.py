@@ -188,7 +188,7 @@ def parse(argv: list[str] | None = None) -> Options:
                 setattr(options, name, value)
     _choose_imbalance(parser, options, given)
     _check(parser, options, given)
-    options.resolved = parser.config_of(options)
+    options.resolved = {key: value for key, value in parser.config_of(options).items() if key.replace("-", "_") not in WITHOUT_EFFECT}
     return options
 
 
@@ -197,7 +197,6 @@ def for_model(options: Options, name: str) -> Options:
     own = Options(**{**vars(options), "model_name": name})
     own.explicit = options.explicit
     own.resolved = {**options.resolved, "model-name": [name]}
-    own.resolved.pop("api-key", None)
     return own
 
 
