@@ -1,0 +1,258 @@
+"""What every model must do, whatever it is; and what each does in the limits of its settings."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gfml.baselines import popularity
+from gfml.data.interactions import Interactions, csr_from_pairs
+from gfml.errors import UserError
+from gfml.evaluation import evaluate
+from gfml.sampling import TripleSampler, Triples
+from mirror_grad.data import MultimodalData
+from mirror_grad.models import MODELS, load_model
+
+kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toy.py"))))
+TRAINED = [name for name, entry in MODELS.items() if entry.trains]
+BEHAVIOURS = [(name, b) for name in TRAINED for b in (("fixed", "published") if MODELS[name].has_published else ("fixed",))]
+# Parameters that the loss does not reach.
+UNREACHED: dict[tuple[str, str], set[str]] = {}
+# Their targets are constants to the gradient but not to the loss; the stored vectors hold their gradients.
+STOPPED = {"BM3", "SELFCFED_LGN"}
+
+
+@pytest.fixture
+def toy(stored):
+    return stored("mm_toy")
+
+
+@pytest.fixture
+def data(toy):
+    return kit.toy_data(toy)
+
+
+def batch_for(name, toy):
+    batch = kit.toy_batch(toy)
+    return batch if MODELS[name].needs_negatives else Triples(batch.users, batch.pos, batch.neg[:, None][:, :0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_settings_are_plain_and_explained(name):
+    settings = MODELS[name].settings
+    assert settings.__doc__ and load_model(name).Settings is settings and load_model(name).__doc__
+    for option in dataclasses.fields(settings):
+        assert isinstance(option.default, int | float | bool | str) and len(option.metadata["help"]) > 9
+        assert type(option.default).__name__ == option.type
+        for value in (*option.metadata["grid"], *option.metadata["choices"]):
+            assert type(value) is type(option.default), option.name
+
+
+def test_an_unknown_model_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'FREEDOM'"):
+        load_model("FREEDON")
+
+
+@pytest.mark.parametrize("name, behaviour", BEHAVIOURS)
+def test_loss_is_a_finite_scalar_that_reaches_every_parameter_and_leaves_the_batch(name, behaviour, data, toy):
+    torch.manual_seed(0)
+    model, batch = kit.build(name, data, behaviour=behaviour).train(), batch_for(name, toy)
+    before = copy.deepcopy(batch)
+    model.new_epoch(1) if hasattr(model, "new_epoch") else None
+    terms = model.loss(batch)
+    assert all(value.shape == () and value.isfinite() for value in terms.values())
+    assert all(torch.equal(getattr(before, key), getattr(batch, key)) for key in ("users", "pos", "neg"))
+    terms["loss"].backward()
+    missing = {key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert missing == UNREACHED.get((name, behaviour), set())
+
+
+@pytest.mark.parametrize("name, behaviour", [pair for pair in BEHAVIOURS if pair[0] not in STOPPED])
+def test_gradient_is_the_slope_of_the_loss(name, behaviour, data, toy):
+    """Central differences along a random direction in float64, with equal random draws."""
+    torch.manual_seed(1)
+    model, batch = kit.build(name, data, behaviour=behaviour).double().train(), batch_for(name, toy)
+    parameters = [p for p in model.parameters()]
+    generator = torch.Generator().manual_seed(2)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+
+    def value(step):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(d, alpha=step)
+        if hasattr(model, "new_epoch"):
+            model.new_epoch(1)
+        torch.manual_seed(3)
+        return model.loss(batch)["loss"]
+
+    found = value(0.0)
+    slope = sum((g * d).sum() for g, d in zip(torch.autograd.grad(found, parameters, allow_unused=True), direction) if g is not None)
+    step = 1e-6
+    upper, lower = value(step).item(), value(-2 * step).item()
+    assert slope.item() == pytest.approx((upper - lower) / (2 * step), rel=2e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_deterministic_and_survive_a_checkpoint(name, data, toy):
+    torch.manual_seed(0)
+    model = kit.build(name, data)
+    if MODELS[name].trains:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        model.new_epoch(1) if hasattr(model, "new_epoch") else None
+        model.train().loss(batch_for(name, toy))["loss"].backward()
+        optimizer.step()
+    first = kit.scores(model)
+    assert first.shape == (30, 24) and first.isfinite().all() and not first.requires_grad
+    assert torch.equal(kit.scores(model), first)
+    torch.manual_seed(7)
+    other = kit.build(name, data)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(kit.scores(other), first)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_epochs_repeat_from_seed_and_number(name, data, toy):
+    torch.manual_seed(0)
+    model = kit.build(name, data, seed=4)
+    twin = kit.build(name, data, seed=4)
+    twin.load_state_dict(model.state_dict())
+    losses = []
+    for one, epochs in ((model, (1, 2, 3)), (twin, (3,))):
+        for epoch in epochs:
+            one.new_epoch(epoch) if hasattr(one, "new_epoch") else None
+        torch.manual_seed(5)
+        losses.append(one.train().loss(batch_for(name, toy))["loss"])
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.needs_features])
+def test_one_modality_alone(name, modality, data, toy):
+    alone = MultimodalData(data.interactions, {modality: data.features[modality]})
+    model = kit.build(name, alone)
+    if MODELS[name].trains:
+        assert model.train().loss(batch_for(name, toy))["loss"].isfinite()
+    assert kit.scores(model).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.needs_features])
+def test_items_without_features_do_not_break_anything(name, data, toy):
+    features = {key: table.clone() for key, table in data.features.items()}
+    features["image"][[3, 8]] = 0.0
+    features["text"][[3]] = 0.0
+    model = kit.build(name, MultimodalData(data.interactions, features))
+    if MODELS[name].trains:
+        model.train().loss(batch_for(name, toy))["loss"].backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert kit.scores(model).isfinite().all()
+
+
+# U users, I items, D = 64, V = 16 and T = 12 feature columns: trainable numbers of the published constructors.
+COUNTS = {
+    "BPR": lambda u, i, v, t: 64 * (u + i),
+    "LightGCN": lambda u, i, v, t: 64 * (u + i),
+    "LayerGCN": lambda u, i, v, t: 64 * (u + i),
+    "VBPR": lambda u, i, v, t: 128 * u + 64 * i + 64 * (v + t) + 64,
+    "SELFCFED_LGN": lambda u, i, v, t: 64 * (u + i) + 4160,
+    "BM3": lambda u, i, v, t: 64 * (u + i) + (v + t) * i + 64 * (v + t) + 128 + 4160,
+    "FREEDOM": lambda u, i, v, t: 64 * (u + i) + (v + t) * i + 64 * (v + t) + 128,
+    "LATTICE": lambda u, i, v, t: 64 * (u + i) + (v + t) * i + 64 * (v + t) + 128 + 2,
+    "MGCN": lambda u, i, v, t: 64 * (u + i) + (v + t) * i + 64 * (v + t) + 128 + 20864,
+    "ItemKNNCBF": lambda u, i, v, t: 0,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_number_of_parameters(name, data):
+    model = kit.build(name, data, embedding_dim=64)
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name](30, 24, 16, 12)
+
+
+def planted(num_users=240, num_items=160, clusters=8, seed=0):
+    """Users like the items of their cluster, whose features lie around the cluster's centre; popularity is flat."""
+    rng = np.random.default_rng(seed)
+    group = np.arange(num_items) % clusters
+    users, items, part = [], [], []
+    for user in range(num_users):
+        own = rng.permutation(np.flatnonzero(group == user % clusters))[:9]
+        liked = np.concatenate([own, rng.choice(num_items, 1)])
+        users += [user] * 10
+        items += liked.tolist()
+        part += [2, 2, 1, 0, 0, 0, 0, 0, 0, 0]
+    users, items, part = map(np.asarray, (users, items, part))
+    splits = [csr_from_pairs(users[part == p], items[part == p], num_users, num_items) for p in range(3)]
+    splits[1:] = [(s - s.multiply(splits[0])).tocsr() for s in splits[1:]]
+    for split in splits:
+        split.eliminate_zeros()
+        split.sort_indices()
+    centre = {"image": rng.normal(size=(clusters, 20)), "text": rng.normal(size=(clusters, 10))}
+    noise = {name: rng.normal(size=(num_items, c.shape[1])) for name, c in centre.items()}
+    features = {name: torch.tensor(c[group] + 0.7 * noise[name], dtype=torch.float32) for name, c in centre.items()}
+    return MultimodalData(Interactions("planted", *splits), features)
+
+
+@pytest.fixture(scope="module")
+def planted_data():
+    return planted()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_planted_clusters_are_found(name, planted_data):
+    """Recall@10 far above popularity after a few hundred steps: no model is silently dead."""
+    torch.manual_seed(0)
+    model = kit.build(name, planted_data, embedding_dim=16)
+    if MODELS[name].trains:
+        sampler = TripleSampler(planted_data.interactions.train, batch_size=512, seed=0, scheme="interaction")
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for epoch in range(1, 26):
+            model.new_epoch(epoch) if hasattr(model, "new_epoch") else None
+            for batch in sampler.epoch(epoch):
+                if not MODELS[name].needs_negatives:
+                    batch = Triples(batch.users, batch.pos, batch.neg[:, None][:, :0])
+                optimizer.zero_grad()
+                model.train().loss(batch)["loss"].backward()
+                optimizer.step()
+    recall = [
+        evaluate(scorer, planted_data.interactions, "test", [10]).means["recall@10"]
+        for scorer in (model.eval().scorer(), popularity(planted_data.interactions))
+    ]
+    assert recall[0] > recall[1] + 0.25, recall
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor made inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(part, torch.Tensor):
+                self.numel = max(self.numel, part.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_nothing_is_dense_in_users_or_items_twice(name):
+    rng = np.random.default_rng(0)
+    num_users, num_items = 6000, 5500
+    users = np.repeat(np.arange(num_users), 3)
+    train = csr_from_pairs(users, rng.integers(num_items, size=len(users)), num_users, num_items)
+    empty = csr_from_pairs(users[:1], np.zeros(1, int), num_users, num_items)
+    features = {n: torch.tensor(rng.normal(size=(num_items, 4)), dtype=torch.float32) for n in ("image", "text")}
+    model = kit.build(name, MultimodalData(Interactions("wide", train, empty, empty), features), embedding_dim=4)
+    batch = next(iter(TripleSampler(train, batch_size=256, seed=0, scheme="interaction").epoch(1)))
+    with LargestTensor() as seen:
+        model.train().loss(batch)["loss"].backward()
+        scorer = model.eval().scorer()
+    # Searching neighbours goes block by block, of 2^24 scores at most.
+    assert seen.numel <= 2**24 < num_items * num_items
+    assert scorer.num_users == num_users and scorer.num_items == num_items
