@@ -229,6 +229,15 @@ def test_no_pull_is_uniform_and_a_strong_one_picks_the_nearest() -> None:
     assert sharp.gather(-1, nearest[..., None]).min() > 0.99
 
 
+def test_far_from_the_origin_nothing_breaks() -> None:
+    """In float32 the closed form of equal far points may come out below zero: it counts as zero."""
+    far = 3e4 * rows(0, 2, 3, 40, 8, dtype=torch.float32).requires_grad_()
+    z = 1 + (far.square().sum(-1)[..., None] + far.square().sum(-1)[..., None, :] - 2 * far @ far.mT)
+    assert z.min() < 0
+    weights = power_law_weights(far, far, torch.zeros(()), 2.0)
+    assert weights.isfinite().all() and torch.equal(weights.argmax(-1), torch.arange(40).expand(2, 3, 40))
+
+
 def small(seed: int = 0, **options: object) -> GravityAttention:
     torch.manual_seed(seed)
     return GravityAttention(12, 3, 5, AttentionSettings(**options)).double()

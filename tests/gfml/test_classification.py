@@ -89,6 +89,9 @@ def test_calibration_error_of_known_cases() -> None:
     sure = torch.eye(2)[[0, 0, 1, 1]]
     assert ours.calibration_error(sure, torch.tensor([0, 0, 1, 1])) == 0
     assert ours.calibration_error(sure, torch.tensor([1, 1, 0, 0])) == 1
+    # a confidence on a boundary belongs to the bin below it
+    two = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
+    assert ours.calibration_error(two, torch.tensor([0, 1]), num_bins=2) == pytest.approx((0.5 + 0.75) / 2)
     # right half of the time at confidence 0.5: calibrated, whichever class the tie goes to
     assert ours.calibration_error(torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])) == 0
 
