@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from gfml import attention, longtail
 from gfml.attention import AttentionSettings, gravity_attentions
+from gfml.distances import DISTANCES
 from gfml.errors import UserError
 from vision import models
 from vision.models import build_model
+from vision.options import build_parser
 from vision.vit import ViT, ViTSettings
 
 TINY = ViTSettings(4, 24, 24, 2, 4)
@@ -94,6 +97,20 @@ def test_wrong_names_and_sizes_are_one_line(name, options, message) -> None:
     with pytest.raises(UserError, match=message) as caught:
         build_model(name, num_classes=10, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "choices"),
+    [
+        ("mass_pos", attention.MASS_POSITIONS), ("mix_mode", attention.MIXES[1:]), ("dist_mode", DISTANCES),
+        ("gra_scale", attention.SCALES), ("dot_scale", attention.SCALES[:2]), ("mass_from", attention.MASSES),
+        ("mass_param", attention.MASS_PARAMS), ("stem", models.STEMS), ("imb_type", longtail.PROFILES),
+    ],
+)  # fmt: skip
+def test_flags_offer_what_the_modules_know(flag, choices) -> None:
+    """The flags are written down where nothing heavy is imported."""
+    found = {action.dest: action.choices for action in build_parser()._actions}
+    assert {*found[flag]} == {*choices}
 
 
 def test_importing_models_does_not_import_the_libraries() -> None:
