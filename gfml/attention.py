@@ -117,7 +117,9 @@ class PositionMass(nn.Module):
     starts from the same other weights as one without.
     """
 
-    def __init__(self, num_tokens: int, rows: int = 1, *, param: str = "raw", init: str = "uniform", query: bool = False) -> None:
+    def __init__(
+        self, num_tokens: int, rows: int = 1, *, param: str = "raw", init: str = "uniform", query: bool = False
+    ) -> None:
         super().__init__()
         self.param = param
         self.key = nn.Parameter(torch.zeros(rows, num_tokens))
@@ -302,7 +304,11 @@ class GravityAttention(nn.Module):
         """Heads [B, H, n, d]: gravity heads from their weights, dot heads by the library's fused attention."""
         count = self.num_gravity_heads
         original = self.settings.head_order == "original"
-        v_gravity, v_dot = (v[:, -count or self.num_heads :], v[:, : self.num_heads - count]) if original else (v[:, :count], v[:, count:])
+        v_gravity, v_dot = (
+            (v[:, -count or self.num_heads :], v[:, : self.num_heads - count])
+            if original
+            else (v[:, :count], v[:, count:])
+        )
         parts = []
         if count:
             weights = self._gravity_weights(q[:, :count], k[:, :count])
@@ -415,7 +421,9 @@ def replace_attention(
     return model
 
 
-def _converted(layer: nn.Module, settings: AttentionSettings, num_tokens: int, mass: PositionMass | None) -> GravityAttention:
+def _converted(
+    layer: nn.Module, settings: AttentionSettings, num_tokens: int, mass: PositionMass | None
+) -> GravityAttention:
     width = layer.num_heads * layer.head_dim
     if getattr(layer, "gate", None) is not None or layer.qkv.in_features != width or layer.proj.out_features != width:
         raise ValueError("found a gated attention or one that changes the width, wanted plain multi-head attention")

@@ -57,7 +57,9 @@ def measure(call: Callable[[], object], *, runs: int = 5, warm_up: int = 1) -> t
     return min(cpu for cpu, _ in times), min(wall for _, wall in times)
 
 
-def measure_in_turn(calls: dict[str, Callable[[], object]], device: str = "cpu", *, runs: int = 5) -> dict[str, tuple[float, float]]:
+def measure_in_turn(
+    calls: dict[str, Callable[[], object]], device: str = "cpu", *, runs: int = 5
+) -> dict[str, tuple[float, float]]:
     """CPU and wall seconds of several calls that take turns, so that a busy machine slows all alike.
 
     The smallest of ``runs`` after a warm-up. On a GPU both are the median of the device's own seconds.
@@ -446,7 +448,8 @@ def bench_attention(batch: int, device: str) -> Iterable[Row]:
     sizes = (384, 12, 65)
     layers = {"torch's fused attention": GravityAttention(*sizes, PLAIN)}
     layers |= {name: GravityAttention(*sizes, each) for name, each in settings.items()}
-    layers |= {f"cdist and autograd, {kind}": plain.PlainGravityAttention(*sizes, lamb, p) for kind, p in (("l2", 2.0), ("l1", 1.0))}
+    for kind, p in (("l2", 2.0), ("l1", 1.0)):
+        layers[f"cdist and autograd, {kind}"] = plain.PlainGravityAttention(*sizes, lamb, p)
     x, grad = (torch.randn(batch, 65, 384, device=device) for _ in range(2))
     x.requires_grad_()
 
@@ -461,14 +464,15 @@ def bench_attention(batch: int, device: str) -> Iterable[Row]:
 
         return step
 
-    times = measure_in_turn({name: steps(layer) for name, layer in layers.items()}, device, runs=5 if device == "cpu" else 50)
+    calls = {name: steps(layer) for name, layer in layers.items()}
+    times = measure_in_turn(calls, device, runs=5 if device == "cpu" else 50)
     base, *others = times
     for name in others:
         bar = "" if name.startswith("cdist") or "explicit" in name else "<= 1.5 x"
         yield Row(f"attention layer, {name}", *times[name], base, times[base][0], bar)
     for kind in ("l2", "l1"):
-        ours = times["gravity" if kind == "l2" else "gravity l1"]
-        yield Row(f"attention layer, gravity {kind}", *ours, f"cdist and autograd, {kind}", times[f"cdist and autograd, {kind}"][0], "")
+        ours, other = times["gravity" if kind == "l2" else "gravity l1"], f"cdist and autograd, {kind}"
+        yield Row(f"attention layer, gravity {kind}", *ours, other, times[other][0], "")
 
 
 def bench_vision_model(batch: int, device: str) -> Iterable[Row]:
@@ -480,9 +484,10 @@ def bench_vision_model(batch: int, device: str) -> Iterable[Row]:
     from vision.models import build_model
     from vision.vit import ViTSettings
 
-    mixes = {"": {}, ", normal mix": {"mix": "normal"}, ", split 6 blended": {"mix": "split", "split_mix": True}}
-    cases = {f"vit_gra {place}{mix}": (place, options) for mix, options in mixes.items()
-             for place in ("full", "full_fix", "head", "tail") if place == "full" or not mix or (place, mix[2:7]) == ("tail", "split")}
+    split = {"mix": "split", "split_mix": True}
+    cases = {f"vit_gra {place}": (place, {}) for place in ("full", "full_fix", "head", "tail")}
+    cases |= {"vit_gra full, normal mix": ("full", {"mix": "normal"})}
+    cases |= {f"vit_gra {place}, split 6 blended": (place, split) for place in ("full", "tail")}
     images, labels = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
 
     def steps(name: str, place: str = "full", options: dict[str, Any] | None = None) -> Callable[[], None]:
@@ -562,8 +567,10 @@ def vision(arguments: argparse.Namespace) -> list[Row]:
     sizes = (arguments.batch,) * 2 if arguments.batch else (64, 16) if device == "cpu" else (128, 128)
     if device != "cpu":
         print(f"{torch.cuda.get_device_name()}: every column is seconds on the device, medians of 50\n")
-    parts = {"attention": lambda: bench_attention(sizes[0], device), "model": lambda: bench_vision_model(sizes[1], device)}
-    return [row for name in arguments.only or parts for row in parts[name]()]
+    parts = {"attention": bench_attention, "model": bench_vision_model}
+    chosen = [(part, size) for (name, part), size in zip(parts.items(), sizes, strict=True)
+              if name in (arguments.only or parts)]  # fmt: skip
+    return [row for part, size in chosen for row in part(size, device)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -574,10 +581,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--small", default="ml1m", help="data set of the MF rows")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000],
                         help="interactions of generated data")
-    parser.add_argument("--batch", type=int, help="images of a vision step; default 64 for a layer, 16 for a model, 128 on a GPU")
+    parser.add_argument("--batch", type=int,
+                        help="images of a vision step; default 64 for a layer, 16 for a model, 128 on a GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="of the vision rows; default cuda where there is one")
     parser.add_argument("--only", nargs="+", help="parts of the family",
-                        choices=("sampling", "lightgcn", "evaluation", "mf", "scoring", "memory", "scaling", "attention", "model"))
+                        choices=("sampling", "lightgcn", "evaluation", "mf", "scoring", "memory", "scaling",
+                                 "attention", "model"))  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

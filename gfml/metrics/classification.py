@@ -22,7 +22,7 @@ from torch import Tensor
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
     """M[t, p], int64 [C, C]. Shape: labels, predictions int64 [N]; ValueError for a class outside 0 .. C-1."""
     both = torch.cat([labels, predictions])
-    if len(both) and not (0 <= both.min() and both.max() < num_classes):
+    if len(both) and not (both.min() >= 0 and both.max() < num_classes):
         raise ValueError(f"found classes {both.min()} .. {both.max()}, wanted 0 .. {num_classes - 1}")
     return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)
 

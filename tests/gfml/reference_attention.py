@@ -19,7 +19,9 @@ class PlainGravityAttention(nn.Module):
         self.num_heads, self.lamb, self.p, self.divisor = num_heads, lamb, p, width**0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
+        q, k, v = (
+            part(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
         sq_distance = torch.cdist(q, k, p=self.p) ** 2
         weights = ((self.mass - self.lamb * torch.log1p(sq_distance)) / self.divisor).softmax(-1)
         return self.out((weights @ v).transpose(1, 2).flatten(2))

@@ -59,9 +59,15 @@ def golden(stored: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def stored_layer(golden: dict[str, Tensor], dtype: torch.dtype = F64, **options: object) -> GravityAttention:
     """The layer of the stored vectors: its maps and masses under the given settings."""
-    numbers = {"lamb": golden["lamb_gra"].item(), "lamb_mix": golden["lamb_mix"].item(), "num_split": golden["num_split"].item()}
+    numbers = {
+        "lamb": golden["lamb_gra"].item(),
+        "lamb_mix": golden["lamb_mix"].item(),
+        "num_split": golden["num_split"].item(),
+    }
     _, n, width = golden["x"].shape
-    layer = GravityAttention(width, golden["num_heads"].item(), n, AttentionSettings(**{**numbers, **options})).to(dtype)
+    layer = GravityAttention(width, golden["num_heads"].item(), n, AttentionSettings(**{**numbers, **options})).to(
+        dtype
+    )
     with torch.no_grad():
         for part in ("weight", "bias"):
             layer.qkv.get_parameter(part).copy_(
@@ -396,7 +402,9 @@ def test_half_precision_weights_and_grads(kernel) -> None:
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
-        layer = GravityAttention(24, 4, 9, AttentionSettings(mix="split", num_split=2, split_mix=True, kernel=kernel)).to(dtype)
+        layer = GravityAttention(
+            24, 4, 9, AttentionSettings(mix="split", num_split=2, split_mix=True, kernel=kernel)
+        ).to(dtype)
         out = layer(rows(0, 2, 9, 24).to(dtype))
         (out.float() * rows(1, 2, 9, 24).float()).sum().backward()
         results[dtype] = [out.float(), *(p.grad.float() for p in layer.parameters())]
@@ -519,7 +527,9 @@ def test_a_timm_model_keeps_its_output_without_gravity_heads(kernel) -> None:
     assert not any(module.training for module in model.modules())
 
 
-@pytest.mark.parametrize(("mass_pos", "layers", "tables"), [("full", 3, 3), ("full_fix", 3, 1), ("head", 1, 1), ("tail", 1, 1)])
+@pytest.mark.parametrize(
+    ("mass_pos", "layers", "tables"), [("full", 3, 3), ("full_fix", 3, 1), ("head", 1, 1), ("tail", 1, 1)]
+)
 def test_gravity_in_a_timm_model(mass_pos, layers, tables) -> None:
     model, images = tiny_timm(), rows(0, 2, 3, 32, 32).float()
     before = model(images)
@@ -549,7 +559,9 @@ def test_norms_of_a_timm_layer_are_carried_over() -> None:
     from timm.layers import Attention
 
     torch.manual_seed(0)
-    model = nn.Sequential(Attention(12, num_heads=3, qkv_bias=True, qk_norm=True, scale_norm=True, norm_layer=nn.LayerNorm))
+    model = nn.Sequential(
+        Attention(12, num_heads=3, qkv_bias=True, qk_norm=True, scale_norm=True, norm_layer=nn.LayerNorm)
+    )
     x = rows(0, 2, 5, 12).float()
     before = model(x)
     replace_attention(model, PLAIN, num_tokens=5)
@@ -615,7 +627,9 @@ def test_the_layer_can_be_traced_for_compilation(mix) -> None:
 @pytest.mark.parametrize("kind", ["l2", "l1"])
 def test_the_layer_is_the_plain_formula(kind) -> None:
     """What the layer is timed against computes the same, forward and backward."""
-    spec = importlib.util.spec_from_file_location("reference_attention", Path(__file__).parent / "reference_attention.py")
+    spec = importlib.util.spec_from_file_location(
+        "reference_attention", Path(__file__).parent / "reference_attention.py"
+    )
     plain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plain)
     other = plain.PlainGravityAttention(12, 3, 5, 3.0, 2.0 if kind == "l2" else 1.0).double()

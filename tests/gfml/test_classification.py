@@ -56,7 +56,9 @@ def test_groups_partition_a_balanced_test_set() -> None:
     found = ours.group_accuracy(confusion, groups)
     assert math.isnan(found.pop("none"))
     assert ours.recalls(confusion).mean().item() == pytest.approx(ours.accuracy(confusion))
-    assert sum(len(groups[name]) * value for name, value in found.items()) / 6 == pytest.approx(ours.accuracy(confusion))
+    assert sum(len(groups[name]) * value for name, value in found.items()) / 6 == pytest.approx(
+        ours.accuracy(confusion)
+    )
     assert found["few"] == pytest.approx(ours.recalls(confusion)[4:].mean().item())
 
 
@@ -69,7 +71,9 @@ def test_wrong_classes_are_refused() -> None:
 
 def loop_ece(probabilities: Tensor, labels: Tensor, num_bins: int) -> float:
     total = 0.0
-    rows = [(max(row), row.index(max(row)) == y) for row, y in zip(probabilities.tolist(), labels.tolist(), strict=True)]
+    rows = [
+        (max(row), row.index(max(row)) == y) for row, y in zip(probabilities.tolist(), labels.tolist(), strict=True)
+    ]
     for b in range(num_bins):
         inside = [(c, right) for c, right in rows if b / num_bins < c <= (b + 1) / num_bins]
         if inside:

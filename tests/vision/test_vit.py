@@ -96,7 +96,11 @@ CASES = [(p, m, d) for p, m, d in itertools.product(POSITIONS, MIXES, ("l2", "l1
 
 
 def gravity_model(golden: Mapping[str, Tensor], mass_pos: str, mix: str, **options: object) -> ViT:
-    numbers = {"lamb": golden["lamb_gra"].item(), "lamb_mix": golden["lamb_mix"].item(), "num_split": golden["num_split"].item()}
+    numbers = {
+        "lamb": golden["lamb_gra"].item(),
+        "lamb_mix": golden["lamb_mix"].item(),
+        "num_split": golden["num_split"].item(),
+    }
     return stored_model(golden, mass_pos=mass_pos, attention=AttentionSettings(**numbers, **MIXES[mix], **options))
 
 
@@ -114,7 +118,9 @@ def test_gravity_models_are_the_stored_ones(stored, close, mass_pos, mix, distan
         close(massless(golden["images"]), golden[f"natural_massless__{tag}"])
 
 
-@pytest.mark.parametrize(("hidden", "num_classes", "wanted"), [(384, 10, 6_268_810), (384, 100, 6_303_460), (512, 10, 11_110_922)])
+@pytest.mark.parametrize(
+    ("hidden", "num_classes", "wanted"), [(384, 10, 6_268_810), (384, 100, 6_303_460), (512, 10, 11_110_922)]
+)
 def test_parameter_counts(hidden, num_classes, wanted) -> None:
     model = ViT(num_classes, settings=ViTSettings(hidden=hidden, mlp_hidden=hidden, num_heads=8))
     assert sum(p.numel() for p in model.parameters()) == wanted
@@ -150,9 +156,16 @@ def test_patches_by_their_formula_and_back() -> None:
     assert torch.equal(back, pictures)
 
 
-@pytest.mark.parametrize(("mass_pos", "layers"), [("full", [0, 1, 2]), ("full_fix", [0, 1, 2]), ("head", [0]), ("tail", [2])])
-@pytest.mark.parametrize("options", [{}, {"per_head": True}, {"mix": "split", "num_split": 2, "per_head": True}, {"mass": "content"},
-                                     {"mass": "none"}, {"learn_lamb": True, "mix": "normal"}])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mass_pos", "layers"), [("full", [0, 1, 2]), ("full_fix", [0, 1, 2]), ("head", [0]), ("tail", [2])]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"per_head": True}, {"mix": "split", "num_split": 2, "per_head": True}, {"mass": "content"},
+        {"mass": "none"}, {"learn_lamb": True, "mix": "normal"},
+    ],
+)  # fmt: skip
 def test_gravity_sits_where_it_should_and_every_parameter_learns(mass_pos, layers, options) -> None:
     model = small(AttentionSettings(**options), mass_pos=mass_pos)
     heads = {name: layer.num_gravity_heads for name, layer in gravity_attentions(model)}
