@@ -66,6 +66,17 @@ class SparseMatrix(nn.Module):
         """self^T @ dense: [R, D] -> [C, D]."""
         return _Product.apply(self.values if values is None else values, dense, self, True)
 
+    def dots(self, left: Tensor, right: Tensor) -> Tensor:
+        """left [R, D] . right [C, D] at the stored places only: [nnz] in the stored order; gradient to both."""
+        return _Dots.apply(left, right, self)
+
+    def row_softmax(self, values: Tensor) -> Tensor:
+        """exp(values) over their sum within each row. Shape: [nnz] -> [nnz], in the stored order."""
+        rows = self.row_of.long()
+        top = values.new_full((self.shape[0],), -torch.inf).scatter_reduce(0, rows, values.detach(), "amax")
+        exps = (values - top[rows]).exp()
+        return exps / values.new_zeros(self.shape[0]).index_add(0, rows, exps)[rows]
+
     def to_scipy(self) -> sp.csr_array:
         """The same entries on the CPU, float64."""
         parts = (part.detach().cpu().numpy() for part in (self.values.double(), self.indices, self.indptr))
@@ -105,6 +116,22 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_dense = _Product.apply(values, grad, matrix, not ctx.transposed)
         return to_values, to_dense, None, None
+
+
+class _Dots(torch.autograd.Function):
+    """Its gradient to the left is A(grad) @ right, to the right A(grad)^T @ left: two products, no scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, matrix: SparseMatrix) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.matrix = matrix
+        return entry_dots(left, right, matrix.row_of, matrix.indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        to_left = ctx.matrix(right, grad) if ctx.needs_input_grad[0] else None
+        return to_left, ctx.matrix.transpose_times(left, grad) if ctx.needs_input_grad[1] else None, None
 
 
 def entry_dots(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

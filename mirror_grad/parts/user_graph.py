@@ -12,39 +12,40 @@ from gfml.sparse import SparseMatrix
 
 
 class UserGraph(nn.Module):
-    """H_u = sum_j w_uj X_j over k neighbours; w is a softmax of the numbers of items in common.
+    """H_u = sum_j w_uj X_j over at most k neighbours; w is a softmax of the numbers of items in common.
 
     counts: CSR [U, U], items in common with the stored neighbours. The k neighbours of largest count are taken (ties:
-    smaller id). A user with fewer, but at least one, has some of them several times: the list is filled up by copying
-    a uniformly chosen element of it, anew every epoch, as a function of (seed, epoch). A user without has H_u = 0.
+    smaller id). A user without any has H_u = 0.
+    padded: as published, a user with fewer neighbours has some of them several times: the list is filled up to k by
+    copying a uniformly chosen element of it, anew every epoch, as a function of (seed, epoch). Evaluation uses the
+    lists of epoch 0, so that a checkpoint gives the same scores again; in the original it uses those of the moment.
     """
 
-    def __init__(self, counts: sp.csr_array, k: int, seed: int) -> None:
+    def __init__(self, counts: sp.csr_array, k: int, seed: int, *, padded: bool) -> None:
         super().__init__()
-        self.k, self.seed = k, seed
+        self.k, self.seed, self.padded = k, seed, padded
         self.ids, self.counts, self.degree = _best(counts, k)
-        self.set_neighbours(self.ids, self.weights(torch.arange(k).expand_as(self.ids)))
-        self.new_epoch(0)
+        self.training_operator = self.operator = self._operator(0)
 
     def new_epoch(self, epoch: int) -> None:
-        """Fill up the short lists of epoch 0 (evaluation before training), 1, 2, ..."""
-        position = filled_positions(self.degree, self.k, seeded_generator("cpu", self.seed, epoch, 3))
-        self.set_neighbours(self.ids.gather(1, position), self.weights(position))
-
-    def weights(self, position: Tensor) -> Tensor:
-        """Softmax of the counts at these positions of the lists, [U, k]; 0 for users without neighbours."""
-        share = self.counts.gather(1, position).to(torch.get_default_dtype()).softmax(1)
-        return share * (self.degree > 0)[:, None]
-
-    def set_neighbours(self, ids: Tensor, weights: Tensor) -> None:
-        """Neighbours int64 [U, k] (may repeat) and their weights [U, k]."""
-        device = self.operator.values.device if hasattr(self, "operator") else ids.device
-        rows = torch.arange(len(ids)).repeat_interleave(ids.shape[1])
-        self.operator = SparseMatrix(rows, ids.reshape(-1), weights.reshape(-1), (len(ids), len(ids))).to(device)
+        """Fill up the short lists for epoch 1, 2, ..."""
+        if self.padded:
+            self.training_operator = self._operator(epoch).to(self.operator.values)
 
     def forward(self, users: Tensor) -> Tensor:
         """X [U, D] -> H [U, D]."""
-        return self.operator(users)
+        return (self.training_operator if self.training else self.operator)(users)
+
+    def _operator(self, epoch: int) -> SparseMatrix:
+        position = torch.arange(self.k).expand_as(self.ids)
+        used = position < (self.k * (self.degree > 0) if self.padded else self.degree)[:, None]
+        if self.padded:
+            position = filled_positions(self.degree, self.k, seeded_generator("cpu", self.seed, epoch, 3))
+        counts = self.counts.gather(1, position).to(torch.get_default_dtype())
+        weights = counts.masked_fill(~used, -torch.inf).softmax(1)
+        rows = torch.arange(len(used))[:, None].expand_as(used)
+        shape = (len(used), len(used))
+        return SparseMatrix(rows[used], self.ids.gather(1, position)[used], weights[used], shape)
 
 
 def filled_positions(degree: Tensor, k: int, generator: torch.Generator) -> Tensor:

@@ -47,6 +47,26 @@ def test_gradients_to_both_factors_of_first_and_second_order(right, transposed):
     assert torch.autograd.gradgradcheck(lambda d, v: product(d, v).square(), inputs)
 
 
+def test_dots_at_the_stored_places_with_gradients():
+    matrix, _, _ = example()
+    generator = torch.Generator().manual_seed(4)
+    left, right = (torch.randn(n, 3, dtype=torch.float64, generator=generator).requires_grad_() for n in matrix.shape)
+    wanted = (left @ right.T)[matrix.row_of.long(), matrix.indices.long()]
+    torch.testing.assert_close(matrix.dots(left, right), wanted)
+    assert torch.autograd.gradcheck(matrix.dots, (left, right))
+    assert torch.autograd.gradgradcheck(lambda a, b: matrix.dots(a, b).square(), (left, right))
+
+
+def test_softmax_within_each_row():
+    matrix, _, _ = example()
+    values = torch.tensor([700.0, 3.0, -1.0, 0.5, 2.0, 2.0, 9.0], dtype=torch.float64)
+    found, rows = matrix.row_softmax(values), matrix.row_of.tolist()
+    for row in set(rows):
+        places = [n for n, r in enumerate(rows) if r == row]
+        torch.testing.assert_close(found[places], values[places].softmax(0))
+    assert torch.autograd.gradcheck(matrix.row_softmax, (values / 100).requires_grad_())
+
+
 def test_entry_gradients_in_blocks_equal_the_whole(monkeypatch):
     left, right = torch.randn(6, 3), torch.randn(7, 3)
     rows, columns = torch.randint(6, (50,)), torch.randint(7, (50,))

@@ -214,36 +214,45 @@ def test_thinned_graph_is_a_function_of_seed_and_epoch_and_alternates(monkeypatc
     assert graphs.ThinnedGraph(train, 0.0, seed=3).train()().graph.num_entries == build_graph(train).num_entries
 
 
-def test_user_graph_against_the_published_one(stored):
-    golden, toy = stored("mm_dualgnn"), stored("mm_toy")
-    counts = sp.csr_array(toy["user_count"].numpy())
-    graph = UserGraph(counts, 6, seed=0).double()
-    full = np.diff(counts.indptr) >= 6
-    # Sorted counts of the first neighbours give the same weights whatever the order of ties.
-    ptr, stored_counts = toy["ug_ptr"].tolist(), toy["ug_count"].double()
-    for user in full.nonzero()[0]:
-        wanted = stored_counts[ptr[user] : ptr[user] + 6].softmax(0)
+@pytest.mark.parametrize("padded", [True, False])
+def test_user_graph_against_the_published_weights(stored, padded):
+    toy, golden = stored("mm_toy"), stored("mm_dualgnn")
+    counts, k = sp.csr_array(toy["user_count"].numpy()), 6
+    graph = UserGraph(counts, k, seed=0, padded=padded)
+    # Users with k neighbours or more have the stored weights whatever the order of ties; k6 is the published draw.
+    for user in (np.diff(counts.indptr) >= k).nonzero()[0]:
         row = graph.operator.to_scipy()[[user]].data
-        np.testing.assert_allclose(np.sort(row), np.sort(wanted), rtol=1e-6)
-    graph.set_neighbours(golden["in_user_index"], golden["in_user_weight"])
-    users = torch.eye(30, dtype=torch.float64)
-    torch.testing.assert_close(graph(users), golden["graph_user_operator"], **EXACT)
+        np.testing.assert_allclose(np.sort(row), golden["in_k6_user_weight"][user].sort().values, rtol=1e-6)
+
+
+def test_user_graph_by_loop(stored):
+    counts = stored("mm_toy")["user_count"].numpy()
+    found = UserGraph(sp.csr_array(counts), 4, seed=0, padded=False)(torch.eye(30))
+    for user, row in enumerate(counts):
+        best = sorted(np.flatnonzero(row), key=lambda other: (-row[other], other))[:4]
+        wanted = np.zeros(30)
+        wanted[best] = np.exp(row[best]) / np.exp(row[best]).sum() if best else 0
+        np.testing.assert_allclose(found[user], wanted, rtol=1e-6)
 
 
 def test_user_graph_rows_sum_to_one_or_zero_and_short_lists_are_filled_anew(stored):
     toy = stored("mm_toy")
-    graph = UserGraph(sp.csr_array(toy["user_count"].numpy()), 40, seed=5)
+    graph = UserGraph(sp.csr_array(toy["user_count"].numpy()), 40, seed=5, padded=True).train()
     graph.new_epoch(1)
-    first = graph.operator.to_scipy()
-    sums = first.sum(1)
+    first = graph(torch.eye(30))
+    sums = first.sum(1).numpy()
     lonely = int(toy["lonely_user"])
     assert sums[lonely] == 0 and np.allclose(np.delete(sums, lonely), 1)
     graph.new_epoch(2)
-    assert abs(graph.operator.to_scipy() - first).max() > 1e-3
-    graph.new_epoch(1)
-    assert abs(graph.operator.to_scipy() - first).max() == 0
-    neighbours = toy["user_count"].numpy() > 0
-    assert not first.todense()[~neighbours].any()
+    assert abs(graph(torch.eye(30)) - first).max() > 1e-3
+    before = graph.eval()(torch.eye(30))
+    graph.train().new_epoch(1)
+    assert torch.equal(graph(torch.eye(30)), first) and torch.equal(graph.eval()(torch.eye(30)), before)
+    assert not first[toy["user_count"] == 0].any()
+    plain = UserGraph(sp.csr_array(toy["user_count"].numpy()), 40, seed=5, padded=False).train()
+    before = plain(torch.eye(30))
+    plain.new_epoch(1)
+    assert torch.equal(plain(torch.eye(30)), before)
 
 
 def test_filling_copies_elements_of_the_growing_list():
