@@ -399,17 +399,17 @@ def replace_attention(
 ) -> nn.Module:
     """Give layers of a timm vision transformer gravity attention, in place; returns the model.
 
-    Every attention of the kind ``timm.layers.Attention`` that ``mass_pos`` selects is replaced. Its maps, norms and
+    Every attention of timm's standard kind that ``mass_pos`` selects is replaced. Its maps, norms and
     dropouts are carried over as they are (trained or not) and dot logits keep its divisor, so ``num_split=0``
     computes what the model computed before. num_tokens: by default patches and prefix tokens of the model.
 
     ValueError when the model has no such attention, or one that is gated or masked.
     """
-    from timm.layers import Attention
+    from timm.models.vision_transformer import Attention
 
     found = [(name, layer) for name, layer in model.named_modules() if type(layer) is Attention]
     if not found:
-        raise ValueError(f"found no timm.layers.Attention in {type(model).__name__}, wanted a vision transformer")
+        raise ValueError(f"found no standard timm attention in {type(model).__name__}, wanted a vision transformer")
     if num_tokens is None:
         num_tokens = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)
     settings = replace(settings, dot_scale="sqrt_head")
@@ -433,7 +433,7 @@ def _converted(
         new = GravityAttention(width, layer.num_heads, num_tokens, settings, mass=mass)
     new.to(layer.qkv.weight.device, layer.qkv.weight.dtype).train(layer.training)
     for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"):
-        setattr(new, name, getattr(layer, name))
+        setattr(new, name, getattr(layer, name, getattr(new, name)))
     return new
 
 
