@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,3 +104,28 @@ class LargestTensor(TorchDispatchMode):
 def largest_tensor() -> LargestTensor:
     """A context in which ``.numel`` grows to the size of the largest tensor that any operation returns."""
     return LargestTensor()
+
+
+@pytest.fixture(scope="session")
+def processes() -> Callable[..., list[str]]:
+    """processes(n, script, *words): a program in n processes that find each other as torchrun's do; what each printed."""
+
+    def run(number: int, script: str | Path, *words: object) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
+        started = [
+            subprocess.Popen([sys.executable, str(script), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(number)})
+            for rank in range(number)
+        ]  # fmt: skip
+        try:
+            printed = [process.communicate(timeout=120)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        for process, text in zip(started, printed, strict=True):
+            assert process.returncode == 0, text
+        return printed
+
+    return run
