@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -180,6 +180,39 @@ def wrap(model: nn.Module, *, sync_batchnorm: bool = False) -> nn.Module:
     devices = [parameter.device for parameter in model.parameters()][:1]
     ids = [devices[0].index] if devices and devices[0].type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """From now on ``backward`` leaves the mean over processes in every gradient: :func:`wrap` for losses that are no
+    ``forward`` call, such as those of recommenders.
+
+    Start from equal parameters (equal seeds); every process must reach the same parameters in every backward pass.
+    """
+    if world_size() > 1:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= world_size()
+
+
+def from_main(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns in the first process, in all of them; its UserError is raised in all."""
+    if world_size() == 1:
+        return make()
+    answer = [None, None]
+    if is_main():
+        try:
+            answer = [make(), None]
+        except UserError as error:
+            answer = [None, str(error)]
+    dist.broadcast_object_list(answer, 0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
 
 
 @torch.no_grad()

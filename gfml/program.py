@@ -5,7 +5,7 @@ Each program keeps its own reading order in ``main.py``; what would be written t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from gfml.cli import Options
+from gfml import distributed
 from gfml.data.interactions import Interactions
+from gfml.distributed import World
 from gfml.errors import UserError
 from gfml.mirror import MirrorGradient
 from gfml.runs import EXTENDABLE, Run, damaged, load_state
+from gfml.sampling import Triples
 from gfml.train import Closure, FitResult, Step, Terms, fit, load_best, plain_step
 
 
@@ -64,6 +67,25 @@ def build_step(options: Options, optimizer: torch.optim.Optimizer, clip_norm: fl
     )
 
 
+def shared_loss(loss_fn: Callable[[Triples], Terms], world: World, *, reduction: str) -> Callable[[Triples], Terms]:
+    """``loss_fn`` of this process's rows of each batch, scaled so that the mean of its gradients over all processes
+    (:func:`gfml.distributed.average_gradients`) is the gradient of the whole batch.
+
+    reduction: sum or mean, how the loss treats the rows of a batch; every term must treat them so.
+    """
+    if world.size == 1:
+        return loss_fn
+
+    def compute(batch: Triples) -> Terms:
+        mine = batch.rows(world.rows(len(batch)))
+        # A batch smaller than the number of processes leaves some without rows; they take one that does not count.
+        terms = loss_fn(mine if len(mine) else batch.rows(slice(0, 1)))
+        weight = float(len(mine) > 0) if reduction == "sum" else len(mine) / len(batch)
+        return {name: value * (weight * world.size) for name, value in terms.items()}
+
+    return compute
+
+
 class ProjectedStep:
     """Another step, then ``model.project()``, which pulls rows back into a ball. Its state is the inner step's."""
 
@@ -100,7 +122,7 @@ def refit(
     """
     epochs = fitted.best_epoch or 0
     config = {key: value for key, value in run.config.items() if key not in EXTENDABLE} | {"epochs": epochs}
-    with Run.open(run.path, family, config, name=f"refit-{epochs}") as inner:
+    with distributed.open_run(run.path, family, config, name=f"refit-{epochs}") as inner:
         if inner.is_done:
             model.load_state_dict(inner.load_best()["model"])
             return model.eval()

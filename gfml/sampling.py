@@ -106,6 +106,10 @@ class Triples:
     def __len__(self) -> int:
         return self.users.shape[0]
 
+    def rows(self, chosen: slice) -> Triples:
+        """These rows of the batch."""
+        return Triples(self.users[chosen], self.pos[chosen], self.neg[chosen])
+
 
 class TripleSampler:
     """Draws epochs of triples from a binary train matrix; see the module text.

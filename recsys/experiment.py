@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gfml import program
+from gfml import distributed, program
 from gfml.cli import Options
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.data.interactions import Interactions
 from gfml.distances import SquaredDistance
+from gfml.distributed import World
 from gfml.encoders import LightGCN, Tables
 from gfml.errors import UserError
 from gfml.evaluation import evaluate
@@ -22,8 +24,8 @@ from gfml.gravity import Gravity
 from gfml.pretrained import read_nodes, read_table
 from gfml.program import ProjectedStep, build_step, cut_offs
 from gfml.runs import Run, seed_everything
-from gfml.sampling import TripleSampler
-from gfml.train import FitResult, Step, WeightAverage
+from gfml.sampling import Triples, TripleSampler
+from gfml.train import FitResult, Step, Terms, WeightAverage
 from recsys.model import PairOptions, Recommender
 
 
@@ -75,8 +77,29 @@ def build_sampler(options: Options, data: Interactions, device: torch.device) ->
     )
 
 
+def loss_of(options: Options, model: Recommender, world: World) -> Callable[[Triples], Terms]:
+    """The loss of a batch; with several processes that of this one's rows, all of which make one step together."""
+    if world.size > 1:
+        _check_shareable(options)
+        distributed.average_gradients(model)
+    return program.shared_loss(model.loss, world, reduction="sum" if options.loss_mode == "cml" else "mean")
+
+
+def _check_shareable(options: Options) -> None:
+    """UserError for losses that are no sum over the rows of a batch."""
+    whole = {"--compat 1": options.compat, "--use_cov_loss": options.loss_mode == "cml" and options.use_cov_loss,
+             "--features": options.features}  # fmt: skip
+    for flag, given in whole.items():
+        if given:
+            raise UserError(f"found {flag} with several processes, wanted a loss that is a sum over rows: drop it or start one process")
+
+
 def metrics(options: Options, data: Interactions, model: Recommender, split: str) -> dict[str, float]:
-    """Ranking metrics of one part, for selection."""
+    """Ranking metrics of one part, for selection; the first process judges for all."""
+    return distributed.from_main(lambda: _metrics(options, data, model, split))
+
+
+def _metrics(options: Options, data: Interactions, model: Recommender, split: str) -> dict[str, float]:
     return evaluate(scorer_of(options, model), data, split, cut_offs(options.topks, options.es_metric), device=model.encoder.nodes.device).means
 
 
@@ -86,16 +109,16 @@ def scorer_of(options: Options, model: Recommender) -> Any:
 
 
 def refit(
-    options: Options, data: Interactions, device: torch.device, fitted: FitResult, run: Run
+    options: Options, data: Interactions, world: World, fitted: FitResult, run: Run
 ) -> tuple[Recommender, Interactions]:
     """A model trained anew on train and validation for the selected number of epochs, and that data."""
     whole = data.refit()
     seed_everything(options.seed)
-    model = build_model(options, whole, device)
+    model = build_model(options, whole, world.device)
     optimizer, scheduler, step, ema = build_training(options, model)
     model = program.refit(
-        model, optimizer, fitted=fitted, run=run, family="recsys", batches=build_sampler(options, whole, device).epoch,
-        loss_fn=model.loss, step=step, scheduler=scheduler, ema=ema, checkpoint_every=options.checkpoint_every,
+        model, optimizer, fitted=fitted, run=run, family="recsys", batches=build_sampler(options, whole, world.device).epoch,
+        loss_fn=loss_of(options, model, world), step=step, scheduler=scheduler, ema=ema, checkpoint_every=options.checkpoint_every,
         amp=options.amp, progress=options.progress,
     )
     return model, whole
