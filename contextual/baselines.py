@@ -165,15 +165,17 @@ def _contextual(name: str, options: LossOptions) -> tuple[ContextualHybridLoss, 
     else:
         weights, meaning = _weights(options), f" ({describe_lam(options.lam_convention)})"
     backend = options.backend if options.ablation == "none" else "reference"
+    steps = ABLATED[options.ablation]
     loss = ContextualHybridLoss(
         *weights, k=options.k, eps=options.eps, slope=options.slope,
         pos_margin=0.75 if options.pos_margin is None else options.pos_margin, neg_margin=options.neg_margin,
-        reg_sim=options.reg_sim, backend=backend, steps=ABLATED[options.ablation],
+        reg_sim=options.reg_sim, backend=backend, steps=steps,
     )  # fmt: skip
     parts = zip(weights, ("contextual", "contrastive", "regulariser"), strict=True)
     text = " + ".join(f"{weight:.4g} {part}" for weight, part in parts if weight)
+    eps = options.eps if steps.eps is None else steps.eps
     variant = "" if options.ablation == "none" else f", ablation {options.ablation}"
-    return loss, f"{name}: {text}{meaning}; k {options.k}, eps {options.eps:g}, {backend}{variant}"
+    return loss, f"{name}: {text}{meaning}; k {options.k}, eps {eps:g}, {backend}{variant}"
 
 
 def _weights(options: LossOptions) -> Weights:

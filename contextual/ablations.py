@@ -1,0 +1,128 @@
+"""The ablations of the contextual loss, each a command of ``contextual/main.py``.
+
+    python contextual/ablations.py                                     print the commands, run nothing
+    python contextual/ablations.py --launch                            run or continue what is missing, then the table
+    python contextual/ablations.py --launch --only none 7 lam-0.8 --seeds 1 2 3 --dataset cifar100 --epochs 20
+
+Flags that are not listed in ``--help`` go to every command, before the variant's own. The first eleven variants are the
+published list, its numbers 0 to 10 are accepted: what is taken out of the similarity (``contextual.similarity.Steps``).
+The others change one setting. In the published script the switch has no effect: it rewrites a function that nothing
+calls, so there is no number of it to compare with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from contextual.names import ABLATIONS
+from contextual.options import NOT_IDENTITY, parse
+from gfml.cli import LOCATION_FLAGS, Options, run_main
+from gfml.errors import UserError, choice_error
+
+COLUMNS = ("recall@1", "map@r", "r_precision")
+
+
+class Variant(NamedTuple):
+    """flags: of contextual/main.py. about: what differs from the method."""
+
+    name: str
+    flags: tuple[str, ...]
+    about: str
+
+
+def variants() -> list[Variant]:
+    """The published list, then one setting at a time."""
+    found = [Variant(name, () if name == "none" else ("--ablation", name), about) for name, about in ABLATIONS.items()]
+    found.append(Variant("contextual", ("--loss", "contextual"), "the contextual loss alone"))
+    found.append(Variant("contrastive", ("--loss", "contrastive"), "the contrastive loss alone"))
+    for flag, values, about in (
+        ("--lam", (0.1, 0.2, 0.6, 0.8, 0.9), "weight of the contextual term"),
+        ("--gamma", (0.0, 0.05, 0.2), "weight of the similarity regulariser"),
+        ("--reg-sim", (0.0, 0.1, 0.5), "mean similarity wanted"),
+        ("--eps", (0.0, 0.02, 0.1, 0.2), "slack of a neighbourhood"),
+        ("--slope", (1.0, 100.0), "slope of the step in the backward pass"),
+        ("--k", (2, 3, 8), "size of a neighbourhood"),
+        ("--ipc", (2, 8), "pictures per class; k stays 4"),
+        ("--batch-size", (64, 256), "pictures per batch"),
+    ):
+        found += [Variant(f"{flag[2:]}-{value:g}", (flag, f"{value:g}"), about) for value in values]
+    for loss in ("contrastive", "triplet", "ms", "roadmap"):
+        found.append(Variant(f"{loss}-regularised", ("--loss", loss, "--regularise", "convex"), "the regulariser on a baseline"))
+    return found
+
+
+def chosen(names: Sequence[str] | None) -> list[Variant]:
+    """The variants of these names or published numbers; all when None."""
+    known = {variant.name: variant for variant in variants()}
+    if names is None:
+        return list(known.values())
+    numbered = {str(number): name for number, name in enumerate(ABLATIONS)}
+    for name in names:
+        if numbered.get(name, name) not in known:
+            raise choice_error("ablation", name, known)
+    return [known[numbered.get(name, name)] for name in names]
+
+
+def command(variant: Variant, common: Sequence[str], seed: int) -> list[str]:
+    """Flags of one run."""
+    return [*common, *variant.flags, "--seed", str(seed)]
+
+
+def result_of(options: Options) -> dict[str, Any]:
+    """The stored result of the finished run with these settings."""
+    from gfml.runs import read_result, run_id
+
+    mark = run_id("contextual-256", "", options.resolved, LOCATION_FLAGS | NOT_IDENTITY).rpartition("-")[2]
+    found = sorted(Path(options.out).glob(f"contextual-256-*-{mark}"))
+    if len(found) != 1:
+        raise UserError(f"found {len(found)} runs in {options.out} with the mark {mark}, wanted one: see what is there")
+    return read_result(found[0])
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: mean and sample standard deviation over seeds of the test metrics."""
+    lines = [f"| variant | n | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for name, found in results.items():
+        cells = (_cell([result["test"][column] for result in found]) for column in COLUMNS)
+        lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="contextual/ablations.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--launch", action="store_true", help="run the commands and print the table")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join(variant.name for variant in variants())}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run for each (default: 0)")
+    own, common = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    runs = [(variant, seed, command(variant, common, seed)) for variant in chosen(own.only) for seed in own.seeds]
+    if not own.launch:
+        for variant, _, flags in runs:
+            print(f"python contextual/main.py {shlex.join(flags)}  # {variant.about}")
+        return 0
+
+    # Every command is understood before the first one runs.
+    checked = [(variant, flags, parse("256", flags)) for variant, _, flags in runs]
+    from contextual.main import main as train
+
+    results: dict[str, list[dict[str, Any]]] = {}
+    for variant, flags, options in checked:
+        print(f"-- {variant.name}: {variant.about}", file=sys.stderr)
+        train(flags)
+        results.setdefault(variant.name, []).append(result_of(options))
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
