@@ -73,7 +73,8 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Grad
     Propagation over a graph has no second derivative of its own; differences need none, and both gradients see the same
     random draws.
     """
-    size = (1 + float(dot(list(parameters), list(parameters)).sqrt())) * step
+    theta = [p.detach() for p in parameters]
+    size = (1 + float(dot(theta, theta).sqrt())) * step
     e = size / max(float(dot(vector, vector).sqrt()), 1e-300)
     with moved(parameters, vector, e):
         above = gradients(loss, parameters, seed)

@@ -75,7 +75,7 @@ def test_importing_a_module_runs_nothing() -> None:
                 pytest.fail(f"{path}:{node.lineno} runs a block at import")
 
 
-@pytest.mark.parametrize("module", ["gfml", "gfml.cli", "gfml.errors", "gfml.files", "gfml.data.options", "recsys.options", "mcl.options"])
+@pytest.mark.parametrize("module", ["gfml", "gfml.cli", "gfml.errors", "gfml.files", "gfml.data.options", "recsys.options", "mcl.options", "mirror_grad.options"])
 def test_light_modules_stay_light(module: str) -> None:
     """Flags and errors are known before torch is: a wrong flag answers at once."""
     code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {{'torch', 'pandas', 'scipy', 'matplotlib', 'tensorboard'}}))"
@@ -83,7 +83,7 @@ def test_light_modules_stay_light(module: str) -> None:
     assert done.stdout.strip() == ""
 
 
-@pytest.mark.parametrize("module", ["gfml.train", "gfml.evaluation", "gfml.reporting", "recsys.model", "mcl.model"])
+@pytest.mark.parametrize("module", ["gfml.train", "gfml.evaluation", "gfml.reporting", "recsys.model", "mcl.model", "mirror_grad.experiment"])
 def test_recommender_modules_do_not_pay_for_vision_or_plots(module: str) -> None:
     code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {{'torchvision', 'timm', 'matplotlib', 'pandas', 'sklearn'}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
