@@ -29,13 +29,14 @@ _share = number(above=0, most=1)
 
 # What a data set changes in the defaults, by flag.
 _FOR_ALL = {"backbone": "resnet50", "pretrained": 1, "embedding_size": 512, "batch_size": 128, "ipc": 4, "workers": 8,
-            "trainxform": "bigtrain", "testxform": "bigtest", "layer_norm": 0, "hierarchical": 0, "ks": (1, 2, 4, 8)}  # fmt: skip
+            "trainxform": "bigtrain", "testxform": "bigtest", "select_metric": "recall@1", "layer_norm": 0, "hierarchical": 0, "ks": (1, 2, 4, 8)}  # fmt: skip
 _FROM_SCRATCH = {"backbone": "small", "pretrained": 0, "embedding_size": 128, "workers": 0, "testxform": "none", "lr": 1e-3,
                  "weight_decay": 1e-4, "xform_scale": 0.4, "pooling": "avg", "ks": (1, 2, 4, 8), "bottleneck": "identity"}  # fmt: skip
 _OF_DATASET: dict[str, dict[str, Any]] = {
     "cub": {}, "cars": {},
     "sop": {"ks": (1, 10, 100, 1000)}, "inat": {"ks": (1, 4, 16, 32)}, "inshop": {"ks": (1, 10, 20, 30, 40, 50)},
-    "digits": _FROM_SCRATCH | {"image_size": 32, "batch_size": 32, "ipc": 8, "epochs": 8, "embedding_size": 64, "batches_per_epoch": 25},
+    "digits": _FROM_SCRATCH | {"image_size": 32, "batch_size": 32, "ipc": 8, "epochs": 8, "eval_every": 2, "embedding_size": 64,
+                               "batches_per_epoch": 25, "xform_scale": 0.7, "select_metric": "map@r"},
     "cifar100": _FROM_SCRATCH | {"image_size": 32},
     "grocery-store": _FROM_SCRATCH | {"image_size": 64, "batch_size": 64},
 }  # fmt: skip
@@ -170,7 +171,7 @@ def _add_evaluation_flags(parser: Parser) -> None:
     add("--select-on", choices=("val", "test"), default="val",
         help="val: classes kept out of training; test: the originals' protocol, all training classes, selection on the "
         "reported classes; labelled in every result")
-    add("--select-metric", default="recall@1", metavar="NAME", help="recall@K, map@r or r_precision")
+    add("--select-metric", default=None, metavar="NAME", help="recall@K, map@r or r_precision (default: recall@1; digits: map@r)")
     add("--refit", action=argparse.BooleanOptionalAction, default=False,
         help="report a model trained anew on all training classes for the selected number of epochs")
     add("--patience", type=number(int, least=1, none=True), default=None, metavar="N", help="evaluations without a better one before stopping, or none")
@@ -196,6 +197,12 @@ def parse(pipeline: str, argv: list[str] | None = None) -> Options:
     options.resolved = parser.config_of(options)
     options.pipeline = pipeline
     return options
+
+
+def runs_of(program: str, argv: list[str]) -> list[tuple[str, Options]]:
+    """Family and flags of every run that a command makes (see ``gfml.commands``): main.py and train.py make one."""
+    pipeline = {"main": "256", "train": "224"}.get(program)
+    return [(f"contextual-{pipeline}", parse(pipeline, argv))] if pipeline else []
 
 
 def dataset_name(text: str) -> str:

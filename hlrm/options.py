@@ -408,6 +408,11 @@ def parse_train(argv: list[str] | None = None) -> Options:
     return options
 
 
+def runs_of(program: str, argv: list[str]) -> list[tuple[str, Options]]:
+    """Family and flags of every run that a command makes (see ``gfml.commands``): one of train.py."""
+    return [("hlrm", parse_train(argv))] if program == "train" else []
+
+
 def parse_eval(argv: list[str] | None = None) -> Options:
     """Parsed flags of eval.py; ``explicit`` names those given."""
     parser = build_eval_parser()

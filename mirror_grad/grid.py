@@ -13,7 +13,7 @@ from gfml.cli import Options
 from gfml.errors import UserError
 from gfml.files import write_json
 from gfml.reporting import table_columns, text_table
-from mirror_grad.options import parse
+from mirror_grad.options import parse, point_tokens
 
 Train = Callable[[Options], tuple[dict[str, Any], Path]]
 
@@ -30,7 +30,7 @@ def search(options: Options, train: Train) -> int:
     for number, point in enumerate(options.points, start=1):
         said = ", ".join(f"{flag[2:]} {value}" for flag, value in point.items())
         print(f"grid {number} of {len(options.points)}: {said}", file=sys.stderr)
-        result, path = train(parse([*options.tokens, "--grid=none", *(f"{flag}={value}" for flag, value in point.items())]))
+        result, path = train(parse(point_tokens(options.tokens, point)))
         rows.append({"flags": point, "run": path.name, "value": selected_value(result, options), "test": result["test"], "result": result})
     best = winner(rows)
     file = Path(options.out) / f"{_name(options)}.json"

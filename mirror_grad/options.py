@@ -194,6 +194,20 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     return options
 
 
+def runs_of(program: str, argv: Sequence[str]) -> list[tuple[str, Options]]:
+    """Family and flags of every run that a command makes (see ``gfml.commands``): each point of ``--grid``, else one."""
+    if program != "main":
+        return []
+    options = parse(argv)
+    every = [parse(point_tokens(options.tokens, point)) for point in options.points] or [options]
+    return [("mirror", one) for one in every if one.weights is None]
+
+
+def point_tokens(tokens: Sequence[str], point: Mapping[str, str]) -> list[str]:
+    """The command line of one point of a grid."""
+    return [*tokens, "--grid=none", *(f"{flag}={value}" for flag, value in point.items())]
+
+
 def layers(chosen: _Chosen) -> list[Path]:
     """The stored settings below the user's own, lowest first; none for a continued run, whose config is complete."""
     if chosen.resume is not None:

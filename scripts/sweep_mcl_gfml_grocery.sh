@@ -12,4 +12,4 @@ for lr in 1e-2 1e-4 1e-6; do
       done
     done
   done
-done | python scripts/sweep.py "$@"
+done | python scripts/run_commands.py "$@"

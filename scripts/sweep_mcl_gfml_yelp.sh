@@ -8,4 +8,4 @@ for lr in 1e-2 1e-3 1e-4 1e-5 1e-6; do
   for lam in 0.01 0.1 1 3 5; do
     echo python mcl/main.py --gfml --dataset yelp --lr $lr --lambd $lam --multicore 0
   done
-done | python scripts/sweep.py "$@"
+done | python scripts/run_commands.py "$@"

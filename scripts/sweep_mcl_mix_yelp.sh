@@ -15,4 +15,4 @@ for lr in 1e-3 1e-4 1e-2; do
       done
     done
   done
-done | python scripts/sweep.py "$@"
+done | python scripts/run_commands.py "$@"

@@ -192,6 +192,14 @@ def parse(argv: list[str] | None = None) -> Options:
     return options
 
 
+def runs_of(program: str, argv: list[str]) -> list[tuple[str, Options]]:
+    """Family and flags of every run that a command makes (see ``gfml.commands``): one for each model."""
+    if program != "main":
+        return []
+    options = parse(argv)
+    return [("vision", for_model(options, name)) for name in options.model_name]
+
+
 def for_model(options: Options, name: str) -> Options:
     """The flags of the one run that trains this model."""
     own = Options(**{**vars(options), "model_name": name})

@@ -173,7 +173,7 @@ def test_a_sweep_prints_its_grid(name, tmp_path):
 
 
 def drive(commands, *words):
-    script = str(ROOT / "scripts" / "sweep.py")
+    script = str(ROOT / "scripts" / "run_commands.py")
     text = "\n".join(commands)
     return subprocess.run([sys.executable, script, *map(str, words)], input=text, capture_output=True, text=True, cwd=ROOT.parent)
 
