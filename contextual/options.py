@@ -20,7 +20,8 @@ SMALL = ("digits", "cifar100", "grocery-store")
 DATASETS = (*PUBLISHED, *SMALL)
 METRICS = ("recall", "map@r", "r_precision")
 # Where a run reads from and how fast, not what it computes.
-NOT_IDENTITY = frozenset({"root", "workers", "memory_mib", "pictures"})
+NOT_IDENTITY = frozenset({"root", "workers", "memory_mib", "pictures", "baselines"})
+BASELINES = ("pixels", "start")
 
 _positive = number(above=0)
 _nonnegative = number(least=0)
@@ -178,6 +179,8 @@ def _add_evaluation_flags(parser: Parser) -> None:
     add("--full-map", type=int, choices=(0, 1), default=None, help="1: mean average precision over the whole ranking too")
     add("--nmi", type=int, choices=(0, 1), default=None, help="1: k-means and NMI of the test part (default: up to 20,000 images)")
     add("--judge-train", type=int, choices=(0, 1), default=None, help="1: the training part is judged too, at the end")
+    add("--baselines", nargs="+", choices=(*BASELINES, "none"), default=list(BASELINES),
+        help="judged beside the model on test: small centred pictures, and the pooled features of the network before training")
     add("--pictures", type=number(int, least=0), default=8, metavar="N", help="queries on the page of neighbours; 0: no page")
     add("--memory-mib", type=_count, default=256, metavar="MIB", help="working memory of the ranking; results do not depend on it")
 
@@ -258,6 +261,8 @@ def _check(parser: Parser, options: Options) -> None:
     metric, _, cut = options.select_metric.partition("@")
     if not (options.select_metric in METRICS[1:] or (metric == "recall" and cut.isdigit() and int(cut) > 0)):
         parser.error(f"found --select-metric {options.select_metric!r}, wanted recall@K, map@r or r_precision")
+    if "none" in options.baselines and len(options.baselines) > 1:
+        parser.error("--baselines none cannot stand beside others")
     if options.select_on == "test" and options.refit:
         parser.error("--refit needs selection on validation; --select-on test trains on all training classes already")
     if options.split_lists is not None and options.dataset != "inat":

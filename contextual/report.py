@@ -1,0 +1,108 @@
+"""The page of a run: figures, learning curves, queries with their nearest neighbours, and the hardest classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from contextual.data import RetrievalData
+from gfml.images import ImageSet, resize
+from gfml.metrics.retrieval import Retrieval
+from gfml.report import COLORS, Cell, Curves, Page, best_rows, figure_of, learning_curves, panels, styled
+from gfml.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RIGHT, WRONG, QUERY = "#2f9e68", "#d4574a", "#6f7682"
+SIDE = 96
+
+
+def write_page(run: Run, data: RetrievalData, result: Mapping[str, Any], found: Retrieval, *, queries: int, seed: int) -> Path:
+    """Write ``report/report.html`` and ``.md`` in the run directory; the path of the page."""
+    selection = result["selection"]
+    page = Page(f"{result['model']} on {data.name}", f"{selection['protocol']}, epoch {selection['epoch']}. Loss {result['loss']}.")
+    if "optimistic" in selection["protocol"]:
+        page.note("warning", "The epoch was chosen by the figures reported here: they are optimistic.")
+    _figures(page, result)
+    _curves(page, run, selection)
+    _neighbours(page, data, found, queries, seed)
+    _classes(page, result["per_class"])
+    return page.write(run.file("report"))
+
+
+def _figures(page: Page, result: Mapping[str, Any]) -> None:
+    rows = {"test": result["test"], **{name: result[name] for name in ("val", "train") if name in result}}
+    rows |= {f"{name}, test": found["test"] for name, found in result["baselines"].items()}
+    names = list(result["test"])
+    on_test = [name for name in rows if name.endswith("test")]
+    best = {name: {on_test[row] for row in best_rows([rows[label].get(name) for label in on_test])} for name in names}
+    cells = [[label, *(Cell(figure_of(values.get(name)), best=label in best[name]) for name in names)] for label, values in rows.items()]
+    page.section("Figures")
+    page.table(["", *names], cells, "Best on test in bold. pixels: centred pictures at 16 x 16. starting network: its pooled features.")
+
+
+def _curves(page: Page, run: Run, selection: Mapping[str, Any]) -> None:
+    rows = run.metrics()
+    if rows and "metric" in selection and selection.get("split"):
+        select = f"{selection['split']}/{selection['metric']}"
+        page.section("Training")
+        page.figure("curves", learning_curves([Curves(run.id, rows, select, selection["epoch"], COLORS[0])]), "Loss and selection by epoch.")
+
+
+def _neighbours(page: Page, data: RetrievalData, found: Retrieval, queries: int, seed: int) -> None:
+    references = data.gallery or data.test
+    rng, right = np.random.default_rng(seed), found.right[:, 0]
+    page.section("Queries and their nearest neighbours")
+    chosen = one_per_class(rng.permutation(len(right)), data.test.labels, queries)
+    caption = "Queries at random, of different classes (left), and their neighbours, nearest first. Green: the query's class. Red: another."
+    page.figure("neighbours", neighbour_figure(data.test, references, found, chosen), caption)
+    wrong = np.flatnonzero(~right)
+    if len(wrong):
+        # The errors the model is surest of.
+        order = wrong[np.argsort(-found.cosines[wrong, 0], kind="stable")]
+        chosen = one_per_class(order, data.test.labels, queries)
+        page.figure("errors", neighbour_figure(data.test, references, found, chosen), "Wrong nearest neighbours with the highest cosines.")
+
+
+def _classes(page: Page, rows: Sequence[Mapping[str, Any]], most: int = 20) -> None:
+    names = [name for name in rows[0] if name != "class"]
+    cells = [[str(row["class"]), *(figure_of(row[name]) if name != "queries" else str(row[name]) for name in names)] for row in rows[:most]]
+    page.section("Hardest classes")
+    page.table(["class", *names], cells, f"{min(most, len(rows))} of {len(rows)} classes, by recall@1; all are in result.json.")
+
+
+def one_per_class(order: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
+    """The first ``number`` positions of ``order`` whose classes differ, filled up with others when classes run out."""
+    _, first = np.unique(labels[order], return_index=True)
+    first = np.sort(first)[:number]
+    rest = np.setdiff1d(np.arange(len(order)), first)[: number - len(first)]
+    return order[np.concatenate([first, rest])]
+
+
+@styled
+def neighbour_figure(queries: ImageSet, references: ImageSet, found: Retrieval, chosen: np.ndarray, most: int = 8) -> Figure:
+    """A row per query: the query, then its nearest references framed green (its class) or red (another)."""
+    columns = min(most, found.neighbours.shape[1]) + 1
+    figure, axes = panels(len(chosen), columns, width=1.15 * columns, height=1.35)
+    for row, query in enumerate(chosen.tolist()):
+        _picture(axes[row, 0], queries, query, QUERY, queries.classes[queries.labels[query]])
+        for column in range(1, columns):
+            other, right = int(found.neighbours[query, column - 1]), bool(found.right[query, column - 1])
+            cosine = f"{found.cosines[query, column - 1]:.2f}"
+            label = cosine if right else f"{cosine} {references.classes[references.labels[other]]}"
+            _picture(axes[row, column], references, other, RIGHT if right else WRONG, label)
+    return figure
+
+
+def _picture(axis: Axes, images: ImageSet, index: int, color: str, label: str) -> None:
+    axis.imshow(resize(images.image(index), SIDE))
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    axis.set_title(label if len(label) <= 16 else f"{label[:15]}…", fontsize=6.5, color=color, loc="center", pad=3, fontweight="normal")
+    for spine in axis.spines.values():
+        spine.set(visible=True, color=color, linewidth=2.5)
