@@ -107,6 +107,20 @@ def to_csv(rows: Sequence[Mapping[str, str]]) -> str:
     return stream.getvalue()
 
 
+def store_rows(folder: Path, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write FOLDER/results/NAME.csv."""
+    store = folder / "results" / f"{name}.csv"
+    store.parent.mkdir(exist_ok=True)
+    with atomic_open(store, newline="") as stream:
+        stream.write(to_csv(rows))
+
+
+def stored_rows(folder: Path, name: str) -> list[dict[str, str]]:
+    """The rows of FOLDER/results/NAME.csv; none without it."""
+    store = folder / "results" / f"{name}.csv"
+    return list(csv.DictReader(io.StringIO(store.read_text(encoding="utf-8")))) if store.exists() else []
+
+
 def to_markdown(text: str, columns: Sequence[str] = ()) -> str:
     """A Markdown table of the CSV: figures with four digits, ± sample standard deviation where n > 1.
 
@@ -166,9 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if bad := next((run for run in given.runs if "=" not in run), None):
             raise UserError(f"found {bad!r}, wanted LABEL=RUN such as 'MF, gravity=runs/NAME'")
         labelled = [(run.rpartition("=")[0], Path(run.rpartition("=")[2])) for run in given.runs]
-        with atomic_open(store, newline="") as stream:
-            rows = rows_of_runs(labelled, declared(given.name).get("metrics", METRICS))
-            stream.write(to_csv(rows + published_rows(given.name)))
+        rows = rows_of_runs(labelled, declared(given.name).get("metrics", METRICS))
+        store_rows(folder, given.name, rows + published_rows(given.name))
     if not store.exists():
         raise UserError(f"there is no {store}: give the runs as LABEL=RUN")
     table = to_markdown(store.read_text(encoding="utf-8"), declared(given.name).get("columns", ()))
