@@ -37,6 +37,12 @@ MODELS: dict[str, Entry] = {
     "ItemKNNCBF": Entry("itemknncbf", "ItemKNNCBF", settings.ItemKNNCBF, trains=False, has_published=False),
     "LATTICE": Entry("lattice", "LATTICE", settings.LATTICE),
     "MGCN": Entry("mgcn", "MGCN", settings.MGCN, has_published=False),
+    "DualGNN": Entry("dualgnn", "DualGNN", settings.DualGNN),
+    "DRAGON": Entry("dragon", "DRAGON", settings.DRAGON),
+    "SLMRec": Entry("slmrec", "SLMRec", settings.SLMRec, needs_negatives=False, has_published=False),
+    "GRCN": Entry("grcn", "GRCN", settings.GRCN),
+    "MMGCN": Entry("mmgcn", "MMGCN", settings.MMGCN),
+    "MVGAE": Entry("mvgae", "MVGAE", settings.MVGAE),
 }
 
 

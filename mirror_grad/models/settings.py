@@ -124,3 +124,71 @@ class MGCN:
     cl_loss: float = option(0.01, "weight of the contrastive term", grid=(0.001, 0.01, 0.1))
     reg_weight: float = option(1e-4, "weight of the L2 term of the batch's vectors")
     train_features: bool = option(True, "train the item features themselves, as published")
+
+
+@dataclass(frozen=True)
+class DualGNN:
+    """A graph network per modality, mixed by each user's weights and smoothed over similar users."""
+
+    user_k: int = option(40, "neighbours of a user in the user graph")
+    reg_weight: float = option(
+        1e-3, "weight of the L2 terms of preferences and mixing weights", grid=(0.1, 1e-2, 1e-3, 1e-4, 1e-5)
+    )
+
+
+@dataclass(frozen=True)
+class DRAGON:
+    """Modalities side by side, with an item graph and a user graph on top."""
+
+    user_k: int = option(40, "neighbours of a user in the user graph")
+    knn_k: int = option(10, "neighbours of an item in the item graph, itself included")
+    mm_image_weight: float = option(0.1, "share of the image graph in the item graph; the text graph has the rest")
+    n_mm_layers: int = option(1, "propagation layers on the item graph")
+    reg_weight: float = option(
+        1e-3, "weight of the L2 terms of preferences and mixing weights", grid=(0.1, 1e-2, 1e-3, 1e-4, 1e-5)
+    )
+
+
+@dataclass(frozen=True)
+class SLMRec:
+    """Contrastive recommendation with a contrast between ids and modalities (task FAC)."""
+
+    layer_num: int = option(3, "propagation layers")
+    temp: float = option(0.2, "temperature of the user-item contrast")
+    ssl_temp: float = option(0.5, "temperature of the contrast between modalities", grid=(0.1, 0.2, 0.5, 1.0))
+    ssl_alpha: float = option(0.1, "weight of the contrast between modalities", grid=(0.01, 0.05, 0.1, 0.5, 1.0))
+    adj_type: str = option(
+        "pre", "normalisation of the graph: pre symmetric, norm mean with itself, gcmc mean, mean mean plus itself",
+        choices=("pre", "norm", "gcmc", "mean", "plain"),
+    )
+
+
+@dataclass(frozen=True)
+class GRCN:
+    """A user-item graph whose edges are weighted by the modalities."""
+
+    latent_embedding: int = option(64, "width of the preferences and projected features of a modality")
+    n_layers: int = option(3, "routing iterations that refine the preferences")
+    reg_weight: float = option(1e-3, "weight of the L2 terms", grid=(0.1, 1e-2, 1e-3, 1e-4, 1e-5))
+
+
+@dataclass(frozen=True)
+class MMGCN:
+    """A graph network per modality with a shared id table."""
+
+    n_layers: int = option(3, "layers of each network; published: always 3")
+    concat: bool = option(True, "join a node's own vector to its neighbours' by concatenation, else add them; published: always")
+    image_latent: int = option(256, "width to which images are projected")
+    reg_weight: float = option(1e-3, "weight of the L2 terms", grid=(0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.1))
+
+
+@dataclass(frozen=True)
+class MVGAE:
+    """Variational graph auto-encoders per modality, joined by a product of experts."""
+
+    beta: float = option(
+        1e-3, "weight of the KL divergences; published for a loss summed over the batch, fixed is a mean", grid=(0.01, 0.1, 1.0)
+    )
+    batch_negatives: bool = option(False, "compare with the best of all negatives of the batch; published: always")
+    latent: int = option(128, "width of the projected features and preferences")
+    dropout: float = option(0.1, "share of zeroed entries after each convolution")

@@ -1,0 +1,75 @@
+"""DualGNN (Wang et al., Dual Graph Neural Network for Multimedia Recommendation, TMM 2021)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfml.sampling import Triples
+from gfml.topk import FactorScorer
+from mirror_grad.models import settings
+from mirror_grad.parts.branches import ModalityBranch, mixing_weights
+from mirror_grad.parts.graphs import LightPropagation
+from mirror_grad.parts.losses import dot_bpr
+from mirror_grad.parts.user_graph import UserGraph
+
+if TYPE_CHECKING:
+    from mirror_grad.data import MultimodalData
+
+
+class DualGNN(nn.Module):
+    """A graph network per modality; item = sum_m item_m, user = a + H a with a = sum_m w_um user_m, H the user graph.
+
+        loss = BPR + reg_weight * [sum_m mean P_m[u]^2 + mean w^2]
+
+    published: the users' mix is w_u0 (v + t) + w_u1 t, because the item sum is written into the first branch; BPR in
+    bits (/ ln 2); a second set of weights, of items, that nothing reads, is decayed; short neighbour lists are padded.
+    Differences from the published code in both: no layers and no dropped items that nothing reads.
+    """
+
+    Settings = settings.DualGNN
+
+    def __init__(
+        self, data: MultimodalData, settings: settings.DualGNN, *, behaviour: str, embedding_dim: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.settings, self.published = settings, behaviour == "published"
+        self.light = LightPropagation(data.interactions.train)
+        self.branches = nn.ModuleDict(
+            {name: ModalityBranch(f, data.num_users, embedding_dim) for name, f in data.features.items()}
+        )
+        self.user_weight = mixing_weights(data.num_users, len(self.branches))
+        if self.published:
+            self.item_weight = mixing_weights(data.num_items, len(self.branches))
+        self.user_graph = UserGraph(data.user_graph, settings.user_k, seed, padded=self.published)
+
+    def new_epoch(self, epoch: int) -> None:
+        self.user_graph.new_epoch(epoch)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Final vectors of all users and all items."""
+        users, items = zip(*(self.light.split(branch(self.light)) for branch in self.branches.values()))
+        if self.published:
+            users = (sum(users), *users[1:])
+        mixed = sum(weight[:, None] * user for weight, user in zip(self.user_weight.unbind(1), users))
+        return mixed + self.user_graph(mixed), sum(items)
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        user, item = self.outputs()
+        bpr = dot_bpr(F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item))
+        terms = {"bpr": bpr / math.log(2) if self.published else bpr}
+        for name, branch in self.branches.items():
+            terms[f"reg_{name}"] = F.embedding(batch.users, branch.preference).square().mean()
+        terms["reg_user"] = self.user_weight.square().mean()
+        if self.published:
+            terms["reg_item"] = self.item_weight.square().mean()
+        reg = sum(value for name, value in terms.items() if name.startswith("reg"))
+        return {"loss": terms["bpr"] + self.settings.reg_weight * reg, **terms}
+
+    @torch.no_grad()
+    def scorer(self) -> FactorScorer:
+        return FactorScorer(*self.outputs())

@@ -1,0 +1,100 @@
+"""GRCN (Wei et al., Graph-Refined Convolutional Network for Multimedia Recommendation, MM 2020; arXiv 2111.02036)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfml.sampling import Triples
+from gfml.sparse import SparseMatrix
+from gfml.topk import FactorScorer
+from mirror_grad.models import settings
+from mirror_grad.parts.features import projected
+from mirror_grad.parts.graphs import bipartite
+from mirror_grad.parts.losses import dot_bpr
+
+if TYPE_CHECKING:
+    from mirror_grad.data import MultimodalData
+
+
+class GRCN(nn.Module):
+    """Preferences routed to by a user's items weight the edges on which id vectors are propagated.
+
+    Per modality X = n(lrelu(W F + b)) and P = n(P), n: rows of length 1. Routing, ``n_layers`` times:
+    P <- n(P + sum_i a_ui X_i), a = softmax over the items of u of P_u . X_i. Then once over all edges, both ways:
+    out = z + sum_j a_ij z_j for z = [P ; X], a = softmax over the neighbours of i of z_i . z_j.
+    Edge i <- j has the weight w = relu(max_m a_ij c_jm) with learned confidences c; the ids: x0 = n(E), x1 = w x0,
+    x2 = w x1. Output [x0 + x1 + x2 ; out_v ; out_t].
+        loss = BPR + reg_weight * [mean(E_u^2 + E_i^2) + mean P_first^2 + sum_m mean P_m[u]^2]
+
+    published: routing sends messages to items alone, so that it leaves P = n(P).
+    """
+
+    Settings = settings.GRCN
+
+    def __init__(
+        self, data: MultimodalData, settings: settings.GRCN, *, behaviour: str, embedding_dim: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.settings, self.published = settings, behaviour == "published"
+        self.num_users, self.num_items = data.num_users, data.num_items
+        nodes, train = data.num_users + data.num_items, data.interactions.train
+        self.to_users = SparseMatrix.from_scipy(train)
+        self.edges = SparseMatrix.from_scipy(bipartite(train))
+        self.id = nn.Parameter(nn.init.xavier_normal_(torch.empty(nodes, embedding_dim)))
+        self.confidence = nn.Parameter(nn.init.xavier_normal_(torch.empty(nodes, len(data.features))))
+        self.features = projected(data.features, settings.latent_embedding, trained=False)
+        shape = data.num_users, settings.latent_embedding
+        self.preference = nn.ParameterDict(
+            {name: nn.Parameter(nn.init.xavier_normal_(torch.empty(shape))) for name in self.features}
+        )
+        for part in self.features.values():
+            nn.init.xavier_normal_(part.linear.weight)
+
+    def routed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Preferences of the users after routing, and the items' vectors X, of one modality."""
+        items = F.normalize(F.leaky_relu(self.features[name]()), dim=1)
+        preference = F.normalize(self.preference[name], dim=1)
+        for _ in range(0 if self.published else self.settings.n_layers):
+            share = self.to_users.row_softmax(self.to_users.dots(preference, items))
+            preference = F.normalize(preference + self.to_users(items, share), dim=1)
+        return preference, items
+
+    def refined(self, name: str) -> tuple[Tensor, Tensor]:
+        """Output of one modality [U + I, latent], and the attention on every directed edge [nnz]."""
+        nodes = torch.cat(self.routed(name))
+        share = self.edges.row_softmax(self.edges.dots(nodes, nodes))
+        return nodes + self.edges(nodes, share), share
+
+    def edge_weights(self, shares: list[Tensor]) -> Tensor:
+        """relu of the largest confident attention of each directed edge: [nnz]."""
+        source = self.edges.indices.long()
+        confident = torch.stack([share * self.confidence[source, m] for m, share in enumerate(shares)])
+        return confident.amax(0).relu()
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Final vectors of all users and all items, [., D + latent * modalities]."""
+        views, shares = zip(*(self.refined(name) for name in self.features))
+        weights = self.edge_weights(list(shares))
+        first = F.normalize(self.id, dim=1)
+        second = self.edges(first, weights)
+        nodes = torch.cat([first + second + self.edges(second, weights), *views], 1)
+        return nodes[: self.num_users], nodes[self.num_users :]
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        user, item = self.outputs()
+        bpr = dot_bpr(F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item))
+        ids = [F.embedding(batch.users, self.id), F.embedding(torch.cat([batch.pos, batch.neg]) + self.num_users, self.id)]
+        terms = {"bpr": bpr, "reg_id": sum(rows.square().mean() for rows in ids)}
+        terms["reg_all"] = next(iter(self.preference.values())).square().mean()
+        for name, preference in self.preference.items():
+            terms[f"reg_{name}"] = F.embedding(batch.users, preference).square().mean()
+        reg = sum(value for name, value in terms.items() if name.startswith("reg"))
+        return {"loss": bpr + self.settings.reg_weight * reg, **terms}
+
+    @torch.no_grad()
+    def scorer(self) -> FactorScorer:
+        return FactorScorer(*self.outputs())

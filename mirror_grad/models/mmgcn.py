@@ -1,0 +1,112 @@
+"""MMGCN (Wei et al., Multi-modal Graph Convolution Network for Personalized Recommendation of Micro-video, MM 2019)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfml.sampling import Triples
+from gfml.sparse import SparseMatrix
+from gfml.topk import FactorScorer
+from mirror_grad.models import settings
+from mirror_grad.parts.graphs import bipartite, row_mean
+from mirror_grad.parts.losses import dot_bpr
+
+if TYPE_CHECKING:
+    from mirror_grad.data import MultimodalData
+
+PUBLISHED_LAYERS = 3
+
+
+class MMGCN(nn.Module):
+    """The mean over modalities of graph networks that share an id table.
+
+    loss = BPR + reg_weight * [mean(ID_u^2 + ID_i^2 over the batch) + mean P_first^2].
+    published: ids and preferences stay at their random start (they are part of the checkpoint all the same), three
+    layers, concatenation. fixed: they are trained.
+    """
+
+    Settings = settings.MMGCN
+
+    def __init__(
+        self, data: MultimodalData, settings: settings.MMGCN, *, behaviour: str, embedding_dim: int, seed: int
+    ) -> None:
+        super().__init__()
+        published = behaviour == "published"
+        self.settings, self.num_users = settings, data.num_users
+        self.mean = SparseMatrix.from_scipy(row_mean(bipartite(data.interactions.train)))
+        start = nn.init.xavier_normal_(torch.empty(data.num_users + data.num_items, embedding_dim))
+        keep(self, "id", start, frozen=published)
+        layers, concat = (PUBLISHED_LAYERS, True) if published else (settings.n_layers, settings.concat)
+        self.branches = nn.ModuleDict({
+            name: Branch(
+                features, data.num_users, embedding_dim, settings.image_latent if name == "image" else None,
+                layers=layers, concat=concat, frozen=published,
+            )
+            for name, features in data.features.items()
+        })
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Final vectors of all users and all items."""
+        nodes = sum(branch(self.mean, self.id) for branch in self.branches.values()) / len(self.branches)
+        return nodes[: self.num_users], nodes[self.num_users :]
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        user, item = self.outputs()
+        bpr = dot_bpr(F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item))
+        ids = [F.embedding(batch.users, self.id), F.embedding(torch.cat([batch.pos, batch.neg]) + self.num_users, self.id)]
+        reg_id = sum(rows.square().mean() for rows in ids)
+        reg_pref = next(iter(self.branches.values())).preference.square().mean()
+        loss = bpr + self.settings.reg_weight * (reg_id + reg_pref)
+        return {"loss": loss, "bpr": bpr, "reg_id": reg_id, "reg_pref": reg_pref}
+
+    @torch.no_grad()
+    def scorer(self) -> FactorScorer:
+        return FactorScorer(*self.outputs())
+
+
+class Branch(nn.Module):
+    """One modality: x = n([P ; G]), then in every layer
+
+        h = lrelu(M x W), z = lrelu(A x + a) + ID;   x <- lrelu(G [h ; z] + b)   or, added, lrelu(G h + b + z)
+
+    M: mean over neighbours. features [I, width] as they are, or projected to ``latent``. Returns [U + I, D].
+    """
+
+    def __init__(
+        self, features: Tensor, num_users: int, dim: int, latent: int | None, *, layers: int, concat: bool, frozen: bool
+    ) -> None:
+        super().__init__()
+        self.concat = concat
+        self.register_buffer("features", features.to(torch.get_default_dtype()), persistent=False)
+        width = latent or features.shape[1]
+        self.project = nn.Linear(features.shape[1], latent) if latent else nn.Identity()
+        keep(self, "preference", nn.init.xavier_normal_(torch.empty(num_users, width)), frozen=frozen)
+        widths = [width] + [dim] * (layers - 1)
+        self.message = nn.ModuleList(nn.Linear(size, size, bias=False) for size in widths)
+        self.own = nn.ModuleList(nn.Linear(size, dim) for size in widths)
+        self.join = nn.ModuleList(nn.Linear(size + dim if concat else size, dim) for size in widths)
+        for layer in (*self.message, *self.own, self.join[0]):
+            nn.init.xavier_normal_(layer.weight)
+
+    def forward(self, mean: SparseMatrix, ids: Tensor) -> Tensor:
+        nodes = F.normalize(torch.cat([self.preference, self.project(self.features)]), dim=1)
+        for message, own, join in zip(self.message, self.own, self.join):
+            neighbours = F.leaky_relu(mean(message(nodes)))
+            itself = F.leaky_relu(own(nodes)) + ids
+            if self.concat:
+                nodes = F.leaky_relu(join(torch.cat([neighbours, itself], 1)))
+            else:
+                nodes = F.leaky_relu(join(neighbours) + itself)
+        return nodes
+
+
+def keep(module: nn.Module, name: str, start: Tensor, *, frozen: bool) -> None:
+    """A table of the module: a parameter, or a constant that checkpoints hold."""
+    if frozen:
+        module.register_buffer(name, start)
+    else:
+        module.register_parameter(name, nn.Parameter(start))

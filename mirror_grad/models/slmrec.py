@@ -1,0 +1,98 @@
+"""SLMRec (Tao et al., Self-Supervised Learning for Multimedia Recommendation, TMM 2022), task FAC."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfml.encoders import Tables
+from gfml.sampling import Triples
+from gfml.sparse import SparseMatrix
+from gfml.topk import FactorScorer
+from mirror_grad.models import settings
+from mirror_grad.parts.features import projected
+from mirror_grad.parts.graphs import bipartite, row_mean, symmetric, with_itself
+from mirror_grad.parts.losses import info_nce
+
+if TYPE_CHECKING:
+    from mirror_grad.data import MultimodalData
+
+NORMALISATIONS = {
+    "pre": symmetric,
+    "norm": lambda adjacency: row_mean(with_itself(adjacency)),
+    "gcmc": row_mean,
+    "mean": lambda adjacency: with_itself(row_mean(adjacency)),
+    "plain": lambda adjacency: adjacency,
+}
+
+
+class SLMRec(nn.Module):
+    """One LightGCN for ids and one per modality, all with the same user table; joined by a linear layer per side.
+
+        user = Lin[u_id ; u_v ; u_t], item = Lin'[i_id ; i_v ; i_t], item inputs e_i and W_m n(f_m) + b_m
+        loss = InfoNCE(user, item) + ssl_alpha * [CE(a, g2(i_v)) + CE(g4(g3(a)), g5(i_t))],   a = g1(i_id)
+
+    CE: cross-entropy of the batch's dot products over ssl_temp, the own pair the right one. Negatives are not used.
+    score = user . item; in the published code its sigmoid, which ranks alike. Published with an optimizer decay of
+    1e-4, and with a weight ``reg`` that nothing reads, which does not exist here.
+    """
+
+    Settings = settings.SLMRec
+
+    def __init__(
+        self, data: MultimodalData, settings: settings.SLMRec, *, behaviour: str, embedding_dim: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+        self.graph = SparseMatrix.from_scipy(NORMALISATIONS[settings.adj_type](bipartite(data.interactions.train)))
+        features = {name: F.normalize(table, dim=1) for name, table in data.features.items()}
+        self.features = projected(features, embedding_dim, trained=False)
+        width = (1 + len(features)) * embedding_dim
+        self.fuse = nn.ModuleDict({side: nn.Linear(width, embedding_dim) for side in ("user", "item")})
+        sizes = {"g1": embedding_dim}
+        if "image" in features:
+            sizes |= {"g2": embedding_dim}
+        if "text" in features:
+            sizes |= {"g3": embedding_dim, "g4": embedding_dim // 2, "g5": embedding_dim // 2}
+        self.heads = nn.ModuleDict({name: nn.Linear(embedding_dim, size) for name, size in sizes.items()})
+        for layer in (*self.fuse.values(), *self.heads.values(), *(part.linear for part in self.features.values())):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Vectors of users [U, views * D] and items [I, views * D]: ids first, then the modalities."""
+        user, item = self.tables.vectors()
+        items = [item, *(part() for part in self.features.values())]
+        layer = total = torch.cat([user.repeat(1, len(items)), torch.cat(items, 1)])
+        for _ in range(self.settings.layer_num):
+            layer = self.graph(layer)
+            total = total + layer
+        user, item = (total / (self.settings.layer_num + 1)).split([self.tables.num_users, self.tables.num_items])
+        return user, item
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        user, item = self.outputs()
+        user, item = F.embedding(batch.users, user), F.embedding(batch.pos, item)
+        terms = {"main": info_nce(self.fuse["user"](user), self.fuse["item"](item), self.settings.temp)}
+        own, *views = item.chunk(1 + len(self.features), 1)
+        view, heads = dict(zip(self.features, views)), self.heads
+        anchor = heads["g1"](own)
+        if "image" in view:
+            terms["fac_image"] = self.contrast(anchor, heads["g2"](view["image"]))
+        if "text" in view:
+            terms["fac_text"] = self.contrast(heads["g4"](heads["g3"](anchor)), heads["g5"](view["text"]))
+        ssl = sum(value for name, value in terms.items() if name != "main")
+        return {"loss": terms["main"] + self.settings.ssl_alpha * ssl, **terms}
+
+    def contrast(self, first: Tensor, second: Tensor) -> Tensor:
+        """Cross-entropy of first second^T / ssl_temp with the diagonal as the right answers."""
+        target = torch.arange(len(first), device=first.device)
+        return F.cross_entropy(first @ second.T / self.settings.ssl_temp, target)
+
+    @torch.no_grad()
+    def scorer(self) -> FactorScorer:
+        user, item = self.outputs()
+        return FactorScorer(self.fuse["user"](user), self.fuse["item"](item))
