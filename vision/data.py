@@ -49,7 +49,7 @@ class VisionData:
 
 
 def load(options: Options) -> VisionData:
-    """The data set that the flags ask for: read, made one size, cut, thinned out class by class."""
+    """The data set that the flags ask for: read, made one size, thinned out class by class, cut."""
     name = IMBALANCED.get(options.dataset, options.dataset)
     data = load_images(
         name, data_root=options.data_root, download=options.download, test_fraction=options.test_fraction,
@@ -61,8 +61,8 @@ def load(options: Options) -> VisionData:
         raise UserError(f"{data.name} has images of {data.train.array().shape[2]} x {data.train.array().shape[1]}: give --image-size")
     if options.num_classes not in (None, len(data.classes)):
         raise UserError(f"found --num-classes {options.num_classes}, wanted {len(data.classes)} for {data.name}: mend or drop the flag")
-    data = _with_valid(data, options.val_fraction, options.split_seed)
     data = replace(data, train=_thinned(data, options), name=options.dataset if options.dataset in IMBALANCED else data.name)
+    data = _with_valid(data, options.val_fraction, options.split_seed)
     mean, std = data.statistics or channel_statistics(data.train.array())
     return VisionData(data, data.train.array().shape[1], data.train.counts, (torch.tensor(mean), torch.tensor(std)))
 
@@ -74,7 +74,7 @@ def _one_size(data: ImageData) -> ImageData:
 
 
 def _with_valid(data: ImageData, fraction: float, seed: int) -> ImageData:
-    """A validation part of its own, else ``fraction`` of each train class; none for 0."""
+    """A validation part of its own, else ``fraction`` of each class of the train part as it is trained on; none for 0."""
     if fraction == 0:
         return replace(data, valid=None)
     if data.valid is not None:

@@ -10,7 +10,7 @@
 
 A batch is ``--batch-size`` augmented images and makes one optimizer step (two with ``--mirror two_step``) on one loss,
 ``--long-tail``. Each model has a run of its own. The headline is the test accuracy after the last epoch; test is read
-once. ``--val_fraction`` sets a validation part aside and reports the best epoch on it too.
+once. ``--val_fraction`` sets a part of each train class aside and reports the epoch with the best mean class accuracy on it too.
 
 Source: Byun, Lim, Song, GFML, Engineering Applications of Artificial Intelligence 139, 109463, 2025, whose vision part
 changes the public ViT-CIFAR.
@@ -96,7 +96,7 @@ def run_one(options: Options, data: VisionData, world: World) -> tuple[Mapping[s
                 evaluate=None if valid is None else lambda _: experiment.metrics(
                     options, data, experiment.predict(options, data, model, valid, world), valid
                 ),
-                select=None if valid is None else "val/accuracy", run=run, epochs=1 if options.dry_run else options.epochs,
+                select=None if valid is None else "val/balanced_accuracy", run=run, epochs=1 if options.dry_run else options.epochs,
                 checkpoint_every=options.checkpoint_every, amp=training.amp, progress=options.progress if world.is_main else False,
                 tracker=tracker,
             )  # fmt: skip

@@ -66,7 +66,7 @@ def _add_data_flags(parser: Parser) -> None:
                        help="smallest over largest class of the train part (default: 0.01 for cimb10, cimb100)")
     group.add_argument("--rand_number", type=number(int, least=0), default=0, metavar="N", help="seed of the choice of images that stay")
     group.add_argument("--val_fraction", "--val-fraction", type=number(least=0, most=0.9), default=0.0, metavar="R",
-                       help="share of each train class cut off for validation, before the imbalance")
+                       help="share of each class of the (long-tailed) train part cut off for validation")
     group.add_argument("--test-fraction", type=number(above=0, most=0.9), default=0.2, metavar="R", help="test share of a folder without test images")
     group.add_argument("--split-seed", type=number(int, least=0), default=2020, metavar="N", help="seed of random cuts")
     group.add_argument("--unreadable", choices=("error", "skip"), default="error", help="what an unreadable image does")

@@ -185,7 +185,7 @@ def _learning(page: Page, runs: Sequence[StoredRun]) -> None:
         figure, axes = panels(1, 2, height=3.8)
         for run in runs:
             curves = Curves(run.label, read_metrics(run.path), "", None, run.color)
-            for axis, keys in zip(axes[0], (("train/loss",), ("train/accuracy", "val/accuracy")), strict=True):
+            for axis, keys in zip(axes[0], (("train/loss",), ("train/accuracy", "val/balanced_accuracy")), strict=True):
                 for key, style in zip(keys, ("-", "--"), strict=False):
                     epochs, values = curves.series(key)
                     if len(epochs):

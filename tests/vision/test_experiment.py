@@ -1,0 +1,263 @@
+"""Loss, schedule, optimizer groups, judged groups: the program side of training."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gfml.distributed import World
+from gfml.longtail import class_weights
+from vision.data import Batch, load
+from vision.experiment import Objective, Schedule, ScheduledStep, Training, build_model, groups, metrics, predict
+from vision.options import for_model, parse
+
+COUNTS = np.array([100, 40, 10, 4])
+SEED_COMMAND = (
+    "--model-name vit_gra --max-epochs 200 --batch-size 128 --weight-decay 5e-5 --lr 1e-3 --min-lr 1e-5 --warmup-epoch 5 --dropout 0.0 "
+    "--head 12 --num-layers 7 --hidden 384 --mlp-hidden 384 --autoaugment --label-smoothing --lamb_gra 3.0 --lamb_mix 0.5 --mix_on 1 "
+    "--mix_mode split --dist_mode l2 --mass_pos tail --num_split 6 --split_mix 1 --dataset cimb10 --num-classes 10 --project-name 221104-cimb10"
+)
+
+
+def options_of(*words):
+    options = parse([*" ".join(map(str, words)).split()])
+    return for_model(options, options.model_name[0])
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    labels, others = torch.randint(0, 4, (2, 12), generator=generator)
+    return Batch(torch.zeros(12, 3, 4, 4), labels, others, 0.7)
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(12, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load(options_of())
+
+
+# -- loss
+
+
+def smoothed(logits, labels, eps):
+    """1 - eps on the label, eps / (C - 1) on each other class, by loops."""
+    total, c = 0.0, logits.shape[1]
+    for row, label in zip(logits.log_softmax(-1), labels, strict=True):
+        total -= sum((1 - eps if k == label else eps / (c - 1)) * row[k] for k in range(c))
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1, 0.3])
+def test_smoothing_is_that_of_the_other_classes(batch, logits, eps):
+    options = options_of("--label-smoothing --smoothing", eps)
+    terms = Objective(options, COUNTS).terms(logits, batch)
+    expected = 0.7 * smoothed(logits, batch.labels, eps) + 0.3 * smoothed(logits, batch.others, eps)
+    torch.testing.assert_close(terms["loss"], expected)
+    # The library's uniform smoothing with eps C / (C - 1) is the same.
+    one = F.cross_entropy(logits, batch.labels, label_smoothing=eps * 4 / 3)
+    torch.testing.assert_close(smoothed(logits, batch.labels, eps), one)
+
+
+def test_without_the_flag_nothing_is_smoothed(batch, logits):
+    whole = Batch(batch.images, batch.labels, batch.labels, 1.0)
+    terms = Objective(options_of("--smoothing 0.3"), COUNTS).terms(logits, whole)
+    torch.testing.assert_close(terms["loss"], F.cross_entropy(logits, batch.labels))
+    assert terms["accuracy"] == (logits.argmax(1) == batch.labels).float().mean()
+
+
+def test_accuracy_of_mixed_images_counts_both_labels(batch, logits):
+    answers = logits.argmax(1)
+    expected = 0.7 * (answers == batch.labels).float().mean() + 0.3 * (answers == batch.others).float().mean()
+    assert Objective(options_of(), COUNTS).terms(logits, batch)["accuracy"] == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("name", ["ce", "class-balanced", "focal", "balanced-softmax", "logit-adjustment", "ldam", "ldam-drw"])
+def test_every_long_tail_loss_has_a_gradient(batch, logits, name):
+    objective = Objective(options_of("--epochs 10 --long-tail", name), COUNTS)
+    objective.new_epoch(1)
+    objective.terms(logits, batch)["loss"].backward()
+    assert bool(torch.isfinite(logits.grad).all()) and logits.grad.abs().sum() > 0
+
+
+def test_deferred_weights_begin_late(batch, logits):
+    objective = Objective(options_of("--epochs 10 --drw-start 0.8 --long-tail ldam-drw"), COUNTS)
+    weights = []
+    for epoch in range(1, 11):
+        objective.new_epoch(epoch)
+        weights.append(objective.loss.weight.clone())
+    assert all(torch.equal(weight, torch.ones(4)) for weight in weights[:8])
+    torch.testing.assert_close(weights[8], torch.tensor(class_weights(COUNTS)).float())
+    assert torch.equal(weights[8], weights[9])
+
+
+# -- schedule
+
+
+def rates(words, steps):
+    schedule = Schedule(options_of(words), steps)
+    return [schedule.at(step) for step in range(schedule.total)]
+
+
+def test_the_original_schedule():
+    """Published values by epoch, from 0, measured with the real scheduler; constant within an epoch."""
+    found = rates("--dataset c10 --schedule original", 3)
+    assert all(found[3 * e] == found[3 * e + 1] == found[3 * e + 2] for e in range(200))
+    for epoch, value in {0: 0.0, 1: 2e-4, 4: 8e-4, 5: 1e-3, 6: 1e-3, 8: 9.998e-4, 100: 5.516e-4, 198: 1.390e-5, 199: 1.299e-5}.items():
+        assert found[3 * epoch] == pytest.approx(value, rel=5e-4), epoch
+
+
+def test_the_natural_schedule():
+    found = rates("--dataset c10 --epochs 20", 7)
+    assert found[0] == pytest.approx(1e-3 / 35) and found[34] == pytest.approx(1e-3) and found[-1] == pytest.approx(1e-5, rel=1e-9)
+    assert all(a < b for a, b in zip(found[:34], found[1:35], strict=True)) and all(a > b for a, b in zip(found[35:-1], found[36:], strict=True))
+    middle = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * 52 / 104))
+    assert found[35 + 52] == pytest.approx(middle)
+
+
+@pytest.mark.parametrize("words", ["--warmup-epoch 0", "--epochs 1 --warmup-epoch 0", "--epochs 2 --warmup-epoch 5", "--warmup-epoch 0 --schedule original"])
+def test_schedules_at_their_ends(words):
+    found = rates(f"--dataset c10 {words}", 1)
+    assert all(0 < rate <= 1e-3 + 1e-12 for rate in found)
+
+
+def test_the_step_sets_the_rate_and_goes_on_from_a_checkpoint():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    schedule = Schedule(options_of("--dataset c10 --epochs 4 --warmup-epoch 1"), 5)
+
+    def inner(closure, optimizer):
+        return {"loss": 0.0, "seen": optimizer.param_groups[0]["lr"]}
+
+    step = ScheduledStep(inner, schedule)
+    terms = [step(dict, optimizer) for _ in range(7)]
+    assert [t["lr"] for t in terms] == [t["seen"] for t in terms] == [schedule.at(n) for n in range(7)]
+    other = ScheduledStep(inner, schedule)
+    other.load_state_dict(step.state_dict())
+    assert other(dict, optimizer)["lr"] == schedule.at(7)
+
+
+# -- optimizer and judging
+
+
+def test_masses_and_lambdas_do_not_decay(digits):
+    options = options_of("--model-name vit_gra --learn_lamb 1 --weight-decay 0.01")
+    model = build_model(options, digits, torch.device("cpu"))
+    training = Training(options, digits, model, World(0, 1, torch.device("cpu")))
+    free = [p for group in training.optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]]
+    names = {name for name, p in model.named_parameters() if any(p is q for q in free)}
+    assert len(free) == 8 and all("mass" in name or "lamb" in name for name in names)
+    assert sum(len(group["params"]) for group in training.optimizer.param_groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_the_optimizer_is_the_one_asked_for(digits, kind):
+    options = options_of(f"--model-name vit --optimizer {kind} --beta1 0.8 --beta2 0.95")
+    training = Training(options, digits, build_model(options, digits, torch.device("cpu")), World(0, 1, torch.device("cpu")))
+    assert type(training.optimizer).__name__.lower() == kind and training.optimizer.defaults["betas"] == (0.8, 0.95)
+
+
+def test_groups_partition_the_classes(digits):
+    found = groups(digits.counts)
+    for names in (("many", "medium", "few"), ("head", "mid", "tail")):
+        assert sorted(int(c) for name in names for c in found[name]) == list(range(10))
+    assert [len(found[name]) for name in ("head", "mid", "tail")] == [3, 4, 3]
+    assert groups(np.full(10, 50)) == {}
+
+
+def test_class_accuracies_average_to_the_overall_one(digits):
+    """On a balanced test part, and so do the groups, weighted by their sizes."""
+    options, test = options_of(), digits.source.test
+    logits = torch.randn(500, 10, generator=torch.Generator().manual_seed(0)) + 2 * F.one_hot(torch.from_numpy(test.labels), 10)
+    found, parts = metrics(options, digits, logits, test), groups(digits.counts)
+    assert found["accuracy"] == pytest.approx(found["balanced_accuracy"])
+    for names in (("many", "medium", "few"), ("head", "mid", "tail")):
+        whole = sum(len(parts[name]) * found[f"accuracy_{name}"] for name in names if len(parts[name]))
+        assert whole / 10 == pytest.approx(found["accuracy"])
+
+
+def test_predictions_are_those_of_the_network(digits):
+    """Block by block equals at once, normalised by the train part's statistics."""
+    options = options_of("--model-name vit --eval-batch-size 64")
+    torch.manual_seed(0)
+    model = build_model(options, digits, torch.device("cpu")).eval()
+    found = predict(options, digits, model, digits.source.test, World(0, 1, torch.device("cpu")))
+    pixels = torch.from_numpy(digits.source.test.array()).permute(0, 3, 1, 2).float() / 255
+    mean, std = digits.statistics
+    with torch.no_grad():
+        expected = model((pixels - mean[:, None, None]) / std[:, None, None])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    scaled = predict(options_of("--model-name vit --long-tail ldam"), digits, model, digits.source.test, World(0, 1, torch.device("cpu")))
+    torch.testing.assert_close(scaled, 30 * found, rtol=1e-4, atol=1e-3)
+
+
+# -- flags
+
+
+def test_the_published_command_parses_word_for_word():
+    options = options_of(SEED_COMMAND)
+    assert (options.model_name, options.epochs, options.hidden, options.head, options.lamb_gra, options.mass_pos) == ("vit_gra", 200, 384, 12, 3.0, "tail")
+    assert (options.imb_type, options.imb_factor, options.seed, options.patch, options.batch_size) == ("exp", 0.01, 42, 8, 128)
+    seed = Path(__file__).parents[3] / "shared" / "seeds" / "gfml.md"
+    if seed.is_file():
+        assert SEED_COMMAND in seed.read_text(encoding="utf-8")
+
+
+def test_published_defaults():
+    """Every flag of the published program, by its name, with its default (the bare program aside)."""
+    options = options_of("--dataset c10")
+    published = {
+        "api_key": None, "model_name": "vit_gra", "patch": 8, "batch_size": 128, "eval_batch_size": 1024, "lr": 1e-3, "min_lr": 1e-5, "beta1": 0.9,
+        "beta2": 0.999, "off_benchmark": False, "epochs": 200, "dry_run": False, "weight_decay": 5e-5, "warmup_epoch": 5, "precision": 16,
+        "autoaugment": False, "criterion": "ce", "label_smoothing": False, "smoothing": 0.1, "rcpaste": False, "cutmix": False, "mixup": False,
+        "dropout": 0.0, "head": 12, "num_layers": 7, "hidden": 384, "mlp_hidden": 384, "off_cls_token": False, "seed": 42, "project_name": "vit-gravity",
+        "lamb_gra": 1.0, "lamb_mix": 0.5, "mix_on": 0, "mix_mode": "normal", "score_norm": 1, "dist_mode": "l2", "mass_pos": "full", "num_split": 6,
+        "split_mix": 0,
+    }  # fmt: skip
+    assert {name: getattr(options, name) for name in published} == published
+
+
+def test_the_config_of_a_run_reads_back(tmp_path):
+    from gfml.cli import toml_text
+
+    for words in ("", "--dataset c10", SEED_COMMAND, "--model-name vit --imb-type balanced --ema 0.99 --clip-grad 1"):
+        options = options_of(words)
+        (tmp_path / "config.toml").write_text(toml_text(options.resolved))
+        again = options_of("--config", tmp_path / "config.toml")
+        assert again.resolved == options.resolved and json.dumps(sorted(vars(again).keys() - {"config"})) == json.dumps(sorted(vars(options).keys() - {"config"}))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--model-nam vit", "unknown flag --model-nam; did you mean '--model-name'?"),
+        ("--mass_pos middle", "choose one of full, full_fix, head, tail"),
+        ("--model-name vit vit", "names a model twice"),
+        ("--model-name vit vit_gra --run-name a", "give one --model-name"),
+        ("--model-name vit_gra --mix_on 1 --mix_mode split --num_split 9 --head 4", "num_split may be 0 to the number of heads"),
+        ("--hidden 100 --head 12", "heads must divide the width"),
+        ("--min-lr 1 --lr 0.1", "above --lr"),
+        ("--long-tail focal --label-smoothing", "drop --label-smoothing"),
+        ("--mirror two_step --clip-grad 1", "--mirror-clip"),
+        ("--learn_lamb 1 --lamb_gra 0", "starts above 0"),
+        ("--dataset c10 --imb-type exp", "needs --imb-factor"),
+        ("--imb-type balanced --imb-factor 0.1", "drop one of them"),
+        ("--lamb_mix 1.5", "wanted a number >= 0 and <= 1"),
+        ("--epochs -1", "wanted a whole number >= 0"),
+    ],
+)
+def test_wrong_flags_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(words.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
