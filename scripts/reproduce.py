@@ -43,6 +43,8 @@ from gfml.errors import UserError, choice_error
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "configs" / "tables"
+# Where the folders of the tables lie.
+TABLE_ROOT = ROOT
 KEYS = {"folder", "title", "metrics", "columns", "needs", "seeds", "tolerance", "cell", "published"}
 CELL_KEYS = {"label", "command", "seeds", "needs", "paper", "over"}
 
@@ -199,7 +201,7 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None
     for _, path in done:
         read_result(path)
     fresh = {row["method"]: row for row in rows_of_runs(done, table.get("metrics", METRICS))}
-    stored = {row["method"]: row for row in stored_rows(ROOT / table["folder"], name)}
+    stored = {row["method"]: row for row in stored_rows(TABLE_ROOT / table["folder"], name)}
     labels = list(dict.fromkeys(one.cell.label for one in known))
     rows = [_best_row(label, fresh.get(label), stored.get(label), known) for label in labels]
     # Rows made by hand stay too.
@@ -207,7 +209,7 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None
     other = [row for row in stored.values() if row["method"] not in {*labels, *theirs} and row["protocol"] != "no training"]
     simple = [row for row in fresh.values() if row["method"] not in labels]
     simple = simple or [row for row in stored.values() if row["protocol"] == "no training"]
-    store_rows(ROOT / table["folder"], name, [*rows, *other, *simple, *published_rows(name)])
+    store_rows(TABLE_ROOT / table["folder"], name, [*rows, *other, *simple, *published_rows(name)])
     write_table([name, "--folder", table["folder"]])
 
 
@@ -223,7 +225,7 @@ def _best_row(label: str, fresh: dict | None, stored: dict | None, known: Sequen
 
 def compare(name: str, table: Mapping[str, Any]) -> list[str]:
     """Lines that put the stored figures beside the published ones: difference, seeds, selection rule, time."""
-    rows = {row["method"]: row for row in stored_rows(ROOT / table["folder"], name)}
+    rows = {row["method"]: row for row in stored_rows(TABLE_ROOT / table["folder"], name)}
     lines = []
     for cell in expand(table, ()):
         ours, paper = rows.get(cell.label), rows.get(cell.paper or "")
@@ -243,7 +245,7 @@ def list_tables(more: Sequence[str], data_root: str | None) -> None:
         table = load_table(name)
         known = survey(expand(table, more), data_root)
         reasons = list(dict.fromkeys(one.reason for one in known if one.reason))
-        rows = [row for row in stored_rows(ROOT / table["folder"], name) if row["n"] and row["protocol"] != "no training"]
+        rows = [row for row in stored_rows(TABLE_ROOT / table["folder"], name) if row["n"] and row["protocol"] != "no training"]
         seeds = statistics.fmean(int(row["n"]) for row in rows) if rows else 0
         stored = f"{len(rows)} rows stored, {seeds:.3g} runs each" if rows else "nothing stored"
         print(f"{name:22} {table.get('title', '')}\n{'':22} {stored}; here: {summary(known)}")
