@@ -1,0 +1,61 @@
+"""The list of ablations: every command is understood, a launched one is run and its table holds the runs' figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from contextual import ablations
+from contextual.names import ABLATIONS
+from contextual.options import parse
+from gfml.errors import UserError
+
+
+def test_every_command_is_one_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablations.main(["--dataset", "digits", "--seeds", "1", "2"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 * len(ablations.variants())
+    seen = set()
+    for line in printed:
+        words = line.partition("  # ")[0].split()
+        assert words[:2] == ["python", "contextual/main.py"]
+        options = parse("256", words[2:])
+        seen.add((options.loss, options.ablation))
+    assert {("hybrid", name) for name in ABLATIONS} <= seen
+
+
+def test_published_numbers_are_names() -> None:
+    assert [variant.name for variant in ablations.chosen(["0", "7", "lam-0.8"])] == ["none", "inside", "lam-0.8"]
+    with pytest.raises(UserError, match=r"unknown ablation 'insid'.*did you mean 'inside'"):
+        ablations.chosen(["insid"])
+
+
+def test_a_wrong_flag_stops_before_the_first_run(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        ablations.main(["--launch", "--only", "none", "--epoch", "1", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "--epochs" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_launched_runs_become_a_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--launch", "--only", "none", "inside", "--epochs", "1", "--batches-per-epoch", "2", "--pictures", "0", "--nmi", "0",
+             "--out", str(tmp_path)]  # fmt: skip
+    assert ablations.main(flags) == 0
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/result.json"))]
+    assert len(results) == 2
+    stored = {f"{result['test']['recall@1']:.4f}" for result in results}
+    shown = [row.split(" | ") for row in rows]
+    assert [cells[0] for cells in shown] == ["| none", "| inside"]
+    assert {cells[2] for cells in shown} == stored
+    # Done runs are shown, not trained again.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")}
+    assert ablations.main(flags) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/result.json")} == before
+    assert capsys.readouterr().out.splitlines()[-2:] == rows
+
+
+def test_seeds_are_one_row() -> None:
+    results = {"none": [{"test": {"recall@1": value, "map@r": 0.5, "r_precision": 0.25}} for value in (0.2, 0.4)]}
+    assert ablations.table(results).splitlines()[-1] == "| none | 2 | 0.3000 ± 0.1414 | 0.5000 ± 0.0000 | 0.2500 ± 0.0000 |"
