@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gfml.graph import csr_times_dense
 
-# Entries whose rows are gathered at a time for the gradient of the values.
-ENTRIES_PER_BLOCK = 1 << 18
+# Entries whose rows are gathered at a time for their dot products: on the CPU a block stays in the cache.
+ENTRIES_PER_BLOCK = {"cpu": 1 << 11, "other": 1 << 18}
 
 
 class SparseMatrix(nn.Module):
@@ -111,8 +111,7 @@ class _Product(torch.autograd.Function):
         matrix: SparseMatrix = ctx.matrix
         to_values = to_dense = None
         if ctx.needs_input_grad[0]:
-            ends = (matrix.row_of, matrix.indices)
-            to_values = entry_dots(grad, dense, *(ends[::-1] if ctx.transposed else ends))
+            to_values = _Dots.apply(*((dense, grad) if ctx.transposed else (grad, dense)), matrix)
         if ctx.needs_input_grad[1]:
             to_dense = _Product.apply(values, grad, matrix, not ctx.transposed)
         return to_values, to_dense, None, None
@@ -135,6 +134,9 @@ class _Dots(torch.autograd.Function):
 
 
 def entry_dots(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """left[rows] . right[columns], one number per pair: [nnz]; in blocks of pairs, so memory stays bounded."""
-    blocks = zip(rows.split(ENTRIES_PER_BLOCK), columns.split(ENTRIES_PER_BLOCK))
-    return torch.cat([(left[row] * right[column]).sum(1) for row, column in blocks])
+    """left[rows] . right[columns], one number per pair: [nnz]; in blocks of pairs. No gradient."""
+    size = ENTRIES_PER_BLOCK.get(left.device.type, ENTRIES_PER_BLOCK["other"])
+    found = left.new_empty(len(rows))
+    for out, row, column in zip(found.split(size), rows.split(size), columns.split(size)):
+        torch.sum(left.index_select(0, row).mul_(right.index_select(0, column)), 1, out=out)
+    return found

@@ -56,8 +56,8 @@ class FREEDOM(nn.Module):
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         items = torch.cat([batch.pos, batch.neg])
-        rows, place = distinct(torch.cat([batch.users, self.tables.num_users + items]))
-        nodes = F.embedding(place, self.graph()(self.tables.nodes, self.settings.n_ui_layers, rows=rows))
+        ids = torch.cat([batch.users, self.tables.num_users + items])
+        nodes = self.graph().at(ids, self.tables.nodes, self.settings.n_ui_layers)
         user, item = nodes.split([len(batch), len(items)])
         item = item + F.embedding(items, self.smoothed_items())
         terms = {"bpr": dot_bpr(user, *item.chunk(2))}

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml.data.interactions import csr_from_pairs, pairs_from_csr
@@ -75,6 +76,15 @@ class LightPropagation(nn.Module):
     ) -> Tensor:
         """nodes [N, D] -> [N, D], or the given rows of it; ``values`` of the same pattern replace those of A_hat."""
         return propagate(self.graph, nodes, num_layers, combine=combine, rows=rows, values=values)
+
+    def at(self, ids: Tensor, nodes: Tensor, num_layers: int) -> Tensor:
+        """The propagated vectors of nodes ``ids`` [n], which may repeat: [n, D].
+
+        On the CPU the last layer is computed only there; elsewhere the whole layer costs less than learning the number
+        of different nodes, which would stall the device.
+        """
+        rows, place = ids.unique(return_inverse=True) if ids.device.type == "cpu" else (None, ids)
+        return F.embedding(place, self(nodes, num_layers, rows=rows))
 
     def split(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the users and of the items."""

@@ -76,6 +76,8 @@ def test_light_propagation_is_the_mean_of_matrix_powers(binary):
     wanted = (nodes + dense @ nodes + dense @ dense @ nodes) / 3
     torch.testing.assert_close(light(nodes, 2), wanted, rtol=1e-6, atol=1e-7)
     assert torch.equal(light(nodes, 0), nodes)
+    ids = torch.tensor([3, 12, 3, 0])
+    torch.testing.assert_close(light.at(ids, nodes, 2), light(nodes, 2)[ids])
     user, item = light.split(nodes)
     assert len(user) == light.num_users and len(item) == light.num_items and not light.state_dict()
 
