@@ -36,7 +36,7 @@ def build_model(
 ) -> nn.Module:
     """A new, untrained network: images [B, in_channels, image_size, image_size] -> logits [B, num_classes].
 
-    vit: sizes of vit and vit_gra; its mass_pos and ``attention`` also serve NAME_gra.
+    vit: sizes of vit and vit_gra; its mass_pos and ``attention`` also serve NAME_gra. vit takes ``attention``'s dot scale.
     stem: of the four CNNs. imagenet, as published: the input is halved twice or more at once, and 32 pixels end as
         one. cifar: the first convolution keeps the size and there is no pooling after it; vgg19 then ends in mean
         pooling and one linear map instead of the 120 million weights of its three.
@@ -45,7 +45,8 @@ def build_model(
     try:
         if name in VITS:
             sizes = {"image_size": image_size, "in_channels": in_channels, "settings": vit}
-            return ViT(num_classes, **sizes, attention=attention if name == "vit_gra" else None)
+            plain = AttentionSettings(mix="split", num_split=0, dot_scale=attention.dot_scale, kernel=attention.kernel)
+            return ViT(num_classes, **sizes, attention=attention if name == "vit_gra" else plain)
         if name in CNNS:
             return _cnn(name, num_classes, in_channels, stem)
         return _timm(name, num_classes, image_size, in_channels, vit.mass_pos, attention)
