@@ -13,6 +13,7 @@ from mirror_grad.models import settings
 class Entry:
     """Where a model is and what it needs.
 
+    module: a file of this folder, or with a dot the full name of any importable module.
     needs_features: item features of at least one modality. needs_negatives: False for models of (user, item) pairs.
     trains: False for models without parameters. has_published: ``--behaviour published`` differs from fixed.
     """
@@ -51,4 +52,5 @@ def load_model(name: str) -> type:
     if name not in MODELS:
         raise choice_error("model", name, MODELS)
     entry = MODELS[name]
-    return getattr(import_module(f"mirror_grad.models.{entry.module}"), entry.cls)
+    module = entry.module if "." in entry.module else f"mirror_grad.models.{entry.module}"
+    return getattr(import_module(module), entry.cls)
