@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = ("recsys", "vision", "mcl", "cml_baseline", "contextual", "hlrm", "mirror_grad")
 # Parts of the core that know nothing of training, runs or command lines.
-PURE = ("distances", "gravity", "losses", "graph", "sampling", "encoders", "cml", "topk", "metrics", "data", "attention", "longtail")
+PURE = ("distances", "gravity", "losses", "graph", "sparse", "neighbours", "sampling", "encoders", "cml", "topk", "metrics", "data", "attention", "longtail")
 DRIVERS = {"gfml.train", "gfml.runs", "gfml.cli", "gfml.tracking", "gfml.reporting", "gfml.report"}
 
 

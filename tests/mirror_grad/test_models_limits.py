@@ -1,0 +1,262 @@
+"""Each model in the limits of its settings, where it must become something known."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gfml.graph import build_graph
+from gfml.sampling import Triples
+from mirror_grad.data import MultimodalData
+
+kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toy.py"))))
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def toy(stored):
+    return stored("mm_toy")
+
+
+@pytest.fixture
+def data(toy):
+    return kit.toy_data(toy)
+
+
+@pytest.fixture
+def batch(toy):
+    return kit.toy_batch(toy)
+
+
+def dense(matrix, size):
+    return matrix(torch.eye(size))
+
+
+def adjacency(data):
+    graph = build_graph(data.interactions.train, dtype=torch.float64)
+    return graph.multiply(torch.eye(graph.num_nodes))
+
+
+def grads(model, batch):
+    return kit.gradients(model.train().loss(batch)["loss"], model)
+
+
+@pytest.mark.parametrize("name", ["LightGCN", "BM3", "FREEDOM"])
+@pytest.mark.parametrize("layers", [0, 2])
+def test_propagation_is_the_mean_of_matrix_powers(name, layers, data):
+    option = {"n_ui_layers": layers, "n_mm_layers": 0} if name == "FREEDOM" else {"n_layers": layers}
+    model = kit.build(name, data, **option).eval()
+    nodes = (model.encoder if name == "LightGCN" else model.tables).nodes.detach()
+    power, total = nodes, nodes
+    for _ in range(layers):
+        power = adjacency(data) @ power
+        total = total + power
+    user, item = (total / (layers + 1)).split([30, 24])
+    if name == "BM3":
+        found = model.outputs()
+        torch.testing.assert_close(found[0], user)
+        torch.testing.assert_close(found[1], item + nodes[30:])
+        return
+    scorer = model.scorer()
+    torch.testing.assert_close(scorer.user, user)
+    torch.testing.assert_close(scorer.item, item + (nodes[30:] if name == "FREEDOM" else 0))
+
+
+def test_vbpr_without_features_is_bpr_on_the_first_half(data, batch):
+    blank = MultimodalData(data.interactions, {"image": torch.zeros(24, 5)})
+    model, bpr = kit.build("VBPR", blank, reg_weight=0.0), kit.build("BPR", data, reg_weight=0.0)
+    kit.fill(bpr, {"encoder.nodes": torch.cat([model.user[:, :8], model.item])})
+    torch.testing.assert_close(model.loss(batch)["loss"], bpr.loss(batch)["loss"])
+    torch.testing.assert_close(kit.scores(model), kit.scores(bpr))
+
+
+def test_freedom_without_weight_leaves_the_projections_alone(data, batch):
+    found = grads(kit.build("FREEDOM", data, reg_weight=0.0), batch)
+    assert not any(grad.any() for name, grad in found.items() if name.startswith("features"))
+
+
+@pytest.mark.parametrize("weight, name", [(1.0, "image"), (0.0, "text")])
+def test_freedom_with_one_graph_alone(weight, name, data):
+    both = kit.build("FREEDOM", data, mm_image_weight=weight, knn_k=4)
+    alone = kit.build("FREEDOM", MultimodalData(data.interactions, {name: data.features[name]}), knn_k=4)
+    torch.testing.assert_close(dense(both.item_graph, 24), dense(alone.item_graph, 24))
+
+
+def test_freedom_trains_on_the_thinned_graph_and_judges_on_the_whole(data, batch):
+    model = kit.build("FREEDOM", data, dropout=0.8)
+    whole = kit.scores(model)
+    model.new_epoch(1)
+    first = model.train().loss(batch)["loss"]
+    model.new_epoch(2)
+    assert not torch.equal(model.train().loss(batch)["loss"], first)
+    assert torch.equal(kit.scores(model), whole)
+
+
+def test_bm3_at_its_minimum(data, batch):
+    """Without dropout and with Q the identity, features equal to their items and users to items give gaps of 0."""
+    model = kit.build("BM3", data, n_layers=0, dropout=0.0, reg_weight=0.0)
+    with torch.no_grad():
+        model.predictor.weight.copy_(torch.eye(8))
+        model.predictor.bias.zero_()
+        direction = torch.randn(8)
+        model.tables.nodes.copy_(direction.expand_as(model.tables.nodes))
+        for part in model.features.values():
+            part.linear.weight.zero_()
+            part.linear.bias.copy_(3 * direction)
+    torch.testing.assert_close(model.loss(batch)["loss"], torch.zeros(()), atol=1e-12, rtol=0)
+
+
+def test_selfcf_without_dropping_is_deterministic_and_its_score_is_symmetric(data, batch, monkeypatch):
+    model = kit.build("SELFCFED_LGN", data, dropout=0.0)
+    values = model.light.values
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.zeros(shape[0], **options))
+    assert torch.equal(model.edge_values(), values)
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "edge_values", lambda: values)
+    assert torch.equal(model.train().loss(batch)["loss"], model.loss(batch)["loss"])
+    user, item = model.light.split(model.light(model.tables.nodes, 2))
+    wanted = model.predictor(user) @ item.T + user @ model.predictor(item).T
+    torch.testing.assert_close(kit.scores(model), wanted.detach())
+
+
+def test_selfcf_drops_directed_edges_and_keeps_their_mean(data):
+    model = kit.build("SELFCFED_LGN", data)
+    draws = [model.edge_values() for _ in range(3000)]
+    shares = torch.tensor([(draw > 0).double().mean() for draw in draws])
+    # The rate itself is uniform; what is kept is divided by its share.
+    assert shares.mean() == pytest.approx(0.5, abs=0.03) and shares.std() == pytest.approx(12**-0.5, abs=0.03)
+    one = draws[int((shares - 0.5).abs().argmin())]
+    kept = one > 0
+    torch.testing.assert_close(one[kept] / model.light.values[kept], torch.full((int(kept.sum()),), 2.0), rtol=0.2, atol=0)
+    assert not torch.equal(kept, kept[model.light.transposed])
+
+
+def test_layergcn_by_dense_loop(data):
+    model = kit.build("LayerGCN", data, n_layers=3, dropout=0.0).eval()
+    ego = layer = model.tables.nodes
+    total = torch.zeros_like(ego)
+    for _ in range(3):
+        layer = adjacency(data) @ layer
+        weight = F.cosine_similarity(layer, ego, dim=1)
+        assert weight.abs().max() <= 1 + 1e-12
+        layer = weight[:, None] * layer
+        total = total + layer
+    torch.testing.assert_close(model.outputs(), total)
+    assert not kit.build("LayerGCN", data, n_layers=0).outputs().any()
+
+
+def test_lattice_sparse_and_dense_graphs_agree(data):
+    model = kit.build("LATTICE", data, knn_k=4, lambda_coeff=0.6, feat_embed_dim=5)
+    found = sum(graph(torch.eye(24), values) for graph, values in model.item_graph())
+    share, learned, frozen = model.modal_weight.softmax(0), 0, 0
+    assert share.sum().item() == pytest.approx(1)
+    for weight, (name, part) in zip(share, model.features.items()):
+        unit = F.normalize(part(), dim=1)
+        similarity = unit @ unit.T
+        kept = torch.zeros_like(similarity).scatter(1, similarity.topk(4).indices, 1.0)
+        learned = learned + weight * similarity * kept
+        frozen = frozen + weight * dense(model.frozen[name], 24)
+    scale = learned.sum(1).rsqrt()
+    wanted = 0.4 * scale[:, None] * learned * scale + 0.6 * frozen
+    torch.testing.assert_close(found, wanted)
+
+
+def test_lattice_rebuilds_every_so_many_batches(data, batch):
+    model = kit.build("LATTICE", data, knn_k=4, rebuild_every=3)
+    learned = [grads(model, Triples(batch.users, batch.pos, batch.neg))["modal_weight"].any().item() for _ in range(7)]
+    assert learned == [True, False, False, True, False, False, True]
+    model.new_epoch(2)
+    again = Triples(batch.users, batch.pos, batch.neg)
+    # Both halves of a mirrored batch are of the same kind.
+    assert grads(model, again)["modal_weight"].any() and grads(model, again)["modal_weight"].any()
+    alone = kit.build("LATTICE", data, knn_k=4, lambda_coeff=0.0)
+    assert len(alone.item_graph()) == 1 and len(kit.build("LATTICE", data, lambda_coeff=1.0).item_graph()) == 2
+
+
+def test_mgcn_with_equal_views_has_nothing_specific(data, batch):
+    same = MultimodalData(data.interactions, dict.fromkeys(("image", "text"), data.features["text"]))
+    model = kit.build("MGCN", same, knn_k=4)
+    for group in (model.features, model.gate):
+        group["text"].load_state_dict(group["image"].state_dict())
+    view = model.view("image")
+    common, weights = model.fusion(view, model.view("text"))
+    torch.testing.assert_close(weights.sum(1), torch.ones(54))
+    torch.testing.assert_close(common, view)
+    torch.testing.assert_close(model.outputs()[0], common / 3)
+    terms = kit.build("MGCN", data, knn_k=4, cl_loss=0.0, reg_weight=0.0).loss(batch)
+    assert torch.equal(terms["loss"], terms["bpr"])
+
+
+def test_grcn_routing_moves_preferences_only_when_fixed(data):
+    for behaviour in ("published", "fixed"):
+        model = kit.build("GRCN", data, behaviour=behaviour, latent_embedding=6)
+        preference, items = model.routed("image")
+        inert = torch.equal(preference, F.normalize(model.preference["image"], dim=1))
+        assert inert == (behaviour == "published")
+        torch.testing.assert_close(items.norm(dim=1), torch.ones(24))
+        shares = [model.refined(name)[1] for name in ("image", "text")]
+        assert (model.edge_weights(shares) >= 0).all()
+        assert model.outputs()[0].shape == (30, 8 + 12)
+
+
+def test_grcn_routing_by_loop(data):
+    model = kit.build("GRCN", data, latent_embedding=6, n_layers=2)
+    items = F.normalize(F.leaky_relu(model.features["text"]()), dim=1)
+    preference = F.normalize(model.preference["text"], dim=1)
+    train = data.interactions.train
+    for _ in range(2):
+        rows = []
+        for user in range(30):
+            own = items[train.indices[train.indptr[user] : train.indptr[user + 1]]]
+            rows.append(preference[user] + (own @ preference[user]).softmax(0) @ own)
+        preference = F.normalize(torch.stack(rows), dim=1)
+    torch.testing.assert_close(model.routed("text")[0], preference)
+
+
+def test_slmrec_does_not_look_at_negatives(data, batch):
+    model = kit.build("SLMRec", data)
+    other = Triples(batch.users, batch.pos, batch.neg.flip(0))
+    assert torch.equal(model.loss(batch)["loss"], model.loss(other)["loss"])
+
+
+@pytest.mark.parametrize("name", ["DualGNN", "DRAGON"])
+def test_lonely_users_get_no_message(name, data, toy):
+    model, lonely = kit.build(name, data), int(toy["lonely_user"])
+    user = model.outputs()[0]
+    weight = model.user_weight[lonely]
+    own = [model.light.split(branch(model.light))[0][lonely] for branch in model.branches.values()]
+    wanted = sum(w * part for w, part in zip(weight, own)) if name == "DualGNN" else torch.cat([w * p for w, p in zip(weight, own)])
+    torch.testing.assert_close(user[lonely], wanted)
+
+
+def test_dualgnn_mixes_as_published_and_as_meant(data):
+    fixed = kit.build("DualGNN", data)
+    published = kit.build("DualGNN", data, behaviour="published")
+    published.load_state_dict(fixed.state_dict() | {"item_weight": published.item_weight})
+    lonely = 7
+    v, t = (branch(fixed.light)[lonely] for branch in fixed.branches.values())
+    w0, w1 = fixed.user_weight[lonely]
+    torch.testing.assert_close(fixed.outputs()[0][lonely], w0 * v + w1 * t)
+    torch.testing.assert_close(published.outputs()[0][lonely], w0 * (v + t) + w1 * t)
+
+
+def test_mmgcn_published_tables_stay_and_fixed_ones_move(data, batch):
+    for behaviour in ("published", "fixed"):
+        model = kit.build("MMGCN", data, behaviour=behaviour)
+        before = {key: value.clone() for key, value in model.state_dict().items() if key == "id" or "preference" in key}
+        model.loss(batch)["loss"].backward()
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        moved = [not torch.equal(model.state_dict()[key], value) for key, value in before.items()]
+        assert len(before) == 3 and all(moved) == any(moved) == (behaviour == "fixed")
