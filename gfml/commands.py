@@ -231,6 +231,9 @@ def launch(command: Command, root: Path, *, env: Mapping[str, str] | None = None
     try:
         with contextlib.ExitStack() as files:
             output = None if show else files.enter_context(open(command.log, "ab"))
+            # A launcher that blocks Ctrl-C would hand that down, and the program could not be stopped politely.
+            mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+            files.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
             process = subprocess.Popen(
                 command.arguments(), cwd=root, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT if output else None, pass_fds=held.files, start_new_session=True,

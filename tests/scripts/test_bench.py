@@ -68,3 +68,24 @@ def test_vision_rows(bench: dict, tmp_path: Path) -> None:
     assert {"attention layer, gravity", "attention layer, split 6", "training step of 1, vit_gra full"} <= works
     assert {row["against"] for row in rows} >= {"torch's fused attention", "vit"}
     assert all(row["ours_cpu"] > 0 and row["ratio"] > 0 for row in rows)
+
+
+def test_contextual_rows(bench: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.json"
+    assert bench["main"](["contextual", "--sizes", "32", "--device", "cpu", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())
+    assert len(rows) == 6
+    assert all(row["ours_cpu"] > 0 and row["ratio"] > 0 and "B 32" in row["work"] for row in rows)
+    assert capsys.readouterr().out.count("peak memory of") == 6
+
+
+def test_peak_memory_counts_what_is_held_at_once(bench: dict) -> None:
+    import torch
+
+    def call() -> None:
+        first = torch.ones(1000)
+        second = first + 1  # two of 4,000 bytes
+        del first
+        second.exp_()
+
+    assert bench["peak_memory"](call, "cpu") == 8000

@@ -59,6 +59,16 @@ def test_published_rows_and_the_first_page(table: dict, tmp_path: Path) -> None:
         assert "| a = b | selected on validation | 1 | 3 | 0.1000 |" in readme.read_text()
 
 
+def test_what_a_result_reports_beside_its_metrics_has_a_row(table: dict, tmp_path: Path) -> None:
+    for n, value in ((1, 0.2), (2, 0.4)):
+        path = Path(store_run(tmp_path / str(n), 0.1))
+        result = json.loads((path / "result.json").read_text())
+        (path / "result.json").write_text(json.dumps(result | {"also": {"adjusted": {"recall@20": value}}}))
+    table["main"](["toy", "--folder", "paper", f"ours={tmp_path / '1'}", f"ours={tmp_path / '2'}"])
+    text = (tmp_path / "paper" / "README.md").read_text()
+    assert "| ours, adjusted | selected on validation | 2 | 3 | 0.3000 ± 0.1414 |  |  |" in text
+
+
 def test_a_table_may_show_some_columns(table: dict, tmp_path: Path) -> None:
     file = tmp_path / "configs" / "tables" / "toy.toml"
     file.parent.mkdir(parents=True)
