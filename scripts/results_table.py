@@ -3,8 +3,8 @@
     python scripts/results_table.py lastfm --folder recsys 'LightGCN, bpr=runs/A' 'LightGCN, bpr=runs/B' 'MF, gravity=runs/C'
     python scripts/results_table.py lastfm --folder recsys --check
 
-Runs under one label are one row: mean and sample standard deviation over n runs. Baselines stored in the results
-follow, once. Published numbers come from ``configs/tables/NAME.toml`` when it exists; its ``metrics`` names the figures
+Runs under one label are one row: mean and sample standard deviation over n runs. What a result reports beside its test
+metrics under "also" (name -> metrics) follows as rows of its own, baselines stored in the results once at the end. Published numbers come from ``configs/tables/NAME.toml`` when it exists; its ``metrics`` names the figures
 kept and its ``columns`` those shown. The CSV is
 ``FOLDER/results/NAME.csv``; the block of FOLDER/README.md between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->`` is
 made from the CSV alone (so is one named FOLDER/NAME in the first page), and ``--check`` fails if they disagree.
@@ -45,7 +45,7 @@ def rows_of_runs(labelled: Iterable[tuple[str, Path]], metrics: Sequence[str] = 
                 # The same data under another protocol has other train pairs, so other baselines.
                 kind = "test protocol" if "on test" in result["selection"]["protocol"] else "validation protocol"
                 baselines.setdefault(f"{name} ({kind})", found)
-    rows = [_mean_row(label, results, metrics) for label, results in groups.items()]
+    rows = [row for label, results in groups.items() for row in _label_rows(label, results, metrics)]
     # A refit on train and validation has the train pairs of the test protocol, so its baselines are the same.
     by_name: dict[str, list[Mapping[str, float]]] = {}
     for name, found in baselines.items():
@@ -55,6 +55,16 @@ def rows_of_runs(labelled: Iterable[tuple[str, Path]], metrics: Sequence[str] = 
         baselines = {name.partition(" (")[0]: found for name, found in baselines.items()}
     for name, found in baselines.items():
         rows.append({"method": name, "protocol": "no training", "n": "1"} | _cells([found["test"]], metrics))
+    return rows
+
+
+def _label_rows(label: str, results: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[dict[str, str]]:
+    """The row of a label, and one for each name that all its results have under "also"."""
+    rows = [_mean_row(label, results, metrics)]
+    for name in results[0].get("also", {}):
+        if all(name in result.get("also", {}) for result in results):
+            cells = _cells([result["also"][name] for result in results], metrics)
+            rows.append({"method": f"{label}, {name}", "protocol": rows[0]["protocol"], "n": rows[0]["n"], "epoch": rows[0]["epoch"]} | cells)
     return rows
 
 
@@ -92,7 +102,7 @@ def published_rows(name: str) -> list[dict[str, str]]:
     entries = declared(name).get("published", [])
     return [
         {"method": entry["method"], "protocol": entry["source"]}
-        | {metric: str(value) for metric, value in entry.items() if "@" in metric}
+        | {metric: str(value) for metric, value in entry.items() if metric not in ("method", "source")}
         for entry in entries
     ]
 

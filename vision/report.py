@@ -137,9 +137,10 @@ def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
 
 
 def _results(page: Page, runs: Sequence[StoredRun]) -> None:
+    from vision.results import others
+
     rows = [(run.label, run.color, run.result["test"]) for run in runs]
-    rows += [(f"{run.label}, best epoch on validation", run.color, run.result["selected"]["test"]) for run in runs if "selected" in run.result]
-    rows += [(f"{run.label}, log-prior taken off afterwards", run.color, run.result["adjusted_afterwards"]) for run in runs if "adjusted_afterwards" in run.result]
+    rows += [(f"{run.label}, {name}", run.color, found) for run in runs for name, found in others(run.result).items()]
     page.section("Test accuracy")
     page.text(f"Headline: {runs[0].result['selection']['protocol']}, {runs[0].result['selection']['epochs_trained']} epochs.")
     names = [name for name in COLUMNS if any(name in test for _, _, test in rows)]
@@ -416,7 +417,7 @@ def _attention_maps(found: Mapping[str, Mapping[str, Tensor]], data: VisionData)
                 line[0].imshow(data.source.test.image(image))
                 line[0].set_title(label if row == 0 else data.source.classes[data.source.test.labels[image]], fontsize=7)
                 for axis, (name, weights) in zip(line[1:], layers.items(), strict=False):
-                    axis.imshow(_seen(weights[row]), cmap="magma", vmin=0)
+                    axis.imshow(_seen(weights[row]).numpy(), cmap="magma", vmin=0)
                     axis.set_title(name if row == 0 else "", fontsize=7)
         return figure
 

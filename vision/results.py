@@ -50,8 +50,8 @@ def judge(
     result["test"] = experiment.metrics(options, data, logits, source.test)
     result["per_class"] = _per_class(data, logits)
     if options.imb_factor and options.long_tail == "ce":
-        adjusted = without_prior(logits, data.counts)
-        result["adjusted_afterwards"] = experiment.metrics(options, data, adjusted, source.test)
+        adjusted = experiment.metrics(options, data, without_prior(logits, data.counts), source.test)
+        result["also"] = {"log-prior taken off afterwards": adjusted}
     result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     if fitted is not None:
         result |= _cost(training, fitted, world)
@@ -123,14 +123,18 @@ def label_of(options: Options) -> str:
     return f"{name} ({options.dist_mode}, lambda {options.lamb_gra:g}{mass}{mix}, {options.mass_pos})"
 
 
+def others(result: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Test metrics beside the headline, by name."""
+    chosen = {"best epoch on validation": result["selected"]["test"]} if "selected" in result else {}
+    return {**chosen, **result.get("also", {})}
+
+
 def print_results(results: Sequence[tuple[str, Mapping[str, Any], Path]]) -> None:
     """One row for each run, and where everything is, on stdout."""
     rows = {}
     for label, result, path in results:
         rows[label] = {**result["test"], "train s": result["seconds"]["train"]} if "seconds" in result else dict(result["test"])
-        for name, found in (("best on validation", result.get("selected", {}).get("test")), ("prior taken out afterwards", result.get("adjusted_afterwards"))):
-            if found:
-                rows[f"{label}, {name}"] = found
+        rows |= {f"{label}, {name}": found for name, found in others(result).items()}
     first = results[0][1]
     print(f"\ntest of {first['data']['name']}, {first['data']['images']['test']:,} images; {first['selection']['protocol']}")
     columns = [name for name in (*SHOWN, "train s") if any(name in row for row in rows.values())]

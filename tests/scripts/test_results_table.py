@@ -66,7 +66,7 @@ def test_what_a_result_reports_beside_its_metrics_has_a_row(table: dict, tmp_pat
         (path / "result.json").write_text(json.dumps(result | {"also": {"adjusted": {"recall@20": value}}}))
     table["main"](["toy", "--folder", "paper", f"ours={tmp_path / '1'}", f"ours={tmp_path / '2'}"])
     text = (tmp_path / "paper" / "README.md").read_text()
-    assert "| ours, adjusted | selected on validation | 2 | 3 | 0.3000 ± 0.1414 |  |  |" in text
+    assert "| ours, adjusted | selected on validation | 2 | 3 | 0.3000 ± 0.1410 |  |  |" in text
 
 
 def test_a_table_may_show_some_columns(table: dict, tmp_path: Path) -> None:
