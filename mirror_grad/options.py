@@ -182,6 +182,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         print(f"note: --{name} has no effect: {WITHOUT_EFFECT[name]}", file=sys.stderr)
     if options.dataset in DATASETS:
         options.dataset = DATASETS[options.dataset]
+    if options.behaviour == "published" and not MODELS[options.model].has_published:
+        print(f"note: published and fixed {options.model} are the same", file=sys.stderr)
     _choose_mirror(parser, options)
     _check(parser, options)
     points = _grid(parser, options)

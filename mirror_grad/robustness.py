@@ -13,6 +13,7 @@ The claim measured: Zhong et al., Mirror Gradient, WWW 2024.
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -42,6 +43,7 @@ def build_parser() -> Parser:
     add("--curvature-batches", type=number(int, least=0), default=4, metavar="N", help="train batches behind the curvature; 0: none")
     add("--iterations", type=number(int, least=1), default=20, metavar="N", help="most steps of the power iteration")
     add("--seed", type=number(int, least=0), default=0, metavar="N", help="seed of noise, swaps and start vectors")
+    add("--csv", metavar="FILE", help="also write the table for scripts/results_table.py")
     add("--data-root", metavar="DIR", help="where the data lies now (default: where the run found it)")
     add("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
     return parser
@@ -53,10 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gfml.reporting import text_table
 
     rows: dict[str, dict[str, float]] = {}
+    measured = []
     for path in map(Path, given.runs):
         found = measure(path, given)
+        measured.append(found)
         write_json(path / "robustness.json", found)
         rows[label(path, found, rows)] = summary(found, given.metric)
+    if given.csv:
+        write_csv(Path(given.csv), rows, measured)
     print(text_table(rows, list(dict.fromkeys(name for row in rows.values() for name in row))))
     print(f"{given.metric} on test, and its share of the clean figure; means of {given.draws} draws")
     return 0
@@ -66,6 +72,19 @@ def label(path: Path, found: Mapping[str, Any], taken: Mapping[str, object]) -> 
     """Model and arm; the directory where that is taken."""
     name = f"{found['model']}, {found['arm']}"
     return path.name if name in taken else name
+
+
+def write_csv(file: Path, rows: Mapping[str, Mapping[str, float]], measured: Sequence[Mapping[str, Any]]) -> None:
+    """The printed table with the columns that tables of results have."""
+    from gfml.files import atomic_open
+
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    with atomic_open(file, newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["method", "protocol", "n", "epoch", "train_seconds", *columns])
+        for (name, row), found in zip(rows.items(), measured, strict=True):
+            facts = [name, f"test, mean of {found['draws']} draws", 1, found["epoch"], ""]
+            writer.writerow([*facts, *(f"{row[column]:.6g}" if column in row else "" for column in columns)])
 
 
 def measure(path: Path, given: Options) -> dict[str, Any]:
@@ -92,7 +111,7 @@ def measure(path: Path, given: Options) -> dict[str, Any]:
     def judged(changed: nn.Module) -> dict[str, float]:
         return experiment.judge_split(options, data, changed, "test").means
 
-    facts = {"model": options.model, "arm": result["arm"], "seed": given.seed, "draws": given.draws}
+    facts = {"model": options.model, "arm": result["arm"], "epoch": result["selection"]["epoch"], "seed": given.seed, "draws": given.draws}
     found = {**facts, "clean": judged(model)} | changes(options, data, model, given, judged)
     if given.curvature_batches and MODELS[options.model].trains:
         found["curvature"] = curvature(options, data, model, given)

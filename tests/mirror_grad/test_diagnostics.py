@@ -167,7 +167,7 @@ def test_robustness_of_two_runs(planted, tmp_path, capsys):
     for words in ([], ["--not_mg"]):
         assert run_main(main, [*SHORT, "-d", str(planted), "-m", "VBPR", "--out", out, *words]) == 0
     paths = sorted(map(str, (tmp_path / "runs").glob("mirror-*")))
-    words = ["--noise", "0", "2", "--swap", "1", "--draws", "2", "--metric", "recall@5", "--curvature-batches", "2", "--iterations", "3"]
+    words = ["--noise", "0", "2", "--swap", "1", "--draws", "2", "--metric", "recall@5", "--curvature-batches", "2", "--iterations", "3", "--csv", str(tmp_path / "t.csv")]
     assert run_main(robustness, [*paths, *words]) == 0
     shown = capsys.readouterr().out
     for path in paths:
@@ -177,6 +177,8 @@ def test_robustness_of_two_runs(planted, tmp_path, capsys):
         assert found["noise"]["2"]["recall@20"] < found["clean"]["recall@20"] and found["swap"]["1"]["recall@20"] < found["clean"]["recall@20"]
         assert found["curvature"]["grad_norm"] > 0 and -1 <= found["curvature"]["cosine"] <= 1 and found["curvature"]["batches"] == 2
         assert f"VBPR, {found['arm']}" in shown
+    head, *lines = (tmp_path / "t.csv").read_text().splitlines()
+    assert head.startswith("method,protocol,n,epoch,train_seconds,clean,noise 0") and len(lines) == 2
     assert "top_eigenvalue" in shown and "noise 2 rel" in shown
 
 
