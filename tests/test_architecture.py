@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAPERS = ("recsys", "vision", "mcl", "cml_baseline", "contextual", "hlrm", "mirror_grad")
 # Parts of the core that know nothing of training, runs or command lines.
-PURE = ("distances", "gravity", "losses", "graph", "sparse", "neighbours", "sampling", "encoders", "cml", "topk", "metrics", "data", "attention", "longtail")
+PURE = ("distances", "gravity", "losses", "graph", "sparse", "neighbours", "sampling", "encoders", "cml", "topk", "metrics", "data", "attention", "longtail", "images")
 DRIVERS = {"gfml.train", "gfml.runs", "gfml.cli", "gfml.tracking", "gfml.reporting", "gfml.report"}
 
 
@@ -75,7 +75,7 @@ def test_importing_a_module_runs_nothing() -> None:
                 pytest.fail(f"{path}:{node.lineno} runs a block at import")
 
 
-@pytest.mark.parametrize("module", ["gfml", "gfml.cli", "gfml.errors", "gfml.files", "gfml.data.options", "recsys.options", "mcl.options", "mirror_grad.options"])
+@pytest.mark.parametrize("module", ["gfml", "gfml.cli", "gfml.errors", "gfml.files", "gfml.data.options", "recsys.options", "mcl.options", "vision.options", "mirror_grad.options"])
 def test_light_modules_stay_light(module: str) -> None:
     """Flags and errors are known before torch is: a wrong flag answers at once."""
     code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {{'torch', 'pandas', 'scipy', 'matplotlib', 'tensorboard'}}))"
