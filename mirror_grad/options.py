@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from gfml.cli import MIRROR_MODES, Options, Parser, TopksAction, add_run_flags, number
 from gfml.data.options import add_data_flags
+from gfml.errors import UserError
 from mirror_grad.models import MODELS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "mirror_grad"
@@ -232,6 +233,8 @@ def _weights_file(tokens: list[str]) -> tuple[list[str], str | None]:
         name, equals, value = token.partition("=")
         if name == "--resume" and (equals or place + 1 < len(tokens)):
             value = value if equals else tokens[place + 1]
+            if not Path(value).exists():
+                raise UserError(f"there is no {value}: give --resume a run directory to continue, or a file of weights to judge")
             if not Path(value).is_file():
                 return tokens, None
             rest = tokens[:place] + tokens[place + (1 if equals else 2) :]

@@ -135,6 +135,13 @@ def test_every_mirror_mode_trains(mode, run):
     assert code == 0 and result_of(path)["mirror"]["mode"] == mode
 
 
+def test_the_two_gradients_are_logged_where_asked(run):
+    _, [path] = run("-m", "VBPR", "--mirror-diagnostics")
+    for row in rows_of(path):
+        assert row["train/grad_norm"] > 0 and row["train/mirror_grad_norm"] > 0
+        assert -1 <= row["train/grad_cosine"] <= 1 and -1 <= row["train/displacement_cosine"] <= 1
+
+
 def test_control_arms(run, capsys):
     """equal-lr is plain training at another rate; equal-grid is a search of as many rates; the labels are theirs."""
     factor = arm_factor(parse(["-m", "BPR", "--mirror-arm", "equal-lr", "--alpha2", "0.3"]))
@@ -202,6 +209,8 @@ def test_weights_of_something_else_are_one_line(run, planted, tmp_path, capsys):
         assert run_main(main, [*words, "-d", str(planted), "--resume", str(tmp_path / "w.pth")]) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1 and said in error[0]
+    assert run_main(main, ["--model", "BPR", "--resume", "BPR-sports.pth"]) == 2
+    assert "there is no BPR-sports.pth" in capsys.readouterr().err
     (tmp_path / "w.pth").write_bytes(b"not a checkpoint")
     assert run_main(main, ["-m", "BPR", "-d", str(planted), "--resume", str(tmp_path / "w.pth")]) == 2
     assert "not a file of tensors" in capsys.readouterr().err
