@@ -168,19 +168,9 @@ def _read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
 def _labels(models: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Model and loss; where those repeat, also the flags in which the runs differ."""
     from gfml.runs import identity
+    from gfml.stored import labels
 
-    flags = [identity(config, LOCATION_FLAGS | NOT_IDENTITY) for config in configs]
-    labels = []
-    for number, model in enumerate(models):
-        same = [other for other, name in zip(flags, models, strict=True) if name == model]
-        keys = sorted({key for other in same for key in flags[number].keys() | other.keys() if flags[number].get(key) != other.get(key)})
-        said = ", ".join(f"{key} {_flag_value(flags[number].get(key))}" for key in keys[:3])
-        labels.append(f"{model} ({said})" if said else model)
-    return [f"{label} #{labels[: n + 1].count(label)}" if labels.count(label) > 1 else label for n, label in enumerate(labels)]
-
-
-def _flag_value(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return labels(models, [identity(config, LOCATION_FLAGS | NOT_IDENTITY) for config in configs])
 
 
 def _beside(paths: Sequence[str]) -> Path:

@@ -89,3 +89,56 @@ def paired_tests(first: np.ndarray, second: np.ndarray) -> PairedTests:
         t = stats.ttest_1samp(difference, 0.0)
     signed = stats.wilcoxon(difference, zero_method="wilcox")
     return PairedTests(len(difference), mean, float(t[0]), float(t[1]), float(signed.statistic), float(signed.pvalue))
+
+
+class Effect(NamedTuple):
+    """How large a paired difference (first - second) is, over ``n`` users.
+
+    dz: mean difference in standard deviations of the differences (Cohen's d for pairs); 0 when all are 0, infinite when
+    they are all the same. rank_biserial: in [-1, 1], (sum of ranks of positive differences - of negative ones) / sum of
+    all ranks, zero differences dropped; 0 when all are 0. wins, ties, losses: users with a positive, no, a negative one.
+    """
+
+    dz: float
+    rank_biserial: float
+    wins: int
+    ties: int
+    losses: int
+
+
+def effect_sizes(first: np.ndarray, second: np.ndarray) -> Effect:
+    """Effect sizes of first - second; users without a value in either are left out.
+
+    Errors: ValueError for fewer than two users.
+    Reference: Kerby, The simple difference formula, Comprehensive Psychology 3, 2014 (rank-biserial correlation).
+    """
+    from scipy.stats import rankdata
+
+    difference = paired_differences(np.arange(len(first)), first, np.arange(len(second)), second)
+    if len(difference) < 2:
+        raise ValueError(f"an effect size needs at least two users, not {len(difference)}")
+    mean, spread = float(difference.mean()), float(difference.std(ddof=1))
+    dz = mean / spread if spread else 0.0 if mean == 0 else float(np.copysign(np.inf, mean))
+    nonzero = difference[difference != 0]
+    ranks = rankdata(np.abs(nonzero))
+    biserial = float((ranks * np.sign(nonzero)).sum() / ranks.sum()) if len(nonzero) else 0.0
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    return Effect(dz, biserial, wins, len(difference) - wins - losses, losses)
+
+
+def holm(pvalues: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p-values: of m, the i-th smallest becomes max over j <= i of min(1, (m - j + 1) p_(j)).
+
+    Shape: [m] -> [m], in the order given. Rejecting where the adjusted value is below a level keeps the chance of any
+    false rejection below it, whatever the tests have to do with each other.
+    Errors: ValueError for values outside [0, 1].
+    Reference: Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
+    """
+    values = np.asarray(pvalues, dtype=np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("found p-values outside [0, 1]")
+    order = np.argsort(values, kind="stable")
+    scaled = np.minimum(1.0, values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(scaled)
+    return adjusted
