@@ -2,6 +2,8 @@
 
     python scripts/bench.py recsys [--data-root DIR] [--only NAME ...] [--json FILE]
     python scripts/bench.py mcl [--data-root DIR] [--json FILE]
+    python scripts/bench.py contextual [--sizes 128 256 512] [--device cuda] [--json FILE]
+    python scripts/bench.py mirror [--data baby] [--models BPR FREEDOM ...] [--data-root DIR] [--json FILE]
     python scripts/bench.py vision [--batch N] [--device DEVICE] [--only attention model] [--json FILE]
 
 Every row times ours and something to hold it against in the same run: the library operations it cannot do without
@@ -13,7 +15,9 @@ to the machine named in the heading; ratios travel.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -422,6 +426,41 @@ def bench_cml(data: Any) -> Iterable[Row]:
     yield Row("CML evaluation", cpu, wall, "", 0.0, "")
 
 
+def bench_multimodal(name: str, model: str, data_root: str | None, steps: int = 5) -> Row:
+    """An epoch of a multimodal model: batches times the fastest of some steps after a first, plus drawing the batches.
+
+    Features are noise of the published widths (4096 and 384) where the model reads any; plain training, batch 2048.
+    """
+    from mirror_grad import data as multimodal
+    from mirror_grad import experiment
+    from mirror_grad.models import MODELS
+    from mirror_grad.options import parse
+
+    root = [f"--data-root={data_root}"] if data_root else []
+    options = parse(["--model", model, "--dataset", name, "--not_mg", "--features", "random", "--random-widths", "4096", "384", *root])
+    data = multimodal.load(options, needs_features=MODELS[model].needs_features)
+    built = experiment.build_model(options, data, "cpu").train()
+    optimizer, step, _ = experiment.build_training(options, built)
+    start = time.process_time(), time.perf_counter()
+    epoch = experiment.build_batches(options, data, built, "cpu")(1)
+    batches = list(itertools.islice(epoch, steps + 1))
+    drawing = time.process_time() - start[0], time.perf_counter() - start[1]
+    given = itertools.cycle(batches)
+    cpu, wall = measure(lambda: step(functools.partial(built.loss, next(given)), optimizer), runs=steps)
+    published, bar = PUBLISHED_EPOCHS.get((data.interactions.name, model), (0.0, ""))
+    return Row(f"{model} epoch on {data.interactions.name}, {len(epoch)} steps", cpu * len(epoch) + drawing[0],
+               wall * len(epoch) + drawing[1], "MMRec's epoch, measured elsewhere" if published else "", published, bar)  # fmt: skip
+
+
+# CPU seconds of an epoch of the published program on two shared cores, and the most that ours may take.
+PUBLISHED_EPOCHS = {
+    ("amazon-baby", "BPR"): (12.0, "<= 0.6 s"),
+    ("amazon-baby", "LightGCN"): (20.0, "<= 2 s"),
+    ("amazon-baby", "VBPR"): (30.0, "<= 3 s"),
+    ("amazon-baby", "BM3"): (100.0, "<= 25 s"),
+}
+
+
 def bench_attention(batch: int, device: str) -> Iterable[Row]:
     """Forward and backward of one attention layer at the published sizes: 65 tokens, 12 heads, width 384, lambda 3.
 
@@ -511,6 +550,65 @@ def bench_vision_model(batch: int, device: str) -> Iterable[Row]:
         yield Row(f"training step of {batch}, {name}", *times[name], "vit", times["vit"][0], "<= 1.5 x")
 
 
+def bench_contextual(batch: int, device: str, repeats: int) -> Iterable[Row]:
+    """Value and gradient by the similarities: closed form against autograd, in turn. Peak memory is printed.
+
+    Batches of four pictures per class, 512-d: classes apart (neighbourhoods of 4), no classes (of 10 to 14), and one
+    point (everything is a neighbour, so the closed form multiplies dense matrices too).
+    """
+    import torch
+    from contextual.losses import Weights, cosine_similarities, hybrid
+
+    torch.manual_seed(0)
+    labels = torch.arange(batch, device=device) // 4
+    centres, noise = torch.randn(batch // 4, 512, device=device)[labels], torch.randn(batch, 512, device=device)
+    kinds = {"classes apart": centres + 0.7 * noise, "no classes": noise, "one point": centres[:1] + 0.01 * noise}
+    for losses, weights in {"contextual": Weights(1, 0, 0), "hybrid": Weights(0.4, 0.5, 0.1)}.items():
+        for kind, rows in kinds.items():
+            sim = cosine_similarities(rows).requires_grad_()
+
+            def once(backend: str, sim: torch.Tensor = sim, weights: Weights = weights) -> None:
+                torch.autograd.grad(hybrid(sim, labels, weights, backend=backend).loss, sim)
+
+            def many(backend: str, once: Callable[[str], None] = once) -> None:
+                for _ in range(repeats):
+                    once(backend)
+
+            times = measure_in_turn({name: functools.partial(many, name) for name in ("fused", "reference")}, device, runs=7)
+            work = f"{losses} loss, B {batch}, {kind}"
+            peak, other = (peak_memory(functools.partial(once, name), device) for name in ("fused", "reference"))
+            found = f"{peak / 2**20:.2f} MiB against {other / 2**20:.2f}, ratio {peak / other:.3f}"
+            print(f"peak memory of {work}: {found}{' (bar 0.2)' if kind == 'classes apart' else ''}", flush=True)
+            bar = "<= 0.2 x" if kind == "classes apart" else ""
+            yield Row(f"{repeats} x {work}", *times["fused"], "autograd", times["reference"][0], bar)
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """Largest number of bytes that tensors made by a call hold at a time, after a first call.
+
+    On the CPU from the allocations torch's profiler records, those inside operators included.
+    """
+    import torch
+
+    call()
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    return max(_peak_on_cpu(call) for _ in range(3))  # the profiler loses an event now and then
+
+
+def _peak_on_cpu(call: Callable[[], object]) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    return max(held, default=0)
+
+
 def table(rows: list[Row]) -> str:
     """Aligned text."""
     lines = [("work", "ours cpu s", "wall s", "against", "cpu s", "ratio", "bar")]
@@ -534,7 +632,7 @@ def recsys(arguments: argparse.Namespace) -> list[Row]:
         "mf": lambda: bench_mf_epoch(small),
         "scoring": lambda: bench_gravity_scoring(big),
         "memory": lambda: bench_memory(arguments.big, arguments.data_root),
-        "scaling": lambda: bench_scaling(arguments.sizes),
+        "scaling": lambda: bench_scaling(arguments.sizes or (100_000, 1_000_000, 10_000_000)),
     }
     rows = []
     for name in arguments.only or parts:
@@ -559,6 +657,17 @@ def cml(arguments: argparse.Namespace) -> list[Row]:
     return list(bench_cml(load_dataset("ml1m", data_root=arguments.data_root, split="per-user", split_ratios=(0.6, 0.2, 0.2))))
 
 
+def mirror(arguments: argparse.Namespace) -> list[Row]:
+    """One epoch of every trained multimodal model, or of --models."""
+    from mirror_grad.models import MODELS
+
+    rows = []
+    for model in arguments.models or [name for name, entry in MODELS.items() if entry.trains]:
+        rows.append(bench_multimodal(arguments.data, model, arguments.data_root))
+        print(table(rows[-1:]).splitlines()[1], flush=True)
+    return rows
+
+
 def vision(arguments: argparse.Namespace) -> list[Row]:
     """Attention layer and whole model; on a GPU the columns are the device's seconds."""
     import torch
@@ -573,17 +682,28 @@ def vision(arguments: argparse.Namespace) -> list[Row]:
     return [row for part, size in chosen for row in part(size, device)]
 
 
+def contextual(arguments: argparse.Namespace) -> list[Row]:
+    """Batch sizes of the published runs; --sizes for others. On a GPU the columns are the device's seconds."""
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = arguments.sizes or (128, 256, 512)
+    return [row for batch in sizes for row in bench_contextual(batch, device, repeats=max(1, 2560 // batch))]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("family", choices=("recsys", "mcl", "cml", "vision"), help="what to time")
+    parser.add_argument("family", choices=("recsys", "mcl", "cml", "mirror", "vision", "contextual"), help="what to time")
     parser.add_argument("--data-root", help="where the data sets lie")
     parser.add_argument("--big", default="gowalla", help="data set of the graph, evaluation and memory rows")
     parser.add_argument("--small", default="ml1m", help="data set of the MF rows")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000],
-                        help="interactions of generated data")
+    parser.add_argument("--data", default="baby", help="data set of the mirror rows")
+    parser.add_argument("--models", nargs="+", help="models of the mirror rows; default all that are trained")
+    parser.add_argument("--sizes", type=int, nargs="+",
+                        help="interactions of generated data (default 100,000 to 10 million); batches of contextual")
     parser.add_argument("--batch", type=int,
                         help="images of a vision step; default 64 for a layer, 16 for a model, 128 on a GPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the vision rows; default cuda where there is one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the vision and contextual rows; default cuda where there is one")
     parser.add_argument("--only", nargs="+", help="parts of the family",
                         choices=("sampling", "lightgcn", "evaluation", "mf", "scoring", "memory", "scaling",
                                  "attention", "model"))  # fmt: skip
@@ -593,7 +713,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     print(f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    rows = {"recsys": recsys, "mcl": mcl, "cml": cml, "vision": vision}[arguments.family](arguments)
+    rows = {"recsys": recsys, "mcl": mcl, "cml": cml, "mirror": mirror, "vision": vision, "contextual": contextual}[arguments.family](arguments)
     print("\n" + table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=2))

@@ -88,4 +88,11 @@ def test_peak_memory_counts_what_is_held_at_once(bench: dict) -> None:
         del first
         second.exp_()
 
-    assert bench["peak_memory"](call, "cpu") == 8000
+    assert 8000 <= bench["peak_memory"](call, "cpu") < 8100
+
+
+def test_rows_of_the_multimodal_models(bench: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    """One row a model, an epoch of all its batches; published costs stand only beside the data they were measured on."""
+    assert bench["main"](["mirror", "--data", "demo", "--models", "BPR", "LightGCN"]) == 0
+    out = capsys.readouterr().out
+    assert "BPR epoch on demo" in out and "LightGCN epoch on demo" in out and "MMRec" not in out
