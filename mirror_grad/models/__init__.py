@@ -44,6 +44,10 @@ MODELS: dict[str, Entry] = {
     "GRCN": Entry("grcn", "GRCN", settings.GRCN),
     "MMGCN": Entry("mmgcn", "MMGCN", settings.MMGCN),
     "MVGAE": Entry("mvgae", "MVGAE", settings.MVGAE),
+    "SMORE": Entry("smore", "SMORE", settings.SMORE, has_published=False),
+    "MMGCF": Entry("mmgcf", "MMGCF", settings.MMGCF, has_published=False),
+    "PGL": Entry("pgl", "PGL", settings.PGL, has_published=False),
+    "LGMRec": Entry("lgmrec", "LGMRec", settings.LGMRec),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from mirror_grad.models import settings
 from mirror_grad.parts.features import distinct, projected
 from mirror_grad.parts.graphs import LightPropagation
 from mirror_grad.parts.losses import cosine_gap, half_square_sum, unsquared_norms
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -72,7 +72,7 @@ class BM3(nn.Module):
             terms["reg"] = half_square_sum(all_users, all_items) / len(all_items)
         return {"loss": loss + self.settings.reg_weight * terms["reg"], **terms}
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         user, item = self.outputs()
         return FactorScorer(self.predictor(user), self.predictor(item))

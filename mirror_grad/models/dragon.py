@@ -16,6 +16,7 @@ from mirror_grad.models import settings
 from mirror_grad.parts.branches import ModalityBranch, mixing_weights
 from mirror_grad.parts.graphs import LightPropagation, mixed_item_graph
 from mirror_grad.parts.losses import dot_bpr
+from mirror_grad.parts.modes import evaluating
 from mirror_grad.parts.user_graph import UserGraph
 
 if TYPE_CHECKING:
@@ -71,6 +72,6 @@ class DRAGON(nn.Module):
         reg = sum(value for name, value in terms.items() if name.startswith("reg"))
         return {"loss": terms["bpr"] + self.settings.reg_weight * reg, **terms}
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.outputs())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from mirror_grad.models import settings
 from mirror_grad.parts.branches import ModalityBranch, mixing_weights
 from mirror_grad.parts.graphs import LightPropagation
 from mirror_grad.parts.losses import dot_bpr
+from mirror_grad.parts.modes import evaluating
 from mirror_grad.parts.user_graph import UserGraph
 
 if TYPE_CHECKING:
@@ -70,6 +70,6 @@ class DualGNN(nn.Module):
         reg = sum(value for name, value in terms.items() if name.startswith("reg"))
         return {"loss": terms["bpr"] + self.settings.reg_weight * reg, **terms}
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.outputs())

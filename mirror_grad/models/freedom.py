@@ -16,6 +16,7 @@ from mirror_grad.models import settings
 from mirror_grad.parts.features import distinct, projected
 from mirror_grad.parts.graphs import ThinnedGraph, mixed_item_graph
 from mirror_grad.parts.losses import dot_bpr
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -70,7 +71,7 @@ class FREEDOM(nn.Module):
                 loss = loss + self.settings.reg_weight * terms[f"bpr_{name}"]
         return {"loss": loss, **terms}
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         light = self.graph.whole
         user, item = light.split(light(self.tables.nodes, self.settings.n_ui_layers))

@@ -15,6 +15,7 @@ from mirror_grad.models import settings
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import bipartite
 from mirror_grad.parts.losses import dot_bpr
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -95,6 +96,6 @@ class GRCN(nn.Module):
         reg = sum(value for name, value in terms.items() if name.startswith("reg"))
         return {"loss": bpr + self.settings.reg_weight * reg, **terms}
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.outputs())

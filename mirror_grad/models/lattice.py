@@ -18,6 +18,7 @@ from mirror_grad.models import settings
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import bipartite, row_mean, weighted_item_graph, with_itself
 from mirror_grad.parts.losses import dot_bpr
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -136,6 +137,6 @@ class LATTICE(nn.Module):
             return self._number == 0 and not again
         return self._number % self.settings.rebuild_every == 0
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.outputs(self.item_graph()))

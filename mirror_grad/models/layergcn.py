@@ -15,6 +15,7 @@ from gfml.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.graphs import ThinnedGraph
 from mirror_grad.parts.losses import dot_bpr, half_square_sum
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -60,6 +61,6 @@ class LayerGCN(nn.Module):
             bpr, reg = bpr * len(batch), half_square_sum(*ego)
         return {"loss": bpr + self.settings.reg_weight * reg, "bpr": bpr, "reg": reg}
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.graph.whole.split(self.outputs()))

@@ -18,6 +18,7 @@ from mirror_grad.parts.features import projected
 from mirror_grad.parts.fusion import AttentionFusion
 from mirror_grad.parts.graphs import LightPropagation, bipartite, symmetric, weighted_item_graph
 from mirror_grad.parts.losses import dot_bpr, info_nce
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -84,6 +85,6 @@ class MGCN(nn.Module):
         contrast = terms["nce_item"] + terms["nce_user"]
         return {"loss": terms["bpr"] + self.settings.reg_weight * terms["reg"] + self.settings.cl_loss * contrast, **terms}
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.light.split(sum(self.outputs())))

@@ -14,6 +14,7 @@ from gfml.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.graphs import bipartite, row_mean
 from mirror_grad.parts.losses import dot_bpr
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -63,7 +64,7 @@ class MMGCN(nn.Module):
         loss = bpr + self.settings.reg_weight * (reg_id + reg_pref)
         return {"loss": loss, "bpr": bpr, "reg_id": reg_id, "reg_pref": reg_pref}
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.outputs())
 

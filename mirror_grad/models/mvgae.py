@@ -17,6 +17,7 @@ from mirror_grad.models import settings
 from mirror_grad.models.mmgcn import keep
 from mirror_grad.parts.gaussian import kl_to_standard, product_of_experts, sample
 from mirror_grad.parts.graphs import bipartite, row_mean, with_itself
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -84,7 +85,7 @@ class MVGAE(nn.Module):
             return losses.bpr(pos.sigmoid(), neg.sigmoid()) * len(batch) / math.log(2)
         return losses.bpr(pos, neg)
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         nodes = self.distributions()["fused"][0].sigmoid()
         return FactorScorer(nodes[: self.num_users], nodes[self.num_users :])

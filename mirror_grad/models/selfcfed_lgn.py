@@ -15,6 +15,7 @@ from gfml.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.graphs import LightPropagation
 from mirror_grad.parts.losses import cosine_gap, half_square_sum
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -57,7 +58,7 @@ class SELFCFED_LGN(nn.Module):
         loss = cos_ui + cos_iu + self.settings.reg_weight * reg
         return {"loss": loss, "cos_ui": cos_ui, "cos_iu": cos_iu, "reg": reg}
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         user, item = self.light.split(self.light(self.tables.nodes, self.settings.n_layers))
         return FactorScorer(torch.cat([self.predictor(user), user], 1), torch.cat([item, self.predictor(item)], 1))

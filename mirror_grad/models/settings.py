@@ -192,3 +192,61 @@ class MVGAE:
     batch_negatives: bool = option(False, "compare with the best of all negatives of the batch; published: always")
     latent: int = option(128, "width of the projected features and preferences")
     dropout: float = option(0.1, "share of zeroed entries after each convolution")
+
+
+@dataclass(frozen=True)
+class SMORE:
+    """MGCN's skeleton with filters on the spectra of the projected features."""
+
+    n_ui_layers: int = option(4, "propagation layers on the user-item graph", grid=(3, 4))
+    n_layers: int = option(1, "propagation layers on the item graphs")
+    image_knn_k: int = option(10, "neighbours of an item in the image graph, itself included", grid=(10, 15, 20, 40))
+    text_knn_k: int = option(10, "neighbours of an item in the text graph, itself included", grid=(10, 15, 20, 40))
+    cl_loss: float = option(0.01, "weight of the contrastive term")
+    reg_weight: float = option(1e-4, "weight of the L2 term of the batch's vectors", grid=(1e-5, 1e-4))
+    dropout: float = option(0.0, "share of zeroed preference entries", grid=(0.0, 0.1))
+    train_features: bool = option(True, "train the item features themselves, as published")
+
+
+@dataclass(frozen=True)
+class MMGCF:
+    """LightGCN on a thinned graph whose item inputs join ids and projected features."""
+
+    n_layers: int = option(2, "propagation layers", grid=(1, 2, 3))
+    dropout: float = option(0.2, "share of edges left out in an epoch", grid=(0.2, 0.5, 0.8))
+    fusion: str = option("mean", "how ids and features are joined", grid=("mean", "sum", "concat"), choices=("mean", "sum", "concat"))
+    weighting: str = option(
+        "equal", "what they weigh: alike, by a learned share, or as rows of equal length",
+        grid=("equal", "alpha", "normalized"), choices=("equal", "alpha", "normalized"),
+    )
+    reg_weight: float = option(1e-3, "weight of the L2 term of the batch's vectors", grid=(1e-1, 1e-2, 1e-3, 1e-4))
+
+
+@dataclass(frozen=True)
+class PGL:
+    """Feature-only item vectors on a sub-graph of the user-item graph."""
+
+    mode: str = option("local", "sub-graph: edges drawn by degree, or a low-rank part", choices=("local", "global"))
+    n_ui_layers: int = option(2, "propagation layers on the user-item graph")
+    n_mm_layers: int = option(1, "propagation layers on the item graph")
+    knn_k: int = option(10, "neighbours of an item in the item graph, itself included")
+    mm_image_weight: float = option(0.1, "share of the image graph in the item graph; the text graph has the rest")
+    dropout: float = option(0.7, "share of edges left out in an epoch by mode local")
+    rank: int = option(16, "singular vectors of mode global")
+    reg_weight: float = option(0.0, "weight of the contrast between two dropped-out copies; published: 0")
+    feature_dropout: float = option(0.2, "share of zeroed entries in those copies")
+    train_features: bool = option(True, "train the item features themselves, as published")
+
+
+@dataclass(frozen=True)
+class LGMRec:
+    """Local graphs for ids and modalities beside hyperedges learned from features."""
+
+    n_ui_layers: int = option(2, "propagation layers of the ids")
+    n_mm_layers: int = option(2, "propagation layers of the modalities")
+    n_hyper_layer: int = option(1, "layers over the hyperedges")
+    hyper_num: int = option(4, "hyperedges of a modality")
+    keep_rate: float = option(0.5, "share of hyperedge memberships kept in training")
+    alpha: float = option(0.3, "weight of the hyperedge branch")
+    cl_weight: float = option(1e-4, "weight of the contrast between modalities")
+    reg_weight: float = option(1e-6, "weight of the L2 term of the batch's vectors")

@@ -16,6 +16,7 @@ from mirror_grad.models import settings
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import bipartite, row_mean, symmetric, with_itself
 from mirror_grad.parts.losses import info_nce
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -92,7 +93,7 @@ class SLMRec(nn.Module):
         target = torch.arange(len(first), device=first.device)
         return F.cross_entropy(first @ second.T / self.settings.ssl_temp, target)
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         user, item = self.outputs()
         return FactorScorer(self.fuse["user"](user), self.fuse["item"](item))

@@ -13,6 +13,7 @@ from gfml.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.features import ProjectedFeatures, distinct
 from mirror_grad.parts.losses import ranking_terms
+from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -47,6 +48,6 @@ class VBPR(nn.Module):
         pos, neg = F.embedding(place, items).chunk(2)
         return ranking_terms(user, pos, neg, (user, pos, neg), self.settings.reg_weight, published=self.published)
 
-    @torch.no_grad()
+    @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(self.user.detach(), torch.cat([self.item, self.features()], 1))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from gfml.graph import build_graph
 from gfml.sampling import Triples
 from mirror_grad.data import MultimodalData
+from mirror_grad.models import lgmrec, smore
 
 kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toy.py"))))
 
@@ -260,3 +261,95 @@ def test_mmgcn_published_tables_stay_and_fixed_ones_move(data, batch):
         torch.optim.SGD(model.parameters(), lr=1.0).step()
         moved = [not torch.equal(model.state_dict()[key], value) for key, value in before.items()]
         assert len(before) == 3 and all(moved) == any(moved) == (behaviour == "fixed")
+
+
+def test_smore_unit_weights_filter_nothing_and_the_fused_graph_takes_the_larger_entry(data):
+    model = kit.build("SMORE", data, image_knn_k=4, text_knn_k=3)
+    with torch.no_grad():
+        for weight in model.filter.values():
+            weight.copy_(torch.tensor([1.0, 0.0]))
+    found = model.filtered()
+    for name, part in model.features.items():
+        torch.testing.assert_close(found[name], part())
+    image, text = (dense(model.item_graphs[name], 24) for name in ("image", "text"))
+    wanted = torch.where((image != 0) & (text != 0), torch.maximum(image, text), image + text)
+    torch.testing.assert_close(dense(model.item_graphs["fusion"], 24), wanted)
+    backwards = smore.larger_entries(*(model.item_graphs[name].to_scipy() for name in ("text", "image")))
+    assert abs(backwards - model.item_graphs["fusion"].to_scipy()).max() < 1e-12
+
+
+def test_smore_fused_spectrum_is_a_convolution_over_the_channels(data):
+    model = kit.build("SMORE", data, image_knn_k=4, text_knn_k=4)
+    with torch.no_grad():
+        model.filter["fusion"].copy_(torch.tensor([1.0, 0.0]))
+    image, text = (part() for part in model.features.values())
+    shift = (torch.arange(8)[:, None] - torch.arange(8)) % 8
+    wanted = torch.einsum("ic,ikc->ik", image, text[:, shift]) / 8**0.5
+    torch.testing.assert_close(model.filtered()["fusion"], wanted)
+
+
+@pytest.mark.parametrize("fusion", ["mean", "sum", "concat"])
+@pytest.mark.parametrize("weighting", ["equal", "alpha", "normalized"])
+def test_mmgcf_item_inputs(fusion, weighting, data, batch):
+    model = kit.build("MMGCF", data, fusion=fusion, weighting=weighting)
+    items, (v, t), e = model.items(), [part() for part in model.features.values()], model.item
+    if weighting == "normalized":
+        parts = [2 * F.normalize(e, dim=1), F.normalize(v, dim=1), F.normalize(t, dim=1)]
+        wanted = {"mean": sum(parts) / 3, "sum": sum(parts), "concat": torch.cat(parts, 1)}
+    else:
+        modal = {"mean": (v + t) / 2, "sum": v + t, "concat": torch.cat([v, t], 1)}[fusion]
+        own, modal = (e, modal) if weighting == "equal" else (e / 2, modal / 2)
+        wanted = {"concat": torch.cat([own, modal], 1)} if fusion == "concat" else {"mean": (own + modal) / 2, "sum": own + modal}
+    torch.testing.assert_close(items, wanted[fusion])
+    assert model.loss(batch)["loss"].isfinite() and kit.scores(model).shape == (30, 24)
+
+
+def test_pgl_principal_part_is_the_truncated_decomposition(data, batch):
+    model = kit.build("PGL", data, mode="global", rank=5)
+    block = adjacency(data)[:30, 30:]
+    left, values, right = torch.linalg.svd(block, full_matrices=False)
+    wanted = left[:, :5] * values[:5] @ right[:5]
+    assert model.left.shape == (30, 5)
+    torch.testing.assert_close(model.left @ model.right.T, wanted)
+    user, item = model.low_rank(model.user, model.items())
+    nodes, operator = torch.cat([model.user, model.items()]), torch.zeros(54, 54)
+    operator[:30, 30:], operator[30:, :30] = wanted, wanted.T
+    torch.testing.assert_close(torch.cat([user, item]), (nodes + operator @ nodes + operator @ operator @ nodes) / 3)
+    assert kit.build("PGL", data, mode="global", rank=99).left.shape == (30, 23)
+    assert torch.equal(model.left, kit.build("PGL", data, mode="global", rank=5).left)
+    contrasted = kit.build("PGL", data, reg_weight=0.5).loss(batch)
+    torch.testing.assert_close(contrasted["loss"], contrasted["bpr"] + 0.5 * contrasted["nce"])
+
+
+def test_lgmrec_memberships_sum_to_one_and_noise_is_for_training(data):
+    for behaviour in ("fixed", "published"):
+        model = kit.build("LGMRec", data, behaviour=behaviour).eval()
+        user, item = model.memberships("image")
+        torch.testing.assert_close(user.sum(1), torch.ones(30))
+        torch.testing.assert_close(item.sum(1), torch.ones(24))
+        assert torch.equal(model.memberships("image")[1], item) == (behaviour == "fixed")
+    model.train()
+    assert not torch.equal(model.memberships("image")[1], model.memberships("image")[1])
+
+
+def test_lgmrec_hyperedges_by_loop(data):
+    model = kit.build("LGMRec", data, n_hyper_layer=2).eval()
+    of_user, of_item = model.memberships("text")
+    start = torch.randn(24, 8)
+    items = start
+    for _ in range(2):
+        edges = torch.stack([sum(of_item[i, e] * items[i] for i in range(24)) for e in range(4)])
+        items, users = of_item @ edges, of_user @ edges
+    torch.testing.assert_close(model.hyperedges("text", start), (users, items))
+    train = torch.from_numpy(data.interactions.train.todense()).double()
+    logits = model.features_text @ model.hyper["text"].weight.T
+    torch.testing.assert_close(of_user, (train @ logits / 0.2).softmax(1))
+
+
+def test_lgmrec_contrast_by_loop():
+    first, second, ids = torch.randn(6, 4), torch.randn(6, 4), torch.tensor([3, 0, 3])
+    total = 0.0
+    for i in ids:
+        cosine = F.cosine_similarity(first[i][None], second, dim=1) / 0.2
+        total = total - cosine[i] + cosine.logsumexp(0)
+    torch.testing.assert_close(lgmrec.contrast(first, second, ids), total)

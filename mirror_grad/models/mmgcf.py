@@ -1,0 +1,81 @@
+"""MMGCF: LightGCN with multimodal item inputs (UMAP 2026)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfml import losses
+from gfml.sampling import Triples
+from gfml.topk import FactorScorer
+from mirror_grad.models import settings
+from mirror_grad.parts.features import projected
+from mirror_grad.parts.graphs import ThinnedGraph
+from mirror_grad.parts.losses import dot_bpr
+from mirror_grad.parts.modes import evaluating
+
+if TYPE_CHECKING:
+    from mirror_grad.data import MultimodalData
+
+
+class MMGCF(nn.Module):
+    """Item inputs join the free vector and the projected features; LightGCN over a graph thinned by degree every epoch.
+
+        equal       x = join(e, join_m(W_m f_m + b_m))
+        alpha       x = join(s e, (1 - s) join_m(.)),  s a learned share
+        normalized  x = join(M n(e), n(W_m f_m + b_m), ...),  n: rows of length 1, M modalities
+
+    join: mean, sum, or concatenation (then users are as wide as items). loss = BPR + reg_weight * |final rows|^2 / (2 B).
+    Written from a description of the method, without numbers of the published code to compare with; the width of the
+    users under concatenation is our reading.
+    """
+
+    Settings = settings.MMGCF
+
+    def __init__(
+        self, data: MultimodalData, settings: settings.MMGCF, *, behaviour: str, embedding_dim: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.graph = ThinnedGraph(data.interactions.train, settings.dropout, seed)
+        self.features = projected(data.features, embedding_dim, trained=False)
+        wide = embedding_dim * (1 + len(self.features)) if settings.fusion == "concat" else embedding_dim
+        self.user = nn.Parameter(nn.init.xavier_uniform_(torch.empty(data.num_users, wide)))
+        self.item = nn.Parameter(nn.init.xavier_uniform_(torch.empty(data.num_items, embedding_dim)))
+        if settings.weighting == "alpha":
+            self.share = nn.Parameter(torch.zeros(()))
+
+    def new_epoch(self, epoch: int) -> None:
+        self.graph.new_epoch(epoch)
+
+    def join(self, *parts: Tensor) -> Tensor:
+        """One [I, ...] of several."""
+        if self.settings.fusion == "concat":
+            return torch.cat(parts, 1)
+        return sum(parts) / (len(parts) if self.settings.fusion == "mean" else 1)
+
+    def items(self) -> Tensor:
+        """Item inputs of the propagation."""
+        modal = [part() for part in self.features.values()]
+        if self.settings.weighting == "normalized":
+            own = len(modal) * F.normalize(self.item, dim=1)
+            return self.join(own, *(F.normalize(part, dim=1) for part in modal))
+        if self.settings.weighting == "alpha":
+            share = self.share.sigmoid()
+            return self.join(share * self.item, (1 - share) * self.join(*modal))
+        return self.join(self.item, self.join(*modal))
+
+    def loss(self, batch: Triples) -> dict[str, Tensor]:
+        light = self.graph()
+        ids = torch.cat([batch.users, light.num_users + batch.pos, light.num_users + batch.neg])
+        rows = light.at(ids, torch.cat([self.user, self.items()]), self.settings.n_layers).chunk(3)
+        bpr, reg = dot_bpr(*rows), losses.half_mean_square(*rows)
+        return {"loss": bpr + self.settings.reg_weight * reg, "bpr": bpr, "reg": reg}
+
+    @evaluating
+    def scorer(self) -> FactorScorer:
+        light = self.graph.whole
+        return FactorScorer(*light.split(light(torch.cat([self.user, self.items()]), self.settings.n_layers)))
