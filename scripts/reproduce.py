@@ -12,6 +12,7 @@ A table is ``configs/tables/NAME.toml``:
     needs = ["data:lastfm", "files:DIR", "gpu"]    without one of these a cell cannot run here, and says so
     [[cell]] label, command, seeds, needs, paper    a row; "paper" names the published row beside it
     over = { lamb = [1, 3], ... }              one cell per combination; {lamb} in label and command is replaced
+    {data} in a command                        the data root, for programs that want a data set's own folder
     {run:LABEL} in a command                   the run of that cell with the same seed, which then comes first
     [[published]] method, source, figures      rows of the paper
 
@@ -88,16 +89,18 @@ def load_table(name: str) -> dict[str, Any]:
     return table
 
 
-def expand(table: Mapping[str, Any], more: Sequence[str]) -> list[Cell]:
-    """Every run of the table; ``more``: words added to each command."""
-    return [cell for entry in table["cell"] for cell in _of_entry(entry, table, more)]
+def expand(table: Mapping[str, Any], out: str = "runs", data_root: str | None = None) -> list[Cell]:
+    """Every run of the table, with its runs in ``out``."""
+    return [cell for entry in table["cell"] for cell in _of_entry(entry, table, out, data_root)]
 
 
-def _of_entry(entry: Mapping[str, Any], table: Mapping[str, Any], more: Sequence[str]) -> Iterator[Cell]:
+def _of_entry(entry: Mapping[str, Any], table: Mapping[str, Any], out: str, data_root: str | None) -> Iterator[Cell]:
     over = entry.get("over", {})
+    own_folder = "{data}" in entry["command"]
+    more = ["--out", out, *(["--data-root", data_root] if data_root and not own_folder else [])]
     needs = (*table.get("needs", ()), *entry.get("needs", ()))
     for values in itertools.product(*over.values()):
-        chosen = dict(zip(over, map(str, values), strict=True))
+        chosen = dict(zip(over, map(str, values), strict=True)) | {"data": data_root or "data"}
         fill = lambda text: re.sub(r"\{(\w+)\}", lambda found: chosen.get(found[1], found[0]), text)  # noqa: B023, E731
         words = shlex.split(fill(entry["command"]))
         waits = next((found[1] for word in words if (found := re.fullmatch(r"\{run:(.*)\}", word))), None)
@@ -112,6 +115,8 @@ def lacking(needs: Sequence[str], data_root: str | None) -> str | None:
     roots = registry.data_roots(data_root)
     for need in needs:
         kind, _, what = need.partition(":")
+        if kind == "data" and registry.ALIASES.get(what, what) not in registry.KNOWN:
+            raise choice_error("data set", what, registry.known_names())
         if kind == "data" and registry.locate(registry.KNOWN[registry.ALIASES.get(what, what)], roots) is None:
             return f"the data of {what} are not below {', '.join(map(str, roots))}"
         if kind == "files" and not any((root / what).exists() for root in roots):
@@ -227,7 +232,7 @@ def compare(name: str, table: Mapping[str, Any]) -> list[str]:
     """Lines that put the stored figures beside the published ones: difference, seeds, selection rule, time."""
     rows = {row["method"]: row for row in stored_rows(TABLE_ROOT / table["folder"], name)}
     lines = []
-    for cell in expand(table, ()):
+    for cell in expand(table):
         ours, paper = rows.get(cell.label), rows.get(cell.paper or "")
         if not ours or not paper or not ours.get("n") or any(cell.label in line for line in lines):
             continue
@@ -239,11 +244,11 @@ def compare(name: str, table: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def list_tables(more: Sequence[str], data_root: str | None) -> None:
+def list_tables(out: str, data_root: str | None) -> None:
     """One line per table: how many runs are done, and what is missing here."""
     for name in table_names():
         table = load_table(name)
-        known = survey(expand(table, more), data_root)
+        known = survey(expand(table, out, data_root), data_root)
         reasons = list(dict.fromkeys(one.reason for one in known if one.reason))
         rows = [row for row in stored_rows(TABLE_ROOT / table["folder"], name) if row["n"] and row["protocol"] != "no training"]
         seeds = statistics.fmean(int(row["n"]) for row in rows) if rows else 0
@@ -268,20 +273,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.list == bool(given.table):
         parser.error("give the name of one table, or --list")
-    more = ["--out", given.out, *(["--data-root", given.data_root] if given.data_root else [])]
     if given.list:
-        list_tables(more, given.data_root)
+        list_tables(given.out, given.data_root)
         return 0
     table = load_table(given.table)
     if given.check:
         write_table([given.table, "--folder", table["folder"], "--check"])
         print("\n".join(compare(given.table, table)) or "no row has a published one beside it")
         return 0
-    return _run(given, table, more)
+    return _run(given, table)
 
 
-def _run(given: argparse.Namespace, table: Mapping[str, Any], more: Sequence[str]) -> int:
-    cells = [cell for cell in expand(table, more) if not given.only or given.only in cell.label]
+def _run(given: argparse.Namespace, table: Mapping[str, Any]) -> int:
+    cells = [cell for cell in expand(table, given.out, given.data_root) if not given.only or given.only in cell.label]
     if not cells:
         raise UserError(f"found no row of {given.table} whose label contains {given.only!r}")
     known = survey(cells, given.data_root)

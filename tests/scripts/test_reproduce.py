@@ -71,14 +71,15 @@ def toy(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def table_names() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "configs" / "tables").glob("*.toml"))
+    """Tables with cells; the others are only filled from runs named by hand."""
+    return sorted(path.stem for path in (ROOT / "configs" / "tables").glob("*.toml") if "[[cell]]" in path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", table_names())
 def test_stored_tables_are_understood(script: ModuleType, tmp_path: Path, name: str) -> None:
     """Known keys, different labels, published rows that exist, and commands the programs accept."""
     table = script.load_table(name)
-    known = script.survey(script.expand(table, ["--out", str(tmp_path), "--data-root", str(tmp_path)]), str(tmp_path))
+    known = script.survey(script.expand(table, str(tmp_path), str(tmp_path)), str(tmp_path))
     assert (ROOT / table["folder"] / "README.md").is_file() and table["title"]
     assert len({(one.cell.label, one.cell.seed) for one in known}) == len(known)
     for one in known:
