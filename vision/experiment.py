@@ -104,6 +104,8 @@ class Training:
 
     def __init__(self, options: Options, data: VisionData, model: nn.Module, world: World) -> None:
         self.world = world
+        net = distributed.wrap(model, sync_batchnorm=world.device.type == "cuda")
+        self.net = torch.compile(net) if options.compile else net
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
         self.optimizer = kind(
             parameter_groups(model, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2), fused=True
@@ -117,8 +119,6 @@ class Training:
         self.ema = WeightAverage(model.parameters(), options.ema) if options.ema else None
         self.objective = Objective(options, data.counts).to(world.device)
         self.amp = uses_amp(options, world.device)
-        net = distributed.wrap(model)
-        self.net = torch.compile(net) if options.compile else net
 
     def batches(self, epoch: int) -> Iterable[Batch]:
         """The batches of an epoch, and the loss made ready for it."""

@@ -174,6 +174,21 @@ def test_the_standard_files_come_before_sprites(tmp_path, monkeypatch):
     assert load_images("c10", data_root=tmp_path).train.array().max() == 9
 
 
+def test_svhn_is_turned_to_rows_of_pixels(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    channels_first = np.random.default_rng(0).integers(0, 256, (12, 3, 32, 32), dtype=np.uint8)
+
+    class Standard:
+        def __init__(self, root, split, download=False):
+            self.data, self.labels = channels_first, np.arange(12) % 10
+
+    monkeypatch.setattr(datasets, "SVHN", Standard)
+    (tmp_path / "train_32x32.mat").touch()
+    data = load_images("svhn", data_root=tmp_path)
+    assert not data.horizontal_flip and np.array_equal(data.train.image(3), channels_first[3].transpose(1, 2, 0))
+
+
 def test_damaged_standard_files_are_named(tmp_path):
     (tmp_path / "cifar-100-python").mkdir()
     with pytest.raises(UserError, match="cannot read the files in"):

@@ -201,6 +201,36 @@ def test_predictions_are_those_of_the_network(digits):
     torch.testing.assert_close(scaled, 30 * found, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--model-name vit", "--mass_pos full", "--mass_pos tail --dist_mode l1", "--mass_from none", "--mass_from content --mass_pos head",
+     "--mix_on 1 --mix_mode normal", "--mix_on 1 --mix_mode split --num_split 1 --mass_pos full_fix", "--mix_on 1 --mix_mode split --num_split 1 --split_mix 1 --off-cls-token"],
+)  # fmt: skip
+def test_64_images_are_learned_by_heart(digits, words):
+    """Every mode reaches more than 99 % within 200 steps."""
+    options = options_of("--model-name vit_gra --hidden 32 --mlp-hidden 32 --head 2 --num_split 1 --num-layers 2 --lr 3e-3", words)
+    torch.manual_seed(0)
+    model = build_model(options, digits, torch.device("cpu"))
+    where = np.random.default_rng(0).permutation(len(digits.source.train))[:64]
+    images = torch.from_numpy(digits.source.train.array()[where]).permute(0, 3, 1, 2).float() / 128 - 1
+    labels = torch.from_numpy(digits.source.train.labels[where])
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    for _ in range(200):
+        logits = model(images)
+        if (logits.argmax(1) == labels).float().mean() > 0.99:
+            return
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+    pytest.fail("not learned by heart after 200 steps")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "vision").glob("*.toml")), ids=lambda path: path.stem)
+def test_stored_settings_are_flags(path):
+    options = options_of("--config", path)
+    assert options.hidden == 96 and options.dot_scale == "sqrt_head"
+
+
 # -- flags
 
 
