@@ -37,6 +37,7 @@ from gfml.errors import UserError
 from gfml.files import atomic_open, write_json
 
 if TYPE_CHECKING:
+    from gfml.commands import Command
     from gfml.search import Follower, Spec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -358,13 +359,17 @@ def _points_class() -> type:
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             trial, last = self._by_id.pop(trial_id), self._last.pop(trial_id, {})
             last = result if result and result.get("value") is not None else last
-            epoch, value = last.get("epoch"), last.get("value")
-            state = "failed" if error else "done" if last.get("finished") else "stopped"
-            why = last_line(read_command(self.spec.words(trial["point"]), ROOT).log) if error else ""
-            known = trial["state"]
+            command = read_command(self.spec.words(trial["point"]), ROOT)
+            epoch, value, finished = last.get("epoch"), last.get("value"), last.get("finished")
+            if not error and not finished and command.state() == "done":
+                # The program was faster than the decision to stop it.
+                epoch, value = best_evaluation(self.spec, command)
+                finished = True
+            state, known = "failed" if error else "done" if finished else "stopped", trial["state"]
+            why = last_line(command.log) if error else ""
             self.trials.end(self.spec, trial, state, epoch, value, why)
             self.source.tell(trial["trial"], state, epoch, value)
-            said = f"{self.spec.metric} {value:.4f}, epoch {epoch}" if value is not None else why
+            said = f"{self.spec.metric} {value:.4f} after epoch {epoch}" if value is not None else why
             print(f"[{trial['trial']}/{self.spec.trials}] {'was ' if known == state else ''}{state}: {said}", flush=True)
             self.exhausted = not self._by_id and len(self.trials.all) >= self.spec.trials
 
@@ -379,6 +384,14 @@ def _points_class() -> type:
 
 
 # -- results
+
+
+def best_evaluation(spec: Spec, command: Command) -> tuple[int, float]:
+    """The last epoch of a trial's run and the best value it logged."""
+    from gfml.search import evaluations
+
+    found = evaluations(command.runs[0].path(), spec.metric)
+    return found[-1][0], (max if spec.mode == "max" else min)(value for _, value in found)
 
 
 def show_states(spec: Spec, folder: Path) -> int:
