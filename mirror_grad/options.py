@@ -260,7 +260,9 @@ def _scan(tokens: Sequence[str]) -> _Chosen:
     files = ([str(Path(found.resume) / "config.toml")] if found.resume else []) + found.config
     stored = {key.replace("-", "_"): value for path in files for key, value in _read_flat(path).items()}
     pick = {name: getattr(found, name) or stored.get(name) for name in ("model", "dataset", "mirror", "mirror_arm")}
-    mirrored = not found.not_mg and pick["mirror"] != "off" and ARMS.get(pick["mirror_arm"] or "mg") != "off"
+    arm = pick["mirror_arm"] or "mg"
+    # equal-lr trains plainly, but its learning rate follows from the mirror's settings.
+    mirrored = arm == "equal-lr" or (not found.not_mg and pick["mirror"] != "off" and ARMS.get(arm) != "off")
     return _Chosen(pick["model"] or "SELFCFED_LGN", pick["dataset"] or "baby", mirrored, found.resume)
 
 
@@ -333,7 +335,8 @@ def _grid(parser: Parser, options: Options) -> list[dict[str, str]]:
         if flag not in parser._option_string_actions:
             parser._unknown([flag])
         lists[flag] = values.split(",")
-    if options.mirror_arm == "equal-grid" and options.grid is None:
+    alone = options.resume or options.eval_only
+    if options.mirror_arm == "equal-grid" and options.grid is None and not alone:
         lists = {"--learning-rate": [options.learning_rate * factor for factor in EQUAL_GRID]}
     names = list(lists)
     return [dict(zip(names, map(str, values), strict=True)) for values in itertools.product(*lists.values())] if lists else []

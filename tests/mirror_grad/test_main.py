@@ -151,7 +151,8 @@ def test_control_arms(run, capsys):
     _, [plain] = run("-m", "BPR", "--not_mg", "--lr", 0.02 * factor, out="plain")
     assert result_of(path)["arm"] == "equal-lr" and result_of(plain)["arm"] == "plain" and same(weights_of(path), weights_of(plain))
     code, paths = run("-m", "BPR", "--mirror-arm", "equal-grid", out="grid")
-    assert code == 0 and len(paths) == 3 and {result_of(path)["arm"] for path in paths} == {"equal-grid"}
+    assert code == 0 and run_main(main, ["--resume", str(paths[0]), "--epochs", "4"]) == 0
+    assert len(paths) == 3 and {result_of(path)["arm"] for path in paths} == {"equal-grid"}
     assert "best by val recall@5" in capsys.readouterr().out
 
 
@@ -375,3 +376,16 @@ def test_other_features_are_not_mixed_into_a_run(run, planted, tmp_path, capsys)
     layout.write_feature_file(other / "text_feat.npy", np.ones((60, 10)))
     code, _ = run("--resume", tmp_path / "runs" / "mirror-x", "-m", "VBPR", "-d", other, "--epochs", 2)
     assert code == 2 and "data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", TRAINED)
+def test_every_mirror_mode_trains_every_model_about_as_well(model, run):
+    """Finite everywhere, and the ranking on planted groups stays within reach of ordinary training's."""
+    words = ["-m", model, "--epochs", 12, "--baselines", "none"]
+    found = {}
+    for mode in ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat"):
+        code, [path] = run(*words, "--mirror", mode, "--alpha2", 0.2, out=mode)
+        assert code == 0 and all(np.isfinite(row["train/loss"]) for row in rows_of(path))
+        found[mode] = result_of(path)["val"]["recall@10"]
+    assert min(found.values()) > 0.75 * found["off"], found

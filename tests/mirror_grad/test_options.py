@@ -100,11 +100,11 @@ def test_later_layers_win(stored, tmp_path):
     assert parse(["-m", "BPR", "-d", "sports"]).batch_size == 10
 
 
-@pytest.mark.parametrize("words", [["--mirror", "off"], ["--mirror-arm", "equal-lr"], ["--config", "OWN"]])
+@pytest.mark.parametrize("words", [["--mirror", "off"], ["--mirror-arm", "equal-grid"], ["--config", "OWN"]])
 def test_the_mirror_layer_is_read_with_the_mirror_alone(stored, tmp_path, words):
     stored(mirror="patience = 5", own='mirror = "off"')
     assert parse([word.replace("OWN", str(tmp_path / "own.toml")) for word in words]).patience == 20
-    assert parse([]).patience == 5
+    assert parse([]).patience == 5 and parse(["--mirror-arm", "equal-lr"]).patience == 5
 
 
 def test_a_config_may_name_model_and_data(stored, tmp_path):
