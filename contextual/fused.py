@@ -86,11 +86,10 @@ def contextual(sim: Tensor, labels: Tensor, *, k: int, eps: float, slope: float,
     """
     nearest = sim.topk(k, dim=1).values.clamp_max_(1).sub_(eps / 2)
     neighbours, half = sim >= nearest[:, k - 1 :], nearest[:, k // 2 - 1]
-    if sim.device.type == "cpu":
+    if sim.device.type == "cpu" and neighbours.count_nonzero().item() < DENSE * len(sim) ** 2:
         i, j = neighbours.nonzero(as_tuple=True)
-        if len(i) < DENSE * len(sim) ** 2:
-            del neighbours
-            return _listed(sim, labels, i, j, half, slope, needs_grad)
+        del neighbours
+        return _listed(sim, labels, i, j, half, slope, needs_grad)
     return _dense(sim, labels, neighbours, sim >= half[:, None], slope, needs_grad)
 
 
@@ -99,26 +98,33 @@ def _dense(sim: Tensor, labels: Tensor, neighbours: Tensor, half: Tensor, slope:
     batch, member = len(sim), neighbours.to(sim.dtype)
     mutual = (half & half.T).to(sim.dtype)
     size, num_mutual = member.sum(1), mutual.sum(1)
-    inside, outside, share = size.clamp_min(1)[:, None], (batch - size).clamp_min(1)[:, None], num_mutual.clamp_min(0.5)[:, None]
+    inside, outside, share = size.clamp_min(1), (batch - size).clamp_min(1), num_mutual.clamp_min(0.5)
     overlap = member @ member.T
     # Common strangers are counted from common neighbours, exactly.
-    overlap = overlap.sub(size).add_((batch - size)[:, None]).div_(outside).add_(overlap.div_(inside)).mul_(0.5)
+    strangers = overlap.sub(size).add_((batch - size)[:, None]).div_(outside[:, None])
+    overlap.div_(inside[:, None]).add_(strangers).mul_(0.5)
+    del strangers, neighbours
     weights = overlap * member
-    averaged = (mutual @ weights).div_(share)
-    error = _error(averaged, labels)
+    averaged = (mutual @ weights).div_(share[:, None])
+    error = _less_labels(averaged.T.contiguous().add_(averaged).mul_(0.5), labels)
     value = error.square().sum() / batch**2
     if not needs_grad:
         return Contextual(value, None, size, num_mutual)
 
-    expansion = (error @ weights.T).sub_((error * averaged).sum(1, keepdim=True)).div_(share)
-    del weights, averaged
-    expansion = (expansion + expansion.T).mul_(half.T)
-    spread = mutual @ error.div_(share)
+    lean = torch.einsum("ij,ij->i", error, averaged)
+    del averaged
+    expansion = (error @ weights.T).sub_(lean[:, None]).div_(share[:, None])
+    del weights
+    grad = (expansion + expansion.T).masked_fill_(~half.T, 0)
+    del expansion
+    spread = mutual @ error.div_(share[:, None])
     del error, mutual
-    common = spread * member
-    lost = 0.5 * ((common / outside).sum(1) + (common / outside).sum(0))
-    common.mul_(0.5 / inside + 0.5 / outside)
-    grad = ((common + common.T) @ member).sub_(lost[:, None]).addcmul_(overlap, spread).add_(expansion)
+    grad.addcmul_(overlap, spread)
+    del overlap
+    common = spread.mul_(member)
+    lost = 0.5 * (common.sum(1) / outside + (1 / outside) @ common)
+    common.mul_((0.5 / inside + 0.5 / outside)[:, None])
+    grad.addmm_(common + common.T, member).sub_(lost[:, None])
     return Contextual(value, grad.mul_(4 * slope / batch**2).masked_fill_(sim > 1, 0), size, num_mutual)
 
 
@@ -138,8 +144,9 @@ def _listed(sim: Tensor, labels: Tensor, i: Tensor, j: Tensor, half: Tensor, slo
     met = _bag(j, _turned(i, j, batch), start)[i, j].to(sim.dtype)
     weights = met.div(inside[i]).add_(met.sub_(size[j]).add_((batch - size)[i]).div_(outside[i])).mul_(0.5)
     averaged = _bag(q, sim.new_zeros(batch, batch).index_put_((i, j), weights), half_start, both).div_(share[:, None])
-    error = _error(averaged, labels)
+    error = averaged.T.contiguous().add_(averaged).mul_(0.5)
     del averaged, near, inner, met
+    error = _less_labels(error, labels)
     value = error.square().sum() / batch**2
     if not needs_grad:
         return Contextual(value, None, size, num_mutual)
@@ -164,13 +171,12 @@ def _listed(sim: Tensor, labels: Tensor, i: Tensor, j: Tensor, half: Tensor, slo
 def _times_overlap(
     grad: Tensor, i: Tensor, j: Tensor, start: Tensor, per_both: Tensor, per_outside: Tensor, size: Tensor
 ) -> None:
-    """grad *= (M+ + M-) / 2 in place, half the rows at a time."""
-    turned = _turned(i, j, len(grad))
-    for rows, column, begin in _halves(j, start):
-        overlap = _bag(column, turned, begin).to(grad.dtype).mul_(per_both[rows, None])
-        overlap.addr_(per_outside[rows], size, alpha=-1).add_(((len(grad) - size) * per_outside)[rows, None])
-        grad[rows] *= overlap
-        del overlap  # or the next half would stand beside it
+    """grad *= (M+ + M-) / 2 in place."""
+    met = _bag(j, _turned(i, j, len(grad)), start)
+    overlap = met.to(grad.dtype)
+    del met
+    overlap.mul_(per_both[:, None]).addr_(per_outside, size, alpha=-1)
+    grad.mul_(overlap.add_(((len(grad) - size) * per_outside)[:, None]))
 
 
 def _add_mixed(grad: Tensor, i: Tensor, j: Tensor, weights: Tensor) -> None:
@@ -193,10 +199,9 @@ def _halves(column: Tensor, start: Tensor, *lists: Tensor) -> Iterator[tuple]:
     yield slice(middle, None), column[split:], start[middle:] - split, *(part[split:] for part in lists)
 
 
-def _error(averaged: Tensor, labels: Tensor) -> Tensor:
-    """W^ - Y off the diagonal."""
-    error = (labels[:, None] == labels).to(averaged.dtype).neg_()
-    return error.add_(averaged, alpha=0.5).add_(averaged.T, alpha=0.5).fill_diagonal_(0)
+def _less_labels(similarity: Tensor, labels: Tensor) -> Tensor:
+    """W^ - Y off the diagonal, in place."""
+    return similarity.sub_((labels[:, None] == labels).to(similarity.dtype)).fill_diagonal_(0)
 
 
 def _bag(column: Tensor, right: Tensor, start: Tensor, weights: Tensor | None = None) -> Tensor:
