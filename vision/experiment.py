@@ -18,7 +18,7 @@ from gfml.cli import Options
 from gfml.distributed import World
 from gfml.images import ImageSet
 from gfml.longtail import class_loss, deferred_weights, rank_groups, shot_groups, use_cosine_head
-from gfml.metrics.classification import classification_metrics
+from gfml.metrics.classification import calibration_error, classification_metrics
 from gfml.program import build_step
 from gfml.runs import Run
 from gfml.train import Closure, Step, Terms, WeightAverage
@@ -220,9 +220,12 @@ def groups(counts: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def metrics(options: Options, data: VisionData, logits: Tensor, part: ImageSet) -> dict[str, float]:
-    """The figures of a part; groups without a class are left out."""
-    labels = torch.from_numpy(part.labels[: len(logits)])
-    found = classification_metrics(logits, labels, groups=groups(data.counts))
+    """The figures of a part, the calibration error of its few and tail classes too; groups without a class are left out."""
+    labels, parts = torch.from_numpy(part.labels[: len(logits)]), groups(data.counts)
+    found = classification_metrics(logits, labels, groups=parts)
+    for name in sorted(parts.keys() & {"few", "tail"}):
+        rows = torch.isin(labels, torch.from_numpy(parts[name]))
+        found[f"ece_{name}"] = calibration_error(logits[rows].double().softmax(-1), labels[rows])
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 

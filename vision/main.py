@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found.append((label_of(own), *run_one(own, data, world)))
         if world.is_main:
             print_results(found)
-            if options.report:
+            if options.report and not options.eval_only:
                 print(f"report: {write_report([path for _, _, path in found], data)}")
     return 0
 

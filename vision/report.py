@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 COLUMNS = {
     "accuracy": "accuracy", "accuracy_many": "many", "accuracy_medium": "medium", "accuracy_few": "few", "accuracy_head": "head",
     "accuracy_mid": "mid", "accuracy_tail": "tail", "worst_class": "worst class", "geometric_mean": "geometric mean",
-    "harmonic_mean": "harmonic mean", "macro_f1": "macro F1", "nll": "NLL", "ece": "ECE",
+    "harmonic_mean": "harmonic mean", "macro_f1": "macro F1", "nll": "NLL", "ece": "ECE", "ece_few": "ECE few", "ece_tail": "ECE tail",
 }  # fmt: skip
-LOWER_IS_BETTER = frozenset({"nll", "ece"})
+LOWER_IS_BETTER = frozenset({"nll", "ece", "ece_few", "ece_tail"})
 NUM_PICTURES = 4
 # Class names are written out up to so many classes.
 NAMED_CLASSES = 20
@@ -205,7 +205,22 @@ def _learning(page: Page, runs: Sequence[StoredRun]) -> None:
 def _classes(page: Page, runs: Sequence[StoredRun], data: VisionData) -> None:
     page.section("Classes")
     page.figure("classes", _class_bars(runs, data), "Accuracy of each class; the line is its number of train images.")
+    page.table(*_class_table(runs, data))
     page.figure("confusion", _confusions(runs, data), "Share of the test images of a class (row) that get each answer (column).")
+
+
+def _class_table(runs: Sequence[StoredRun], data: VisionData) -> tuple[list[str], list[list[str]], str]:
+    """Columns, rows and caption: train images, and of each run the accuracy and the share of answers of every class."""
+    from gfml.report import figure_of
+
+    columns = ["class", "train images", "share of train", *(f"{what} {run.label}" for run in runs for what in ("accuracy", "answers"))]
+    rows = []
+    for number, name in enumerate(data.source.classes):
+        pairs = [figure_of(run.result["per_class"][key][number], 3) for run in runs for key in ("accuracy", "answers")]
+        rows.append([name, f"{data.counts[number]:,}", figure_of(data.counts[number] / data.counts.sum(), 3), *pairs])
+    slopes = [f"{run.label} {figure_of(run.result['per_class']['slope'], 3)}" for run in runs if "slope" in run.result["per_class"]]
+    caption = "Answers: share of all test images that are given the class."
+    return columns, rows, f"{caption} Accuracy gained per factor e in train images: {'; '.join(slopes)}." if slopes else caption
 
 
 def _class_bars(runs: Sequence[StoredRun], data: VisionData) -> Figure:

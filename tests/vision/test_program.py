@@ -259,6 +259,7 @@ def test_the_report_has_every_part(tmp_path, capsys):
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 24)) > 20, name
     text = (page / "report.md").read_text(encoding="utf-8")
     assert f"{result_of(paths[0])['test']['accuracy']:.4f}" in text and "vit\\_gra" in text and "many" in text
+    assert f"{result_of(paths[1])['per_class']['answers'][3]:.3f}" in text and "ECE tail" in text
 
 
 def test_reports_refuse_what_does_not_belong_together(tmp_path, capsys):
