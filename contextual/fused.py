@@ -10,7 +10,7 @@ A = dL/dW^ = 2 / B^2 (W^ - Y) off the diagonal:
 
 Five products of B x B matrices: N N^T, R W~, A W~^T, R (A / r), (K+ + K-) N. The left factor of each is zero almost
 everywhere while neighbourhoods are small. On the CPU :func:`_listed` then visits only what is there (embedding bags
-over lists of neighbours) and holds two and a half B x B matrices at a time; :func:`_dense` multiplies.
+over lists of neighbours) and holds little more than two B x B matrices at a time; :func:`_dense` multiplies.
 """
 
 from __future__ import annotations
@@ -171,32 +171,34 @@ def _listed(sim: Tensor, labels: Tensor, i: Tensor, j: Tensor, half: Tensor, slo
 def _times_overlap(
     grad: Tensor, i: Tensor, j: Tensor, start: Tensor, per_both: Tensor, per_outside: Tensor, size: Tensor
 ) -> None:
-    """grad *= (M+ + M-) / 2 in place."""
-    met = _bag(j, _turned(i, j, len(grad)), start)
-    overlap = met.to(grad.dtype)
-    del met
-    overlap.mul_(per_both[:, None]).addr_(per_outside, size, alpha=-1)
-    grad.mul_(overlap.add_(((len(grad) - size) * per_outside)[:, None]))
+    """grad *= (M+ + M-) / 2 in place, some rows at a time."""
+    turned, strangers = _turned(i, j, len(grad)), (len(grad) - size) * per_outside
+    for rows, column, begin in _blocks(j, start):
+        overlap = _bag(column, turned, begin).to(grad.dtype)
+        overlap.mul_(per_both[rows, None]).addr_(per_outside[rows], size, alpha=-1)
+        grad[rows] *= overlap.add_(strangers[rows, None])
+        del overlap  # or the next block would stand beside it
 
 
 def _add_mixed(grad: Tensor, i: Tensor, j: Tensor, weights: Tensor) -> None:
-    """grad += (T + T^T) N in place, T holding ``weights`` at the places (i, j) of N; half the rows at a time."""
+    """grad += (T + T^T) N in place, T holding ``weights`` at the places (i, j) of N; some rows at a time."""
     member = torch.zeros_like(grad).index_put_((i, j), grad.new_ones(()))
     row, order = torch.cat([i, j]).sort()
     start = torch.searchsorted(row, torch.arange(len(grad)))
     del row
     column, weights = torch.cat([j, i])[order], torch.cat([weights, weights])[order]
     del order
-    for rows, near, begin, own in _halves(column, start, weights):
+    for rows, near, begin, own in _blocks(column, start, weights):
         grad[rows] += _bag(near, member, begin, own)
 
 
-def _halves(column: Tensor, start: Tensor, *lists: Tensor) -> Iterator[tuple]:
-    """Lists for the first half of the rows, then the second: (rows, columns, starts, ...)."""
-    middle = len(start) // 2
-    split = int(start[middle])
-    yield slice(middle), column[:split], start[:middle], *(part[:split] for part in lists)
-    yield slice(middle, None), column[split:], start[middle:] - split, *(part[split:] for part in lists)
+def _blocks(column: Tensor, start: Tensor, *lists: Tensor) -> Iterator[tuple]:
+    """The lists of a quarter of the rows, but at least of 64, at a time: (rows, columns, starts, ...)."""
+    rows = max(64, -(-len(start) // 4))
+    for first in range(0, len(start), rows):
+        last = first + rows
+        part = slice(int(start[first]), int(start[last]) if last < len(start) else len(column))
+        yield slice(first, last), column[part], start[first:last] - part.start, *(each[part] for each in lists)
 
 
 def _less_labels(similarity: Tensor, labels: Tensor) -> Tensor:
