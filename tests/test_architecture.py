@@ -75,7 +75,7 @@ def test_importing_a_module_runs_nothing() -> None:
                 pytest.fail(f"{path}:{node.lineno} runs a block at import")
 
 
-@pytest.mark.parametrize("module", ["gfml", "gfml.cli", "gfml.errors", "gfml.files", "gfml.data.options", "recsys.options", "mcl.options", "vision.options", "mirror_grad.options"])
+@pytest.mark.parametrize("module", ["gfml", "gfml.cli", "gfml.errors", "gfml.files", "gfml.data.options", "recsys.options", "mcl.options", "contextual.names", "contextual.options", "vision.options", "mirror_grad.options"])
 def test_light_modules_stay_light(module: str) -> None:
     """Flags and errors are known before torch is: a wrong flag answers at once."""
     code = f"import sys, {module}; print(*sorted(sys.modules.keys() & {{'torch', 'pandas', 'scipy', 'matplotlib', 'tensorboard'}}))"
