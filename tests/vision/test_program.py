@@ -186,10 +186,10 @@ def write_cifar(folder, images=120):
 
 
 def test_the_published_command_runs_word_for_word(tmp_path, monkeypatch):
-    """On tiny data; --dry-run makes it one step of the full network."""
+    """On tiny data; --dry-run makes it one small step of the full network."""
     write_cifar(tmp_path / "data" / "cifar10", images=1200)
     monkeypatch.setenv("GFML_DATA", str(tmp_path / "data"))
-    code = run_main(main, [*SEED_COMMAND.split(), "--dry-run", "--eval-batch-size", "16", "--report", "0", "--out", str(tmp_path / "runs")])
+    code = run_main(main, [*SEED_COMMAND.split(), "--dry-run", "--batch-size", "16", "--eval-batch-size", "16", "--report", "0", "--out", str(tmp_path / "runs")])
     (path,) = (tmp_path / "runs").glob("vision-221104-cimb10-cimb10-vit_gra-*")
     result = result_of(path)
     assert code == 0 and result["parameters"] == 6_268_810 + 65
