@@ -53,7 +53,9 @@ def variants() -> list[Variant]:
     ):
         found += [Variant(f"{flag[2:]}-{value:g}", (flag, f"{value:g}"), about) for value in values]
     for loss in ("contrastive", "triplet", "ms", "roadmap"):
-        found.append(Variant(f"{loss}-regularised", ("--loss", loss, "--regularise", "convex"), "the regulariser on a baseline"))
+        found.append(
+            Variant(f"{loss}-regularised", ("--loss", loss, "--regularise", "convex"), "the regulariser on a baseline")
+        )
     return found
 
 
@@ -100,9 +102,13 @@ def _cell(values: list[float]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="contextual/ablations.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="contextual/ablations.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--launch", action="store_true", help="run the commands and print the table")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of {', '.join(variant.name for variant in variants())}")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"some of {', '.join(variant.name for variant in variants())}"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run for each (default: 0)")
     own, common = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     runs = [(variant, seed, command(variant, common, seed)) for variant in chosen(own.only) for seed in own.seeds]

@@ -80,7 +80,16 @@ class RetrievalLoss(nn.Module):
     Everything inside is float32 (float64 stays) with autocast off. Call it with the whole batch.
     """
 
-    def __init__(self, name: str, loss: nn.Module, miner: nn.Module | None, regularise: str, gamma: float, reg_sim: float, text: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        loss: nn.Module,
+        miner: nn.Module | None,
+        regularise: str,
+        gamma: float,
+        reg_sim: float,
+        text: str,
+    ) -> None:
         super().__init__()
         self.name, self.loss, self.miner = name, loss, miner
         self.regularise, self.gamma, self.reg_sim, self.text = regularise, gamma, reg_sim, text
@@ -123,7 +132,9 @@ def build_loss(
         loss, text = _contextual(name, options)
         return RetrievalLoss(name, loss, None, "none", options.gamma, options.reg_sim, text)
     if options.ablation != "none":
-        raise UserError(f"found ablation {options.ablation!r} with loss {name!r}, wanted hybrid or contextual: change one of them")
+        raise UserError(
+            f"found ablation {options.ablation!r} with loss {name!r}, wanted hybrid or contextual: change one of them"
+        )
     if name in HAS_PROXIES and num_classes < 2:
         raise ValueError(f"found {num_classes} classes for {name}, wanted at least 2")
     loss, miner = _MAKERS[name](num_classes, embedding_dim, pipeline, options)
@@ -135,7 +146,9 @@ def build_loss(
     return RetrievalLoss(name, loss, miner, options.regularise, options.gamma, options.reg_sim, text)
 
 
-def parameter_groups(module: RetrievalLoss, *, pipeline: str, lr: float, loss_lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: RetrievalLoss, *, pipeline: str, lr: float, loss_lr: float | None = None
+) -> list[dict[str, Any]]:
     """Optimizer groups of the proxies, empty where there are none.
 
     loss_lr: their learning rate; None: 1e-3 in the 256 x 256 program, 100 lr in the 224 x 224 one.
@@ -155,7 +168,9 @@ def _resolve(options: LossOptions, pipeline: str) -> LossOptions:
     if options.ablation not in ABLATED:
         raise choice_error("ablation", options.ablation, ABLATED)
     if options.gamma < 0 or (options.regularise == "convex" and options.gamma > 1):
-        raise UserError(f"found gamma {options.gamma:g}, wanted at least 0, and at most 1 under the convex rule: mend --gamma")
+        raise UserError(
+            f"found gamma {options.gamma:g}, wanted at least 0, and at most 1 under the convex rule: mend --gamma"
+        )
     return options
 
 
@@ -183,7 +198,9 @@ def _weights(options: LossOptions) -> Weights:
         return hybrid_weights(options.lam, options.gamma, options.lam_convention)
     except ValueError:
         found = f"lam {options.lam:g} and gamma {options.gamma:g}"
-        raise UserError(f"found {found}, which leave a term a weight below 0: {describe_lam(options.lam_convention)}") from None
+        raise UserError(
+            f"found {found}, which leave a term a weight below 0: {describe_lam(options.lam_convention)}"
+        ) from None
 
 
 Made = tuple[nn.Module, nn.Module | None]
@@ -201,26 +218,25 @@ def _triplet() -> Made:
     return losses.TripletMarginLoss(margin=0.05), miners.DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4)
 
 
-# name -> (num_classes, embedding_dim, pipeline, options) -> (loss, miner)
+# name -> (num_classes c, embedding_dim d, pipeline p, options o) -> (loss, miner)
 _MAKERS: dict[str, Callable[[int, int, str, LossOptions], Made]] = {
-    "contrastive": lambda classes, width, pipeline, o: (_contrastive(o), None),
-    "triplet": lambda classes, width, pipeline, o: _triplet(),
-    "ms": lambda classes, width, pipeline, o: (losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5), None),
-    "ms+miner": lambda classes, width, pipeline, o: (
-        losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5), miners.MultiSimilarityMiner(epsilon=0.1)),
-    "proxy-anchor": lambda classes, width, pipeline, o: (
-        losses.ProxyAnchorLoss(classes, width, margin=o.mrg, alpha=o.alpha), None),
-    "proxy-nca": lambda classes, width, pipeline, o: (
-        losses.ProxyNCALoss(classes, width, softmax_scale=PROXY_NCA_SCALE[pipeline]), None),
-    "normalized-softmax": lambda classes, width, pipeline, o: (
-        losses.NormalizedSoftmaxLoss(classes, width, temperature=0.05), None),
-    "cosface": lambda classes, width, pipeline, o: (losses.CosFaceLoss(classes, width, margin=0.35, scale=64), None),
-    "nt-xent": lambda classes, width, pipeline, o: (losses.NTXentLoss(temperature=0.07), None),
-    "fast-ap": lambda classes, width, pipeline, o: (losses.FastAPLoss(num_bins=10), None),
-    "smooth-ap": lambda classes, width, pipeline, o: (SmoothAPLoss(), None),
-    "smooth-ap+contrastive": lambda classes, width, pipeline, o: (CalibratedAPLoss(SmoothAPLoss(), **_margins(o)), None),
-    "softbin-ap": lambda classes, width, pipeline, o: (SoftBinAPLoss(), None),
-    "softbin-ap+contrastive": lambda classes, width, pipeline, o: (CalibratedAPLoss(SoftBinAPLoss(), **_margins(o)), None),
-    "sup-ap": lambda classes, width, pipeline, o: (SupAPLoss(), None),
-    "roadmap": lambda classes, width, pipeline, o: (RoadmapLoss(**_margins(o)), None),
-}  # fmt: skip
+    "contrastive": lambda c, d, p, o: (_contrastive(o), None),
+    "triplet": lambda c, d, p, o: _triplet(),
+    "ms": lambda c, d, p, o: (losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5), None),
+    "ms+miner": lambda c, d, p, o: (
+        losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5),
+        miners.MultiSimilarityMiner(epsilon=0.1),
+    ),
+    "proxy-anchor": lambda c, d, p, o: (losses.ProxyAnchorLoss(c, d, margin=o.mrg, alpha=o.alpha), None),
+    "proxy-nca": lambda c, d, p, o: (losses.ProxyNCALoss(c, d, softmax_scale=PROXY_NCA_SCALE[p]), None),
+    "normalized-softmax": lambda c, d, p, o: (losses.NormalizedSoftmaxLoss(c, d, temperature=0.05), None),
+    "cosface": lambda c, d, p, o: (losses.CosFaceLoss(c, d, margin=0.35, scale=64), None),
+    "nt-xent": lambda c, d, p, o: (losses.NTXentLoss(temperature=0.07), None),
+    "fast-ap": lambda c, d, p, o: (losses.FastAPLoss(num_bins=10), None),
+    "smooth-ap": lambda c, d, p, o: (SmoothAPLoss(), None),
+    "smooth-ap+contrastive": lambda c, d, p, o: (CalibratedAPLoss(SmoothAPLoss(), **_margins(o)), None),
+    "softbin-ap": lambda c, d, p, o: (SoftBinAPLoss(), None),
+    "softbin-ap+contrastive": lambda c, d, p, o: (CalibratedAPLoss(SoftBinAPLoss(), **_margins(o)), None),
+    "sup-ap": lambda c, d, p, o: (SupAPLoss(), None),
+    "roadmap": lambda c, d, p, o: (RoadmapLoss(**_margins(o)), None),
+}

@@ -29,7 +29,8 @@ HALF_EXACT = 2048
 
 
 class Contextual(NamedTuple):
-    """value: the loss; grad: its derivative by every similarity [B, B], None when none was asked for; |N(i)|, |R(i)| [B]."""
+    """value: the loss; grad: its derivative by every similarity [B, B], None when none was asked for; size, mutual:
+    |N(i)| and |R(i)|, both [B]."""
 
     value: Tensor
     grad: Tensor | None
@@ -48,7 +49,9 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():
-            raise RuntimeError("found create_graph with the closed form, which has no second derivative: use backend='reference'")
+            raise RuntimeError(
+                "found create_graph with the closed form, which has no second derivative: use backend='reference'"
+            )
         return upstream * ctx.saved_tensors[0], None, None
 
 
@@ -128,7 +131,9 @@ def _dense(sim: Tensor, labels: Tensor, neighbours: Tensor, half: Tensor, slope:
     return Contextual(value, grad.mul_(4 * slope / batch**2).masked_fill_(sim > 1, 0), size, num_mutual)
 
 
-def _listed(sim: Tensor, labels: Tensor, i: Tensor, j: Tensor, half: Tensor, slope: float, needs_grad: bool) -> Contextual:
+def _listed(
+    sim: Tensor, labels: Tensor, i: Tensor, j: Tensor, half: Tensor, slope: float, needs_grad: bool
+) -> Contextual:
     """The same with lists: (i, j) the neighbours row by row, (p, q) the half-neighbours among them."""
     batch, rows = len(sim), torch.arange(len(sim))
     near = sim[i, j]
@@ -219,7 +224,13 @@ def _turned(i: Tensor, j: Tensor, batch: int) -> Tensor:
 
 @torch.no_grad()
 def contrastive(
-    sim: Tensor, labels: Tensor, *, pos_margin: float, neg_margin: float, onto: Tensor | None = None, weight: float = 1.0
+    sim: Tensor,
+    labels: Tensor,
+    *,
+    pos_margin: float,
+    neg_margin: float,
+    onto: Tensor | None = None,
+    weight: float = 1.0,
 ) -> Tensor:
     """Mean of max(0, pos_margin - s) over active positive pairs plus that of max(0, s - neg_margin) over negatives.
 

@@ -64,8 +64,8 @@ class Terms(NamedTuple):
 def hybrid_weights(lam: float, gamma: float, convention: str) -> Weights:
     """What lam and gamma weigh in the two published programs.
 
-        context   lam L_ctx + (1 - lam - gamma) L_con + gamma L_reg      256 x 256, there 0.4 and 0.1
-        contrast  (1 - lam) L_ctx + lam L_con + gamma L_reg              224 x 224, there 0.05 or 0.2, and 0.1
+    context   lam L_ctx + (1 - lam - gamma) L_con + gamma L_reg      256 x 256, there 0.4 and 0.1
+    contrast  (1 - lam) L_ctx + lam L_con + gamma L_reg              224 x 224, there 0.05 or 0.2, and 0.1
     """
     if convention not in LAM_CONVENTIONS:
         raise ValueError(f"unknown lam convention {convention!r}: choose one of {', '.join(LAM_CONVENTIONS)}")
@@ -141,52 +141,55 @@ def hybrid(
     Arguments as in :func:`contextual_loss` and :func:`contrastive_loss`; reg_sim: the mean similarity wanted.
     """
     _check(sim, labels, k if weights.context else 2, backend, steps)
-    settings = {"k": k, "eps": eps, "slope": slope, "pos_margin": pos_margin, "neg_margin": neg_margin, "reg_sim": reg_sim}
+    settings = _Settings(k, eps, slope, pos_margin, neg_margin, reg_sim)
     with torch.autocast(sim.device.type, enabled=False):
         if backend == "fused":
-            return _fused(_full(sim), labels, weights, **settings)
-        return _reference(_full(sim), labels, weights, **settings, steps=steps)
+            return _fused(_full(sim), labels, weights, settings)
+        return _reference(_full(sim), labels, weights, settings, steps)
 
 
-def _fused(
-    sim: Tensor, labels: Tensor, weights: Weights, *, k: int, eps: float, slope: float, pos_margin: float, neg_margin: float,
-    reg_sim: float,
-) -> Terms:  # fmt: skip
+class _Settings(NamedTuple):
+    k: int
+    eps: float
+    slope: float
+    pos_margin: float
+    neg_margin: float
+    reg_sim: float
+
+
+def _fused(sim: Tensor, labels: Tensor, weights: Weights, own: _Settings) -> Terms:
     """One gradient, of the weighted sum, is kept; the terms themselves have none."""
     needs, inner = sim.requires_grad and torch.is_grad_enabled(), sim.detach()
     values: list[Tensor | None] = [None, None, None]
     grad = size = mutual = None
     if weights.context:
-        values[0], grad, size, mutual = fused.contextual(inner, labels, k=k, eps=eps, slope=slope, needs_grad=needs)
+        values[0], grad, size, mutual = fused.contextual(
+            inner, labels, k=own.k, eps=own.eps, slope=own.slope, needs_grad=needs
+        )
     if needs:
         grad = torch.zeros_like(inner) if grad is None else grad.mul_(weights.context)
     if weights.contrast:
-        values[1] = fused.contrastive(
-            inner, labels, pos_margin=pos_margin, neg_margin=neg_margin, onto=grad, weight=weights.contrast
-        )
+        margins = {"pos_margin": own.pos_margin, "neg_margin": own.neg_margin}
+        values[1] = fused.contrastive(inner, labels, **margins, onto=grad, weight=weights.contrast)
     if weights.reg:
-        values[2] = fused.similarity_target(inner, reg_sim, onto=grad, weight=weights.reg)
+        values[2] = fused.similarity_target(inner, own.reg_sim, onto=grad, weight=weights.reg)
     total = sum(weight * value for weight, value in zip(weights, values, strict=True) if value is not None)
     return Terms(fused.attach(sim, total, grad), *values, size, mutual)
 
 
-def _reference(
-    sim: Tensor, labels: Tensor, weights: Weights, *, k: int, eps: float, slope: float, pos_margin: float, neg_margin: float,
-    reg_sim: float, steps: Steps,
-) -> Terms:  # fmt: skip
-    batch, same = len(sim), labels[:, None] == labels
-    others = ~torch.eye(len(sim), dtype=torch.bool, device=sim.device)
+def _reference(sim: Tensor, labels: Tensor, weights: Weights, own: _Settings, steps: Steps) -> Terms:
+    same, others = labels[:, None] == labels, ~torch.eye(len(sim), dtype=torch.bool, device=sim.device)
     parts: list[Tensor | None] = [None, None, None]
     size = mutual = None
     if weights.context:
-        context = contextual_similarity(sim, k=k, eps=eps, slope=slope, steps=steps)
-        parts[0] = ((context.similarity - same.to(sim.dtype)).square() * others).sum() / batch**2
+        context = contextual_similarity(sim, k=own.k, eps=own.eps, slope=own.slope, steps=steps)
+        parts[0] = ((context.similarity - same.to(sim.dtype)).square() * others).sum() / len(sim) ** 2
         size = context.neighbours.detach().sum(1)
         mutual = None if context.mutual is None else context.mutual.detach().sum(1)
     if weights.contrast:
-        parts[1] = _active_mean(pos_margin - sim, same & others) + _active_mean(sim - neg_margin, ~same)
+        parts[1] = _active_mean(own.pos_margin - sim, same & others) + _active_mean(sim - own.neg_margin, ~same)
     if weights.reg:
-        parts[2] = similarity_regulariser(sim, reg_sim)
+        parts[2] = similarity_regulariser(sim, own.reg_sim)
     loss = sum((weight * part for weight, part in zip(weights, parts, strict=True) if part is not None), sim.sum() * 0)
     return Terms(loss, *(None if part is None else part.detach() for part in parts), size, mutual)
 
@@ -200,7 +203,9 @@ def _active_mean(excess: Tensor, mask: Tensor) -> Tensor:
 def _check(sim: Tensor, labels: Tensor, k: int, backend: str, steps: Steps) -> None:
     check(sim, k)
     if labels.shape != sim.shape[:1]:
-        raise ValueError(f"found labels {tuple(labels.shape)} for similarities {tuple(sim.shape)}, wanted [B] and [B, B]")
+        raise ValueError(
+            f"found labels {tuple(labels.shape)} for similarities {tuple(sim.shape)}, wanted [B] and [B, B]"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "fused" and steps != FULL:
@@ -217,7 +222,7 @@ class SimilarityLoss(BaseMetricLossFunction):
     def get_default_distance(self) -> CosineSimilarity:
         return CosineSimilarity()
 
-    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:  # noqa: ANN001
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels) -> dict:
         if labels is None:
             raise ValueError("found no labels, wanted one per embedding")
         if indices_tuple is not None:

@@ -92,7 +92,9 @@ def softbin_ap(sim: Tensor, labels: Tensor, *, bins: int = 20) -> Tensor:
 
 def _average_precision(sim: Tensor, labels: Tensor, before: Before) -> Tensor:
     if labels.shape != sim.shape[:1] or sim.dim() != 2:
-        raise ValueError(f"found similarities {tuple(sim.shape)} and labels {tuple(labels.shape)}, wanted [B, B] and [B]")
+        raise ValueError(
+            f"found similarities {tuple(sim.shape)} and labels {tuple(labels.shape)}, wanted [B, B] and [B]"
+        )
     same = _same(labels)
     query, item = same.nonzero(as_tuple=True)
     positive = same[query]
@@ -191,5 +193,7 @@ class CalibratedAPLoss(SimilarityLoss):
 class RoadmapLoss(CalibratedAPLoss):
     """ROADMAP: half SupAP, half contrastive (its own repository weighs both 1)."""
 
-    def __init__(self, weight_ap: float = 0.5, weight_contrast: float = 0.5, compat: bool = False, **kwargs: object) -> None:
+    def __init__(
+        self, weight_ap: float = 0.5, weight_contrast: float = 0.5, compat: bool = False, **kwargs: object
+    ) -> None:
         super().__init__(SupAPLoss(compat=compat), weight_ap, weight_contrast, **kwargs)

@@ -116,7 +116,9 @@ def expand(weights: Tensor, mutual: Tensor, steps: Steps = FULL) -> Tensor:
     return _matmul(mutual, weights, steps) / size.clamp_min(0.5)
 
 
-def contextual_similarity(sim: Tensor, *, k: int = 4, eps: float = 0.05, slope: float = 10.0, steps: Steps = FULL) -> Context:
+def contextual_similarity(
+    sim: Tensor, *, k: int = 4, eps: float = 0.05, slope: float = 10.0, steps: Steps = FULL
+) -> Context:
     """W^ in [0, 1] from cosine similarities.
 
         1  N = neighbourhood(k)                       3  R = P and P^T, P = neighbourhood(k // 2);  W = R W~ / |R|

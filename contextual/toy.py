@@ -55,7 +55,9 @@ def network() -> nn.Module:
     """2-100-100-2 with leaky rectifiers."""
     from torch import nn
 
-    return nn.Sequential(nn.Linear(2, 100), nn.LeakyReLU(0.2), nn.Linear(100, 100), nn.LeakyReLU(0.2), nn.Linear(100, 2))
+    return nn.Sequential(
+        nn.Linear(2, 100), nn.LeakyReLU(0.2), nn.Linear(100, 100), nn.LeakyReLU(0.2), nn.Linear(100, 2)
+    )
 
 
 def objectives() -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, float]]:
@@ -110,7 +112,9 @@ def draw(found: dict[str, Trained], points: Tensor, labels: Tensor, path: Path) 
     _scatter(panels[0, 0], points, labels, "inputs")
     panels[1, 0].axis("off")
     for column, (title, trained) in enumerate(found.items(), 1):
-        _scatter(panels[0, column], trained.outputs, trained.labels, f"{title}\nnearest by angle right: {trained.recall:.1%}")
+        _scatter(
+            panels[0, column], trained.outputs, trained.labels, f"{title}\nnearest by angle right: {trained.recall:.1%}"
+        )
         window = max(1, len(trained.losses) // 50)
         curve = trained.losses[: len(trained.losses) // window * window].view(-1, window).mean(1)
         panels[1, column].plot([(at + 1) * window for at in range(len(curve))], curve)
@@ -129,9 +133,15 @@ def _scatter(panel: object, points: Tensor, labels: Tensor, title: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="contextual/toy.py", description="Draw the toy experiment of the contextual loss.")
-    parser.add_argument("--steps", type=number(int, least=1), default=20_000, metavar="N", help="steps of each training")
-    parser.add_argument("--seed", type=number(int, least=0), default=0, metavar="N", help="of network, batches and points")
-    parser.add_argument("--out", type=Path, default=Path("toy.png"), metavar="FILE", help="the figure; its ending chooses the format")
+    parser.add_argument(
+        "--steps", type=number(int, least=1), default=20_000, metavar="N", help="steps of each training"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, least=0), default=0, metavar="N", help="of network, batches and points"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("toy.png"), metavar="FILE", help="the figure; its ending chooses the format"
+    )
     options = parser.parse_args(argv)
     import torch
 

@@ -27,7 +27,9 @@ def clustered():
 
     def make(classes: int, per_class: int, width: int = 8, noise: float = 0.7, seed: int = 0) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        labels = torch.arange(classes).repeat_interleave(per_class)[torch.randperm(classes * per_class, generator=generator)]
+        labels = torch.arange(classes).repeat_interleave(per_class)[
+            torch.randperm(classes * per_class, generator=generator)
+        ]
         centres = torch.randn(classes, width, generator=generator, dtype=torch.float64)
         spread = torch.randn(len(labels), width, generator=generator, dtype=torch.float64)
         return functional.normalize(centres[labels] + noise * spread, dim=1), labels

@@ -37,7 +37,7 @@ def loss(sim: Sequence[Sequence[float]], labels: Sequence[int], k: int, eps: flo
     return sum((found[i][j] - (labels[i] == labels[j])) ** 2 for i in items for j in items if i != j) / len(sim) ** 2
 
 
-def average_precision(sim: Sequence[Sequence[float]], labels: Sequence[int], query: int, step) -> float:  # noqa: ANN001
+def average_precision(sim: Sequence[Sequence[float]], labels: Sequence[int], query: int, step) -> float:
     """AP of one query, itself among its positives; step(x): how much an item x more similar is ranked before."""
     items, row = range(len(sim)), sim[query]
     positives = [j for j in items if labels[j] == labels[query]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from contextual import ablations
 from contextual.names import ABLATIONS
 from contextual.options import parse
@@ -39,8 +40,8 @@ def test_a_wrong_flag_stops_before_the_first_run(tmp_path, capsys: pytest.Captur
 
 
 def test_launched_runs_become_a_table(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--launch", "--only", "none", "inside", "--epochs", "1", "--batches-per-epoch", "2", "--pictures", "0", "--nmi", "0",
-             "--out", str(tmp_path)]  # fmt: skip
+    flags = ["--launch", "--only", "none", "inside", "--epochs", "1", "--batches-per-epoch", "2", "--pictures", "0",
+             "--nmi", "0", "--out", str(tmp_path)]  # fmt: skip
     assert ablations.main(flags) == 0
     rows = capsys.readouterr().out.splitlines()[-2:]
     results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/result.json"))]
@@ -58,4 +59,7 @@ def test_launched_runs_become_a_table(tmp_path, capsys: pytest.CaptureFixture[st
 
 def test_seeds_are_one_row() -> None:
     results = {"none": [{"test": {"recall@1": value, "map@r": 0.5, "r_precision": 0.25}} for value in (0.2, 0.4)]}
-    assert ablations.table(results).splitlines()[-1] == "| none | 2 | 0.3000 ± 0.1414 | 0.5000 ± 0.0000 | 0.2500 ± 0.0000 |"
+    assert (
+        ablations.table(results).splitlines()[-1]
+        == "| none | 2 | 0.3000 ± 0.1414 | 0.5000 ± 0.0000 | 0.2500 ± 0.0000 |"
+    )

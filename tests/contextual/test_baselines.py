@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_metric_learning import losses as pml
+from pytorch_metric_learning import miners
+
 from contextual.baselines import LossOptions, RetrievalLoss, build_loss, parameter_groups
 from contextual.losses import ContextualHybridLoss, cosine_similarities, similarity_regulariser
 from contextual.names import ABLATIONS, ALIASES, HAS_PROXIES, LOSSES, PIPELINES, canonical, describe_lam, known_names
 from contextual.options import parse
 from gfml.errors import UserError
-from pytorch_metric_learning import losses as pml
-from pytorch_metric_learning import miners
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "contextual"
 
@@ -102,15 +103,21 @@ def test_proxies_are_one_per_class_with_their_own_learning_rate() -> None:
         for pipeline, rate in (("256", 1e-3), ("224", 100 * 2e-4)):
             groups = parameter_groups(module, pipeline=pipeline, lr=2e-4)
             assert [group["lr"] for group in groups] == ([rate] if sizes else [])
-        assert [group["lr"] for group in parameter_groups(module, pipeline="256", lr=1.0, loss_lr=0.5)] == ([0.5] if sizes else [])
+        assert [group["lr"] for group in parameter_groups(module, pipeline="256", lr=1.0, loss_lr=0.5)] == (
+            [0.5] if sizes else []
+        )
 
 
 def test_hybrid_says_what_lam_means() -> None:
     first, second = build("hybrid"), build("Hybrid", "224", lam=0.05)
     assert first.loss.weights == pytest.approx((0.4, 0.5, 0.1))
     assert second.loss.weights == pytest.approx((0.95, 0.05, 0.1))
-    assert first.describe().startswith("hybrid: 0.4 contextual + 0.5 contrastive + 0.1 regulariser (lam weighs the contextual term")
-    assert second.describe().startswith("hybrid: 0.95 contextual + 0.05 contrastive + 0.1 regulariser (lam weighs the contrastive term")
+    assert first.describe().startswith(
+        "hybrid: 0.4 contextual + 0.5 contrastive + 0.1 regulariser (lam weighs the contextual term"
+    )
+    assert second.describe().startswith(
+        "hybrid: 0.95 contextual + 0.05 contrastive + 0.1 regulariser (lam weighs the contrastive term"
+    )
     assert build("hybrid", lam=0.05, lam_convention="contrast").loss.weights == second.loss.weights
     assert describe_lam("context") != describe_lam("contrast")
     assert first.loss.settings["reg_sim"] == 0.25
@@ -133,7 +140,10 @@ def test_wrong_settings_are_named() -> None:
     for wrong, message in (
         (lambda: build("contextal"), r"unknown loss 'contextal': choose one of .*; did you mean 'contextual'\?"),
         (lambda: build("hybrid", ablation="sigmod"), r"unknown ablation 'sigmod'.*did you mean 'sigmoid'"),
-        (lambda: build("ms", ablation="sigmoid"), "found ablation 'sigmoid' with loss 'ms', wanted hybrid or contextual"),
+        (
+            lambda: build("ms", ablation="sigmoid"),
+            "found ablation 'sigmoid' with loss 'ms', wanted hybrid or contextual",
+        ),
         (lambda: build("hybrid", lam=1.0), "found lam 1 and gamma 0.1, which leave a term a weight below 0"),
         (lambda: build("ms", gamma=-1.0), "found gamma -1, wanted at least 0"),
         (lambda: build("ms", regularise="convex", gamma=2.0), "found gamma 2, wanted at least 0, and at most 1"),
@@ -159,17 +169,20 @@ def test_names_of_the_published_programs() -> None:
 # The published table, by data set: learning rate, bottleneck, gamma, pictures per class, warm-up epochs.
 TUNED = {
     "cub": {
-        "contrastive": (2e-5, "linear", 0.0, 4, 0), "roadmap": (2e-5, "linear", 0.1, 4, 0), "triplet": (8e-5, "identity", 0.1, 4, 0),
+        "contrastive": (2e-5, "linear", 0.0, 4, 0),
+        "roadmap": (2e-5, "linear", 0.1, 4, 0), "triplet": (8e-5, "identity", 0.1, 4, 0),
         "ms+miner": (1.6e-4, "linear", 0.0, 4, 0), "proxy-anchor": (1.6e-4, "linear", 0.0, 0, 10),
         "proxy-nca": (1.6e-4, "linear", 0.0, 0, 10), "hybrid": (1.4e-4, "linear", 0.1, 4, 0),
     },
     "cars": {
-        "contrastive": (8e-5, "linear", 0.1, 4, 0), "roadmap": (2e-5, "linear", 0.0, 4, 0), "triplet": (8e-5, "identity", 0.1, 4, 0),
+        "contrastive": (8e-5, "linear", 0.1, 4, 0),
+        "roadmap": (2e-5, "linear", 0.0, 4, 0), "triplet": (8e-5, "identity", 0.1, 4, 0),
         "ms+miner": (8e-5, "linear", 0.0, 4, 0), "proxy-anchor": (8e-5, "linear", 0.0, 0, 10),
         "proxy-nca": (1.6e-4, "linear", 0.0, 0, 10), "hybrid": (8e-5, "linear", 0.1, 4, 0),
     },
     "sop": {
-        "contrastive": (4e-5, "identity", 0.0, 4, 0), "roadmap": (4e-5, "identity", 0.1, 4, 0), "triplet": (4e-5, "identity", 0.1, 4, 0),
+        "contrastive": (4e-5, "identity", 0.0, 4, 0),
+        "roadmap": (4e-5, "identity", 0.1, 4, 0), "triplet": (4e-5, "identity", 0.1, 4, 0),
         "ms+miner": (8e-5, "identity", 0.0, 4, 0), "proxy-anchor": (1.6e-4, "identity", 0.0, 0, 1),
         "proxy-nca": (1.6e-4, "identity", 0.0, 0, 1), "hybrid": (6e-5, "identity", 0.1, 4, 0),
     },
@@ -210,6 +223,9 @@ def test_names_import_nothing_heavy() -> None:
     import subprocess
     import sys
 
-    code = "import sys, contextual.names; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'pytorch_metric_learning'}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONFIGS.parents[1])
+    heavy = {"torch", "torchvision", "pytorch_metric_learning"}
+    code = f"import sys, contextual.names; print(*sorted(sys.modules.keys() & {heavy}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=CONFIGS.parents[1]
+    )
     assert done.stdout.strip() == ""

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from pytorch_metric_learning import losses as pml
+
 from contextual import similarity
 from contextual.baselines import LossOptions, build_loss
 from contextual.losses import (
@@ -28,7 +30,6 @@ from contextual.ranking_losses import (
     softbin_ap,
     sup_ap,
 )
-from pytorch_metric_learning import losses as pml
 
 CASES = tuple(f"c{number}" for number in range(7))
 BACKENDS = ("reference", "fused")
@@ -119,7 +120,9 @@ def test_companions(golden, close, case: str) -> None:
     labels = golden[f"{case}_labels"]
     for pos, name in ((0.9, "con_90_60"), (0.75, "con_75_60")):
         emb = rows(golden, case)
-        agree(contrastive_loss(cosine_similarities(emb), labels, pos_margin=pos), emb, golden, case, f"loss_{name}", close)
+        agree(
+            contrastive_loss(cosine_similarities(emb), labels, pos_margin=pos), emb, golden, case, f"loss_{name}", close
+        )
     for target, name in ((0.25, "reg_25"), (0.30, "reg_30")):
         emb = rows(golden, case)
         agree(similarity_regulariser(cosine_similarities(emb), target), emb, golden, case, f"loss_{name}", close)
@@ -130,8 +133,8 @@ def test_companions(golden, close, case: str) -> None:
 def test_ablations(golden, close, case: str, number: int) -> None:
     emb, name = rows(golden, case), "ctx" if number == 0 else f"abl{number}"
     loss = contextual_loss(
-        cosine_similarities(emb), golden[f"{case}_labels"], k=golden[f"{case}_k"].item(), eps=golden[f"{case}_eps"].item(),
-        backend="reference", steps=similarity.ABLATED[list(ABLATIONS)[number]],
+        cosine_similarities(emb), golden[f"{case}_labels"], k=golden[f"{case}_k"].item(),
+        eps=golden[f"{case}_eps"].item(), backend="reference", steps=similarity.ABLATED[list(ABLATIONS)[number]],
     )  # fmt: skip
     agree(loss, emb, golden, case, f"loss_{name}", close)
 
@@ -207,7 +210,9 @@ def test_baselines(golden, case: str, name: str) -> None:
 
 def test_proxy_nca_has_the_scale_of_its_program(golden, close) -> None:
     proxies = golden["c0_proxies"]
-    module = build_loss("Proxy_NCA", num_classes=len(proxies), embedding_dim=8, pipeline="224", options=LossOptions(gamma=0.0)).double()
+    module = build_loss(
+        "Proxy_NCA", num_classes=len(proxies), embedding_dim=8, pipeline="224", options=LossOptions(gamma=0.0)
+    ).double()
     next(module.parameters()).data.copy_(proxies)
     close(module(golden["c0_emb"], golden["c0_labels"])["loss"], golden["c0_loss_pnca_9"])
 
@@ -263,7 +268,9 @@ def test_companions_and_hybrids_of_the_six_points(backend: str) -> None:
     assert contrastive_loss(sim, LABELS).item() == pytest.approx(0.6332498398, abs=1e-9)
     assert similarity_regulariser(sim, 0.25).item() == pytest.approx(0.1674926044, abs=1e-9)
     for k, first, second in ((2, 0.5000651070, 0.4396010686), (4, 0.5180989612, 0.4756687769)):
-        assert hybrid(sim, LABELS, hybrid_weights(0.4, 0.1, "context"), k=k, backend=backend).loss.item() == pytest.approx(first, abs=1e-9)
+        assert hybrid(
+            sim, LABELS, hybrid_weights(0.4, 0.1, "context"), k=k, backend=backend
+        ).loss.item() == pytest.approx(first, abs=1e-9)
         other = hybrid(sim, LABELS, hybrid_weights(0.2, 0.1, "contrast"), k=k, reg_sim=0.3, backend=backend).loss
         assert other.item() == pytest.approx(second, abs=1e-9)
     assert 1 - exact_ap(sim, LABELS).mean().item() == pytest.approx(0.2259259259, abs=1e-9)

@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from pytorch_metric_learning import distances, miners
+from pytorch_metric_learning import losses as pml
+from torch.nn import functional
+
 from contextual import fused, similarity
 from contextual.losses import (
     ContextualHybridLoss,
@@ -21,11 +27,6 @@ from contextual.losses import (
     similarity_regulariser,
 )
 from contextual.names import ABLATIONS
-from hypothesis import given
-from hypothesis import strategies as st
-from pytorch_metric_learning import distances, miners
-from pytorch_metric_learning import losses as pml
-from torch.nn import functional
 
 BACKENDS = ("reference", "fused")
 STEPS = {name: steps for name, steps in similarity.ABLATED.items() if name != "none"}
@@ -132,7 +133,7 @@ def test_what_leaves_the_loss_alone(clustered, backend: str) -> None:
 
 
 def test_shape_of_the_similarity(clustered) -> None:
-    emb, labels = clustered(6, 4, noise=1.0)
+    emb, _ = clustered(6, 4, noise=1.0)
     sim = cosine_similarities(emb)
     found = similarity.contextual_similarity(sim)
     assert torch.equal(found.similarity, found.similarity.T)
@@ -170,7 +171,9 @@ def test_tight_classes_far_apart_cost_nothing(backend: str) -> None:
     """Also with eight pictures per class and k = 4, when they lie within the slack of each other."""
     for per_class, classes in ((4, 6), (8, 4)):
         labels = torch.arange(classes).repeat_interleave(per_class)
-        jitter = 0.01 * torch.randn(len(labels), classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        jitter = 0.01 * torch.randn(
+            len(labels), classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
         value, grad = value_and_grad(torch.eye(classes, dtype=torch.float64)[labels] + jitter, labels, backend=backend)
         assert value.item() == 0
         assert not grad.any()
@@ -311,7 +314,9 @@ def test_compiled_equals_eager(clustered) -> None:
         value = compiled(rows)
         torch.testing.assert_close(value.detach(), eager[0], rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(torch.autograd.grad(value, rows)[0], eager[1], rtol=1e-10, atol=1e-13)
-    traced = torch.compile(lambda sim: similarity.contextual_similarity(sim).similarity, backend="eager", fullgraph=True)
+    traced = torch.compile(
+        lambda sim: similarity.contextual_similarity(sim).similarity, backend="eager", fullgraph=True
+    )
     sim = cosine_similarities(emb)
     assert torch.equal(traced(sim), similarity.contextual_similarity(sim).similarity)
 
@@ -345,7 +350,9 @@ def test_gradients_against_differences(clustered) -> None:
     assert torch.autograd.gradcheck(lambda x: similarity_regulariser(cosine_similarities(x), 0.3), emb)
     companions = Weights(0, 0.7, 0.2)
     for backend in BACKENDS:
-        assert torch.autograd.gradcheck(lambda x, b=backend: hybrid(cosine_similarities(x), labels, companions, backend=b).loss, emb)
+        assert torch.autograd.gradcheck(
+            lambda x, b=backend: hybrid(cosine_similarities(x), labels, companions, backend=b).loss, emb
+        )
     assert torch.autograd.gradcheck(fused.gram, emb)
 
 
@@ -450,7 +457,10 @@ def test_wrong_input_is_named(clustered) -> None:
         (lambda: contextual_loss(sim[:5], labels[:5]), r"found similarities \(5, 12\), wanted \[B, B\]"),
         (lambda: contextual_loss(sim, labels[:5]), r"found labels \(5,\) for similarities \(12, 12\)"),
         (lambda: contextual_loss(sim, labels[:, None]), r"found labels \(12, 1\)"),
-        (lambda: contextual_loss(sim, labels, backend="cuda"), "unknown backend 'cuda': choose one of fused, reference"),
+        (
+            lambda: contextual_loss(sim, labels, backend="cuda"),
+            "unknown backend 'cuda': choose one of fused, reference",
+        ),
         (lambda: contextual_loss(sim, labels, steps=STEPS["sigmoid"]), "no closed form: choose the backend reference"),
         (lambda: ContextualHybridLoss(0, 0, 0), "three weights of 0"),
         (lambda: ContextualLoss(normalize="b3"), "unknown normalize 'b3': choose one of b2, b"),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pytorch_metric_learning import losses as pml
+
 from contextual.losses import contrastive_loss, cosine_similarities
 from contextual.ranking_losses import (
     CalibratedAPLoss,
@@ -20,7 +22,6 @@ from contextual.ranking_losses import (
     softbin_ap,
     sup_ap,
 )
-from pytorch_metric_learning import losses as pml
 
 AP_LOSSES = (SmoothAPLoss, SupAPLoss, SoftBinAPLoss, RoadmapLoss)
 
@@ -50,7 +51,9 @@ def batch(counts, seed: int = 0, width: int = 6, noise: float = 1.0, shuffled: b
     return centres[labels] + noise * torch.randn(len(labels), width, generator=generator, dtype=torch.float64), labels
 
 
-@pytest.mark.parametrize("counts", [(4, 4, 4, 4), (4,) * 8, (8,) * 4, (2,) * 16, (16,) * 2, (1, 2, 3, 5, 9), (1,) * 6, (10,)])
+@pytest.mark.parametrize(
+    "counts", [(4, 4, 4, 4), (4,) * 8, (8,) * 4, (2,) * 16, (16,) * 2, (1, 2, 3, 5, 9), (1,) * 6, (10,)]
+)
 def test_smooth_ap_equals_loops_for_classes_of_any_size(counts) -> None:
     emb, labels = batch(counts)
     sim = cosine_similarities(emb)
@@ -87,7 +90,9 @@ def test_the_librarys_smooth_ap_is_right_for_one_kind_of_batch_only() -> None:
 def test_smooth_ap_becomes_exact_as_the_temperature_falls() -> None:
     emb, labels = batch((3, 5, 2, 6))
     sim = cosine_similarities(emb)
-    gaps = [(smooth_ap(sim, labels, temperature=t) - exact_ap(sim, labels)).abs().max().item() for t in (0.1, 0.01, 1e-5)]
+    gaps = [
+        (smooth_ap(sim, labels, temperature=t) - exact_ap(sim, labels)).abs().max().item() for t in (0.1, 0.01, 1e-5)
+    ]
     assert gaps[0] > gaps[1] > gaps[2]
     assert gaps[2] < 1e-12
 
@@ -188,7 +193,11 @@ def test_calibrated_losses_are_their_sums() -> None:
     emb, labels = batch((4, 3, 5))
     sim = cosine_similarities(emb)
     contrast = contrastive_loss(sim, labels)
-    for whole, ap in ((RoadmapLoss(), sup_ap), (CalibratedAPLoss(SmoothAPLoss()), smooth_ap), (CalibratedAPLoss(SoftBinAPLoss()), softbin_ap)):
+    for whole, ap in (
+        (RoadmapLoss(), sup_ap),
+        (CalibratedAPLoss(SmoothAPLoss()), smooth_ap),
+        (CalibratedAPLoss(SoftBinAPLoss()), softbin_ap),
+    ):
         torch.testing.assert_close(whole(emb, labels), 0.5 * (1 - ap(sim, labels).mean()) + 0.5 * contrast)
     torch.testing.assert_close(RoadmapLoss(1.0, 1.0)(emb, labels), 1 - sup_ap(sim, labels).mean() + contrast)
 
