@@ -72,10 +72,10 @@ class SparseMatrix(nn.Module):
 
     def row_softmax(self, values: Tensor) -> Tensor:
         """exp(values) over their sum within each row. Shape: [nnz] -> [nnz], in the stored order."""
-        rows = self.row_of.long()
-        top = values.new_full((self.shape[0],), -torch.inf).scatter_reduce(0, rows, values.detach(), "amax")
-        exps = (values - top[rows]).exp()
-        return exps / values.new_zeros(self.shape[0]).index_add(0, rows, exps)[rows]
+        rows = self.row_of
+        top = values.new_full((self.shape[0],), -torch.inf).scatter_reduce(0, rows.long(), values.detach(), "amax")
+        exps = (values - top.index_select(0, rows)).exp()
+        return exps / values.new_zeros(self.shape[0]).index_add(0, rows, exps).index_select(0, rows)
 
     def to_scipy(self) -> sp.csr_array:
         """The same entries on the CPU, float64."""
@@ -101,7 +101,7 @@ class _Product(torch.autograd.Function):
         ctx.matrix, ctx.transposed = matrix, transposed
         if transposed:
             return csr_times_dense(
-                matrix.transposed_indptr, matrix.transposed_indices, values[matrix.to_transpose], dense
+                matrix.transposed_indptr, matrix.transposed_indices, values.index_select(0, matrix.to_transpose), dense
             )
         return csr_times_dense(matrix.indptr, matrix.indices, values, dense)
 

@@ -72,9 +72,8 @@ class GRCN(nn.Module):
 
     def edge_weights(self, shares: list[Tensor]) -> Tensor:
         """relu of the largest confident attention of each directed edge: [nnz]."""
-        source = self.edges.indices.long()
-        confident = torch.stack([share * self.confidence[source, m] for m, share in enumerate(shares)])
-        return confident.amax(0).relu()
+        source = F.embedding(self.edges.indices, self.confidence)
+        return (torch.stack(shares, 1) * source).amax(1).relu()
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Final vectors of all users and all items, [., D + latent * modalities]."""
