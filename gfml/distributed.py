@@ -99,6 +99,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """The first process runs the block alone, then the others do: for downloads and caches on a shared disk."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
 # -- values
 
 

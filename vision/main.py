@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_threads(options)
     torch.backends.cudnn.benchmark = not options.off_benchmark
     with distributed.session(device) as world:
-        data = load(options)
+        with distributed.main_first():
+            data = load(options)
         found = []
         for name in options.model_name:
             own = for_model(options, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -28,6 +29,11 @@ def gathered(where: Path, world: distributed.World) -> None:
         "rows": whole.detach(), "gradient": rows.grad, "empty": empty, "sum": distributed.sum_over(torch.tensor([1.0 + world.rank])),
         "mean": distributed.mean_over(torch.tensor(3.0 * world.rank)), "named": torch.tensor(distributed.mean_of({"a": world.rank})["a"]),
     }  # fmt: skip
+    with distributed.main_first():
+        if world.is_main:
+            time.sleep(0.2)
+            (where / "fetched").touch()
+        found["there"] = torch.tensor((where / "fetched").exists())
     norm = nn.BatchNorm1d(2)
     norm.running_mean.fill_(world.rank + 5.0)
     distributed.share_buffers(norm)

@@ -79,6 +79,7 @@ def test_collectives(done):
     weights = 3 * torch.arange(1.0, 9.0).reshape(4, 2)  # (1 + 2) times, from both processes
     for found in (one, other):
         assert torch.equal(found["rows"], whole) and torch.equal(found["empty"], torch.ones(1, 2))
+        assert found["there"]
         assert (found["sum"].item(), found["mean"].item(), found["named"].item(), found["buffer"][0].item()) == (3.0, 1.5, 0.5, 5.0)
     assert torch.equal(one["gradient"], weights[:1]) and torch.equal(other["gradient"], weights[1:])
     texts = [(done / f"refused-{rank}").read_text() for rank in (0, 1)]
