@@ -70,7 +70,7 @@ def objectives() -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, f
     return {
         "contrastive": (ContrastiveLoss(), 1e-4, 1e-5),
         "neighbourhoods (step 1)": (ContextualLoss(backend="reference", steps=Steps(last="neighbours")), 4e-5, 1e-4),
-        "contextual": (ContextualLoss(), 4e-5, 1e-4),
+        "contextual": (ContextualLoss(), 4e-3, 1e-4),
     }
 
 
@@ -129,6 +129,7 @@ def _scatter(panel: object, points: Tensor, labels: Tensor, title: str) -> None:
         own = points[labels == label]
         panel.scatter(own[:, 0], own[:, 1], s=4, color=colour, label=f"{radius:g}")
     panel.set(title=title)
+    panel.locator_params(nbins=5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {}
     for title, objective in objectives().items():
         found[title] = train(*objective, options.steps, options.seed)
-        first, last = (found[title].losses[part].mean().item() for part in (slice(500), slice(-500, None)))
+        window = max(1, options.steps // 40)
+        first, last = (found[title].losses[part].mean().item() for part in (slice(window), slice(-window, None)))
         recall = f"nearest by angle right: {found[title].start:.1%} -> {found[title].recall:.1%}"
         print(f"{title:24} loss {first:.4f} -> {last:.4f}   {recall}")
     draw(found, *circles(EVAL_PER_CLASS, EVAL_NOISE, torch.Generator().manual_seed(options.seed)), options.out)
