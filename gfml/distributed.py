@@ -74,7 +74,9 @@ def _own_device(device: torch.device) -> torch.device:
     if several and device.index is not None:
         raise UserError(f"found {device} for every process, wanted one each: give --device cuda")
     if several and local >= count:
-        raise UserError(f"found {count} CUDA devices, wanted one for each process: lower --nproc-per-node or give --device cpu")
+        raise UserError(
+            f"found {count} CUDA devices, wanted one for each process: lower --nproc-per-node or give --device cpu"
+        )
     return torch.device("cuda", local) if several else device
 
 

@@ -117,7 +117,9 @@ class FilePictures:
             return Path(path).read_bytes() if self.archive is None else self._open().read(path)
         except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             where = path if self.archive is None else f"{path} in {self.archive}"
-            raise UserError(f"cannot read the image {where} ({error}): mend or remove it, or skip such images") from None
+            raise UserError(
+                f"cannot read the image {where} ({error}): mend or remove it, or skip such images"
+            ) from None
 
     def _open(self) -> zipfile.ZipFile:
         # A forked worker must not share its parent's file position.
@@ -170,7 +172,9 @@ class ImageSet:
             raise UserError(f"{found}, wanted one label an image: check the files")
         if len(self.labels) and not (0 <= self.labels.min() and self.labels.max() < len(self.classes)):
             found = f"{self.name} has labels from {self.labels.min()} to {self.labels.max()}"
-            raise UserError(f"{found}, wanted 0 to {len(self.classes) - 1} for {len(self.classes)} classes: check the label file")
+            raise UserError(
+                f"{found}, wanted 0 to {len(self.classes) - 1} for {len(self.classes)} classes: check the label file"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -209,7 +213,9 @@ class ImageSet:
 
         UserError when an image cannot be read, or when they differ in size and none is given.
         """
-        if isinstance(self.pictures, ArrayPictures) and (size is None or self.pictures.array.shape[1:3] == (size, size)):
+        if isinstance(self.pictures, ArrayPictures) and (
+            size is None or self.pictures.array.shape[1:3] == (size, size)
+        ):
             return self.pictures.array
         images = (self.pictures[index] for index in range(len(self)))
         return self._stacked([image if size is None else resize(image, size) for image in images])
@@ -217,8 +223,12 @@ class ImageSet:
     def _stacked(self, images: list[np.ndarray]) -> np.ndarray:
         other = next((index for index, image in enumerate(images) if image.shape != images[0].shape), None)
         if other is not None:
-            sizes = " and ".join(f"{self.pictures.name(i)} of {images[i].shape[1]} x {images[i].shape[0]}" for i in (0, other))
-            raise UserError(f"{self.name} holds images of different sizes ({sizes}), wanted one size: give an image size")
+            sizes = " and ".join(
+                f"{self.pictures.name(i)} of {images[i].shape[1]} x {images[i].shape[0]}" for i in (0, other)
+            )
+            raise UserError(
+                f"{self.name} holds images of different sizes ({sizes}), wanted one size: give an image size"
+            )
         return np.stack(images) if images else np.zeros((0, 1, 1, 3), dtype=np.uint8)
 
     def in_memory(self, size: int | None = None) -> ImageSet:
@@ -263,7 +273,11 @@ class ImageData:
 
     @property
     def parts(self) -> dict[str, ImageSet]:
-        return {name: part for name, part in (("train", self.train), ("valid", self.valid), ("test", self.test)) if part is not None}
+        return {
+            name: part
+            for name, part in (("train", self.train), ("valid", self.valid), ("test", self.test))
+            if part is not None
+        }
 
     @cached_property
     def fingerprint(self) -> str:
@@ -278,7 +292,9 @@ class ImageData:
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the three channels of uint8 [N, H, W, 3], pixels in 0..1."""
     values = np.arange(256) / 255
-    shares = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]) / max(images[..., 0].size, 1)
+    shares = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(3)]) / max(
+        images[..., 0].size, 1
+    )
     mean = shares @ values
     std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 0))
     return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())
@@ -325,7 +341,9 @@ def load_images(
         data = read_folder(Path(dataset), test_fraction, split_seed)
     else:
         names = sorted({*KNOWN, *ALIASES})
-        raise UserError(f"unknown image data {str(dataset)!r}: give a folder or one of {', '.join(names)}{suggest(str(dataset), names)}")
+        raise UserError(
+            f"unknown image data {str(dataset)!r}: give a folder or one of {', '.join(names)}{suggest(str(dataset), names)}"
+        )
     if unreadable == "skip":
         data = _without_unreadable(data)
     data = replace(data, train=data.train.require_all_classes())
@@ -369,9 +387,16 @@ def _cifar(roots: list[Path], download: bool, name: str) -> ImageData:
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    place = place or _fetched(roots, download, name, f"{folder}/ or {name}/train.webp", lambda root: kind(root, True, download=True))
+    place = place or _fetched(
+        roots, download, name, f"{folder}/ or {name}/train.webp", lambda root: kind(root, True, download=True)
+    )
     parts = {train: _standard(kind, place, train) for train in (True, False)}
-    sets = {train: ImageSet(ArrayPictures(part.data, name), np.asarray(part.targets), tuple(part.classes), f"{name} {_part(train)}") for train, part in parts.items()}
+    sets = {
+        train: ImageSet(
+            ArrayPictures(part.data, name), np.asarray(part.targets), tuple(part.classes), f"{name} {_part(train)}"
+        )
+        for train, part in parts.items()
+    }
     return ImageData(name, sets[True], sets[False], statistics=STATISTICS[name])
 
 
@@ -386,10 +411,15 @@ def _svhn(roots: list[Path], download: bool, name: str) -> ImageData:
     place = place or _fetched(roots, download, name, "train_32x32.mat and test_32x32.mat", fetch)
     parts = {split: _standard(datasets.SVHN, place, split) for split in ("train", "test")}
     sets = {
-        split: ImageSet(ArrayPictures(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), name), part.labels.astype(np.int64), tuple("0123456789"), f"svhn {split}")
+        split: ImageSet(_rows_of_pixels(part.data, name), part.labels.astype(np.int64), tuple("0123456789"), f"svhn {split}")
         for split, part in parts.items()
     }  # fmt: skip
     return ImageData(name, sets["train"], sets["test"], statistics=STATISTICS[name], horizontal_flip=False)
+
+
+def _rows_of_pixels(array: np.ndarray, name: str) -> ArrayPictures:
+    """[N, 3, H, W] -> [N, H, W, 3]."""
+    return ArrayPictures(np.ascontiguousarray(array.transpose(0, 2, 3, 1)), name)
 
 
 def _fetched(roots: list[Path], download: bool, name: str, wanted: str, fetch: Callable[[Path], object]) -> Path:
@@ -407,7 +437,9 @@ def _standard(kind: Callable[..., object], place: Path, part: object) -> object:
     try:
         return kind(place, part)
     except Exception as error:  # damaged files raise almost anything
-        raise UserError(f"cannot read the files in {place} ({' '.join(str(error).split())}): fetch them anew") from error
+        raise UserError(
+            f"cannot read the files in {place} ({' '.join(str(error).split())}): fetch them anew"
+        ) from error
 
 
 def _part(train: bool) -> str:
@@ -422,11 +454,19 @@ def _sprite_folder(roots: list[Path], download: bool, name: str) -> ImageData:
 
 
 def _fashion(roots: list[Path], download: bool, name: str) -> ImageData:
-    folder = next((place for place in _places(roots, name, "FashionMNIST/raw") if list(place.glob("train*-images-idx3-ubyte*"))), None)
+    folder = next(
+        (place for place in _places(roots, name, "FashionMNIST/raw") if list(place.glob("train*-images-idx3-ubyte*"))),
+        None,
+    )
     if folder is None:
-        raise _missing(name, roots, f"{name}/train-images-idx3-ubyte.gz, its labels and the test files", "give --data-root")
+        raise _missing(
+            name, roots, f"{name}/train-images-idx3-ubyte.gz, its labels and the test files", "give --data-root"
+        )
     classes = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-    train, test = (read_idx_pair(folder, prefix, classes, f"{name} {part}") for prefix, part in (("train", "train"), ("t*10k", "test")))
+    train, test = (
+        read_idx_pair(folder, prefix, classes, f"{name} {part}")
+        for prefix, part in (("train", "train"), ("t*10k", "test"))
+    )
     return ImageData(name, train, test, statistics=STATISTICS[name], notes=_subset_note(name, len(train), 60_000))
 
 
@@ -446,7 +486,10 @@ def _digits(roots: list[Path], download: bool, name: str) -> ImageData:
     whole = ImageSet(ArrayPictures(_colour(large[order]), name), labels.astype(np.int64), tuple("0123456789"), name)
     test = rank < DIGITS_TEST_PER_CLASS
     return ImageData(
-        name, whole.subset(np.flatnonzero(~test), "digits train"), whole.subset(np.flatnonzero(test), "digits test"), horizontal_flip=False
+        name,
+        whole.subset(np.flatnonzero(~test), "digits train"),
+        whole.subset(np.flatnonzero(test), "digits test"),
+        horizontal_flip=False,
     )
 
 
@@ -485,10 +528,15 @@ def read_sprites(folder: Path, name: str, tile: int = 32) -> ImageData:
     with _npz(folder / "labels.npz") as found:
         missing = {"y_train", "y_test", "classes"} - set(found.files)
         if missing:
-            raise UserError(f"{folder / 'labels.npz'} has no {', '.join(sorted(missing))}, wanted y_train, y_test and classes")
+            raise UserError(
+                f"{folder / 'labels.npz'} has no {', '.join(sorted(missing))}, wanted y_train, y_test and classes"
+            )
         classes = tuple(map(str, found["classes"]))
         labels = {part: found[f"y_{part}"].astype(np.int64) for part in ("train", "test")}
-    sets = {part: ImageSet(ArrayPictures(_tiles(folder / f"{part}.webp", len(y), tile), name), y, classes, f"{name} {part}") for part, y in labels.items()}
+    sets = {
+        part: ImageSet(ArrayPictures(_tiles(folder / f"{part}.webp", len(y), tile), name), y, classes, f"{name} {part}")
+        for part, y in labels.items()
+    }
     parent = name.partition("-full")[0]
     notes = _subset_note(name, len(sets["train"]), PUBLISHED_TRAIN.get(name, len(sets["train"])))
     if name.endswith("-lossy"):
@@ -513,7 +561,9 @@ def _tiles(path: Path, count: int, tile: int) -> np.ndarray:
     rows, columns = sprite.shape[0] // tile, sprite.shape[1] // tile
     if sprite.shape[0] % tile or sprite.shape[1] % tile or rows * columns < count:
         found = f"{path} is {sprite.shape[1]} x {sprite.shape[0]}"
-        raise UserError(f"{found}, wanted whole tiles of {tile} x {tile} for {count} labels: the picture and labels.npz do not belong together")
+        raise UserError(
+            f"{found}, wanted whole tiles of {tile} x {tile} for {count} labels: the picture and labels.npz do not belong together"
+        )
     tiles = sprite.reshape(rows, tile, columns, tile, 3).transpose(0, 2, 1, 3, 4)
     return np.ascontiguousarray(tiles.reshape(-1, tile, tile, 3)[:count])
 
@@ -554,32 +604,54 @@ def read_folder(folder: Path, test_fraction: float = 0.2, seed: int = 2020) -> I
     Without ``test`` the ``val`` folder is the test part. Class names are those of the train folder, sorted.
     """
     below = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
-    train, valid, test = (next((below[n] for n in names if n in below), None) for names in (TRAIN_NAMES, VALID_NAMES, TEST_NAMES))
+    train, valid, test = (
+        next((below[n] for n in names if n in below), None) for names in (TRAIN_NAMES, VALID_NAMES, TEST_NAMES)
+    )
     if train is None:
         whole = _class_folders(folder, _class_names(folder), folder.name)
         if not 0 < test_fraction < 1:
             raise UserError(f"found a test fraction of {test_fraction}, wanted 0 < fraction < 1 to cut {folder}")
         rest, part = stratified_split(whole.labels, test_fraction, seed)
-        return ImageData(folder.name, whole.subset(rest, f"{folder.name} train"), whole.subset(part, f"{folder.name} test"))
+        return ImageData(
+            folder.name, whole.subset(rest, f"{folder.name} train"), whole.subset(part, f"{folder.name} test")
+        )
     if test is None and valid is None:
-        raise UserError(f"{folder} has train images but no test or val folder: add one, or give the train folder alone to have it cut")
+        raise UserError(
+            f"{folder} has train images but no test or val folder: add one, or give the train folder alone to have it cut"
+        )
     classes = _class_names(train)
-    sets = {part: _class_folders(path, classes, f"{folder.name} {part}") for part, path in (("train", train), ("valid", valid), ("test", test)) if path}
-    return ImageData(folder.name, sets["train"], sets.get("test") or sets["valid"], sets.get("valid") if "test" in sets else None)
+    sets = {
+        part: _class_folders(path, classes, f"{folder.name} {part}")
+        for part, path in (("train", train), ("valid", valid), ("test", test))
+        if path
+    }
+    return ImageData(
+        folder.name, sets["train"], sets.get("test") or sets["valid"], sets.get("valid") if "test" in sets else None
+    )
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
     if len(names) < 2:
-        raise UserError(f"{folder} has {len(names)} class folders, wanted at least 2, each with its images: check the path")
+        raise UserError(
+            f"{folder} has {len(names)} class folders, wanted at least 2, each with its images: check the path"
+        )
     return names
 
 
 def _class_folders(folder: Path, classes: tuple[str, ...], name: str) -> ImageSet:
-    strange = [path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name not in classes]
+    strange = [
+        path.name
+        for path in folder.iterdir()
+        if path.is_dir() and not path.name.startswith(".") and path.name not in classes
+    ]
     if strange:
-        raise UserError(f"{folder} has the class {strange[0]!r} that the train folder has not: remove it or add train images")
-    paths = [sorted(path for path in (folder / label).rglob("*") if path.suffix.lower() in SUFFIXES) for label in classes]
+        raise UserError(
+            f"{folder} has the class {strange[0]!r} that the train folder has not: remove it or add train images"
+        )
+    paths = [
+        sorted(path for path in (folder / label).rglob("*") if path.suffix.lower() in SUFFIXES) for label in classes
+    ]
     if not any(paths):
         raise UserError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}) in its class folders: check the path")
     labels = np.repeat(np.arange(len(classes)), [len(part) for part in paths])
@@ -598,14 +670,18 @@ def read_zip_with_table(folder: Path, name: str, label: str = "fine") -> ImageDa
     with open_zip(archives[0]) as archive:
         inside = set(archive.namelist())
     if lost := next((row["path"] for row in rows if row["path"] not in inside), None):
-        raise UserError(f"{archives[0]} has no {lost}, which images.csv names: bring the archive that belongs to the table")
+        raise UserError(
+            f"{archives[0]} has no {lost}, which images.csv names: bring the archive that belongs to the table"
+        )
     names = {row[label]: row[f"{label}_name"] for row in _table(folder / "classes.csv", {label, f"{label}_name"})}
     classes = tuple(names.get(str(c), str(c)) for c in range(1 + max(int(row[label]) for row in rows)))
     sets = {}
     for part in ("train", "val", "test"):
         chosen = [row for row in rows if row["split"] == part]
         labels = np.array([int(row[label]) for row in chosen], dtype=np.int64)
-        sets[part] = ImageSet(FilePictures([row["path"] for row in chosen], archives[0]), labels, classes, f"{name} {part}")
+        sets[part] = ImageSet(
+            FilePictures([row["path"] for row in chosen], archives[0]), labels, classes, f"{name} {part}"
+        )
     return ImageData(name, sets["train"], sets["test"], sets["val"] if len(sets["val"]) else None)
 
 
@@ -624,5 +700,7 @@ def _table(path: Path, columns: set[str]) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): bring the file back") from None
     if not rows or not columns <= rows[0].keys():
-        raise UserError(f"{path} has the columns {', '.join(rows[0]) if rows else 'of an empty file'}, wanted {', '.join(sorted(columns))}")
+        raise UserError(
+            f"{path} has the columns {', '.join(rows[0]) if rows else 'of an empty file'}, wanted {', '.join(sorted(columns))}"
+        )
     return rows

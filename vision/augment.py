@@ -19,8 +19,15 @@ from torch import Tensor
 GREY = 128
 # Most magnitudes have ten steps, 0 to 9.
 BINS = 10
-SIGNED = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"})
-ENHANCERS = {"Brightness": "adjust_brightness", "Color": "adjust_saturation", "Contrast": "adjust_contrast", "Sharpness": "adjust_sharpness"}
+SIGNED = frozenset(
+    {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness"}
+)
+ENHANCERS = {
+    "Brightness": "adjust_brightness",
+    "Color": "adjust_saturation",
+    "Contrast": "adjust_contrast",
+    "Sharpness": "adjust_sharpness",
+}
 PLAIN = {"AutoContrast": "autocontrast", "Equalize": "equalize", "Invert": "invert"}
 
 Implementation = Literal["torchvision", "original"]
@@ -94,7 +101,7 @@ class AutoAugment:
         return Library({"cifar10": AutoAugmentPolicy.CIFAR10, "svhn": AutoAugmentPolicy.SVHN}[self.policy]).policies
 
     def apply(self, images: Tensor, name: str, level: int | None, sign: int) -> Tensor:
-        """One operation at step ``level`` (0..9) for uint8 [B, 3, H, W]; ``sign`` 1 or -1 counts where the sign is random."""
+        """One operation at step ``level`` (0..9) for uint8 [B, 3, H, W]; ``sign`` 1 or -1 where the sign is random."""
         import torchvision.transforms.v2.functional as F
 
         if name in PLAIN:
@@ -149,7 +156,9 @@ def _pillow_affine(images: Tensor, name: str, amount: float) -> Tensor:
     done = []
     for image in images.cpu():
         picture = to_pil_image(image)
-        done.append(pil_to_tensor(picture.transform(picture.size, Image.Transform.AFFINE, matrix, kind, fillcolor=(GREY,) * 3)))
+        done.append(
+            pil_to_tensor(picture.transform(picture.size, Image.Transform.AFFINE, matrix, kind, fillcolor=(GREY,) * 3))
+        )
     return torch.stack(done).to(images.device)
 
 
@@ -187,7 +196,7 @@ def _ends(centre: float, side: float, most: int) -> tuple[int, int]:
 
 
 def mixup(images: Tensor, generator: torch.Generator, probability: float = 0.8) -> Mixed:
-    """r x + (1 - r) x of another image, r ~ U(0, 1) for the whole batch, or with 1 - ``probability`` the images as they are."""
+    """r x + (1 - r) x of another image, r ~ U(0, 1) for the batch; with 1 - ``probability`` the images as they are."""
     chance, r = torch.rand(2, generator=generator).tolist()
     partner = torch.randperm(len(images), generator=generator).to(images.device)
     if chance >= probability:
@@ -198,9 +207,9 @@ def mixup(images: Tensor, generator: torch.Generator, probability: float = 0.8) 
 def crop_paste(images: Tensor, generator: torch.Generator) -> Tensor:
     """A box of each image blended into the image at another place.
 
-    Per image r ~ U(0, 1), side int(H sqrt(1 - r)) about an integer centre, cut at the border: h x w; the corner it goes to is
-    uniform where it fits; the box and the image are each mirrored with probability 1/2; a ~ U(0, 1) and the place gets
-    a base + (1 - a) box. Difference from the published code: a box as large as the image has its one place and is no error.
+    Per image r ~ U(0, 1), side int(H sqrt(1 - r)) about an integer centre, cut at the border: h x w; the corner it goes
+    to is uniform where it fits; the box and the image are each mirrored with probability 1/2; a ~ U(0, 1) and the place
+    gets a base + (1 - a) box. Difference from the published code: a box as large as the image is no error.
     Shape: float [B, 3, H, W], returned alike; the input is left as it is.
     """
     b, _, height, width = images.shape

@@ -58,10 +58,16 @@ def load(options: Options) -> VisionData:
     if options.image_size is None:
         data = _one_size(data)
     if data.train.array().shape[1] != data.train.array().shape[2]:
-        raise UserError(f"{data.name} has images of {data.train.array().shape[2]} x {data.train.array().shape[1]}: give --image-size")
+        raise UserError(
+            f"{data.name} has images of {data.train.array().shape[2]} x {data.train.array().shape[1]}: give --image-size"
+        )
     if options.num_classes not in (None, len(data.classes)):
-        raise UserError(f"found --num-classes {options.num_classes}, wanted {len(data.classes)} for {data.name}: mend or drop the flag")
-    data = replace(data, train=_thinned(data, options), name=options.dataset if options.dataset in IMBALANCED else data.name)
+        raise UserError(
+            f"found --num-classes {options.num_classes}, wanted {len(data.classes)} for {data.name}: mend or drop the flag"
+        )
+    data = replace(
+        data, train=_thinned(data, options), name=options.dataset if options.dataset in IMBALANCED else data.name
+    )
     data = _with_valid(data, options.val_fraction, options.split_seed)
     mean, std = data.statistics or channel_statistics(data.train.array())
     return VisionData(data, data.train.array().shape[1], data.train.counts, (torch.tensor(mean), torch.tensor(std)))

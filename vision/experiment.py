@@ -39,7 +39,12 @@ def build_model(options: Options, data: VisionData, device: torch.device) -> nn.
         num_heads=options.head, dropout=options.dropout, cls_token=not options.off_cls_token, mass_pos=options.mass_pos,
     )  # fmt: skip
     model = network(
-        options.model_name, num_classes=data.num_classes, image_size=data.image_size, vit=vit, attention=attention_settings(options), stem=options.stem
+        options.model_name,
+        num_classes=data.num_classes,
+        image_size=data.image_size,
+        vit=vit,
+        attention=attention_settings(options),
+        stem=options.stem,
     )
     if options.long_tail.startswith("ldam"):
         use_cosine_head(model, data.num_classes)
@@ -63,8 +68,8 @@ def attention_settings(options: Options) -> AttentionSettings:
 class Objective(nn.Module):
     """The loss of a batch: {"loss", "accuracy"}.
 
-    Of mixed images the loss is keep L(y) + (1 - keep) L(y'), the accuracy alike. Smoothing eps gives 1 - eps to the label and
-    eps / (C - 1) to each other class, which is the library's uniform smoothing with eps C / (C - 1).
+    Of mixed images the loss is keep L(y) + (1 - keep) L(y'), the accuracy alike. Smoothing eps gives 1 - eps to the
+    label and eps / (C - 1) to each other class, which is the library's uniform smoothing with eps C / (C - 1).
     With several processes terms carry the batch's share, so that their mean over processes is that of all images.
     """
 
@@ -91,9 +96,14 @@ class Objective(nn.Module):
 
         def both(measure: Callable[[Tensor], Tensor]) -> Tensor:
             own = measure(batch.labels)
-            return batch.share * (own if batch.keep == 1 else batch.keep * own + (1 - batch.keep) * measure(batch.others))
+            return batch.share * (
+                own if batch.keep == 1 else batch.keep * own + (1 - batch.keep) * measure(batch.others)
+            )
 
-        return {"loss": both(lambda labels: self.loss(logits, labels)), "accuracy": both(lambda labels: (answers == labels).float().mean())}
+        return {
+            "loss": both(lambda labels: self.loss(logits, labels)),
+            "accuracy": both(lambda labels: (answers == labels).float().mean()),
+        }
 
 
 # -- training
@@ -108,7 +118,10 @@ class Training:
         self.net = torch.compile(net) if options.compile else net
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
         self.optimizer = kind(
-            parameter_groups(model, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2), fused=True
+            parameter_groups(model, options.weight_decay),
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            fused=True,
         )
         self.sampler = TrainBatches(
             data, augmentation(options, data), batch_size=options.batch_size, seed=options.seed, world=world,
@@ -134,8 +147,8 @@ class Schedule:
     """Learning rate of every step as a share of ``--lr``; steps count from 0.
 
     natural: linear from lr / W to lr over the W warm-up steps, then a cosine to exactly min_lr at the last step.
-    original, constant within an epoch e from 0: lr e / W up to e = W (so the first epoch has none), then a cosine of 200
-        epochs that starts at e = W + 1.
+    original, constant within an epoch e from 0: lr e / W up to e = W (so the first epoch has none), then a cosine of
+        200 epochs that starts at e = W + 1.
     """
 
     def __init__(self, options: Options, steps: int) -> None:
@@ -215,12 +228,12 @@ def predict(options: Options, data: VisionData, model: nn.Module, part: ImageSet
 
 
 def groups(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Many, medium and few shots by train counts, and head, mid and tail by rank, of imbalanced data; none of balanced."""
+    """Many, medium and few shots by train counts, head, mid and tail by rank; none where classes are equal."""
     return shot_groups(counts) | rank_groups(counts) if counts.min() < counts.max() else {}
 
 
 def metrics(options: Options, data: VisionData, logits: Tensor, part: ImageSet) -> dict[str, float]:
-    """The figures of a part, the calibration error of its few and tail classes too; groups without a class are left out."""
+    """The figures of a part, with the calibration of its few and tail classes; groups without a class are left out."""
     labels, parts = torch.from_numpy(part.labels[: len(logits)]), groups(data.counts)
     found = classification_metrics(logits, labels, groups=parts)
     for name in sorted(parts.keys() & {"few", "tail"}):
@@ -244,7 +257,9 @@ def last_weights(model: nn.Module, training: Training, run: Run) -> Iterator[Non
         model.load_state_dict(kept)
 
 
-def load_reported(options: Options, data: VisionData, device: torch.device, path: Path, *, done: bool = True) -> nn.Module:
+def load_reported(
+    options: Options, data: VisionData, device: torch.device, path: Path, *, done: bool = True
+) -> nn.Module:
     """The model that a run's result is about, in eval mode."""
     return program.load_reported(build_model(options, data, device), path, done=done)
 
@@ -253,20 +268,36 @@ def describe(options: Options, data: VisionData, model: nn.Module, training: Tra
     """What is about to run, in a few lines."""
     source, counts = data.source, data.counts
     parts = ", ".join(f"{name} {len(part):,}" for name, part in source.parts.items())
-    tail = f", {counts.max()} to {counts.min()} train images a class ({options.imb_type} {options.imb_factor:g})" if options.imb_factor else ""
+    tail = (
+        f", {counts.max()} to {counts.min()} train images a class ({options.imb_type} {options.imb_factor:g})"
+        if options.imb_factor
+        else ""
+    )
     how = training.sampler.how
-    steps = [name for name, used in (("crop", how.crop), ("mirror", how.crop and how.flip), ("AutoAugment", how.auto), ("crop-paste", how.paste)) if used]
+    steps = [
+        name
+        for name, used in (
+            ("crop", how.crop),
+            ("mirror", how.crop and how.flip),
+            ("AutoAugment", how.auto),
+            ("crop-paste", how.paste),
+        )
+        if used
+    ]
     steps += [how.mix] if how.mix != "none" else []
     notes = [f"note: {note}" for note in source.notes]
     if options.autoaugment and how.auto is None:
         notes.append("note: --aa_skip_imbalanced 1: no AutoAugment for this data set")
+    smoothing = f", smoothing {options.smoothing:g}" if options.label_smoothing else ""
     count = sum(parameter.numel() for parameter in model.parameters())
     processes = f", {training.world.size} processes" if training.world.size > 1 else ""
     return "\n".join([
         f"{source.name}: {data.num_classes} classes, {data.image_size} x {data.image_size}; {parts} images{tail}",
         *notes,
-        f"{options.model_name}: {count:,} parameters on {training.world.device}{processes}; {training.sampler.num_batches} steps an epoch, {options.epochs} epochs",
-        f"loss {options.long_tail}{f', smoothing {options.smoothing:g}' if options.label_smoothing else ''}; sampler {options.sampler}; "
+        f"{options.model_name}: {count:,} parameters on {training.world.device}{processes}; "
+        f"{training.sampler.num_batches} steps an epoch, {options.epochs} epochs",
+        f"loss {options.long_tail}{smoothing}; sampler {options.sampler}; "
         f"augmentation: {', '.join(steps) or 'none'}; seed {options.seed}",
-        f"reported: {'the last epoch, and the best on validation' if source.valid is not None else 'the last epoch'}; run directory {run.path}",
+        f"reported: the last epoch{', and the best on validation' if source.valid is not None else ''}; "
+        f"run directory {run.path}",
     ])  # fmt: skip

@@ -10,7 +10,8 @@
 
 A batch is ``--batch-size`` augmented images and makes one optimizer step (two with ``--mirror two_step``) on one loss,
 ``--long-tail``. Each model has a run of its own. The headline is the test accuracy after the last epoch; test is read
-once. ``--val_fraction`` sets a part of each train class aside and reports the epoch with the best mean class accuracy on it too.
+once. ``--val_fraction`` sets a part of each train class aside and reports the epoch with the best mean class accuracy
+on it too.
 
 Source: Byun, Lim, Song, GFML, Engineering Applications of Artificial Intelligence 139, 109463, 2025, whose vision part
 changes the public ViT-CIFAR.

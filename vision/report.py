@@ -41,10 +41,15 @@ NAMED_CLASSES = 20
 
 def build_parser() -> Parser:
     """The command line of ``vision/report.py``."""
-    parser = Parser(prog="vision/report.py", description="A report with tables and pictures of finished vision runs on the same images.")
+    parser = Parser(
+        prog="vision/report.py",
+        description="A report with tables and pictures of finished vision runs on the same images.",
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     parser.add_argument("--data-root", metavar="DIR", help="where data sets lie (default: as the runs say)")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: RUN/report; of several runs, report beside them)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write (default: RUN/report; of several runs, report beside them)"
+    )
     return parser
 
 
@@ -79,7 +84,11 @@ class StoredRun:
 
 
 def write_report(
-    paths: Sequence[Path], data: VisionData | None = None, *, data_root: str | None = None, out: str | os.PathLike[str] | None = None
+    paths: Sequence[Path],
+    data: VisionData | None = None,
+    *,
+    data_root: str | None = None,
+    out: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write the pages and pictures; the path of report.html. ``data`` None: read as the first run's flags say."""
     from gfml.report import Page
@@ -93,7 +102,8 @@ def write_report(
     images = first["data"]["images"]
     page = Page(
         f"Vision report: {first['data']['name']}",
-        f"{len(data.source.classes)} classes, {images['train']:,} train and {images['test']:,} test images of {data.image_size} x {data.image_size}.",
+        f"{len(data.source.classes)} classes, {images['train']:,} train and {images['test']:,} test images "
+        f"of {data.image_size} x {data.image_size}.",
     )
     for note in first["data"]["notes"]:
         page.note("plain", note)
@@ -129,7 +139,9 @@ def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
         runs.append(StoredRun(path, options, read_result(path), arrays, label, COLORS[number % len(COLORS)]))
     names = {(run.result["data"]["name"], run.result["data"]["fingerprint"]) for run in runs}
     if len(names) > 1:
-        raise UserError(f"the runs are on different images ({', '.join(sorted(name for name, _ in names))}): give a report each")
+        raise UserError(
+            f"the runs are on different images ({', '.join(sorted(name for name, _ in names))}): give a report each"
+        )
     return runs
 
 
@@ -142,7 +154,9 @@ def _results(page: Page, runs: Sequence[StoredRun]) -> None:
     rows = [(run.label, run.color, run.result["test"]) for run in runs]
     rows += [(f"{run.label}, {name}", run.color, found) for run in runs for name, found in others(run.result).items()]
     page.section("Test accuracy")
-    page.text(f"Headline: {runs[0].result['selection']['protocol']}, {runs[0].result['selection']['epochs_trained']} epochs.")
+    page.text(
+        f"Headline: {runs[0].result['selection']['protocol']}, {runs[0].result['selection']['epochs_trained']} epochs."
+    )
     names = [name for name in COLUMNS if any(name in test for _, _, test in rows)]
     page.table(["model", *(COLUMNS[name] for name in names)], _cells(rows, names), _caption(runs[0]))
     cost = [[run.label, f"{run.result['parameters']:,}", *_seconds(run.result.get("seconds"))] for run in runs]
@@ -152,7 +166,9 @@ def _results(page: Page, runs: Sequence[StoredRun]) -> None:
 def _cells(rows: Sequence[tuple[str, str, Mapping[str, float]]], names: Sequence[str]) -> list[list[Cell]]:
     from gfml.report import Cell, best_rows, figure_of
 
-    best = {name: best_rows([test.get(name) for _, _, test in rows], higher=name not in LOWER_IS_BETTER) for name in names}
+    best = {
+        name: best_rows([test.get(name) for _, _, test in rows], higher=name not in LOWER_IS_BETTER) for name in names
+    }
     return [
         [Cell(label, color=color), *(Cell(figure_of(test.get(name)), best=number in best[name]) for name in names)]
         for number, (label, color, test) in enumerate(rows)
@@ -162,7 +178,10 @@ def _cells(rows: Sequence[tuple[str, str, Mapping[str, float]]], names: Sequence
 def _caption(run: StoredRun) -> str:
     text = "Worst class, geometric and harmonic mean: of the accuracies of the classes. ECE: 15 bins."
     if "accuracy_head" in run.result["test"]:
-        text += " Mean accuracy of classes with more than 100, 20 to 100, and fewer than 20 train images (many, medium, few); of the 3 most frequent tenths, those between, the 3 rarest (head, mid, tail)."
+        text += (
+            " Mean accuracy of classes with more than 100, 20 to 100, and fewer than 20 train images (many, medium, few); "
+            "of the 3 most frequent tenths, those between, the 3 rarest (head, mid, tail)."
+        )
     return text
 
 
@@ -190,7 +209,13 @@ def _learning(page: Page, runs: Sequence[StoredRun]) -> None:
                 for key, style in zip(keys, ("-", "--"), strict=False):
                     epochs, values = curves.series(key)
                     if len(epochs):
-                        axis.plot(epochs, values, style, color=run.color, label=f"{run.label}{', validation' if key.startswith('val') else ''}")
+                        axis.plot(
+                            epochs,
+                            values,
+                            style,
+                            color=run.color,
+                            label=f"{run.label}{', validation' if key.startswith('val') else ''}",
+                        )
         for axis in axes[0]:
             axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         axes[0, 0].set(title="Train loss", xlabel="epoch")
@@ -206,21 +231,36 @@ def _classes(page: Page, runs: Sequence[StoredRun], data: VisionData) -> None:
     page.section("Classes")
     page.figure("classes", _class_bars(runs, data), "Accuracy of each class; the line is its number of train images.")
     page.table(*_class_table(runs, data))
-    page.figure("confusion", _confusions(runs, data), "Share of the test images of a class (row) that get each answer (column).")
+    page.figure(
+        "confusion", _confusions(runs, data), "Share of the test images of a class (row) that get each answer (column)."
+    )
 
 
 def _class_table(runs: Sequence[StoredRun], data: VisionData) -> tuple[list[str], list[list[str]], str]:
     """Columns, rows and caption: train images, and of each run the accuracy and the share of answers of every class."""
     from gfml.report import figure_of
 
-    columns = ["class", "train images", "share of train", *(f"{what} {run.label}" for run in runs for what in ("accuracy", "answers"))]
+    columns = [
+        "class",
+        "train images",
+        "share of train",
+        *(f"{what} {run.label}" for run in runs for what in ("accuracy", "answers")),
+    ]
     rows = []
     for number, name in enumerate(data.source.classes):
         pairs = [figure_of(run.result["per_class"][key][number], 3) for run in runs for key in ("accuracy", "answers")]
         rows.append([name, f"{data.counts[number]:,}", figure_of(data.counts[number] / data.counts.sum(), 3), *pairs])
-    slopes = [f"{run.label} {figure_of(run.result['per_class']['slope'], 3)}" for run in runs if "slope" in run.result["per_class"]]
+    slopes = [
+        f"{run.label} {figure_of(run.result['per_class']['slope'], 3)}"
+        for run in runs
+        if "slope" in run.result["per_class"]
+    ]
     caption = "Answers: share of all test images that are given the class."
-    return columns, rows, f"{caption} Accuracy gained per factor e in train images: {'; '.join(slopes)}." if slopes else caption
+    return (
+        columns,
+        rows,
+        f"{caption} Accuracy gained per factor e in train images: {'; '.join(slopes)}." if slopes else caption,
+    )
 
 
 def _class_bars(runs: Sequence[StoredRun], data: VisionData) -> Figure:
@@ -233,7 +273,9 @@ def _class_bars(runs: Sequence[StoredRun], data: VisionData) -> Figure:
         figure, axes = panels(1, 1, height=4.0)
         axis, order = axes[0, 0], np.argsort(-data.counts, kind="stable")
         names = [_short(data.source.classes[c], len(order)) for c in order]
-        grouped_bars(axis, names, {run.label: run.recalls()[order] for run in runs}, {run.label: run.color for run in runs})
+        grouped_bars(
+            axis, names, {run.label: run.recalls()[order] for run in runs}, {run.label: run.color for run in runs}
+        )
         axis.set(ylabel="accuracy", ylim=(0, 1))
         axis.tick_params(axis="x", rotation=45 if len(order) > 6 else 0)
         counts = axis.twinx()
@@ -269,7 +311,15 @@ def _confusions(runs: Sequence[StoredRun], data: VisionData) -> Figure:
             if len(matrix) <= NAMED_CLASSES:
                 for (row, column), value in np.ndenumerate(matrix):
                     if value >= 0.005:
-                        axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=6.5, color="white" if value > 0.5 else "#445")
+                        axis.text(
+                            column,
+                            row,
+                            f"{100 * value:.0f}",
+                            ha="center",
+                            va="center",
+                            fontsize=6.5,
+                            color="white" if value > 0.5 else "#445",
+                        )
         for axis in axes.flat[len(runs) :]:
             axis.axis("off")
         return figure
@@ -314,16 +364,29 @@ def _calibration(page: Page, runs: Sequence[StoredRun]) -> None:
             sure, right_answer = probabilities.max(1), probabilities.argmax(1) == labels
             bins = np.clip(np.ceil(sure * 15).astype(int) - 1, 0, 14)
             full = [b for b in range(15) if (bins == b).any()]
-            left.plot([sure[bins == b].mean() for b in full], [right_answer[bins == b].mean() for b in full], marker="o", markersize=4, color=run.color,
+            means = ([values[bins == b].mean() for b in full] for values in (sure, right_answer))
+            left.plot(*means, marker="o", markersize=4, color=run.color,
                       label=f"{run.label}: ECE {run.result['test']['ece']:.3f}")  # fmt: skip
-            right.hist(sure, edges, histtype="step", color=run.color, linewidth=1.6, weights=np.full(len(sure), 1 / len(sure)))
-        left.set(title="Reliability", xlabel="probability of the answer", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1))
+            right.hist(
+                sure, edges, histtype="step", color=run.color, linewidth=1.6, weights=np.full(len(sure), 1 / len(sure))
+            )
+        left.set(
+            title="Reliability",
+            xlabel="probability of the answer",
+            ylabel="share of right answers",
+            xlim=(0, 1),
+            ylim=(0, 1),
+        )
         right.set(title="How sure", xlabel="probability of the answer", ylabel="share of test images")
         left.legend()
         return figure
 
     page.section("Calibration")
-    page.figure("calibration", draw(), "Below the diagonal a model is too sure of itself. Test images in 15 bins by the probability of the answer.")
+    page.figure(
+        "calibration",
+        draw(),
+        "Below the diagonal a model is too sure of itself. Test images in 15 bins by the probability of the answer.",
+    )
 
 
 def _masses(page: Page, runs: Sequence[StoredRun]) -> None:
@@ -351,7 +414,12 @@ def _masses(page: Page, runs: Sequence[StoredRun]) -> None:
         return figure
 
     page.section("Masses")
-    page.figure("masses", draw(), "Learned log-mass of each patch position in each gravity layer (mean over tables where heads have their own); larger attracts more attention. The constant is free: softmax cancels it.")
+    page.figure(
+        "masses",
+        draw(),
+        "Learned log-mass of each patch position in each gravity layer (mean over tables where heads have their own); "
+        "larger attracts more attention. The constant is free: softmax cancels it.",
+    )
 
 
 def _mass_maps(run: StoredRun) -> list[tuple[str, np.ndarray, float | None]]:
@@ -364,7 +432,13 @@ def _mass_maps(run: StoredRun) -> list[tuple[str, np.ndarray, float | None]]:
         side = int(len(mean) ** 0.5)
         extra = len(mean) - side**2
         if extra in (0, 1):
-            maps.append((_layer_name(key.removeprefix("log_mass/")), mean[extra:].reshape(side, side), float(mean[0]) if extra else None))
+            maps.append(
+                (
+                    _layer_name(key.removeprefix("log_mass/")),
+                    mean[extra:].reshape(side, side),
+                    float(mean[0]) if extra else None,
+                )
+            )
     return maps
 
 
@@ -382,7 +456,12 @@ def _attention(page: Page, runs: Sequence[StoredRun], data: VisionData) -> None:
     page.section("Attention")
     shown = {label: layers for label, layers in found.items() if _is_square(next(iter(layers.values())))}
     if shown:
-        page.figure("attention", _attention_maps(shown, data), "First column: test images. Then, layer by layer, the attention of the class token (of all tokens where there is none) to the patches, mean over heads; bright is much.")
+        page.figure(
+            "attention",
+            _attention_maps(shown, data),
+            "First column: test images. Then, layer by layer, the attention of the class token (of all tokens where there "
+            "is none) to the patches, mean over heads; bright is much.",
+        )
     rows = [row for label, layers in found.items() for row in _spread(label, layers)]
     page.table(["model and layer", "entropy by head, share of uniform", "attention to the first token"], rows,
                "Entropy of a query's weights over that of uniform weights, mean over queries and images, head by head.")  # fmt: skip
@@ -408,7 +487,9 @@ def _pictured(data: VisionData) -> np.ndarray:
     import numpy as np
 
     classes = np.linspace(0, data.num_classes - 1, min(NUM_PICTURES, data.num_classes)).round().astype(int)
-    return np.array([np.flatnonzero(data.source.test.labels == c)[0] for c in classes if (data.source.test.labels == c).any()])
+    return np.array(
+        [np.flatnonzero(data.source.test.labels == c)[0] for c in classes if (data.source.test.labels == c).any()]
+    )
 
 
 def _is_square(weights: Tensor) -> bool:
@@ -430,7 +511,9 @@ def _attention_maps(found: Mapping[str, Mapping[str, Tensor]], data: VisionData)
                 for axis in line:
                     axis.axis("off")
                 line[0].imshow(data.source.test.image(image))
-                line[0].set_title(label if row == 0 else data.source.classes[data.source.test.labels[image]], fontsize=7)
+                line[0].set_title(
+                    label if row == 0 else data.source.classes[data.source.test.labels[image]], fontsize=7
+                )
                 for axis, (name, weights) in zip(line[1:], layers.items(), strict=False):
                     axis.imshow(_seen(weights[row]).numpy(), cmap="magma", vmin=0)
                     axis.set_title(name if row == 0 else "", fontsize=7)

@@ -26,11 +26,29 @@ from vision.data import VisionData
 from vision.experiment import Training
 
 # Columns of the printed table, those a result has.
-SHOWN = ("accuracy", "accuracy_many", "accuracy_medium", "accuracy_few", "accuracy_head", "accuracy_mid", "accuracy_tail", "worst_class", "macro_f1", "nll", "ece")
+SHOWN = (
+    "accuracy",
+    "accuracy_many",
+    "accuracy_medium",
+    "accuracy_few",
+    "accuracy_head",
+    "accuracy_mid",
+    "accuracy_tail",
+    "worst_class",
+    "macro_f1",
+    "nll",
+    "ece",
+)
 
 
 def judge(
-    options: Options, data: VisionData, model: nn.Module, training: Training | None, fitted: FitResult | None, run: Run, world: World
+    options: Options,
+    data: VisionData,
+    model: nn.Module,
+    training: Training | None,
+    fitted: FitResult | None,
+    run: Run,
+    world: World,
 ) -> tuple[dict[str, Any], Tensor]:
     """Everything that is reported, and the test logits behind it.
 
@@ -38,13 +56,22 @@ def judge(
     fitted None: weights were loaded, and only they are judged.
     """
     source = data.source
-    result: dict[str, Any] = {"model": options.model_name, "data": data_facts(options, data), "selection": _selection(fitted, run)}
+    result: dict[str, Any] = {
+        "model": options.model_name,
+        "data": data_facts(options, data),
+        "selection": _selection(fitted, run),
+    }
     if fitted is not None and source.valid is not None:
         chosen = experiment.predict(options, data, model, source.test, world)
-        result["selected"] = {"epoch": fitted.best_epoch, "test": experiment.metrics(options, data, chosen, source.test)}
+        result["selected"] = {
+            "epoch": fitted.best_epoch,
+            "test": experiment.metrics(options, data, chosen, source.test),
+        }
         with experiment.last_weights(model, training, run):
             logits = experiment.predict(options, data, model, source.test, world)
-            result["val"] = experiment.metrics(options, data, experiment.predict(options, data, model, source.valid, world), source.valid)
+            result["val"] = experiment.metrics(
+                options, data, experiment.predict(options, data, model, source.valid, world), source.valid
+            )
     else:
         logits = experiment.predict(options, data, model, source.test, world)
     result["test"] = experiment.metrics(options, data, logits, source.test)
@@ -61,7 +88,10 @@ def judge(
 def data_facts(options: Options, data: VisionData) -> dict[str, Any]:
     """Which images a result is about."""
     source = data.source
-    facts = {"name": f"{source.name}{f' {options.imb_type} {options.imb_factor:g}' if options.imb_factor else ''}", "classes": list(source.classes)}
+    facts = {
+        "name": f"{source.name}{f' {options.imb_type} {options.imb_factor:g}' if options.imb_factor else ''}",
+        "classes": list(source.classes),
+    }
     facts |= {"images": {name: len(part) for name, part in source.parts.items()}, "train_counts": data.counts.tolist()}
     facts |= {"image_size": data.image_size, "notes": list(source.notes), "fingerprint": data.fingerprint}
     return facts
@@ -96,7 +126,13 @@ def _cost(training: Training, fitted: FitResult, world: World) -> dict[str, Any]
 
 
 def store(
-    data: VisionData, model: nn.Module, training: Training, result: Mapping[str, Any], logits: Tensor, run: Run, tracker: Tracker
+    data: VisionData,
+    model: nn.Module,
+    training: Training,
+    result: Mapping[str, Any],
+    logits: Tensor,
+    run: Run,
+    tracker: Tracker,
 ) -> None:
     """Write the reported weights, the arrays behind pictures and comparisons, and ``result.json``."""
     if data.source.valid is not None:
@@ -105,7 +141,11 @@ def store(
     else:
         weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     save_state(run.file("final.pt"), {"model": weights, "selection": result["selection"]})
-    arrays = {"test_logits": logits.numpy(), "test_labels": data.source.test.labels[: len(logits)], "train_counts": data.counts}
+    arrays = {
+        "test_logits": logits.numpy(),
+        "test_labels": data.source.test.labels[: len(logits)],
+        "train_counts": data.counts,
+    }
     arrays |= {f"log_mass/{name}": mass.detach().cpu().numpy() for name, mass in log_masses(model).items()}
     with atomic_open(run.file("analysis.npz"), "wb") as stream:
         np.savez_compressed(stream, **arrays)
@@ -132,13 +172,15 @@ def others(result: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
 def print_results(results: Sequence[tuple[str, Mapping[str, Any], Path]]) -> None:
     """One row for each run, and where everything is, on stdout."""
     rows = {}
-    for label, result, path in results:
-        rows[label] = {**result["test"], "train s": result["seconds"]["train"]} if "seconds" in result else dict(result["test"])
+    for label, result, _ in results:
+        cost = {"train s": result["seconds"]["train"]} if "seconds" in result else {}
+        rows[label] = {**result["test"], **cost}
         rows |= {f"{label}, {name}": found for name, found in others(result).items()}
     first = results[0][1]
-    print(f"\ntest of {first['data']['name']}, {first['data']['images']['test']:,} images; {first['selection']['protocol']}")
+    print(
+        f"\ntest of {first['data']['name']}, {first['data']['images']['test']:,} images; {first['selection']['protocol']}"
+    )
     columns = [name for name in (*SHOWN, "train s") if any(name in row for row in rows.values())]
     print(text_table(rows, columns))
     for label, _, path in results:
         print(f"{label}: {path}")
-

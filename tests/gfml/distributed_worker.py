@@ -55,15 +55,33 @@ def trained(where: Path, world: distributed.World, epochs: int) -> None:
         own = batch[world.rows(len(batch))]
         share = len(own) * world.size / len(batch)
         noise = torch.rand(()) if where.name == "noisy" else torch.zeros(())
-        return {"loss": share * (net(X[own]) - Y[own]).square().mean() + noise * model[0].bias.sum(), "rank": torch.tensor(float(world.rank))}
+        return {
+            "loss": share * (net(X[own]) - Y[own]).square().mean() + noise * model[0].bias.sum(),
+            "rank": torch.tensor(float(world.rank)),
+        }
 
     def evaluate(split: str) -> dict[str, float]:
         return {"score": -float((model(X) - Y).square().mean())}
 
-    with distributed.open_run(where, "toy", {"epochs": epochs}, name="run", resume=where / "run" if (where / "run").exists() else None) as run:
-        fitted = fit(model, optimizer, batches=batches, loss_fn=loss, evaluate=evaluate, select="val/score", run=run, epochs=epochs, progress=False)
+    with distributed.open_run(
+        where, "toy", {"epochs": epochs}, name="run", resume=where / "run" if (where / "run").exists() else None
+    ) as run:
+        fitted = fit(
+            model,
+            optimizer,
+            batches=batches,
+            loss_fn=loss,
+            evaluate=evaluate,
+            select="val/score",
+            run=run,
+            epochs=epochs,
+            progress=False,
+        )
         run.finish({"selection": fitted.selection()})
-    torch.save({"model": model.state_dict(), "history": fitted.history, "noise": torch.rand(())}, where / f"trained-{world.size}-{epochs}-{world.rank}.pt")
+    torch.save(
+        {"model": model.state_dict(), "history": fitted.history, "noise": torch.rand(())},
+        where / f"trained-{world.size}-{epochs}-{world.rank}.pt",
+    )
 
 
 def refused(where: Path, world: distributed.World) -> None:

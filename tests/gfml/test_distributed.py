@@ -53,7 +53,10 @@ def test_more_processes_than_devices_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="found 1 CUDA devices, wanted one for each process"), session(torch.device("cuda")):
+    with (
+        pytest.raises(UserError, match="found 1 CUDA devices, wanted one for each process"),
+        session(torch.device("cuda")),
+    ):
         pass
     with pytest.raises(UserError, match="found cuda:0 for every process"), session(torch.device("cuda:0")):
         pass
@@ -80,7 +83,12 @@ def test_collectives(done):
     for found in (one, other):
         assert torch.equal(found["rows"], whole) and torch.equal(found["empty"], torch.ones(1, 2))
         assert found["there"]
-        assert (found["sum"].item(), found["mean"].item(), found["named"].item(), found["buffer"][0].item()) == (3.0, 1.5, 0.5, 5.0)
+        assert (found["sum"].item(), found["mean"].item(), found["named"].item(), found["buffer"][0].item()) == (
+            3.0,
+            1.5,
+            0.5,
+            5.0,
+        )
     assert torch.equal(one["gradient"], weights[:1]) and torch.equal(other["gradient"], weights[1:])
     texts = [(done / f"refused-{rank}").read_text() for rank in (0, 1)]
     assert texts[0] == texts[1] and "found the run name 'not/a/name'" in texts[0]

@@ -74,7 +74,9 @@ def idx_bytes(array):
 def test_subset_and_classes(pictures):
     whole = image_set(pictures)
     part = whole.subset(np.array([5, 1]))
-    assert part.labels.tolist() == [2, 1] and np.array_equal(part.image(0), pictures[5]) and part.classes == whole.classes
+    assert (
+        part.labels.tolist() == [2, 1] and np.array_equal(part.image(0), pictures[5]) and part.classes == whole.classes
+    )
     other = whole.of_classes([2, 0])
     assert other.classes == ("c", "a") and np.bincount(other.labels).tolist() == [4, 4]
     assert np.array_equal(other.array(), pictures[np.isin(np.arange(12) % 3, [0, 2])])
@@ -306,7 +308,12 @@ def write_archive(folder, pictures, names=("apple", "pear")):
             archive.writestr(f"{n}.png", png_bytes(image))
     with open(folder / "images.csv", "w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerows([["path", "split", "fine", "coarse"], *([f"{n}.png", ("train", "val", "test")[n % 3], n // 3 % 2, 0] for n in range(len(pictures)))])
+        writer.writerows(
+            [
+                ["path", "split", "fine", "coarse"],
+                *([f"{n}.png", ("train", "val", "test")[n % 3], n // 3 % 2, 0] for n in range(len(pictures))),
+            ]
+        )
     with open(folder / "classes.csv", "w", newline="") as stream:
         csv.writer(stream).writerows([["fine", "fine_name"], *([n, name] for n, name in enumerate(names))])
     return folder
@@ -337,11 +344,20 @@ def test_a_damaged_member_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "train", "test", "shape", "classes"),
-    [("cifar10", 10_000, 2_000, (32, 32, 3), 10), ("fashion-mnist", 12_000, 10_000, (28, 28, 3), 10), ("cifar100", 10_000, 3_000, (32, 32, 3), 100)],
+    [
+        ("cifar10", 10_000, 2_000, (32, 32, 3), 10),
+        ("fashion-mnist", 12_000, 10_000, (28, 28, 3), 10),
+        ("cifar100", 10_000, 3_000, (32, 32, 3), 100),
+    ],
 )
 def test_shared_images(shared_data, name, train, test, shape, classes):
     data = load_images(name, data_root=shared_data)
-    assert (len(data.train), len(data.test), data.train.image(7).shape, len(data.classes)) == (train, test, shape, classes)
+    assert (len(data.train), len(data.test), data.train.image(7).shape, len(data.classes)) == (
+        train,
+        test,
+        shape,
+        classes,
+    )
     assert len(set(data.train.counts)) == 1
     mean, std = channel_statistics(data.train.array())
     np.testing.assert_allclose([mean, std], data.statistics, atol=0.008)

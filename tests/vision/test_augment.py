@@ -81,7 +81,9 @@ def test_policies_and_magnitudes_are_the_librarys(name):
             continue
         factor = 255 if operation == "Solarize" else 1
         for level in range(10):
-            assert ours.magnitude(operation, level, 32) == pytest.approx(factor * float(magnitudes[level]), abs=1e-4), operation
+            assert ours.magnitude(operation, level, 32) == pytest.approx(factor * float(magnitudes[level]), abs=1e-4), (
+                operation
+            )
 
 
 @pytest.mark.parametrize("operation", v2.AutoAugment._AUGMENTATION_SPACE)
@@ -93,10 +95,16 @@ def test_every_operation_is_the_librarys(images, operation, sign):
     for level in (0, 4, 9):
         magnitudes = steps(10, 32, 32)
         magnitude = 0.0 if magnitudes is None else float(magnitudes[level]) * (sign if signed else 1)
-        expected = [library._apply_image_or_video_transform(image, operation, magnitude, library.interpolation, library._fill) for image in images[:5]]
+        expected = [
+            library._apply_image_or_video_transform(image, operation, magnitude, library.interpolation, library._fill)
+            for image in images[:5]
+        ]
         difference = (AutoAugment().apply(images[:5], operation, level, sign).int() - torch.stack(expected).int()).abs()
         # The library's factors are rounded to float32 before they are used: a pixel may round the other way.
-        assert difference.max() <= (operation in ENHANCERS) and (difference > 0).float().mean() < 0.05, (operation, level)
+        assert difference.max() <= (operation in ENHANCERS) and (difference > 0).float().mean() < 0.05, (
+            operation,
+            level,
+        )
 
 
 def test_every_pair_is_drawn_and_fires_as_often_as_it_should(images, monkeypatch):
@@ -199,7 +207,9 @@ def test_crop_paste_is_the_definition():
     for n in range(b):
         (top, bottom), (left, right) = ((int(start[n]), int(end[n])) for start, end in ends)
         box = (top, left, bottom - top, right - left)
-        expected = naive_crop_paste(images[n], box, (int(corners[0][n]), int(corners[1][n])), flip_box[n] < 0.5, flip_base[n] < 0.5, a[n])
+        expected = naive_crop_paste(
+            images[n], box, (int(corners[0][n]), int(corners[1][n])), flip_box[n] < 0.5, flip_base[n] < 0.5, a[n]
+        )
         torch.testing.assert_close(out[n], expected)
 
 
@@ -208,4 +218,7 @@ def test_crop_paste_stays_in_range():
     for seed in range(20):
         out = crop_paste(images, generator(seed))
         assert out.shape == images.shape
-        assert bool((out.amax((2, 3)) <= images.amax((2, 3)) + 1e-6).all() and (out.amin((2, 3)) >= images.amin((2, 3)) - 1e-6).all())
+        assert bool(
+            (out.amax((2, 3)) <= images.amax((2, 3)) + 1e-6).all()
+            and (out.amin((2, 3)) >= images.amin((2, 3)) - 1e-6).all()
+        )

@@ -62,7 +62,9 @@ def test_a_last_batch_that_is_too_small_is_left_out(data):
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_share_each_batch(data, size):
     whole = numbers(TrainBatches(data, PLAIN, batch_size=8, seed=1, world=world()).epoch(3))
-    parts = [list(TrainBatches(data, PLAIN, batch_size=8, seed=1, world=world(rank, size)).epoch(3)) for rank in range(size)]
+    parts = [
+        list(TrainBatches(data, PLAIN, batch_size=8, seed=1, world=world(rank, size)).epoch(3)) for rank in range(size)
+    ]
     for together, *batches in zip(whole, *parts, strict=True):
         assert sum(numbers(batches), []) == together
         assert sum(batch.share for batch in batches) == pytest.approx(size)
@@ -70,7 +72,10 @@ def test_processes_share_each_batch(data, size):
 
 
 def test_processes_augment_differently(data):
-    one, other = (next(iter(TrainBatches(data, Augmentation(), batch_size=30, seed=1, world=world(rank, 2)).epoch(1))) for rank in (0, 1))
+    one, other = (
+        next(iter(TrainBatches(data, Augmentation(), batch_size=30, seed=1, world=world(rank, 2)).epoch(1)))
+        for rank in (0, 1)
+    )
     assert one.images.shape == other.images.shape and not torch.equal(one.images, other.images)
 
 
@@ -84,7 +89,11 @@ def test_workers_change_nothing(data):
     (one, drawn), (other, drawn_too) = epochs
     assert torch.equal(drawn, drawn_too)
     for first, second in zip(one, other, strict=True):
-        assert torch.equal(first.images, second.images) and torch.equal(first.others, second.others) and first.keep == second.keep
+        assert (
+            torch.equal(first.images, second.images)
+            and torch.equal(first.others, second.others)
+            and first.keep == second.keep
+        )
 
 
 def test_samplers_draw_classes_as_they_should(data):
@@ -103,10 +112,19 @@ def test_samplers_draw_classes_as_they_should(data):
 def test_flags_become_augmentation(data):
     assert augmentation(options_of("--crop", 0), data) == Augmentation(crop=False, flip=True)
     assert augmentation(options_of("--cutmix", "--mixup", "--rcpaste"), data) == Augmentation(paste=True, mix="cutmix")
-    for name, policy in (("c10", "cifar10"), ("c100", "cifar10"), ("cimb100", "cifar10"), ("svhn", "svhn"), ("cifar10-full-lossy", "cifar10")):
+    for name, policy in (
+        ("c10", "cifar10"),
+        ("c100", "cifar10"),
+        ("cimb100", "cifar10"),
+        ("svhn", "svhn"),
+        ("cifar10-full-lossy", "cifar10"),
+    ):
         assert augmentation(options_of("--autoaugment", "--dataset", name), data).auto == AutoAugment(policy)
     skipped = ("--autoaugment", "--aa_skip_imbalanced", 1, "--dataset")
-    assert augmentation(options_of(*skipped, "cimb10"), data).auto is None and augmentation(options_of(*skipped, "c10"), data).auto is not None
+    assert (
+        augmentation(options_of(*skipped, "cimb10"), data).auto is None
+        and augmentation(options_of(*skipped, "c10"), data).auto is not None
+    )
     assert augmentation(options_of("--autoaugment", "--aa_impl", "original"), data).auto.implementation == "original"
 
 
@@ -125,7 +143,18 @@ def test_validation_is_a_part_of_the_long_tail():
     """It takes no image that the long-tailed train part would not have."""
     whole, data = load(options_of()), load(options_of("--val_fraction", 0.1))
     valid = data.source.valid
-    assert (valid.counts + data.counts).tolist() == whole.counts.tolist() and valid.counts.tolist() == [13, 10, 8, 6, 5, 4, 3, 2, 2, 1]
+    assert (valid.counts + data.counts).tolist() == whole.counts.tolist() and valid.counts.tolist() == [
+        13,
+        10,
+        8,
+        6,
+        5,
+        4,
+        3,
+        2,
+        2,
+        1,
+    ]
     rows = {bytes(image) for image in data.source.train.array().reshape(len(data.source.train), -1)}
     assert not rows & {bytes(image) for image in valid.array().reshape(len(valid), -1)}
 
@@ -141,9 +170,14 @@ def test_cimb10_is_the_published_cut(shared_data):
     """Of 10,000 lossless images; counts by the published formula, images by the published draw."""
     data = load(options_of("--dataset", "cimb10", "--data-root", shared_data, "--num-classes", 10))
     assert data.counts.tolist() == [1000, 599, 359, 215, 129, 77, 46, 27, 16, 10] and data.source.name == "cimb10"
-    assert load(options_of("--dataset", "cimb10", "--imb-type", "step", "--data-root", shared_data)).counts.tolist() == [1000] * 5 + [10] * 5
+    assert (
+        load(options_of("--dataset", "cimb10", "--imb-type", "step", "--data-root", shared_data)).counts.tolist()
+        == [1000] * 5 + [10] * 5
+    )
 
 
 def test_images_in_an_archive_are_made_small(shared_data):
     data = load(options_of("--dataset", "grocery-store", "--data-root", shared_data, "--val_fraction", 0.1))
-    assert data.image_size == 32 and data.source.train.array().shape == (2640, 32, 32, 3) and len(data.source.valid) == 296
+    assert (
+        data.image_size == 32 and data.source.train.array().shape == (2640, 32, 32, 3) and len(data.source.valid) == 296
+    )

@@ -82,7 +82,9 @@ def test_accuracy_of_mixed_images_counts_both_labels(batch, logits):
     assert Objective(options_of(), COUNTS).terms(logits, batch)["accuracy"] == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize("name", ["ce", "class-balanced", "focal", "balanced-softmax", "logit-adjustment", "ldam", "ldam-drw"])
+@pytest.mark.parametrize(
+    "name", ["ce", "class-balanced", "focal", "balanced-softmax", "logit-adjustment", "ldam", "ldam-drw"]
+)
 def test_every_long_tail_loss_has_a_gradient(batch, logits, name):
     objective = Objective(options_of("--epochs 10 --long-tail", name), COUNTS)
     objective.new_epoch(1)
@@ -113,19 +115,43 @@ def test_the_original_schedule():
     """Published values by epoch, from 0, measured with the real scheduler; constant within an epoch."""
     found = rates("--dataset c10 --schedule original", 3)
     assert all(found[3 * e] == found[3 * e + 1] == found[3 * e + 2] for e in range(200))
-    for epoch, value in {0: 0.0, 1: 2e-4, 4: 8e-4, 5: 1e-3, 6: 1e-3, 8: 9.998e-4, 100: 5.516e-4, 198: 1.390e-5, 199: 1.299e-5}.items():
+    for epoch, value in {
+        0: 0.0,
+        1: 2e-4,
+        4: 8e-4,
+        5: 1e-3,
+        6: 1e-3,
+        8: 9.998e-4,
+        100: 5.516e-4,
+        198: 1.390e-5,
+        199: 1.299e-5,
+    }.items():
         assert found[3 * epoch] == pytest.approx(value, rel=5e-4), epoch
 
 
 def test_the_natural_schedule():
     found = rates("--dataset c10 --epochs 20", 7)
-    assert found[0] == pytest.approx(1e-3 / 35) and found[34] == pytest.approx(1e-3) and found[-1] == pytest.approx(1e-5, rel=1e-9)
-    assert all(a < b for a, b in zip(found[:34], found[1:35], strict=True)) and all(a > b for a, b in zip(found[35:-1], found[36:], strict=True))
+    assert (
+        found[0] == pytest.approx(1e-3 / 35)
+        and found[34] == pytest.approx(1e-3)
+        and found[-1] == pytest.approx(1e-5, rel=1e-9)
+    )
+    assert all(a < b for a, b in zip(found[:34], found[1:35], strict=True)) and all(
+        a > b for a, b in zip(found[35:-1], found[36:], strict=True)
+    )
     middle = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * 52 / 104))
     assert found[35 + 52] == pytest.approx(middle)
 
 
-@pytest.mark.parametrize("words", ["--warmup-epoch 0", "--epochs 1 --warmup-epoch 0", "--epochs 2 --warmup-epoch 5", "--warmup-epoch 0 --schedule original"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--warmup-epoch 0",
+        "--epochs 1 --warmup-epoch 0",
+        "--epochs 2 --warmup-epoch 5",
+        "--warmup-epoch 0 --schedule original",
+    ],
+)
 def test_schedules_at_their_ends(words):
     found = rates(f"--dataset c10 {words}", 1)
     assert all(0 < rate <= 1e-3 + 1e-12 for rate in found)
@@ -163,7 +189,9 @@ def test_masses_and_lambdas_do_not_decay(digits):
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
 def test_the_optimizer_is_the_one_asked_for(digits, kind):
     options = options_of(f"--model-name vit --optimizer {kind} --beta1 0.8 --beta2 0.95")
-    training = Training(options, digits, build_model(options, digits, torch.device("cpu")), World(0, 1, torch.device("cpu")))
+    training = Training(
+        options, digits, build_model(options, digits, torch.device("cpu")), World(0, 1, torch.device("cpu"))
+    )
     assert type(training.optimizer).__name__.lower() == kind and training.optimizer.defaults["betas"] == (0.8, 0.95)
 
 
@@ -178,7 +206,9 @@ def test_groups_partition_the_classes(digits):
 def test_class_accuracies_average_to_the_overall_one(digits):
     """On a balanced test part, and so do the groups, weighted by their sizes."""
     options, test = options_of(), digits.source.test
-    logits = torch.randn(500, 10, generator=torch.Generator().manual_seed(0)) + 2 * F.one_hot(torch.from_numpy(test.labels), 10)
+    logits = torch.randn(500, 10, generator=torch.Generator().manual_seed(0)) + 2 * F.one_hot(
+        torch.from_numpy(test.labels), 10
+    )
     found, parts = metrics(options, digits, logits, test), groups(digits.counts)
     assert found["accuracy"] == pytest.approx(found["balanced_accuracy"])
     for names in (("many", "medium", "few"), ("head", "mid", "tail")):
@@ -197,7 +227,13 @@ def test_predictions_are_those_of_the_network(digits):
     with torch.no_grad():
         expected = model((pixels - mean[:, None, None]) / std[:, None, None])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    scaled = predict(options_of("--model-name vit --long-tail ldam"), digits, model, digits.source.test, World(0, 1, torch.device("cpu")))
+    scaled = predict(
+        options_of("--model-name vit --long-tail ldam"),
+        digits,
+        model,
+        digits.source.test,
+        World(0, 1, torch.device("cpu")),
+    )
     torch.testing.assert_close(scaled, 30 * found, rtol=1e-4, atol=1e-3)
 
 
@@ -208,7 +244,9 @@ def test_predictions_are_those_of_the_network(digits):
 )  # fmt: skip
 def test_64_images_are_learned_by_heart(digits, words):
     """Every mode reaches more than 99 % within 200 steps."""
-    options = options_of("--model-name vit_gra --hidden 32 --mlp-hidden 32 --head 2 --num_split 1 --num-layers 2 --lr 3e-3", words)
+    options = options_of(
+        "--model-name vit_gra --hidden 32 --mlp-hidden 32 --head 2 --num_split 1 --num-layers 2 --lr 3e-3", words
+    )
     torch.manual_seed(0)
     model = build_model(options, digits, torch.device("cpu"))
     where = np.random.default_rng(0).permutation(len(digits.source.train))[:64]
@@ -225,7 +263,9 @@ def test_64_images_are_learned_by_heart(digits, words):
     pytest.fail("not learned by heart after 200 steps")
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "vision").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs" / "vision").glob("*.toml")), ids=lambda path: path.stem
+)
 def test_stored_settings_are_flags(path):
     options = options_of("--config", path)
     assert options.hidden == 96 and options.dot_scale == "sqrt_head"
@@ -236,8 +276,21 @@ def test_stored_settings_are_flags(path):
 
 def test_the_published_command_parses_word_for_word():
     options = options_of(SEED_COMMAND)
-    assert (options.model_name, options.epochs, options.hidden, options.head, options.lamb_gra, options.mass_pos) == ("vit_gra", 200, 384, 12, 3.0, "tail")
-    assert (options.imb_type, options.imb_factor, options.seed, options.patch, options.batch_size) == ("exp", 0.01, 42, 8, 128)
+    assert (options.model_name, options.epochs, options.hidden, options.head, options.lamb_gra, options.mass_pos) == (
+        "vit_gra",
+        200,
+        384,
+        12,
+        3.0,
+        "tail",
+    )
+    assert (options.imb_type, options.imb_factor, options.seed, options.patch, options.batch_size) == (
+        "exp",
+        0.01,
+        42,
+        8,
+        128,
+    )
     seed = Path(__file__).parents[3] / "shared" / "seeds" / "gfml.md"
     if seed.is_file():
         assert SEED_COMMAND in seed.read_text(encoding="utf-8")
@@ -264,7 +317,9 @@ def test_the_config_of_a_run_reads_back(tmp_path):
         options = options_of(words)
         (tmp_path / "config.toml").write_text(toml_text(options.resolved))
         again = options_of("--config", tmp_path / "config.toml")
-        assert again.resolved == options.resolved and json.dumps(sorted(vars(again).keys() - {"config"})) == json.dumps(sorted(vars(options).keys() - {"config"}))
+        assert again.resolved == options.resolved and json.dumps(sorted(vars(again).keys() - {"config"})) == json.dumps(
+            sorted(vars(options).keys() - {"config"})
+        )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +329,10 @@ def test_the_config_of_a_run_reads_back(tmp_path):
         ("--mass_pos middle", "choose one of full, full_fix, head, tail"),
         ("--model-name vit vit", "names a model twice"),
         ("--model-name vit vit_gra --run-name a", "give one --model-name"),
-        ("--model-name vit_gra --mix_on 1 --mix_mode split --num_split 9 --head 4", "num_split may be 0 to the number of heads"),
+        (
+            "--model-name vit_gra --mix_on 1 --mix_mode split --num_split 9 --head 4",
+            "num_split may be 0 to the number of heads",
+        ),
         ("--hidden 100 --head 12", "heads must divide the width"),
         ("--min-lr 1 --lr 0.1", "above --lr"),
         ("--long-tail focal --label-smoothing", "drop --label-smoothing"),

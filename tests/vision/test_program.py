@@ -50,7 +50,9 @@ MODES = {
 
 def run(tmp_path, *words):
     out = tmp_path / "runs"
-    code = run_main(main, [*TINY, "--out", str(out), "--report", "0", *(part for word in words for part in str(word).split())])
+    code = run_main(
+        main, [*TINY, "--out", str(out), "--report", "0", *(part for word in words for part in str(word).split())]
+    )
     return code, sorted(path for path in out.glob("vision-*") if "~" not in path.name)
 
 
@@ -69,7 +71,11 @@ def test_every_mode_trains_and_reports(name, tmp_path, capsys):
     result, rows = result_of(path), rows_of(path)
     assert len(rows) == (1 if "--dry-run" in MODES[name] else 2) and all(np.isfinite(row["train/loss"]) for row in rows)
     assert result["selection"]["rule"] == "last epoch" and result["selection"]["epoch"] == len(rows)
-    assert 0 <= result["test"]["accuracy"] <= 1 and result["test"]["nll"] > 0 and len(result["per_class"]["accuracy"]) == 10
+    assert (
+        0 <= result["test"]["accuracy"] <= 1
+        and result["test"]["nll"] > 0
+        and len(result["per_class"]["accuracy"]) == 10
+    )
     assert ("accuracy_few" in result["test"]) == ("balanced" not in MODES[name].replace("--sampler balanced", ""))
     assert ("selected" in result) == ("val_fraction" in MODES[name]) == ("val/balanced_accuracy" in rows[0])
     with np.load(path / "analysis.npz") as arrays:
@@ -82,7 +88,14 @@ def test_every_mode_trains_and_reports(name, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [("resnet18", "--stem cifar"), ("densenet121", ""), ("efficientnetb2", ""), ("vgg19", "--stem cifar"), ("vit_tiny_patch16_224_gra", "--image-size 16"), ("resnet10t", "")],
+    [
+        ("resnet18", "--stem cifar"),
+        ("densenet121", ""),
+        ("efficientnetb2", ""),
+        ("vgg19", "--stem cifar"),
+        ("vit_tiny_patch16_224_gra", "--image-size 16"),
+        ("resnet10t", ""),
+    ],
 )
 def test_every_kind_of_network_runs(model, words, tmp_path):
     code, (path,) = run(tmp_path, f"--model-name {model} --dry-run --batch-size 4 --eval-batch-size 8", words)
@@ -91,9 +104,14 @@ def test_every_kind_of_network_runs(model, words, tmp_path):
 
 def test_learning_is_seen(tmp_path):
     """A small network learns the digits: far above one in ten, the loss falls."""
-    code, (path,) = run(tmp_path, "--model-name vit_gra --imb-type balanced --epochs 12 --hidden 32 --mlp-hidden 32 --patch 4 --lr 3e-3 --crop 0")
+    code, (path,) = run(
+        tmp_path,
+        "--model-name vit_gra --imb-type balanced --epochs 12 --hidden 32 --mlp-hidden 32 --patch 4 --lr 3e-3 --crop 0",
+    )
     rows = rows_of(path)
-    assert code == 0 and rows[-1]["train/loss"] < 0.7 * rows[0]["train/loss"] and result_of(path)["test"]["accuracy"] > 0.5
+    assert (
+        code == 0 and rows[-1]["train/loss"] < 0.7 * rows[0]["train/loss"] and result_of(path)["test"]["accuracy"] > 0.5
+    )
 
 
 def test_models_side_by_side(tmp_path, capsys):
@@ -109,7 +127,14 @@ def test_models_side_by_side(tmp_path, capsys):
 # -- files, continuing
 
 
-@pytest.mark.parametrize("words", ["--dropout 0.2 --autoaugment --cutmix --ema 0.9", "--val_fraction 0.2 --mirror two_step", "--long-tail ldam-drw --sampler effective"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--dropout 0.2 --autoaugment --cutmix --ema 0.9",
+        "--val_fraction 0.2 --mirror two_step",
+        "--long-tail ldam-drw --sampler effective",
+    ],
+)
 def test_a_stopped_run_goes_on_exactly(words, tmp_path, monkeypatch):
     """Killed after two of four epochs and started again: bit for bit the uninterrupted run."""
     from gfml import train
@@ -139,7 +164,12 @@ def test_a_done_run_is_shown_not_repeated(tmp_path, capsys):
     first = capsys.readouterr().out
     code, _ = run(tmp_path, "--model-name vit")
     second = capsys.readouterr()
-    assert code == 0 and "is done" in second.err and second.out == first and (path / "result.json").stat().st_mtime_ns == written
+    assert (
+        code == 0
+        and "is done" in second.err
+        and second.out == first
+        and (path / "result.json").stat().st_mtime_ns == written
+    )
     assert run(tmp_path, "--model-name vit --eval-only")[0] == 0
     assert "0." in capsys.readouterr().out and not (path / "failed").exists()
     assert run(tmp_path, "--model-name vit --overwrite")[0] == 0 and (path.parent / f"{path.name}~1").is_dir()
@@ -152,7 +182,9 @@ def test_the_last_epoch_is_the_headline(tmp_path):
     final = load_state(path / "final.pt")["model"]
     assert code == 0 and all(torch.equal(final[key], last["model"][key]) for key in final)
     result, rows = result_of(path), rows_of(path)
-    assert result["selected"]["epoch"] == best["epoch"] == max(rows, key=lambda row: row["val/balanced_accuracy"])["epoch"]
+    assert (
+        result["selected"]["epoch"] == best["epoch"] == max(rows, key=lambda row: row["val/balanced_accuracy"])["epoch"]
+    )
     assert result["val"]["accuracy"] == pytest.approx(rows[-1]["val/accuracy"])
 
 
@@ -189,16 +221,35 @@ def test_the_published_command_runs_word_for_word(tmp_path, monkeypatch):
     """On tiny data; --dry-run makes it one small step of the full network."""
     write_cifar(tmp_path / "data" / "cifar10", images=1200)
     monkeypatch.setenv("GFML_DATA", str(tmp_path / "data"))
-    code = run_main(main, [*SEED_COMMAND.split(), "--dry-run", "--batch-size", "16", "--eval-batch-size", "16", "--report", "0", "--out", str(tmp_path / "runs")])
+    code = run_main(
+        main,
+        [
+            *SEED_COMMAND.split(),
+            "--dry-run",
+            "--batch-size",
+            "16",
+            "--eval-batch-size",
+            "16",
+            "--report",
+            "0",
+            "--out",
+            str(tmp_path / "runs"),
+        ],
+    )
     (path,) = (tmp_path / "runs").glob("vision-221104-cimb10-cimb10-vit_gra-*")
     result = result_of(path)
     assert code == 0 and result["parameters"] == 6_268_810 + 65
-    assert result["data"]["train_counts"] == [120, 71, 43, 25, 15, 9, 5, 3, 2, 1] and result["data"]["name"] == "cimb10 exp 0.01"
+    assert (
+        result["data"]["train_counts"] == [120, 71, 43, 25, 15, 9, 5, 3, 2, 1]
+        and result["data"]["name"] == "cimb10 exp 0.01"
+    )
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cimb10", "cifar100", "cimb100", "fashion-mnist", "grocery-store"])
 def test_shared_images_run(shared_data, name, tmp_path):
-    code, (path,) = run(tmp_path, f"--model-name vit_gra --dry-run --eval-batch-size 64 --data-root {shared_data} --dataset", name)
+    code, (path,) = run(
+        tmp_path, f"--model-name vit_gra --dry-run --eval-batch-size 64 --data-root {shared_data} --dataset", name
+    )
     assert code == 0 and result_of(path)["data"]["images"]["train"] > 2000
 
 
@@ -208,7 +259,9 @@ def test_a_folder_of_images_runs(tmp_path):
             path = tmp_path / "photos" / part / f"kind {n % 3}" / f"{n}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((20 + n, 30, 3), 80 * (n % 3), np.uint8)).save(path)
-    code, (path,) = run(tmp_path, "--model-name vit_gra --dataset", tmp_path / "photos", "--image-size 16 --batch-size 6")
+    code, (path,) = run(
+        tmp_path, "--model-name vit_gra --dataset", tmp_path / "photos", "--image-size 16 --batch-size 6"
+    )
     assert code == 0 and result_of(path)["data"]["classes"] == ["kind 0", "kind 1", "kind 2"]
     (tmp_path / "photos" / "train" / "kind 1" / "bad.jpg").write_bytes(b"nothing")
     bad = f"--model-name vit --dataset {tmp_path / 'photos'} --image-size 16 --batch-size 6"
