@@ -98,6 +98,14 @@ def test_projected_rows_equal_gather_and_multiply_with_gradients_of_first_and_se
     assert torch.autograd.gradcheck(lambda w: project_rows(table.detach(), w, ids), (weight,))
 
 
+def test_projected_rows_in_single_precision_equal_those_in_double(monkeypatch):
+    table, weight, ids = rows(300, 40).float(), rows(8, 40, seed=1).float(), torch.arange(290)
+    wanted = table[ids].double() @ weight.T.double()
+    torch.testing.assert_close(project_rows(table, weight, ids).double(), wanted, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    torch.testing.assert_close(project_rows(table, weight, ids).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_projected_features(trained):
     part = projected({"text": rows(6, 5).float()}, 3, trained=trained)["text"]
