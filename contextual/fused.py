@@ -80,7 +80,6 @@ def gram(rows: Tensor) -> Tensor:
     return _Gram.apply(rows)
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def contextual(sim: Tensor, labels: Tensor, *, k: int, eps: float, slope: float, needs_grad: bool = True) -> Contextual:
     """The contextual loss and, if wanted, its gradient.

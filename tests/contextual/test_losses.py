@@ -302,7 +302,7 @@ def test_half_precision_and_autocast_change_nothing(clustered, dtype, backend: s
 
 
 def test_compiled_equals_eager(clustered) -> None:
-    """The reference is one graph; the closed form, whose lists have no fixed length, stays outside it."""
+    """The reference is one graph; the lists of the closed form have no fixed length and break it."""
     emb, labels = clustered(4, 4)
     for backend in BACKENDS:
         eager = value_and_grad(emb, labels, backend=backend)
