@@ -272,11 +272,12 @@ def ray_session(spec: Spec, workers: int | None, address: str | None) -> Iterato
     if address:
         try:
             ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
-            raise UserError(f"cannot join the Ray cluster {address} ({str(error).splitlines()[0]}): mend --address") from None
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise UserError(f"cannot join the Ray cluster {address} ({str(error).splitlines()[0]}): mend --address, or RAY_AUTH_TOKEN") from None
     else:
         cpus = None if workers is None else max(1, round(workers * spec.cpus + 0.499))
-        ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+        # Without an address a cluster that happens to run on this machine would be joined.
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     try:
         there = ray.cluster_resources()
         for name, key, wanted in (("CPUs", "CPU", spec.cpus), ("GPUs", "GPU", spec.gpus)):
@@ -369,7 +370,7 @@ def _points_class() -> type:
             why = last_line(command.log) if error else ""
             self.trials.end(self.spec, trial, state, epoch, value, why)
             self.source.tell(trial["trial"], state, epoch, value)
-            said = f"{self.spec.metric} {value:.4f} after epoch {epoch}" if value is not None else why
+            said = why if error or value is None else f"{self.spec.metric} {value:.4f} after epoch {epoch}"
             print(f"[{trial['trial']}/{self.spec.trials}] {'was ' if known == state else ''}{state}: {said}", flush=True)
             self.exhausted = not self._by_id and len(self.trials.all) >= self.spec.trials
 
