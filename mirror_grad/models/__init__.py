@@ -48,6 +48,7 @@ MODELS: dict[str, Entry] = {
     "MMGCF": Entry("mmgcf", "MMGCF", settings.MMGCF, has_published=False),
     "PGL": Entry("pgl", "PGL", settings.PGL, has_published=False),
     "LGMRec": Entry("lgmrec", "LGMRec", settings.LGMRec),
+    "DAMRS": Entry("damrs", "DAMRS", settings.DAMRS, has_published=False),
 }
 
 

@@ -250,3 +250,16 @@ class LGMRec:
     alpha: float = option(0.3, "weight of the hyperedge branch")
     cl_weight: float = option(1e-4, "weight of the contrast between modalities")
     reg_weight: float = option(1e-6, "weight of the L2 term of the batch's vectors")
+
+
+@dataclass(frozen=True)
+class DAMRS:
+    """Item graphs that both modalities agree on, a BPR that doubts its labels, aligned views."""
+
+    n_ui_layers: int = option(2, "propagation layers on the user-item graph")
+    knn_k: int = option(10, "neighbours of an item in each item graph")
+    session_min: int = option(2, "users two items must share to be neighbours in the graph of shared users")
+    nd_weight: float = option(1e-3, "weight of the discrimination of graded neighbours")
+    kl_weight: float = option(1.0, "weight of the divergence between the preferences of both item vectors")
+    num_positives: int = option(10, "neighbours of each grade in the discrimination")
+    temperature: float = option(0.2, "temperature of the discrimination")

@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from gfml.graph import build_graph
 from gfml.sampling import Triples
 from mirror_grad.data import MultimodalData
-from mirror_grad.models import lgmrec, smore
+from mirror_grad.models import damrs, lgmrec, smore
 
 kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toy.py"))))
 
@@ -353,3 +354,66 @@ def test_lgmrec_contrast_by_loop():
         cosine = F.cosine_similarity(first[i][None], second, dim=1) / 0.2
         total = total - cosine[i] + cosine.logsumexp(0)
     torch.testing.assert_close(lgmrec.contrast(first, second, ids), total)
+
+
+def test_damrs_graphs_keep_what_both_modalities_find_alike(data):
+    graphs = damrs.agreeing_graphs(dict(data.features), 3)
+    cosine = {name: F.cosine_similarity(f[:, None], f[None], dim=2) for name, f in data.features.items()}
+    agreed = torch.stack([c >= c.mean() for c in cosine.values()]).all(0)
+    for name, graph in graphs.items():
+        kept = torch.where(agreed, cosine[name], 0.0)
+        for item in range(24):
+            best = kept[item].topk(3)
+            assert sorted(graph[[item]].indices.tolist()) == sorted(best.indices[best.values > 0].tolist())
+        sizes = np.diff(graph.indptr)
+        rows = np.repeat(np.arange(24), sizes)
+        np.testing.assert_allclose(graph.data, 1 / np.sqrt(sizes[rows] * sizes[graph.indices]))
+
+
+def test_damrs_session_graph(data):
+    train = data.interactions.train.todense()
+    together = train.T @ train
+    found = damrs.session_graph(data.interactions.train, 3, 2)
+    for item in range(24):
+        others = sorted((j for j in range(24) if j != item), key=lambda j: (-together[item, j], j))[:3]
+        wanted = {item, *(j for j in others if together[item, j] >= 2)}
+        assert set(found[[item]].indices.tolist()) == wanted
+
+
+def test_doubting_bpr_by_loop():
+    pos, neg, a, b = torch.randn(6), torch.randn(6), torch.rand(6, 3), torch.rand(6, 3)
+    average, total = a.mean(), 0.0
+    for n in range(6):
+        trust = a[n].mean() * torch.exp(-a[n].var(unbiased=False)) ** 2
+        doubt = max(0.0, float(b[n].max() - b.mean())) if a[n].mean() < average else 0.0
+        assert 0 <= trust <= 1 and 0 <= doubt <= 1
+        x = pos[n] - neg[n]
+        total = total - trust * torch.log(x.sigmoid()) - doubt * torch.log((-x).sigmoid())
+    torch.testing.assert_close(damrs.doubting_bpr(pos, neg, a, b), total / 6)
+
+
+def test_graded_neighbours_by_loop():
+    views, total = [torch.randn(12, 4) for _ in range(3)], 0.0
+    rows = torch.tensor([0, 5, 7])
+    cosine = [F.cosine_similarity(v[rows][:, None], v[None], dim=2) for v in views]
+    share = [(c / 0.2).softmax(1) for c in cosine]
+    for own in range(3):
+        for n in range(3):
+            graded = sum(share[m][n] for m in range(3)) + share[own][n]
+            first = graded.topk(2).indices.tolist()
+            exps = (cosine[own][n] / 0.2).exp()
+            rest = [j for j in range(12) if j not in first]
+            second = sorted(rest, key=lambda j: -float(exps[j]))[:2]
+            near, next_near = exps[first].sum() / exps.sum(), exps[second].sum() / exps[rest].sum()
+            total = total - near.log() - next_near.log()
+    torch.testing.assert_close(damrs.graded_neighbours(views, rows, 2, 0.2), total / 9)
+
+
+def test_preference_divergence():
+    user, first, second = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5, 4)
+    p, q = ((user @ F.normalize(x, dim=1).T).sigmoid() for x in (first, second))
+    bernoulli = torch.distributions.Bernoulli
+    both = torch.distributions.kl_divergence(bernoulli(p), bernoulli(q)) + torch.distributions.kl_divergence(bernoulli(q), bernoulli(p))
+    torch.testing.assert_close(damrs.preference_divergence(user, first, second), both.mean())
+    assert damrs.preference_divergence(user, first, first) == 0
+    assert damrs.preference_divergence(1e4 * user, first, -first).isfinite()

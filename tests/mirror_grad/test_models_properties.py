@@ -29,8 +29,8 @@ TRAINED = [name for name, entry in MODELS.items() if entry.trains]
 BEHAVIOURS = [(name, b) for name in TRAINED for b in (("fixed", "published") if MODELS[name].has_published else ("fixed",))]
 # Parameters that the loss does not reach.
 UNREACHED: dict[tuple[str, str], set[str]] = {}
-# Their targets are constants to the gradient but not to the loss; the stored vectors hold their gradients.
-STOPPED = {"BM3", "SELFCFED_LGN"}
+# Their targets or weights are constants to the gradient but not to the loss; see the stored gradients of the first two.
+STOPPED = {"BM3", "SELFCFED_LGN", "DAMRS"}
 
 
 @pytest.fixture
@@ -184,6 +184,8 @@ COUNTS = {
     "MMGCF": lambda u, i, v, t: 64 * (u + i) + 64 * (v + t) + 128,
     "PGL": lambda u, i, v, t: 128 * u + (v + t) * i + 64 * (v + t) + 128,
     "LGMRec": lambda u, i, v, t: 64 * (u + i) + 68 * (v + t),
+    # Without the published projections, which no loss reaches.
+    "DAMRS": lambda u, i, v, t: 64 * (u + i),
 }
 
 
