@@ -63,11 +63,11 @@ class DAMRS(nn.Module):
         mean, user = sum(views) / len(views), F.embedding(batch.users, user)
         pos, neg = (F.embedding(ids, item + mean) for ids in (batch.pos, batch.neg))
         chances = [preferences(user, [F.embedding(ids, view) for view in views]) for ids in (batch.pos, batch.neg)]
-        rows, _ = distinct(torch.cat([batch.pos, batch.neg]))
+        rows, place = distinct(torch.cat([batch.pos, batch.neg]))
         options = self.settings
         terms = {
             "bpr": doubting_bpr((user * pos).sum(1), (user * neg).sum(1), *chances),
-            "neighbours": graded_neighbours(views, rows, options.num_positives, options.temperature),
+            "neighbours": graded_neighbours(views, rows, options.num_positives, options.temperature)[place].mean(),
             "divergence": preference_divergence(user, F.embedding(batch.pos, item), F.embedding(batch.pos, mean)),
         }
         loss = terms["bpr"] + options.nd_weight * terms["neighbours"] + options.kl_weight * terms["divergence"]
@@ -99,7 +99,7 @@ def doubting_bpr(pos: Tensor, neg: Tensor, pos_chance: Tensor, neg_chance: Tenso
 
 
 def graded_neighbours(views: list[Tensor], rows: Tensor, count: int, temperature: float) -> Tensor:
-    """Mean over views and ``rows`` of -log(E_1 / E) - log(E_2 / (E - E_1)): near ones first, then the next nearest.
+    """-log(E_1 / E) - log(E_2 / (E - E_1)) of the items ``rows``, mean over the views: [n]. Near ones first, then the next.
 
     E, E_1, E_2: sums of exp(cos / t) over all items, over the ``count`` items of largest [softmax of the other views +
     2 x softmax of the own], and over the ``count`` nearest of the own view among the rest. Views [I, D] each.
@@ -113,7 +113,7 @@ def graded_neighbours(views: list[Tensor], rows: Tensor, count: int, temperature
         rest = own.scatter(1, first, -torch.inf)
         second = rest.detach().topk(count).indices
         near = own.gather(1, first).logsumexp(1) - own.logsumexp(1)
-        total = total - (near + rest.gather(1, second).logsumexp(1) - rest.logsumexp(1)).mean()
+        total = total - (near + rest.gather(1, second).logsumexp(1) - rest.logsumexp(1))
     return total / len(views)
 
 
