@@ -202,6 +202,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
             axis.axvline(0, color="#8d929b", linewidth=1)
             names = [f"{run} minus {against}" if several else run for run, against in pairs]
             axis.set_yticks(range(len(pairs)), [_wrapped(name) for name in names] if axis in axes[:, 0] else [""] * len(pairs))
+            axis.locator_params(axis="x", nbins=6)
             axis.set(title=metric, xlabel="difference" if several else f"difference to {_wrapped(pairs[0][1], 60)}")
             axis.set_ylim(len(pairs) - 0.5, -0.5)
         axes[0, 0].plot([], [], "o", color="#7a7f88", label="p < .05 after Holm's correction")

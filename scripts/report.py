@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SHOWN_CURVES = 8
 LEAST_TRIALS = 6
-TREES, FOLDS, REPEATS = 200, 5, 4
+TREES, FOLDS, REPEATS = 100, 5, 3
 
 
 def build_parser() -> Parser:

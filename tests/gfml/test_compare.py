@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gfml.metrics.compare import bootstrap_difference, bootstrap_mean, paired_differences, paired_tests
+from gfml.metrics.compare import bootstrap_difference, bootstrap_mean, effect_sizes, holm, paired_differences, paired_tests
 
 
 def test_interval_agrees_with_the_normal_one():
@@ -93,3 +93,50 @@ def test_paired_tests_see_a_difference_and_its_absence():
     assert (constant.t, constant.t_pvalue) == (math.inf, 0.0) and constant.wilcoxon_pvalue < 1e-3
     with pytest.raises(ValueError, match="two users"):
         paired_tests(np.ones(1), np.zeros(1))
+
+
+def test_effect_sizes_against_loops():
+    rng = np.random.default_rng(3)
+    first, second = rng.integers(0, 4, 60) / 4, rng.integers(0, 4, 60) / 4
+    difference = [a - b for a, b in zip(first, second, strict=True)]
+    mean = sum(difference) / 60
+    spread = (sum((d - mean) ** 2 for d in difference) / 59) ** 0.5
+    sizes = [abs(d) for d in difference if d]
+    total = favourable = 0.0
+    for d in difference:
+        if d:
+            # The mean rank of equal sizes, counted from 1.
+            rank = sum(s < abs(d) for s in sizes) + (sum(s == abs(d) for s in sizes) + 1) / 2
+            total, favourable = total + rank, favourable + (rank if d > 0 else -rank)
+    found = effect_sizes(first, second)
+    assert found.dz == pytest.approx(mean / spread, rel=1e-12) and found.rank_biserial == pytest.approx(favourable / total, rel=1e-12)
+    assert (found.wins, found.ties, found.losses) == tuple(sum(test(d) for d in difference) for test in (lambda d: d > 0, lambda d: d == 0, lambda d: d < 0))
+    turned = effect_sizes(second, first)
+    assert turned.dz == pytest.approx(-found.dz) and turned.rank_biserial == pytest.approx(-found.rank_biserial)
+
+
+def test_effect_sizes_at_the_edges():
+    ones, nan = np.ones(4), np.array([1.0, np.nan, 1.0, 1.0])
+    assert effect_sizes(ones, ones) == (0.0, 0.0, 0, 4, 0)
+    assert effect_sizes(ones, 0 * ones) == (np.inf, 1.0, 4, 0, 0) and effect_sizes(0 * ones, ones).dz == -np.inf
+    assert effect_sizes(nan, 0 * ones).wins == 3
+    with pytest.raises(ValueError, match="at least two users"):
+        effect_sizes(ones[:1], ones[:1])
+
+
+def test_holm_by_hand_and_against_its_definition():
+    # Sorted .01 .02 .03 .04 times 4 3 2 1 is .04 .06 .06 .04, made monotone .04 .06 .06 .06.
+    assert holm(np.array([0.04, 0.01, 0.03, 0.02])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm(np.array([0.6, 0.7])).tolist() == [1.0, 1.0] and holm(np.array([])).tolist() == []
+    values = np.random.default_rng(0).random(12) ** 3
+    adjusted = holm(values)
+    for level in (0.01, 0.05, 0.2, 0.5):
+        # Step down: reject the smallest as long as p <= level / (number of those not rejected yet).
+        rejected = set()
+        for place in np.argsort(values):
+            if values[place] > level / (len(values) - len(rejected)):
+                break
+            rejected.add(int(place))
+        assert set(np.flatnonzero(adjusted <= level + 1e-15).tolist()) == rejected
+    with pytest.raises(ValueError, match="outside"):
+        holm(np.array([0.5, 1.5]))
