@@ -7,8 +7,10 @@ that stands for the step's derivative it orders the circles all the same. Points
 radial noise of standard deviation 1/5 in training, where the circles overlap, and 1/20 in the pictures. A batch is four
 fresh points of each circle. Losses see the outputs normalised; the pictures show them as they are.
 
-Published: pytorch-metric-learning's contrastive loss and the neighbourhood loss (step 1 alone). The full contextual
-loss is added here. 20,000 steps of each take about a minute and a half on one core.
+Published: pytorch-metric-learning's contrastive loss and the neighbourhood loss (step 1 alone). They put the nearest
+point by angle in the right circle for 94 % and 93 % of the points (31 % before training, seed 0). The full contextual
+loss is added here and does worse on two coordinates and batches of 20: 48 %, at the best of four learning rates.
+20,000 steps of all three take about three CPU minutes.
 """
 
 from __future__ import annotations
