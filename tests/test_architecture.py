@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAPERS = ("recsys", "vision", "mcl", "cml_baseline", "contextual", "hlrm", "mirror_grad")
 # Parts of the core that know nothing of training, runs or command lines.
 PURE = ("distances", "gravity", "losses", "graph", "sparse", "neighbours", "sampling", "encoders", "cml", "topk", "metrics", "data", "attention", "longtail", "images")
-DRIVERS = {"gfml.train", "gfml.runs", "gfml.cli", "gfml.tracking", "gfml.reporting", "gfml.report"}
+DRIVERS = {"gfml.train", "gfml.runs", "gfml.cli", "gfml.tracking", "gfml.reporting", "gfml.report", "gfml.commands", "gfml.search", "gfml.stored"}
 
 
 def sources(*folders: str) -> list[Path]:
