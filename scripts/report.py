@@ -1,7 +1,7 @@
 """One page about many runs: what was tried, what mattered, and the best settings ready to use.
 
     python scripts/report.py runs/sweeps/recsys-lastfm-1a2b3c4d       a sweep of scripts/sweep.py
-    python scripts/report.py runs/recsys-lastfm-* --out report        any runs of one program
+    python scripts/report.py runs/recsys-lastfm-* --out report        any runs of one program, or the folder that holds them
 
 Writes a self-contained report.html (and report.md with its plots) and best.toml, a ``--config``: a table, parallel
 coordinates, the importance of each flag, learning curves, and the settings and test figures of the run that is best on
@@ -39,7 +39,7 @@ TREES, FOLDS, REPEATS = 100, 5, 3
 def build_parser() -> Parser:
     """The command line of ``scripts/report.py``."""
     parser = Parser(prog="scripts/report.py", description="One page about a whole sweep or any runs of one program.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a sweep directory, or run directories")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a sweep directory, run directories, or a folder of runs")
     parser.add_argument("--metric", metavar="NAME", help="what ranks the runs, such as val/ndcg@20 (default: what selected their epochs)")
     parser.add_argument("--mode", choices=("max", "min"), help="whether more or less is better (default: the sweep's, else max)")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: report in the sweep, or beside the runs)")
@@ -105,7 +105,7 @@ def collect(paths: Sequence[Path], metric: str | None, mode: str | None) -> Coll
     sweep = json.loads((paths[0] / "trials.json").read_text(encoding="utf-8")) if (paths[0] / "trials.json").exists() else None
     if sweep and len(paths) > 1:
         raise UserError(f"found {len(paths)} directories, wanted one sweep or any number of runs: give {paths[0]} alone")
-    known = _runs_of(paths[0], sweep["trials"]) if sweep else {path: None for path in paths}
+    known = _runs_of(paths[0], sweep["trials"]) if sweep else {run: None for path in paths for run in _runs_in(path)}
     if not known:
         raise UserError(f"no trial of {paths[0]} was launched yet: run scripts/sweep.py")
     runs = read_runs(list(known))
@@ -127,6 +127,12 @@ def _runs_of(folder: Path, entries: Sequence[Mapping[str, Any]]) -> dict[Path, M
     out = folder.resolve().parents[1]
     found = {path: entry for entry in entries for path in sorted(out.glob(entry["run"]))[:1]}
     return {path: entry for path, entry in found.items() if (path / "config.toml").exists()}
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The directory itself if it is a run, else the runs directly in it."""
+    inside = sorted(file.parent for file in path.glob("*/config.toml")) if not (path / "config.toml").exists() else []
+    return inside or [path]
 
 
 def _selecting(runs: Sequence[StoredRun]) -> str:

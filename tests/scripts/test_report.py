@@ -84,6 +84,7 @@ def test_single_runs_and_a_warning_about_selection_on_test(tmp_path: Path) -> No
     runs = [store(tmp_path, n, [0.1 * n], lr=0.1 * n, split="test") for n in (1, 2)]
     assert run_main(NAMES["main"], [*map(str, runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
+    assert [trial.run.path for trial in NAMES["collect"]([tmp_path], None, None).trials] == runs
     assert "ranked on the reported test part itself" in text and "Too little to tell: 2 runs" in text
     assert "toy-x (lr 0.2)" in text
 
