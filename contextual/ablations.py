@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from contextual.names import ABLATIONS
 from contextual.options import NOT_IDENTITY, parse
-from gfml.cli import LOCATION_FLAGS, Options, run_main
+from gfml.cli import LOCATION_FLAGS, Options, Parser, number, run_main
 from gfml.errors import UserError, choice_error
 
 COLUMNS = ("recall@1", "map@r", "r_precision")
@@ -101,24 +101,31 @@ def _cell(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Own flags, and all others as they are."""
+    parser = Parser(prog="contextual/ablations.py", description="Run the ablations of the contextual loss.")
+    add = parser.add_argument
+    names = ", ".join(variant.name for variant in variants())
+    add("--launch", action="store_true", help="run the commands and print the table; without it they are printed")
+    add("--only", nargs="+", metavar="NAME", help=f"some of {names}")
+    add("--seeds", nargs="+", type=number(int, least=0), default=[0], metavar="N", help="one run for each")
+    parser.epilog = "All other flags are those of contextual/main.py and go to every command."
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="contextual/ablations.py", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument("--launch", action="store_true", help="run the commands and print the table")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help=f"some of {', '.join(variant.name for variant in variants())}"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="one run for each (default: 0)")
-    own, common = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    runs = [(variant, seed, command(variant, common, seed)) for variant in chosen(own.only) for seed in own.seeds]
+    own, common = _parse(sys.argv[1:] if argv is None else list(argv))
+    runs = [(variant, command(variant, common, seed)) for variant in chosen(own.only) for seed in own.seeds]
+    # Every command is understood before the first one runs or is shown.
+    checked = [(variant, flags, parse("256", flags)) for variant, flags in runs]
     if not own.launch:
-        for variant, _, flags in runs:
+        for variant, flags in runs:
             print(f"python contextual/main.py {shlex.join(flags)}  # {variant.about}")
         return 0
 
-    # Every command is understood before the first one runs.
-    checked = [(variant, flags, parse("256", flags)) for variant, _, flags in runs]
     from contextual.main import main as train
 
     results: dict[str, list[dict[str, Any]]] = {}

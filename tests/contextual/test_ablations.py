@@ -32,15 +32,40 @@ def test_published_numbers_are_names() -> None:
 
 
 def test_a_wrong_flag_stops_before_the_first_run(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        ablations.main(["--launch", "--only", "none", "--epoch", "1", "--out", str(tmp_path)])
-    assert stop.value.code == 2
-    assert "--epochs" in capsys.readouterr().err
+    for launch in (["--launch"], []):
+        with pytest.raises(SystemExit) as stop:
+            ablations.main([*launch, "--only", "none", "--epoch", "1", "--out", str(tmp_path)])
+        assert stop.value.code == 2
+        assert "--epochs" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["--seeds", "x"], "--seeds"), (["--only"], "--only"), (["--seeds", "-1"], "-1")]
+)
+def test_own_flags_are_answered_in_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        ablations.main(flags)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert message in said
+
+
 def test_a_launched_run_becomes_a_row(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--launch", "--only", "inside", "--epochs", "1", "--batches-per-epoch", "2", "--pictures", "0", "--nmi", "0"]
+    flags = [
+        "--launch",
+        "--only",
+        "inside",
+        "--epochs",
+        "1",
+        "--batches-per-epoch",
+        "2",
+        "--pictures",
+        "0",
+        "--nmi",
+        "0",
+    ]
     flags += ["--out", str(tmp_path)]
     assert ablations.main(flags) == 0
     row = capsys.readouterr().out.splitlines()[-1]
