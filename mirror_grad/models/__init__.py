@@ -34,7 +34,9 @@ MODELS: dict[str, Entry] = {
     "BM3": Entry("bm3", "BM3", settings.BM3, needs_negatives=False),
     "FREEDOM": Entry("freedom", "FREEDOM", settings.FREEDOM),
     "LayerGCN": Entry("layergcn", "LayerGCN", settings.LayerGCN, needs_features=False),
-    "SELFCFED_LGN": Entry("selfcfed_lgn", "SELFCFED_LGN", settings.SELFCFED_LGN, needs_features=False, needs_negatives=False),
+    "SELFCFED_LGN": Entry(
+        "selfcfed_lgn", "SELFCFED_LGN", settings.SELFCFED_LGN, needs_features=False, needs_negatives=False
+    ),
     "ItemKNNCBF": Entry("itemknncbf", "ItemKNNCBF", settings.ItemKNNCBF, trains=False, has_published=False),
     "LATTICE": Entry("lattice", "LATTICE", settings.LATTICE),
     "MGCN": Entry("mgcn", "MGCN", settings.MGCN, has_published=False),

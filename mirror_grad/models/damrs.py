@@ -99,7 +99,7 @@ def doubting_bpr(pos: Tensor, neg: Tensor, pos_chance: Tensor, neg_chance: Tenso
 
 
 def graded_neighbours(views: list[Tensor], rows: Tensor, count: int, temperature: float) -> Tensor:
-    """-log(E_1 / E) - log(E_2 / (E - E_1)) of the items ``rows``, mean over the views: [n]. Near ones first, then the next.
+    """-log(E_1 / E) - log(E_2 / (E - E_1)) of the items ``rows``, mean over the views: [n].
 
     E, E_1, E_2: sums of exp(cos / t) over all items, over the ``count`` items of largest [softmax of the other views +
     2 x softmax of the own], and over the ``count`` nearest of the own view among the rest. Views [I, D] each.

@@ -87,7 +87,8 @@ class GRCN(nn.Module):
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         user, item = self.outputs()
         bpr = dot_bpr(F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item))
-        ids = [F.embedding(batch.users, self.id), F.embedding(torch.cat([batch.pos, batch.neg]) + self.num_users, self.id)]
+        items = torch.cat([batch.pos, batch.neg]) + self.num_users
+        ids = [F.embedding(rows, self.id) for rows in (batch.users, items)]
         terms = {"bpr": bpr, "reg_id": sum(rows.square().mean() for rows in ids)}
         terms["reg_all"] = next(iter(self.preference.values())).square().mean()
         for name, preference in self.preference.items():

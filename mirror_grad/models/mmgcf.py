@@ -28,7 +28,8 @@ class MMGCF(nn.Module):
         alpha       x = join(s e, (1 - s) join_m(.)),  s a learned share
         normalized  x = join(M n(e), n(W_m f_m + b_m), ...),  n: rows of length 1, M modalities
 
-    join: mean, sum, or concatenation (then users are as wide as items). loss = BPR + reg_weight * |final rows|^2 / (2 B).
+    join: mean, sum, or concatenation (then users are as wide as items).
+    loss = BPR + reg_weight * |final rows|^2 / (2 B).
     Written from a description of the method, without numbers of the published code to compare with; the width of the
     users under concatenation is our reading.
     """

@@ -12,6 +12,7 @@ from gfml.sampling import Triples
 from gfml.sparse import SparseMatrix
 from gfml.topk import FactorScorer
 from mirror_grad.models import settings
+from mirror_grad.parts.features import keep
 from mirror_grad.parts.graphs import bipartite, row_mean
 from mirror_grad.parts.losses import dot_bpr
 from mirror_grad.parts.modes import evaluating
@@ -58,7 +59,8 @@ class MMGCN(nn.Module):
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         user, item = self.outputs()
         bpr = dot_bpr(F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item))
-        ids = [F.embedding(batch.users, self.id), F.embedding(torch.cat([batch.pos, batch.neg]) + self.num_users, self.id)]
+        items = torch.cat([batch.pos, batch.neg]) + self.num_users
+        ids = [F.embedding(rows, self.id) for rows in (batch.users, items)]
         reg_id = sum(rows.square().mean() for rows in ids)
         reg_pref = next(iter(self.branches.values())).preference.square().mean()
         loss = bpr + self.settings.reg_weight * (reg_id + reg_pref)
@@ -103,11 +105,3 @@ class Branch(nn.Module):
             else:
                 nodes = F.leaky_relu(join(neighbours) + itself)
         return nodes
-
-
-def keep(module: nn.Module, name: str, start: Tensor, *, frozen: bool) -> None:
-    """A table of the module: a parameter, or a constant that checkpoints hold."""
-    if frozen:
-        module.register_buffer(name, start)
-    else:
-        module.register_parameter(name, nn.Parameter(start))

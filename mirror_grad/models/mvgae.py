@@ -14,7 +14,7 @@ from gfml.sampling import Triples
 from gfml.sparse import SparseMatrix
 from gfml.topk import FactorScorer
 from mirror_grad.models import settings
-from mirror_grad.models.mmgcn import keep
+from mirror_grad.parts.features import keep
 from mirror_grad.parts.gaussian import kl_to_standard, product_of_experts, sample
 from mirror_grad.parts.graphs import bipartite, row_mean, with_itself
 from mirror_grad.parts.modes import evaluating

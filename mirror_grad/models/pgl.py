@@ -102,10 +102,11 @@ class PGL(nn.Module):
 
 
 def principal_factors(train: sp.csr_array, rank: int) -> tuple[Tensor, Tensor]:
-    """(left [U, k], right [I, k]) with left right^T the best rank-k part of R_hat, k at most the smaller side less one."""
+    """(left [U, k], right [I, k]): left right^T is the best rank-k part of R_hat, k below its smaller side."""
     normalised = symmetric(bipartite(train))[: train.shape[0], train.shape[0] :]
     rank = min(rank, min(train.shape) - 1)
     start = torch.rand(min(train.shape), generator=seeded_generator("cpu", 0), dtype=torch.float64).numpy()
     left, values, right = svds(normalised, k=rank, v0=start)
     root = np.sqrt(values)
-    return tuple(torch.from_numpy(np.ascontiguousarray(f)).to(torch.get_default_dtype()) for f in (left * root, right.T * root))
+    factors = (torch.from_numpy(np.ascontiguousarray(factor)) for factor in (left * root, right.T * root))
+    return tuple(factor.to(torch.get_default_dtype()) for factor in factors)

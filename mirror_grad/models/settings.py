@@ -177,7 +177,7 @@ class MMGCN:
     """A graph network per modality with a shared id table."""
 
     n_layers: int = option(3, "layers of each network; published: always 3")
-    concat: bool = option(True, "join a node's own vector to its neighbours' by concatenation, else add them; published: always")
+    concat: bool = option(True, "put a node's own vector beside its neighbours', else add them; published: always")
     image_latent: int = option(256, "width to which images are projected")
     reg_weight: float = option(1e-3, "weight of the L2 terms", grid=(0.0, 1e-5, 1e-4, 1e-3, 0.01, 0.1))
 
@@ -187,7 +187,7 @@ class MVGAE:
     """Variational graph auto-encoders per modality, joined by a product of experts."""
 
     beta: float = option(
-        1e-3, "weight of the KL divergences; published for a loss summed over the batch, fixed is a mean", grid=(0.01, 0.1, 1.0)
+        1e-3, "weight of the KL divergences; the published grid is for a loss summed over the batch", grid=(0.01, 0.1, 1.0)
     )
     batch_negatives: bool = option(False, "compare with the best of all negatives of the batch; published: always")
     latent: int = option(128, "width of the projected features and preferences")
@@ -214,7 +214,9 @@ class MMGCF:
 
     n_layers: int = option(2, "propagation layers", grid=(1, 2, 3))
     dropout: float = option(0.2, "share of edges left out in an epoch", grid=(0.2, 0.5, 0.8))
-    fusion: str = option("mean", "how ids and features are joined", grid=("mean", "sum", "concat"), choices=("mean", "sum", "concat"))
+    fusion: str = option(
+        "mean", "how ids and features are joined", grid=("mean", "sum", "concat"), choices=("mean", "sum", "concat")
+    )
     weighting: str = option(
         "equal", "what they weigh: alike, by a learned share, or as rows of equal length",
         grid=("equal", "alpha", "normalized"), choices=("equal", "alpha", "normalized"),

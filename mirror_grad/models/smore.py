@@ -102,8 +102,8 @@ class SMORE(nn.Module):
         terms = {"bpr": dot_bpr(*final), "reg": losses.half_mean_square(*final)}
         for name, rows in {"user": batch.users, "item": first + batch.pos}.items():
             terms[f"nce_{name}"] = info_nce(F.embedding(rows, side), F.embedding(rows, content), TEMPERATURE)
-        contrast = terms["nce_item"] + terms["nce_user"]
-        return {"loss": terms["bpr"] + self.settings.reg_weight * terms["reg"] + self.settings.cl_loss * contrast, **terms}
+        contrast = self.settings.cl_loss * (terms["nce_item"] + terms["nce_user"])
+        return {"loss": terms["bpr"] + self.settings.reg_weight * terms["reg"] + contrast, **terms}
 
     @evaluating
     def scorer(self) -> FactorScorer:

@@ -88,6 +88,14 @@ def _blocks(table: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, torch.index_select(table, 0, rows[part], out=block)
 
 
+def keep(module: nn.Module, name: str, start: Tensor, *, frozen: bool) -> None:
+    """A table of the module: a parameter, or a constant that checkpoints hold."""
+    if frozen:
+        module.register_buffer(name, start)
+    else:
+        module.register_parameter(name, nn.Parameter(start))
+
+
 def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, place) with rows[place] == ids. Shape: ids int64 [n].
 

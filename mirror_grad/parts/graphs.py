@@ -52,7 +52,7 @@ def _power(sums: np.ndarray, exponent: float) -> np.ndarray:
 
 
 class LightPropagation(nn.Module):
-    """Propagation over A_hat of a train matrix, see :func:`gfml.graph.propagate`; moves with the model it is part of."""
+    """Propagation over A_hat of a train matrix, see :func:`gfml.graph.propagate`; moves with the model around it."""
 
     def __init__(self, train: sp.csr_array) -> None:
         super().__init__()

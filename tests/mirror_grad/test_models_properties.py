@@ -275,10 +275,15 @@ def test_the_published_mvgae_ranks_at_random(planted_data):
     assert trained("MVGAE", planted_data, behaviour="published") < 2.5 * 10 / 160
 
 
+@pytest.fixture(scope="module")
+def plain_recall(planted_data):
+    return {name: trained(name, planted_data) for name in ("VBPR", "FREEDOM")}
+
+
 @pytest.mark.parametrize("mode", ["two_step", "fused", "precond", "sgd_mirror"])
 @pytest.mark.parametrize("name", ["VBPR", "FREEDOM"])
-def test_mirror_gradient_keeps_the_ranking(name, mode, planted_data):
-    assert trained(name, planted_data, mirror=mode) > 0.9 * trained(name, planted_data)
+def test_mirror_gradient_keeps_the_ranking(name, mode, planted_data, plain_recall):
+    assert trained(name, planted_data, mirror=mode) > 0.9 * plain_recall[name]
 
 
 @pytest.mark.parametrize("name", TRAINED)
