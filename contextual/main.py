@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, pipeline: str = "256") -> int:
 
     # Heavy imports wait until the flags are known to be good.
     from contextual import experiment
-    from contextual.results import judge, print_result, store
+    from contextual.results import draw, judge, print_result, store
 
     from gfml import distributed
     from gfml.runs import seed_everything
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None, pipeline: str = "256") -> int:
             seed_everything(options.seed)
             if options.eval_only:
                 model, data = experiment.load_reported(options, data, world, run)
-                print_result(judge(options, data, model, world, None, run)[0], run.path)
+                result, shown = judge(options, data, model, world, None, run)
+                draw(options, data, result, shown, run)
+                print_result(result, run.path)
                 return 0
             model = experiment.build_model(options, data.num_classes, world.device)
             model.share(sync_batchnorm=experiment.syncs_batchnorm(options, world))

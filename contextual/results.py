@@ -115,11 +115,16 @@ def store(
     with atomic_open(run.file("analysis.npz"), "wb") as stream:
         np.savez_compressed(stream, **arrays)
     tracker.scalars(result["selection"]["epoch"] or 0, {f"test/{name}": value for name, value in result["test"].items()})
-    if options.pictures:
+    draw(options, data, result, shown, run)
+    run.finish(result)
+
+
+def draw(options: Options, data: RetrievalData, result: Mapping[str, Any], shown: Shown, run: Run) -> None:
+    """Write the page with ``--pictures`` queries; none with 0, and none in the other processes."""
+    if options.pictures and is_main():
         from contextual.report import write_page
 
         write_page(run, data, result, shown.test, queries=options.pictures, seed=options.seed)
-    run.finish(result)
 
 
 def print_result(result: Mapping[str, Any], path: Path) -> None:

@@ -224,7 +224,8 @@ def test_a_finished_run_is_shown_and_judged_again(run: Runs, tmp_path: Path, cap
     run("256", tmp_path)
     shown = capsys.readouterr().out
     assert "is done; this is its result" in shown
-    run("256", tmp_path, "--eval-only")
+    run("256", tmp_path, "--eval-only", "--pictures", 2)
+    assert (path / "report" / "neighbours.png").stat().st_size > 0
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
 
 
