@@ -21,7 +21,7 @@ class BPR:
     """Matrix factorisation with BPR."""
 
     reg_weight: float = option(
-        1e-1, "weight of the L2 term of the batch's vectors", grid=(2.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+        1e-2, "weight of the L2 term of the batch's vectors", grid=(2.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
     )
 
 
