@@ -50,7 +50,9 @@ class BM3:
 
     n_layers: int = option(1, "propagation layers", grid=(1, 2))
     dropout: float = option(0.5, "share of zeroed target entries", grid=(0.3, 0.5))
-    reg_weight: float = option(0.1, "weight of the L2 term of all propagated vectors", grid=(0.1, 0.01))
+    reg_weight: float = option(
+        1e-3, "weight of the L2 term of all propagated vectors; published for norms: 0.1", grid=(0.1, 0.01)
+    )
     cl_weight: float = option(2.0, "weight of the alignment of features and items", grid=(2.0,))
     train_features: bool = option(True, "train the item features themselves, as published")
 
