@@ -24,6 +24,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -162,11 +163,13 @@ class Source:
         self._planned = [] if spec.search == "optuna" else planned_points(spec)
         self._study = _study(spec, len(trials.all)) if spec.search == "optuna" else None
         self._asked: dict[int, Any] = {}
+        self.empty = False
 
     def next(self) -> dict[str, Any] | None:
         """The next trial; None when there are no more."""
         known = next(self._known, None)
-        if known is None and len(self.trials.all) >= self.spec.trials:
+        self.empty = known is None and len(self.trials.all) >= self.spec.trials
+        if self.empty:
             return None
         asked = self._ask(known and known["point"]) if self._study else None
         trial = known or self.trials.add(self.spec, self._point(asked))
@@ -270,6 +273,7 @@ def ray_session(spec: Spec, workers: int | None, address: str | None) -> Iterato
 
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if address:
+        check_address(address)
         try:
             ray.init(address=address, **quiet)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
@@ -288,6 +292,19 @@ def ray_session(spec: Spec, workers: int | None, address: str | None) -> Iterato
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """UserError unless something answers at HOST:PORT: Ray itself would try for minutes. "auto" is left to Ray."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdigit():
+        raise UserError(f"found --address {address!r}, wanted HOST:PORT of a Ray cluster, or auto")
+    try:
+        socket.create_connection((host.removeprefix("[").removesuffix("]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(f"nothing answers at {address} ({error.strerror or error}): start Ray there, or mend --address") from None
 
 
 def _scheduler(spec: Spec) -> Any:
@@ -339,14 +356,12 @@ def _points_class() -> type:
         def __init__(self, source: Source, spec: Spec, trials: Trials) -> None:
             super().__init__(metric="value", mode=spec.mode)
             self.source, self.spec, self.trials = source, spec, trials
-            self.exhausted = False
             self._by_id: dict[str, dict[str, Any]] = {}
             self._last: dict[str, dict[str, Any]] = {}
 
         def suggest(self, trial_id: str) -> dict[str, Any] | str:
             trial = self.source.next()
             if trial is None:
-                self.exhausted = not self._by_id
                 return Searcher.FINISHED
             self._by_id[trial_id] = trial
             if trial["state"] in ("waiting", "failed"):
@@ -372,7 +387,11 @@ def _points_class() -> type:
             self.source.tell(trial["trial"], state, epoch, value)
             said = why if error or value is None else f"{self.spec.metric} {value:.4f} after epoch {epoch}"
             print(f"[{trial['trial']}/{self.spec.trials}] {'was ' if known == state else ''}{state}: {said}", flush=True)
-            self.exhausted = not self._by_id and len(self.trials.all) >= self.spec.trials
+
+        @property
+        def exhausted(self) -> bool:
+            """Whether every trial has ended, in this session or an earlier one."""
+            return self.source.empty and not self._by_id
 
         def save(self, checkpoint_path: str) -> None:
             """Tune's own copy of the search stays empty: trials.json and the run directories are what a sweep goes on from."""

@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -298,6 +299,20 @@ def test_the_table_ranks_on_validation_and_shows_test_of_the_best_alone(script: 
 # -- Ray Tune
 
 
+def test_an_address_where_nothing_answers(script: dict) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        here = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match="nothing answers at"):
+            script["check_address"](here)
+        server.listen()
+        script["check_address"](here)
+    script["check_address"]("auto")
+    for wrong in ("somewhere", "host:", ":80", "host:name"):
+        with pytest.raises(UserError, match="wanted HOST:PORT"):
+            script["check_address"](wrong)
+
+
 def sweep(root: Path, *words: str) -> subprocess.Popen:
     """The script with another root, as a process of its own."""
     code = (f"import runpy, sys; from pathlib import Path; sys.path.insert(0, {str(SCRIPT.parent)!r}); names = runpy.run_path({str(SCRIPT)!r}); "
@@ -387,10 +402,12 @@ def test_asha_stops_the_worse_and_ctrl_c_leaves_all_resumable(toy: Path) -> None
     out, err = first.communicate(timeout=120)
     assert first.returncode == 130 and "interrupted" in err, (out, err)
     assert not any(map(is_alive, pids_of(toy)))
+    [ledger] = (toy / "runs" / "sweeps").glob("*/trials.json")
+    # Interrupted is not stopped early: the second trial waits for the next session.
+    assert [trial["state"] for trial in json.loads(ledger.read_text())["trials"]][:2] == ["done", "waiting"]
     second = sweep(toy, str(path), "--workers", "1")
     out, err = second.communicate(timeout=180)
     assert second.returncode == 0, err
-    [ledger] = (toy / "runs" / "sweeps").glob("*/trials.json")
     states = Counter(trial["state"] for trial in json.loads(ledger.read_text())["trials"])
     # The best comes first and goes to its end; every later one is below the median at the first rung.
     assert states == {"done": 1, "stopped": 3}
