@@ -185,6 +185,9 @@ def _hold(path: Path) -> IO[str] | None:
             return lock
         except BlockingIOError:
             time.sleep(0.02)
+        except OSError as error:
+            lock.close()
+            raise explain_os_error(error, path) from error
     lock.close()
     return None
 
