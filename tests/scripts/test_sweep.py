@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -297,6 +298,14 @@ def test_the_table_ranks_on_validation_and_shows_test_of_the_best_alone(script: 
 
 
 # -- Ray Tune
+
+
+@pytest.mark.parametrize("missing", ["ray", "optuna"])
+def test_without_ray_or_optuna_it_says_what_to_install(script: dict, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name in ("ray", "ray.tune", "optuna"):
+        monkeypatch.setitem(sys.modules, name, None if name.startswith(missing) else ModuleType(name))
+    with pytest.raises(UserError, match=f"{missing}.* is not installed: run pip install -e '.\\[sweep\\]'"):
+        script["require_ray"]()
 
 
 def test_an_address_where_nothing_answers(script: dict) -> None:
