@@ -128,6 +128,15 @@ def text_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) 
     return "\n".join(lines)
 
 
+def judged_text(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, float]]) -> str:
+    """What a program prints of a result: how it was selected, the table of ``rows`` and the baselines, what was left out."""
+    baselines, selection = result["baselines"], result["selection"]
+    every = {**rows, **{name: found["test"] for name, found in baselines.items() if "test" in found}}
+    lines = [f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}"]
+    lines.append(text_table(every, table_columns(every, result["topks"])))
+    return "\n".join([*lines, *(f"{name} left out: {found['skipped']}" for name, found in baselines.items() if "skipped" in found)])
+
+
 def markdown_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
     """The same as a Markdown table."""
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]

@@ -13,7 +13,7 @@ from gfml.data.interactions import Interactions
 from gfml.evaluation import Evaluation
 from gfml.files import atomic_open
 from gfml.program import cut_offs, selection_of
-from gfml.reporting import baseline_results, data_facts, mass_report, table_columns, text_table
+from gfml.reporting import baseline_results, data_facts, judged_text, mass_report
 from gfml.runs import Run, save_state
 from gfml.tracking import Tracker
 from gfml.train import FitResult
@@ -74,13 +74,7 @@ def print_result(result: Mapping[str, Any], path: Path) -> None:
     other = {score: means for score, means in result.get("scores", {}).items() if score != result["score"]}
     rows = {f"{result['model']}, by {result['score']}": result["test"]}
     rows |= {f"{result['model']}, by {score}": means for score, means in other.items()}
-    skipped = {name: found["skipped"] for name, found in result["baselines"].items() if "skipped" in found}
-    rows |= {name: found["test"] for name, found in result["baselines"].items() if name not in skipped}
-    selection = result["selection"]
-    print(f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}")
-    print(text_table(rows, table_columns(rows, result["topks"])))
-    for name, why in skipped.items():
-        print(f"{name} left out: {why}")
+    print(judged_text(result, rows))
     mass = result.get("mass", {})
     if "item_spearman_popularity" in mass:
         print(f"item mass: Spearman {mass['item_spearman_popularity']:.3f} with popularity", end="")

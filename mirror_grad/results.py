@@ -13,7 +13,7 @@ from gfml.cli import Options
 from gfml.evaluation import Evaluation
 from gfml.files import atomic_open
 from gfml.program import cut_offs, selection_of
-from gfml.reporting import baseline_results, data_facts, table_columns, text_table
+from gfml.reporting import baseline_results, data_facts, judged_text
 from gfml.runs import Run, save_state
 from gfml.tracking import Tracker
 from gfml.train import FitResult
@@ -92,14 +92,7 @@ def store(
 
 def print_result(result: Mapping[str, Any], path: Path) -> None:
     """The results table and where everything is, on stdout."""
-    rows = {f"{result['model']}, {result['arm']}": result["test"]}
-    skipped = {name: found["skipped"] for name, found in result["baselines"].items() if "skipped" in found}
-    rows |= {name: found["test"] for name, found in result["baselines"].items() if name not in skipped}
-    selection = result["selection"]
-    print(f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}")
-    print(text_table(rows, table_columns(rows, result["topks"])))
-    for name, why in skipped.items():
-        print(f"{name} left out: {why}")
+    print(judged_text(result, {f"{result['model']}, {result['arm']}": result["test"]}))
     if result["features"]["source"] == "random":
         print("features were random noise, as asked: the figures say nothing about the model")
     print(f"run directory   {path}")

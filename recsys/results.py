@@ -15,7 +15,7 @@ from gfml.data.interactions import Interactions
 from gfml.evaluation import Evaluation, evaluate
 from gfml.files import atomic_open
 from gfml.program import cut_offs, selection_of
-from gfml.reporting import baseline_results, data_facts, mass_report, table_columns, text_table
+from gfml.reporting import baseline_results, data_facts, judged_text, mass_report, table_columns
 from gfml.runs import Run, save_state
 from gfml.tracking import Tracker
 from gfml.train import FitResult
@@ -81,18 +81,7 @@ def store(
 
 def print_result(result: Mapping[str, Any], path: Path) -> None:
     """The results table and where everything is, on stdout."""
-    rows = {result["model"]: result["test"]}
-    skipped = {}
-    for name, found in result["baselines"].items():
-        if "skipped" in found:
-            skipped[name] = found["skipped"]
-        else:
-            rows[name] = found["test"]
-    selection, topks = result["selection"], result["topks"]
-    print(f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}")
-    print(text_table(rows, table_columns(rows, topks)))
-    for name, why in skipped.items():
-        print(f"{name} left out: {why}")
+    print(judged_text(result, {result["model"]: result["test"]}))
     _print_masses(result.get("mass", {}))
     print(f"run directory   {path}")
     for what, name in (("report", "report/report.html"), ("plots", "report"), ("TensorBoard", "tensorboard")):

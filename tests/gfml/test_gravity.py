@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from gfml.distances import SquaredDistance
 from gfml.gravity import MASS_MODES, MASS_PARAMS, Gravity, GravityScorer, Mass, log_mass, unit_rows
 from gfml.topk import Scorer, topk_items
 
@@ -424,7 +423,6 @@ def test_autocast_leaves_distances_in_single_precision(dist):
 
 MEMORY = """
 import resource, sys, torch
-from gfml.distances import SquaredDistance
 from gfml.gravity import Gravity, GravityScorer
 torch.set_num_threads(1)
 num_users, num_items, width = 100, 91_599, 64

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
