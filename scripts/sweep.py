@@ -38,7 +38,6 @@ from gfml.errors import UserError
 from gfml.files import atomic_open, write_json
 
 if TYPE_CHECKING:
-    from gfml.commands import Command
     from gfml.search import Follower, Spec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_ray()
     with Trials.open(folder) as trials:
         interrupted = search(spec, trials, options.workers, options.address)
+        settle(spec, trials)
         write_table(spec, trials)
         code = summarise(spec, trials)
     if interrupted:
@@ -375,14 +375,12 @@ def _points_class() -> type:
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             trial, last = self._by_id.pop(trial_id), self._last.pop(trial_id, {})
             last = result if result and result.get("value") is not None else last
-            command = read_command(self.spec.words(trial["point"]), ROOT)
             epoch, value, finished = last.get("epoch"), last.get("value"), last.get("finished")
-            if not error and not finished and command.state() == "done":
-                # The program was faster than the decision to stop it.
-                epoch, value = best_evaluation(self.spec, command)
-                finished = True
             state, known = "failed" if error else "done" if finished else "stopped", trial["state"]
-            why = last_line(command.log) if error else ""
+            if known == "done" and not error:
+                # It was read, not run: a decision to stop it comes too late.
+                state, epoch, value = known, trial["epoch"], trial["value"]
+            why = last_line(read_command(self.spec.words(trial["point"]), ROOT).log) if error else ""
             self.trials.end(self.spec, trial, state, epoch, value, why)
             self.source.tell(trial["trial"], state, epoch, value)
             said = why if error or value is None else f"{self.spec.metric} {value:.4f} after epoch {epoch}"
@@ -406,12 +404,16 @@ def _points_class() -> type:
 # -- results
 
 
-def best_evaluation(spec: Spec, command: Command) -> tuple[int, float]:
-    """The last epoch of a trial's run and the best value it logged."""
+def settle(spec: Spec, trials: Trials) -> None:
+    """A trial whose program was done before the decision to stop it arrived counts as done, with all that it found."""
     from gfml.search import evaluations
 
-    found = evaluations(command.runs[0].path(), spec.metric)
-    return found[-1][0], (max if spec.mode == "max" else min)(value for _, value in found)
+    for trial in trials.all:
+        [run] = read_command(spec.words(trial["point"]), ROOT).runs
+        if trial["state"] == "stopped" and run.state() == "done":
+            found = evaluations(run.path(), spec.metric)
+            best = (max if spec.mode == "max" else min)(value for _, value in found)
+            trials.end(spec, trial, "done", found[-1][0], best)
 
 
 def show_states(spec: Spec, folder: Path) -> int:

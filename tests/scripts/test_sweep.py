@@ -288,6 +288,11 @@ def test_the_table_ranks_on_validation_and_shows_test_of_the_best_alone(script: 
         script["write_table"](spec, trials)
         assert script["summarise"](spec, trials) == 1
         rows = script["table_rows"](spec, trials)
+        # The program of the third was done before it could be stopped: its own figures count.
+        assert reports(Follower(spec, read_command(spec.words(trials.all[2]["point"]), toy), toy))[-1][2]
+        trials.all[2]["value"] = 0.2
+        script["settle"](spec, trials)
+        assert [trial["state"] for trial in trials.all] == ["done", "done", "done", "failed"] and trials.all[2]["value"] == 0.4
     assert [row["method"] for row in rows] == [f"trial {n}: lr {lr}, kind {kind}" for n, lr, kind in ((2, 0.3, "a"), (1, 0.1, "a"), (3, 0.2, "a"), (4, 0.9, "b"))]
     assert [row.get("recall@20") for row in rows] == [0.15, None, None, None] and [row["val/score"] for row in rows] == [0.6, 0.2, 0.4, ""]
     assert rows[2]["protocol"] == "stopped early after epoch 3" and rows[3]["protocol"] == "failed: out of memory"
@@ -420,6 +425,8 @@ def test_asha_stops_the_worse_and_ctrl_c_leaves_all_resumable(toy: Path) -> None
     states = Counter(trial["state"] for trial in json.loads(ledger.read_text())["trials"])
     # The best comes first and goes to its end; every later one is below the median at the first rung.
     assert states == {"done": 1, "stopped": 3}
+    lengths = sorted(len(path.read_text().splitlines()) for path in toy.glob("runs/*/metrics.jsonl"))
+    assert lengths[-1] == 6 and lengths[-2] < 6
 
 
 # -- Slurm
