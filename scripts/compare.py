@@ -203,7 +203,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
             names = [f"{run} minus {against}" if several else run for run, against in pairs]
             axis.set_yticks(range(len(pairs)), [_wrapped(name) for name in names] if axis in axes[:, 0] else [""] * len(pairs))
             axis.locator_params(axis="x", nbins=6)
-            axis.set(title=metric, xlabel="difference" if several else f"difference to {_wrapped(pairs[0][1], 60)}")
+            axis.set(title=metric, xlabel="difference" if several else f"difference to\n{_wrapped(pairs[0][1])}")
             axis.set_ylim(len(pairs) - 0.5, -0.5)
         axes[0, 0].plot([], [], "o", color="#7a7f88", label="p < .05 after Holm's correction")
         axes[0, 0].plot([], [], "o", color="#7a7f88", markerfacecolor="none", label="not")
