@@ -359,6 +359,7 @@ def is_alive(pid: int) -> bool:
 
 
 @needs_ray
+@pytest.mark.slow
 def test_two_trials_on_ray(toy: Path) -> None:
     """One trial ends well, one fails: reported, counted, and no reason for the other to stop."""
     text = BASE.replace("lr = { loguniform = [0.01, 1] }", 'work = { flags = ["--lr 0.3 --fail 1", "--lr 0.1"] }')
@@ -406,7 +407,7 @@ def test_a_killed_sweep_loses_and_repeats_nothing(toy: Path) -> None:
 @needs_ray
 @pytest.mark.slow
 def test_asha_stops_the_worse_and_ctrl_c_leaves_all_resumable(toy: Path) -> None:
-    text = BASE.replace("{ loguniform = [0.01, 1] }", "{ choice = [0.9, 0.1, 0.2, 0.3] }") + "[asha]\ngrace = 1\nreduction = 2\n"
+    text = BASE.replace("{ loguniform = [0.01, 1] }", "{ choice = [0.1, 0.9, 0.05, 0.02] }") + "[asha]\ngrace = 1\nreduction = 2\n"
     path = write(toy, text.replace('kind = { choice = ["a", "b"] }\n', ""), search='"grid"', trials="", flags='"--epochs 6 --seconds 0.7"')
     first = sweep(toy, str(path), "--workers", "1")
     deadline = time.monotonic() + 120
@@ -423,10 +424,10 @@ def test_asha_stops_the_worse_and_ctrl_c_leaves_all_resumable(toy: Path) -> None
     out, err = second.communicate(timeout=180)
     assert second.returncode == 0, err
     states = Counter(trial["state"] for trial in json.loads(ledger.read_text())["trials"])
-    # The best comes first and goes to its end; every later one is below the median at the first rung.
-    assert states == {"done": 1, "stopped": 3}
+    # The first has nothing to be compared with, the second is better, the others are below the median at the first rung.
+    assert states == {"done": 2, "stopped": 2}
     lengths = sorted(len(path.read_text().splitlines()) for path in toy.glob("runs/*/metrics.jsonl"))
-    assert lengths[-1] == 6 and lengths[-2] < 6
+    assert lengths[2:] == [6, 6] and lengths[1] < 6
 
 
 # -- Slurm
@@ -442,7 +443,7 @@ def test_slurm_starts_ray_on_every_node_and_passes_the_sweep_on(tmp_path: Path) 
         stubs / "scontrol": "printf 'n1\\nn2\\nn3\\n'",
         stubs / "srun": 'while [[ $1 == --* ]]; do [[ $1 == --nodelist ]] && shift && node=$1; shift; done; NODE=$node exec "$@"',
         stubs / "hostname": "echo 10.0.0.7 fd00::1",
-        venv / "ray": f'[ $1 = status ] && exit 0; echo "$NODE $*" >> {log}; sleep 20',
+        venv / "ray": f'[ $1 = status ] && exit 0; echo "$NODE $*" >> {log}; exec sleep 20',
         venv / "python": f'echo "python $*" >> {log}; exit 7',
     }
     for path, body in programs.items():
