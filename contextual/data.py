@@ -76,7 +76,11 @@ class RetrievalData:
 
 
 def load(
-    name: str, root: str | os.PathLike[str] | None = None, *, split_lists: Sequence[str] | None = None, split_seed: int = 2020,
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    *,
+    split_lists: Sequence[str] | None = None,
+    split_seed: int = 2020,
     check_counts: bool = True,
 ) -> RetrievalData:
     """The data set of that name below ``root``, or a folder of images by class; nothing held out for validation yet.
@@ -89,7 +93,9 @@ def load(
     if name not in COUNTS:
         return read_class_folder(Path(name))
     if root is None:
-        raise UserError(f"{name} needs --root, the folder with its images and annotation files (scripts/download_retrieval.sh fetches it)")
+        raise UserError(
+            f"{name} needs --root, the folder with its images and annotation files (scripts/download_retrieval.sh fetches it)"
+        )
     folder = _folder(Path(root), name)
     if name == "inat":
         data = _read_inat(folder, split_lists, split_seed)
@@ -111,7 +117,9 @@ def hold_out(data: RetrievalData, share: float, seed: int) -> RetrievalData:
     number = max(2, round(share * data.num_classes))
     if len(usable) < number or data.num_classes - number < 2:
         found = f"found {data.num_classes} training classes in {data.name}, {len(usable)} with two or more images"
-        raise UserError(f"{found}, wanted at least 2 to train on beside {number} for validation: lower --val-share, or give --select-on test")
+        raise UserError(
+            f"{found}, wanted at least 2 to train on beside {number} for validation: lower --val-share, or give --select-on test"
+        )
     held = np.sort(np.random.default_rng(seed).permutation(usable)[:number])
     kept = np.setdiff1d(np.arange(data.num_classes), held)
     supers = None if data.supers is None else data.supers[kept]
@@ -140,7 +148,9 @@ def without_unreadable(data: RetrievalData) -> RetrievalData:
         parts[part], bad = images.readable()
         if bad:
             others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            notes.append(f"{len(bad)} images of {images.name} cannot be read and are left out: {', '.join(bad[:3])}{others}")
+            notes.append(
+                f"{len(bad)} images of {images.name} cannot be read and are left out: {', '.join(bad[:3])}{others}"
+            )
     kept = np.flatnonzero(parts["train"].counts)
     supers = None if data.supers is None else data.supers[kept]
     train = parts.pop("train").of_classes(kept.tolist())
@@ -163,7 +173,11 @@ def read_list(path: Path) -> Rows:
     """A list ``image_id class_id super_class_id path`` with that header, fields separated by blanks."""
     lines = _lines(path)
     if not lines or lines[0].split() != ["image_id", "class_id", "super_class_id", "path"]:
-        raise UserError(f"{path} starts with {lines[0][:60]!r}, wanted the header image_id class_id super_class_id path" if lines else f"{path} is empty")
+        raise UserError(
+            f"{path} starts with {lines[0][:60]!r}, wanted the header image_id class_id super_class_id path"
+            if lines
+            else f"{path} is empty"
+        )
     rows = [line.split(maxsplit=3) for line in lines[1:]]
     return _rows(path, rows, label=1, super_label=2, name=3)
 
@@ -182,9 +196,15 @@ def _rows(path: Path, rows: Sequence[Sequence[str]], *, label: int, super_label:
     wanted = max(label, super_label or 0, name) + 1
     for number, row in enumerate(rows, start=2):
         if len(row) < wanted or not row[label].lstrip("-").isdigit():
-            raise UserError(f"{path}, line {number}: found {' '.join(row)[:80]!r}, wanted {wanted} fields with a class number: bring the file back")
+            raise UserError(
+                f"{path}, line {number}: found {' '.join(row)[:80]!r}, wanted {wanted} fields with a class number: bring the file back"
+            )
     classes = np.array([int(row[label]) for row in rows], dtype=np.int64)
-    supers = np.zeros(len(rows), dtype=np.int64) if super_label is None else np.array([int(row[super_label]) for row in rows], dtype=np.int64)
+    supers = (
+        np.zeros(len(rows), dtype=np.int64)
+        if super_label is None
+        else np.array([int(row[super_label]) for row in rows], dtype=np.int64)
+    )
     return Rows([row[name] for row in rows], classes, supers)
 
 
@@ -192,16 +212,26 @@ def _lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
-        raise UserError(f"there is no {path}: put the official annotation file there (scripts/download_retrieval.sh fetches it)") from None
+        raise UserError(
+            f"there is no {path}: put the official annotation file there (scripts/download_retrieval.sh fetches it)"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): bring the file back") from None
 
 
 def _folder(root: Path, name: str) -> Path:
     """The data set's folder: ``root`` itself, or its usual name below ``root``."""
-    usual = {"cub": "CUB_200_2011", "cars": "car196", "sop": "Stanford_Online_Products", "inshop": "inshop", "inat": "train_mini_resized"}
+    usual = {
+        "cub": "CUB_200_2011",
+        "cars": "car196",
+        "sop": "Stanford_Online_Products",
+        "inshop": "inshop",
+        "inat": "train_mini_resized",
+    }
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}: give the folder of {name} with --root (scripts/download_retrieval.sh fetches it)")
+        raise UserError(
+            f"there is no folder {root}: give the folder of {name} with --root (scripts/download_retrieval.sh fetches it)"
+        )
     return root / usual[name] if (root / usual[name]).is_dir() else root
 
 
@@ -213,7 +243,9 @@ def _read_cub(folder: Path) -> RetrievalData:
         names = _numbered(folder / "images.txt")
         labels = _numbered(folder / "image_class_labels.txt")
         if names.keys() != labels.keys():
-            raise UserError(f"{folder / 'images.txt'} and image_class_labels.txt name different images: bring the official files back")
+            raise UserError(
+                f"{folder / 'images.txt'} and image_class_labels.txt name different images: bring the official files back"
+            )
         classes = _integers(labels.values(), folder / "image_class_labels.txt")
         rows = Rows([f"images/{name}" for name in names.values()], classes, np.ones(len(classes), dtype=np.int64))
         return _halves(folder, "cub", rows, last_trained=100)
@@ -225,7 +257,9 @@ def _read_cars(folder: Path) -> RetrievalData:
     if not annotations.is_file() and (folder / "cars196_train.txt").is_file():
         return _listed(folder, "cars", "cars196")
     if not annotations.is_file():
-        raise UserError(f"there is no {annotations}, nor cars196_train.txt beside it: put the official annotation file there")
+        raise UserError(
+            f"there is no {annotations}, nor cars196_train.txt beside it: put the official annotation file there"
+        )
     import scipy.io
 
     try:
@@ -245,7 +279,14 @@ def _read_sop(folder: Path) -> RetrievalData:
 
 
 def _read_inshop(folder: Path) -> RetrievalData:
-    official = next((path for path in (folder / "list_eval_partition.txt", folder / "Eval" / "list_eval_partition.txt") if path.is_file()), None)
+    official = next(
+        (
+            path
+            for path in (folder / "list_eval_partition.txt", folder / "Eval" / "list_eval_partition.txt")
+            if path.is_file()
+        ),
+        None,
+    )
     if official is None and (folder / "inshop_train.txt").is_file():
         parts = {part: read_list(folder / f"inshop_{part}.txt") for part in ("train", "query", "gallery")}
     else:
@@ -255,7 +296,9 @@ def _read_inshop(folder: Path) -> RetrievalData:
     place = {label: number for number, label in enumerate(known.tolist())}
     strange = [label for label in parts["gallery"].classes.tolist() if label not in place]
     if strange:
-        raise UserError(f"{folder}: the gallery has the item {strange[0]}, which no query is of: bring the official file back")
+        raise UserError(
+            f"{folder}: the gallery has the item {strange[0]}, which no query is of: bring the official file back"
+        )
     gallery_labels = np.array([place[label] for label in parts["gallery"].classes.tolist()], dtype=np.int64)
     gallery = ImageSet(_files(folder, parts["gallery"].paths), gallery_labels, data.test.classes, "inshop gallery")
     return replace(data, gallery=gallery)
@@ -267,7 +310,9 @@ def _partition(path: Path) -> dict[str, Rows]:
     rows = [line.split() for line in lines]
     wrong = next((row for row in rows if len(row) != 3 or row[2] not in ("train", "query", "gallery")), None)
     if wrong is not None or not rows:
-        raise UserError(f"{path}: found {' '.join(wrong or [])[:80]!r}, wanted image, item id and train, query or gallery: bring the official file back")
+        raise UserError(
+            f"{path}: found {' '.join(wrong or [])[:80]!r}, wanted image, item id and train, query or gallery: bring the official file back"
+        )
     trained = sorted({row[1] for row in rows if row[2] == "train"})
     tested = sorted({row[1] for row in rows if row[2] != "train"})
     number = {item: label for label, item in enumerate([*trained, *tested])}
@@ -281,12 +326,17 @@ def _partition(path: Path) -> dict[str, Rows]:
 
 def _read_inat(folder: Path, split_lists: Sequence[str] | None, seed: int) -> RetrievalData:
     if split_lists is not None:
-        train, test = (_rows(Path(path), [line.rsplit(",", 2) for line in _lines(Path(path))], label=2, super_label=1, name=0) for path in split_lists)
+        train, test = (
+            _rows(Path(path), [line.rsplit(",", 2) for line in _lines(Path(path))], label=2, super_label=1, name=0)
+            for path in split_lists
+        )
         data, notes = _of_rows(folder, "inat", train, test), ()
     else:
         train, test = _drawn_inat(folder, seed)
         data = _of_rows(folder, "inat", train, test)
-        notes = (f"the split is drawn by --split-seed {seed}; figures are not comparable with published ones, whose split is in --split-lists",)
+        notes = (
+            f"the split is drawn by --split-seed {seed}; figures are not comparable with published ones, whose split is in --split-lists",
+        )
     first = dict(zip(train.classes.tolist(), train.supers.tolist(), strict=True))
     _, supers = np.unique([first[label] for label in np.unique(train.classes).tolist()], return_inverse=True)
     return replace(data, supers=supers, notes=notes)
@@ -296,7 +346,9 @@ def _drawn_inat(folder: Path, seed: int) -> tuple[Rows, Rows]:
     """Per super-category: classes shuffled, the first half (rounded down) tests, the rest trains."""
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[:5].isdigit())
     if not classes:
-        raise UserError(f"{folder} has no class folders such as 00000_Animalia_...: give the folder of train_mini's classes with --root")
+        raise UserError(
+            f"{folder} has no class folders such as 00000_Animalia_...: give the folder of train_mini's classes with --root"
+        )
     above = np.array([_inat_super(name) for name in classes])
     generator, tested = np.random.default_rng(seed), set()
     for kind in np.unique(above):
@@ -305,8 +357,13 @@ def _drawn_inat(folder: Path, seed: int) -> tuple[Rows, Rows]:
     parts: tuple[list, list] = ([], [])
     for number, name in enumerate(classes):
         pictures = sorted(path.name for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
-        parts[number in tested].extend((f"{name}/{picture}", int(name.split("_")[0]), above[number]) for picture in pictures)
-    return tuple(Rows([row[0] for row in part], np.array([row[1] for row in part]), np.array([row[2] for row in part])) for part in parts)
+        parts[number in tested].extend(
+            (f"{name}/{picture}", int(name.split("_")[0]), above[number]) for picture in pictures
+        )
+    return tuple(
+        Rows([row[0] for row in part], np.array([row[1] for row in part]), np.array([row[2] for row in part]))
+        for part in parts
+    )
 
 
 def _inat_super(name: str) -> int:
@@ -322,16 +379,23 @@ def _listed(folder: Path, name: str, prefix: str) -> RetrievalData:
 def _halves(folder: Path, name: str, rows: Rows, last_trained: int) -> RetrievalData:
     """Class ids up to ``last_trained`` train, the others test."""
     trained = rows.classes <= last_trained
-    parts = [Rows([rows.paths[i] for i in np.flatnonzero(own)], rows.classes[own], rows.supers[own]) for own in (trained, ~trained)]
+    parts = [
+        Rows([rows.paths[i] for i in np.flatnonzero(own)], rows.classes[own], rows.supers[own])
+        for own in (trained, ~trained)
+    ]
     return _of_rows(folder, name, *parts)
 
 
 def _of_rows(folder: Path, name: str, train: Rows, test: Rows) -> RetrievalData:
     common = np.intersect1d(train.classes, test.classes)
     if len(common):
-        raise UserError(f"{folder}: class {common[0]} is in the train and the test list, wanted disjoint classes: bring the official files back")
+        raise UserError(
+            f"{folder}: class {common[0]} is in the train and the test list, wanted disjoint classes: bring the official files back"
+        )
     if not len(train.paths) or not len(test.paths):
-        raise UserError(f"{folder}: found {len(train.paths)} train and {len(test.paths)} test images: bring the official files back")
+        raise UserError(
+            f"{folder}: found {len(train.paths)} train and {len(test.paths)} test images: bring the official files back"
+        )
     return RetrievalData(name, _image_set(folder, f"{name} train", train), _image_set(folder, f"{name} test", test))
 
 
@@ -368,11 +432,25 @@ def _integers(words: Iterable[str], path: Path) -> np.ndarray:
 
 
 def _check_counts(data: RetrievalData, wanted: Counts) -> None:
-    found = Counts(len(data.train), data.num_classes, len(data.test), len(data.test.classes), None if data.gallery is None else len(data.gallery))
-    names = [name for name in ("train", "train_classes", "test", "test_classes", "gallery") if getattr(found, name) != getattr(wanted, name)]
+    found = Counts(
+        len(data.train),
+        data.num_classes,
+        len(data.test),
+        len(data.test.classes),
+        None if data.gallery is None else len(data.gallery),
+    )
+    names = [
+        name
+        for name in ("train", "train_classes", "test", "test_classes", "gallery")
+        if getattr(found, name) != getattr(wanted, name)
+    ]
     if names:
-        words = ", ".join(f"{name.replace('_', ' ')} {getattr(found, name)} (published {getattr(wanted, name)})" for name in names)
-        raise UserError(f"{data.name} differs from the published data: {words}: fetch it anew, or give --check-counts 0")
+        words = ", ".join(
+            f"{name.replace('_', ' ')} {getattr(found, name)} (published {getattr(wanted, name)})" for name in names
+        )
+        raise UserError(
+            f"{data.name} differs from the published data: {words}: fetch it anew, or give --check-counts 0"
+        )
 
 
 def _check_files(data: RetrievalData, folder: Path) -> None:
@@ -380,7 +458,9 @@ def _check_files(data: RetrievalData, folder: Path) -> None:
         paths = part.pictures.paths if part is not None else ()
         missing = next((path for path in paths if not os.path.exists(path)), None)
         if missing is not None:
-            raise UserError(f"there is no image {missing}, which the annotation files name: unpack the images of {data.name} into {folder}")
+            raise UserError(
+                f"there is no image {missing}, which the annotation files name: unpack the images of {data.name} into {folder}"
+            )
 
 
 # -- small sets and folders
@@ -398,7 +478,9 @@ def read_class_folder(folder: Path) -> RetrievalData:
         parts = [_class_images(place, f"{folder.name} {place.name}") for place in (train, test)]
         common = sorted(set(parts[0].classes) & set(parts[1].classes))
         if common:
-            raise UserError(f"{folder} has the class {common[0]!r} in train and in test, wanted disjoint classes: retrieval is judged on new ones")
+            raise UserError(
+                f"{folder} has the class {common[0]!r} in train and in test, wanted disjoint classes: retrieval is judged on new ones"
+            )
         return RetrievalData(folder.name, *parts)
     whole = _class_images(folder, folder.name)
     return _first_half(whole, folder.name)
@@ -406,7 +488,10 @@ def read_class_folder(folder: Path) -> RetrievalData:
 
 def _class_images(folder: Path, name: str) -> ImageSet:
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = [sorted(str(path) for path in (folder / label).rglob("*") if path.suffix.lower() in SUFFIXES) for label in classes]
+    found = [
+        sorted(str(path) for path in (folder / label).rglob("*") if path.suffix.lower() in SUFFIXES)
+        for label in classes
+    ]
     if len(classes) < 2 or not all(found):
         empty = next((label for label, paths in zip(classes, found, strict=True) if not paths), None)
         what = f"{len(classes)} class folders" if empty is None else f"no image in the class folder {empty!r}"
@@ -415,7 +500,9 @@ def _class_images(folder: Path, name: str) -> ImageSet:
     return ImageSet(FilePictures([path for paths in found for path in paths]), labels, tuple(classes), name)
 
 
-def _first_half(whole: ImageSet, name: str, trained: int | None = None, flip: bool = True, notes: tuple[str, ...] = ()) -> RetrievalData:
+def _first_half(
+    whole: ImageSet, name: str, trained: int | None = None, flip: bool = True, notes: tuple[str, ...] = ()
+) -> RetrievalData:
     number = len(whole.classes)
     cut = (number + 1) // 2 if trained is None else trained
     if number - cut < 2:

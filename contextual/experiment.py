@@ -27,7 +27,11 @@ from gfml.train import Closure, FitResult, Terms
 def load_data(options: Options) -> RetrievalData:
     """The data with its validation classes held out, unless selection is on test."""
     data = datasets.load(
-        options.dataset, options.root, split_lists=options.split_lists, split_seed=options.split_seed, check_counts=bool(options.check_counts)
+        options.dataset,
+        options.root,
+        split_lists=options.split_lists,
+        split_seed=options.split_seed,
+        check_counts=bool(options.check_counts),
     )
     if options.skip_bad_images:
         data = datasets.without_unreadable(data)
@@ -67,18 +71,29 @@ class Retriever(nn.Module):
 def build_model(options: Options, num_classes: int, device: torch.device) -> Retriever:
     """Network, projector and loss as the flags say; ``--checkpoint`` weights are loaded into the network."""
     backbone, channels = build_backbone(
-        options.backbone, pretrained=bool(options.pretrained), image_size=options.image_size,
-        own_pooling=options.pooling == "backbone", width=options.width,
+        options.backbone,
+        pretrained=bool(options.pretrained),
+        image_size=options.image_size,
+        own_pooling=options.pooling == "backbone",
+        width=options.width,
     )
     net = EmbeddingNet(
-        backbone, channels, options.embedding_size, pooling=options.pooling, layer_norm=bool(options.layer_norm),
-        kaiming=options.pipeline == "224", batch_norm=options.batch_norm,
+        backbone,
+        channels,
+        options.embedding_size,
+        pooling=options.pooling,
+        layer_norm=bool(options.layer_norm),
+        kaiming=options.pipeline == "224",
+        batch_norm=options.batch_norm,
     )
     linear = options.bottleneck == "linear"
     projector = Projector(options.embedding_size, options.train_embedding) if linear else None
     criterion = build_loss(
-        options.loss, num_classes=num_classes, embedding_dim=options.train_embedding if linear else options.embedding_size,
-        pipeline=options.pipeline, options=loss_options(options),
+        options.loss,
+        num_classes=num_classes,
+        embedding_dim=options.train_embedding if linear else options.embedding_size,
+        pipeline=options.pipeline,
+        options=loss_options(options),
     )
     model = Retriever(net, projector, criterion)
     if options.checkpoint is not None:
@@ -89,9 +104,20 @@ def build_model(options: Options, num_classes: int, device: torch.device) -> Ret
 def loss_options(options: Options) -> LossOptions:
     """The flags of the loss."""
     return LossOptions(
-        lam=options.lam, gamma=options.gamma, lam_convention=options.lam_convention, regularise=options.regularise, k=options.k,
-        eps=options.eps, slope=options.slope, pos_margin=options.pos_margin, neg_margin=options.neg_margin, reg_sim=options.reg_sim,
-        alpha=options.alpha, mrg=options.mrg, backend=options.loss_backend, ablation=options.ablation,
+        lam=options.lam,
+        gamma=options.gamma,
+        lam_convention=options.lam_convention,
+        regularise=options.regularise,
+        k=options.k,
+        eps=options.eps,
+        slope=options.slope,
+        pos_margin=options.pos_margin,
+        neg_margin=options.neg_margin,
+        reg_sim=options.reg_sim,
+        alpha=options.alpha,
+        mrg=options.mrg,
+        backend=options.loss_backend,
+        ablation=options.ablation,
     )
 
 
@@ -100,7 +126,9 @@ def _start_from(model: Retriever, path: Path) -> None:
     from gfml.runs import damaged, load_state
 
     prefix = "encoder.0."
-    saved = {key.removeprefix(prefix): value for key, value in load_state(path)["model"].items() if key.startswith(prefix)}
+    saved = {
+        key.removeprefix(prefix): value for key, value in load_state(path)["model"].items() if key.startswith(prefix)
+    }
     try:
         model.net.load_state_dict(saved)
     except RuntimeError as error:
@@ -136,7 +164,9 @@ class WarmStep:
         self.epoch = state["epoch"]
 
 
-def build_training(options: Options, model: Retriever) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR, WarmStep]:
+def build_training(
+    options: Options, model: Retriever
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR, WarmStep]:
     """Optimizer with its groups of learning rates, their schedule, and the step.
 
     256: the head has lr, the backbone lr / 2, proxies a constant rate. 224: the backbone has lr, the head the same,
@@ -156,7 +186,9 @@ def build_training(options: Options, model: Retriever) -> tuple[torch.optim.Opti
     kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind(groups, lr=options.lr, weight_decay=options.weight_decay)
     falling = lr_factor(options)
-    factors: list[Callable[[int], float]] = [falling if number < scheduled or not large else lambda epoch: 1.0 for number in range(len(groups))]
+    factors: list[Callable[[int], float]] = [
+        falling if number < scheduled or not large else lambda epoch: 1.0 for number in range(len(groups))
+    ]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     return optimizer, scheduler, WarmStep(groups[0]["params"], options.warm)
 
@@ -166,7 +198,11 @@ def lr_factor(options: Options) -> Callable[[int], float]:
 
     def factor(epoch: int) -> float:
         done = epoch + options.start_epoch
-        falls = done // options.lr_decay_step if options.lr_decay_step else sum(milestone <= done for milestone in options.milestones)
+        falls = (
+            done // options.lr_decay_step
+            if options.lr_decay_step
+            else sum(milestone <= done for milestone in options.milestones)
+        )
         return options.lr_decay_gamma**falls
 
     return factor
@@ -176,12 +212,21 @@ def build_batches(options: Options, data: RetrievalData, world: World) -> TrainB
     """Batches of the training part; each process reads its rows of every batch."""
     kind = "halves" if options.hierarchical else "classes" if options.ipc else "shuffle"
     plan = Plan(kind, options.batch_size, options.ipc)
-    steps = options.batches_per_epoch or default_batches(options.pipeline, options.dataset, len(data.train), data.num_classes, plan)
+    steps = options.batches_per_epoch or default_batches(
+        options.pipeline, options.dataset, len(data.train), data.num_classes, plan
+    )
     plan = Plan(kind, options.batch_size, options.ipc, steps)
     sampler = BatchSampler(
-        data.train.labels, plan, seed=options.seed, supers=data.supers, pairs=PAIRS.get(options.dataset, PAIRS["sop"]), rows=world.rows(options.batch_size)
+        data.train.labels,
+        plan,
+        seed=options.seed,
+        supers=data.supers,
+        pairs=PAIRS.get(options.dataset, PAIRS["sop"]),
+        rows=world.rows(options.batch_size),
     )
-    transform = train_transform(options.trainxform, options.pipeline, options.dataset, options.image_size, options.xform_scale, flip=data.flip)
+    transform = train_transform(
+        options.trainxform, options.pipeline, options.dataset, options.image_size, options.xform_scale, flip=data.flip
+    )
     return TrainBatches(data.train, transform, sampler, world.device, options.workers)
 
 
@@ -207,11 +252,15 @@ class Judge:
         encode = encode or self.model.net
         found = []
         for pictures, _ in in_order(own, transform, options.batch_size, self.world.device, options.workers):
-            with torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=use_amp(options, self.world.device)):
+            with torch.autocast(
+                self.world.device.type, dtype=torch.bfloat16, enabled=use_amp(options, self.world.device)
+            ):
                 found.append(encode(pictures).float())
         return distributed.gather(torch.cat(found))
 
-    def retrieval(self, split: str, encode: Callable[[Tensor], Tensor] | None = None, keep: int = 10) -> tuple[Retrieval, Tensor]:
+    def retrieval(
+        self, split: str, encode: Callable[[Tensor], Tensor] | None = None, keep: int = 10
+    ) -> tuple[Retrieval, Tensor]:
         """Metrics of a part, and its embeddings. test is looked up in the gallery where the data has one."""
         images, options = self.part(split), self.options
         embeddings, labels = self.embeddings(images, encode), torch.from_numpy(images.labels).to(self.world.device)
@@ -219,7 +268,15 @@ class Judge:
         if split == "test" and self.data.gallery is not None:
             gallery = self.data.gallery
             references = (self.embeddings(gallery, encode), torch.from_numpy(gallery.labels).to(self.world.device))
-        found = retrieve(embeddings, labels, *references, ks=cut_offs(options), keep=keep, whole=bool(options.full_map), memory_mib=options.memory_mib)
+        found = retrieve(
+            embeddings,
+            labels,
+            *references,
+            ks=cut_offs(options),
+            keep=keep,
+            whole=bool(options.full_map),
+            memory_mib=options.memory_mib,
+        )
         return found, embeddings
 
     def metrics(self, split: str) -> dict[str, float]:
@@ -239,7 +296,9 @@ def use_amp(options: Options, device: torch.device) -> bool:
     return device.type == "cuda" if options.amp is None else bool(options.amp)
 
 
-def refit(options: Options, data: RetrievalData, world: World, fitted: FitResult, run: Run) -> tuple[Retriever, RetrievalData]:
+def refit(
+    options: Options, data: RetrievalData, world: World, fitted: FitResult, run: Run
+) -> tuple[Retriever, RetrievalData]:
     """A model trained anew on all training classes for the selected number of epochs, and that data."""
     whole = whole_data(options)
     seed_everything(options.seed)
@@ -247,8 +306,18 @@ def refit(options: Options, data: RetrievalData, world: World, fitted: FitResult
     model.share(sync_batchnorm=syncs_batchnorm(options, world))
     optimizer, scheduler, step = build_training(options, model)
     model = program.refit(
-        model, optimizer, fitted=fitted, run=run, family="contextual", batches=build_batches(options, whole, world), loss_fn=model.loss,
-        step=step, scheduler=scheduler, amp=use_amp(options, world.device), checkpoint_every=options.checkpoint_every, progress=options.progress,
+        model,
+        optimizer,
+        fitted=fitted,
+        run=run,
+        family="contextual",
+        batches=build_batches(options, whole, world),
+        loss_fn=model.loss,
+        step=step,
+        scheduler=scheduler,
+        amp=use_amp(options, world.device),
+        checkpoint_every=options.checkpoint_every,
+        progress=options.progress,
     )
     return model, whole
 
@@ -271,14 +340,20 @@ def load_reported(options: Options, data: RetrievalData, world: World, run: Run)
     return program.load_reported(build_model(quiet, data.num_classes, world.device), run.path, done=run.is_done), data
 
 
-def describe(options: Options, data: RetrievalData, model: Retriever, batches: TrainBatches, world: World, run: Run) -> str:
+def describe(
+    options: Options, data: RetrievalData, model: Retriever, batches: TrainBatches, world: World, run: Run
+) -> str:
     """What is about to run, in a few lines."""
     parts = [("train", data.train), ("validation", data.valid), ("test", data.test), ("gallery", data.gallery)]
-    sizes = ", ".join(f"{name} {len(part):,} of {len(part.classes):,} classes" for name, part in parts if part is not None)
+    sizes = ", ".join(
+        f"{name} {len(part):,} of {len(part.classes):,} classes" for name, part in parts if part is not None
+    )
     parameters = sum(p.numel() for p in model.net.parameters())
     lines = [f"{data.name}: {sizes}", *(f"note: {note}" for note in data.notes)]
     if options.batch_norm != "train" and not options.pretrained:
-        lines.append("note: the batch statistics of an untrained network are frozen, which leaves it without normalisation; --batch-norm train")
+        lines.append(
+            "note: the batch statistics of an untrained network are frozen, which leaves it without normalisation; --batch-norm train"
+        )
     lines += [
         f"{options.backbone}, {'published weights' if options.pretrained else 'from scratch'}, {options.image_size} pixels, "
         f"{options.pooling} pooling, batch norm {options.batch_norm}, {options.embedding_size}-d; {parameters:,} parameters on {world.device}",

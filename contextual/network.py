@@ -54,10 +54,16 @@ class GlobalPool(nn.Module):
 class _Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+        self.first = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+        )
         self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
         same = stride == 1 and inputs == outputs
-        self.short = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.short = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.second(self.first(x)) + self.short(x))
@@ -71,7 +77,9 @@ class SmallNet(nn.Sequential):
 
     def __init__(self, image_size: int, width: int = 32) -> None:
         stride = 2 if image_size <= 48 else 4
-        stem = nn.Sequential(nn.Conv2d(3, width, 2 * stride - 1, stride, stride - 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        stem = nn.Sequential(
+            nn.Conv2d(3, width, 2 * stride - 1, stride, stride - 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         stages = [_Residual(width, width, 1), _Residual(width, 2 * width, 2), _Residual(2 * width, 4 * width, 2)]
         super().__init__(stem, *stages)
         self.num_features = 4 * width
@@ -85,8 +93,15 @@ class EmbeddingNet(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, num_features: int, dim: int, *, pooling: Pooling, layer_norm: bool = False,
-        kaiming: bool = False, batch_norm: BatchNorm = "train",
+        self,
+        backbone: nn.Module,
+        num_features: int,
+        dim: int,
+        *,
+        pooling: Pooling,
+        layer_norm: bool = False,
+        kaiming: bool = False,
+        batch_norm: BatchNorm = "train",
     ) -> None:
         super().__init__()
         pools = {"gem": GeM, "backbone": nn.Identity}
@@ -130,7 +145,9 @@ def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
     return (layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm))
 
 
-def build_backbone(name: str, *, pretrained: bool, image_size: int, own_pooling: bool = False, width: int = 32) -> tuple[nn.Module, int]:
+def build_backbone(
+    name: str, *, pretrained: bool, image_size: int, own_pooling: bool = False, width: int = 32
+) -> tuple[nn.Module, int]:
     """The backbone without classifier, and the number of its channels.
 
     own_pooling: the backbone ends with its own pooling ([B, C]), which networks without feature maps need.
@@ -138,14 +155,20 @@ def build_backbone(name: str, *, pretrained: bool, image_size: int, own_pooling:
     """
     if name == SMALL:
         if pretrained:
-            raise UserError("--backbone small has no pretrained weights: give --pretrained 0, or a timm name such as resnet50")
+            raise UserError(
+                "--backbone small has no pretrained weights: give --pretrained 0, or a timm name such as resnet50"
+            )
         return SmallNet(image_size, width), 4 * width
     return _timm_backbone(PLAIN_NAMES.get(name, name), pretrained, image_size, own_pooling)
 
 
 def _timm_backbone(name: str, pretrained: bool, image_size: int, own_pooling: bool) -> tuple[nn.Module, int]:
+    import logging
+
     import timm
 
+    # Its warnings about each retry would bury the one line that says what to do.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not timm.is_model(name):
         near = suggest(name, timm.list_models())
         raise UserError(f"unknown backbone {name!r}: give small or a model name of timm such as resnet50{near}")
@@ -169,10 +192,14 @@ def _check_maps(model: nn.Module, name: str, image_size: int, own_pooling: bool)
     try:
         shape = tuple(model.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"{name} does not take pictures of {image_size} pixels ({str(error).splitlines()[0]}): mend --image-size") from error
+        raise UserError(
+            f"{name} does not take pictures of {image_size} pixels ({str(error).splitlines()[0]}): mend --image-size"
+        ) from error
     finally:
         model.train(training)
     wanted = 2 if own_pooling else 4
     if len(shape) != wanted or shape[1] != model.num_features:
         kind = "[B, C]" if own_pooling else "maps [B, C, H, W]"
-        raise UserError(f"{name} gives features of shape {shape}, wanted {kind}: give --pooling backbone, or another --backbone")
+        raise UserError(
+            f"{name} gives features of shape {shape}, wanted {kind}: give --pooling backbone, or another --backbone"
+        )

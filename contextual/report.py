@@ -22,10 +22,15 @@ RIGHT, WRONG, QUERY = "#2f9e68", "#d4574a", "#6f7682"
 SIDE = 96
 
 
-def write_page(run: Run, data: RetrievalData, result: Mapping[str, Any], found: Retrieval, *, queries: int, seed: int) -> Path:
+def write_page(
+    run: Run, data: RetrievalData, result: Mapping[str, Any], found: Retrieval, *, queries: int, seed: int
+) -> Path:
     """Write ``report/report.html`` and ``.md`` in the run directory; the path of the page."""
     selection = result["selection"]
-    page = Page(f"{result['model']} on {data.name}", f"{selection['protocol']}, epoch {selection['epoch']}. Loss {result['loss']}.")
+    page = Page(
+        f"{result['model']} on {data.name}",
+        f"{selection['protocol']}, epoch {selection['epoch']}. Loss {result['loss']}.",
+    )
     if "optimistic" in selection["protocol"]:
         page.note("warning", "The epoch was chosen by the figures reported here: they are optimistic.")
     _figures(page, result)
@@ -41,9 +46,16 @@ def _figures(page: Page, result: Mapping[str, Any]) -> None:
     names = list(result["test"])
     on_test = [name for name in rows if name.endswith("test")]
     best = {name: {on_test[row] for row in best_rows([rows[label].get(name) for label in on_test])} for name in names}
-    cells = [[label, *(Cell(figure_of(values.get(name)), best=label in best[name]) for name in names)] for label, values in rows.items()]
+    cells = [
+        [label, *(Cell(figure_of(values.get(name)), best=label in best[name]) for name in names)]
+        for label, values in rows.items()
+    ]
     page.section("Figures")
-    page.table(["", *names], cells, "Best on test in bold. pixels: centred pictures at 16 x 16. starting network: its pooled features.")
+    page.table(
+        ["", *names],
+        cells,
+        "Best on test in bold. pixels: centred pictures at 16 x 16. starting network: its pooled features.",
+    )
 
 
 def _curves(page: Page, run: Run, selection: Mapping[str, Any]) -> None:
@@ -51,7 +63,11 @@ def _curves(page: Page, run: Run, selection: Mapping[str, Any]) -> None:
     if rows and "metric" in selection and selection.get("split"):
         select = f"{selection['split']}/{selection['metric']}"
         page.section("Training")
-        page.figure("curves", learning_curves([Curves(run.id, rows, select, selection["epoch"], COLORS[0])]), "Loss and selection by epoch.")
+        page.figure(
+            "curves",
+            learning_curves([Curves(run.id, rows, select, selection["epoch"], COLORS[0])]),
+            "Loss and selection by epoch.",
+        )
 
 
 def _neighbours(page: Page, data: RetrievalData, found: Retrieval, queries: int, seed: int) -> None:
@@ -66,14 +82,23 @@ def _neighbours(page: Page, data: RetrievalData, found: Retrieval, queries: int,
         # The errors the model is surest of.
         order = wrong[np.argsort(-found.cosines[wrong, 0], kind="stable")]
         chosen = one_per_class(order, data.test.labels, queries)
-        page.figure("errors", neighbour_figure(data.test, references, found, chosen), "Wrong nearest neighbours with the highest cosines.")
+        page.figure(
+            "errors",
+            neighbour_figure(data.test, references, found, chosen),
+            "Wrong nearest neighbours with the highest cosines.",
+        )
 
 
 def _classes(page: Page, rows: Sequence[Mapping[str, Any]], most: int = 20) -> None:
     names = [name for name in rows[0] if name != "class"]
-    cells = [[str(row["class"]), *(figure_of(row[name]) if name != "queries" else str(row[name]) for name in names)] for row in rows[:most]]
+    cells = [
+        [str(row["class"]), *(figure_of(row[name]) if name != "queries" else str(row[name]) for name in names)]
+        for row in rows[:most]
+    ]
     page.section("Hardest classes")
-    page.table(["class", *names], cells, f"{min(most, len(rows))} of {len(rows)} classes, by recall@1; all are in result.json.")
+    page.table(
+        ["class", *names], cells, f"{min(most, len(rows))} of {len(rows)} classes, by recall@1; all are in result.json."
+    )
 
 
 def one_per_class(order: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
@@ -85,7 +110,9 @@ def one_per_class(order: np.ndarray, labels: np.ndarray, number: int) -> np.ndar
 
 
 @styled
-def neighbour_figure(queries: ImageSet, references: ImageSet, found: Retrieval, chosen: np.ndarray, most: int = 8) -> Figure:
+def neighbour_figure(
+    queries: ImageSet, references: ImageSet, found: Retrieval, chosen: np.ndarray, most: int = 8
+) -> Figure:
     """A row per query: the query, then its nearest references framed green (its class) or red (another)."""
     columns = min(most, found.neighbours.shape[1]) + 1
     figure, axes = panels(len(chosen), columns, width=1.15 * columns, height=1.35)
@@ -103,6 +130,13 @@ def _picture(axis: Axes, images: ImageSet, index: int, color: str, label: str) -
     axis.imshow(resize(images.image(index), SIDE))
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
-    axis.set_title(label if len(label) <= 16 else f"{label[:15]}…", fontsize=6.5, color=color, loc="center", pad=3, fontweight="normal")
+    axis.set_title(
+        label if len(label) <= 16 else f"{label[:15]}…",
+        fontsize=6.5,
+        color=color,
+        loc="center",
+        pad=3,
+        fontweight="normal",
+    )
     for spine in axis.spines.values():
         spine.set(visible=True, color=color, linewidth=2.5)

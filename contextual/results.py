@@ -70,7 +70,9 @@ def judge(
 def facts(data: RetrievalData) -> dict[str, Any]:
     """Name, sizes, fingerprint and notes of the data."""
     parts = {"train": data.train, "valid": data.valid, "test": data.test, "gallery": data.gallery}
-    sizes = {name: {"images": len(part), "classes": len(part.classes)} for name, part in parts.items() if part is not None}
+    sizes = {
+        name: {"images": len(part), "classes": len(part.classes)} for name, part in parts.items() if part is not None
+    }
     return {"name": data.name, "fingerprint": data.fingerprint, "notes": list(data.notes), **sizes}
 
 
@@ -78,7 +80,10 @@ def per_class(found: Retrieval, data: RetrievalData) -> list[dict[str, Any]]:
     """The classes of test, hardest first, by name; values that do not exist are None."""
     rows = by_class(found, data.test.labels)
     return [
-        {name: data.test.classes[value] if name == "class" else None if value != value else value for name, value in row.items()}
+        {
+            name: data.test.classes[value] if name == "class" else None if value != value else value
+            for name, value in row.items()
+        }
         for row in rows
     ]
 
@@ -106,15 +111,27 @@ def starting_features(options: Options, world: World) -> Callable[[Tensor], Tens
 
 
 def store(
-    options: Options, data: RetrievalData, model: Retriever, result: Mapping[str, Any], shown: Shown, run: Run, tracker: Tracker
+    options: Options,
+    data: RetrievalData,
+    model: Retriever,
+    result: Mapping[str, Any],
+    shown: Shown,
+    run: Run,
+    tracker: Tracker,
 ) -> None:
     """Write the reported weights, the arrays behind comparisons between runs, the page, and ``result.json``."""
     save_state(run.file("final.pt"), {"model": model.state_dict(), "selection": result["selection"]})
     arrays = {f"per_query/{name}": values.astype(np.float32) for name, values in shown.test.per_query.items()}
-    arrays |= {"labels": data.test.labels, "neighbours": shown.test.neighbours.astype(np.int32), "right": shown.test.right}
+    arrays |= {
+        "labels": data.test.labels,
+        "neighbours": shown.test.neighbours.astype(np.int32),
+        "right": shown.test.right,
+    }
     with atomic_open(run.file("analysis.npz"), "wb") as stream:
         np.savez_compressed(stream, **arrays)
-    tracker.scalars(result["selection"]["epoch"] or 0, {f"test/{name}": value for name, value in result["test"].items()})
+    tracker.scalars(
+        result["selection"]["epoch"] or 0, {f"test/{name}": value for name, value in result["test"].items()}
+    )
     draw(options, data, result, shown, run)
     run.finish(result)
 
@@ -141,5 +158,7 @@ def print_result(result: Mapping[str, Any], path: Path) -> None:
     print(f"loss {result['loss']}")
     print(text_table(rows, list(result["test"])))
     if result["unmatched_queries"]:
-        print(f"{result['unmatched_queries']} queries have no match; they count as misses in recall and are left out of the rest")
+        print(
+            f"{result['unmatched_queries']} queries have no match; they count as misses in recall and are left out of the rest"
+        )
     print(f"run directory   {path}")

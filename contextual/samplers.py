@@ -38,7 +38,13 @@ class BatchSampler:
     """
 
     def __init__(
-        self, labels: np.ndarray, plan: Plan, *, seed: int, supers: np.ndarray | None = None, pairs: int = PAIRS["sop"],
+        self,
+        labels: np.ndarray,
+        plan: Plan,
+        *,
+        seed: int,
+        supers: np.ndarray | None = None,
+        pairs: int = PAIRS["sop"],
         rows: slice = slice(None),
     ) -> None:
         self.labels, self.plan, self.seed, self.supers, self.pairs, self.rows = labels, plan, seed, supers, pairs, rows
@@ -57,7 +63,9 @@ class BatchSampler:
             return shuffled(len(self.labels), plan.batch_size, rng)[: plan.num_batches]
         if plan.kind == "classes":
             return class_balanced(self.labels, plan.batch_size, plan.per_class, plan.num_batches, rng)
-        return hierarchical(self.labels, self.supers, plan.batch_size, plan.per_class, self.pairs, rng)[: plan.num_batches]
+        return hierarchical(self.labels, self.supers, plan.batch_size, plan.per_class, self.pairs, rng)[
+            : plan.num_batches
+        ]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         batches = self.batches(self.epoch)
@@ -70,11 +78,15 @@ def check_plan(labels: np.ndarray, plan: Plan, supers: np.ndarray | None = None)
     """UserError when the data cannot fill a batch as the plan asks."""
     if plan.kind == "shuffle":
         if len(labels) < plan.batch_size:
-            raise UserError(f"found {len(labels)} training images, wanted at least a batch of {plan.batch_size}: lower --batch-size")
+            raise UserError(
+                f"found {len(labels)} training images, wanted at least a batch of {plan.batch_size}: lower --batch-size"
+            )
         return
     wanted, found = plan.batch_size // plan.per_class, len(np.unique(labels))
     if plan.batch_size % plan.per_class:
-        raise UserError(f"found a batch of {plan.batch_size} and {plan.per_class} images per class, wanted whole classes: mend --batch-size or --IPC")
+        raise UserError(
+            f"found a batch of {plan.batch_size} and {plan.per_class} images per class, wanted whole classes: mend --batch-size or --IPC"
+        )
     if plan.kind == "classes" and found < wanted:
         least = -(-plan.batch_size // found)
         raise UserError(
@@ -82,7 +94,9 @@ def check_plan(labels: np.ndarray, plan: Plan, supers: np.ndarray | None = None)
             f"give --batch-size {found * plan.per_class} or less, or --IPC {least} or more"
         )
     if plan.kind == "halves" and (supers is None or len(np.unique(supers)) < 2):
-        raise UserError("a hierarchical batch needs classes of two super-classes, which this data has not: give --hierarchical 0")
+        raise UserError(
+            "a hierarchical batch needs classes of two super-classes, which this data has not: give --hierarchical 0"
+        )
 
 
 def check_single_images(labels: np.ndarray, classes: Sequence[str]) -> None:
@@ -102,7 +116,9 @@ def shuffled(number: int, batch_size: int, rng: np.random.Generator) -> np.ndarr
     return rng.permutation(number)[: steps * batch_size].reshape(steps, batch_size)
 
 
-def class_balanced(labels: np.ndarray, batch_size: int, per_class: int, num_batches: int, rng: np.random.Generator) -> np.ndarray:
+def class_balanced(
+    labels: np.ndarray, batch_size: int, per_class: int, num_batches: int, rng: np.random.Generator
+) -> np.ndarray:
     """B / m different classes in a batch, m pictures of each side by side. Returns [num_batches, B].
 
     Classes come from a shuffled list that is dealt out and shuffled anew, so all meet about equally often and the groups

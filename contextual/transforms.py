@@ -94,11 +94,18 @@ def collate(items: Sequence[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Te
 class TrainBatches:
     """Batches of an epoch on the device: ``len`` and iteration, for :func:`gfml.train.fit`. Workers are kept."""
 
-    def __init__(self, images: ImageSet, transform: Transform, sampler: BatchSampler, device: torch.device, workers: int) -> None:
+    def __init__(
+        self, images: ImageSet, transform: Transform, sampler: BatchSampler, device: torch.device, workers: int
+    ) -> None:
         self.sampler, self.device = sampler, device
         self._loader = DataLoader(
-            Pictures(images, transform), batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=device.type == "cuda", generator=torch.Generator(),
+            Pictures(images, transform),
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),
         )
 
     def __call__(self, epoch: int) -> TrainBatches:
@@ -114,11 +121,20 @@ class TrainBatches:
             yield _placed(batch, self.device)
 
 
-def in_order(images: ImageSet, transform: Transform, batch_size: int, device: torch.device, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def in_order(
+    images: ImageSet, transform: Transform, batch_size: int, device: torch.device, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Every picture once, in order."""
-    keys = [[(index, 0) for index in range(start, min(start + batch_size, len(images)))] for start in range(0, len(images), batch_size)]
+    keys = [
+        [(index, 0) for index in range(start, min(start + batch_size, len(images)))]
+        for start in range(0, len(images), batch_size)
+    ]
     loader = DataLoader(
-        Pictures(images, transform), batch_sampler=keys, collate_fn=collate, num_workers=workers, generator=torch.Generator()
+        Pictures(images, transform),
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator(),
     )
     for batch in loader:
         yield _placed(batch, device)

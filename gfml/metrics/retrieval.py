@@ -115,12 +115,21 @@ def by_class(found: Retrieval, query_labels: Tensor | np.ndarray) -> list[dict[s
 
 
 def _check(
-    query: Tensor, query_labels: Tensor, reference: Tensor, reference_labels: Tensor | None, ks: Sequence[int], alone: bool
+    query: Tensor,
+    query_labels: Tensor,
+    reference: Tensor,
+    reference_labels: Tensor | None,
+    ks: Sequence[int],
+    alone: bool,
 ) -> None:
     if reference_labels is None or query.ndim != 2 or reference.ndim != 2 or query.shape[1] != reference.shape[1]:
-        raise ValueError(f"found shapes {tuple(query.shape)} and {tuple(reference.shape)}, wanted [Q, D] and [N, D] with labels")
+        raise ValueError(
+            f"found shapes {tuple(query.shape)} and {tuple(reference.shape)}, wanted [Q, D] and [N, D] with labels"
+        )
     if query_labels.shape != (len(query),) or reference_labels.shape != (len(reference),):
-        raise ValueError(f"found {len(query_labels)} and {len(reference_labels)} labels for {len(query)} and {len(reference)} rows")
+        raise ValueError(
+            f"found {len(query_labels)} and {len(reference_labels)} labels for {len(query)} and {len(reference)} rows"
+        )
     if len(query) == 0 or len(reference) <= int(alone):
         raise ValueError(f"found {len(query)} queries and {len(reference)} references, wanted something to rank")
     if not ks or min(ks) < 1:
@@ -136,8 +145,15 @@ def _block_size(num_references: int, depth: int, whole: bool, element: int, memo
 
 
 def _judge(
-    cosines: Tensor, query_class: Tensor, reference_class: Tensor, relevant: Tensor, ks: Sequence[int], keep: int,
-    depth: int, candidates: int, whole: bool,
+    cosines: Tensor,
+    query_class: Tensor,
+    reference_class: Tensor,
+    relevant: Tensor,
+    ks: Sequence[int],
+    keep: int,
+    depth: int,
+    candidates: int,
+    whole: bool,
 ) -> dict[str, Tensor]:
     """Metrics and neighbours of one block of queries."""
     values, indices = cosines.topk(depth, dim=1)
