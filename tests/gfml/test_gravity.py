@@ -423,6 +423,7 @@ def test_autocast_leaves_distances_in_single_precision(dist):
 
 MEMORY = """
 import resource, sys, torch
+from gfml.distances import SquaredDistance
 from gfml.gravity import Gravity, GravityScorer
 torch.set_num_threads(1)
 num_users, num_items, width = 100, 91_599, 64

@@ -444,7 +444,8 @@ def test_slurm_starts_ray_on_every_node_and_passes_the_sweep_on(tmp_path: Path) 
         stubs / "srun": 'while [[ $1 == --* ]]; do [[ $1 == --nodelist ]] && shift && node=$1; shift; done; NODE=$node exec "$@"',
         stubs / "hostname": "echo 10.0.0.7 fd00::1",
         venv / "ray": f'[ $1 = status ] && exit 0; echo "$NODE $*" >> {log}; exec sleep 20',
-        venv / "python": f'echo "python $*" >> {log}; exit 7',
+        # The sweep ends after every node has joined: how fast the stand-ins start is luck.
+        venv / "python": f'for try in {{1..300}}; do [ $(wc -l < {log}) -ge 3 ] && break; sleep 0.1; done; echo "python $*" >> {log}; exit 7',
     }
     for path, body in programs.items():
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
