@@ -233,6 +233,7 @@ class SimilarityLoss(BaseMetricLossFunction):
         return {"loss": {"losses": value, "indices": None, "reduction_type": "already_reduced"}}
 
     def of_similarities(self, sim: Tensor, labels: Tensor) -> Tensor:
+        """The loss of cosine similarities [B, B] with labels [B]: what a subclass defines."""
         raise NotImplementedError
 
 

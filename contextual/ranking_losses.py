@@ -120,6 +120,7 @@ class _APLoss(SimilarityLoss):
             return 1 - self.average_precision(sim, labels).mean()
 
     def average_precision(self, sim: Tensor, labels: Tensor) -> Tensor:
+        """AP of every query [B], from similarities [B, B] and labels [B]: what a subclass defines."""
         raise NotImplementedError
 
 

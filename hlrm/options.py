@@ -11,14 +11,24 @@ import json
 import sys
 from pathlib import Path
 
-from gfml.cli import Options, Parser, TopksAction, add_mirror_flags, add_run_flags, number
+from gfml.cli import (
+    BASELINES,
+    METRICS,
+    Options,
+    Parser,
+    TopksAction,
+    add_mirror_flags,
+    add_run_flags,
+    count,
+    nonnegative,
+    number,
+    positive,
+)
 from gfml.data.options import add_data_flags
 
 MODELS = ("hlr", "lrml", "cml", "transcf")
 TYPES = ("base", "plus")
 FORMS = ("memory", "diagonal")
-BASELINES = ("popularity", "item-knn", "ease")
-METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 # Where results go and what is judged after training: no part of what a run computes.
 NOT_IDENTITY = frozenset(
     {"save_model", "save_dir", "eval_batch_size", "baselines", "data_root", "cache_dir", "cache", "download"}
@@ -32,10 +42,6 @@ SYNOPSIS = frozenset({
 SYNOPSIS_SWITCHES = frozenset({"--is_pretrained_embs", "--freeze_embs", "--save_model"})
 # split_method of the port's config.json -> --split
 SPLIT_METHODS = {"fo": "global", "tfo": "time"}
-
-_positive = number(above=0)
-_nonnegative = number(least=0)
-_count = number(int, least=1)
 
 
 def yes_or_no(text: str) -> bool:
@@ -69,12 +75,12 @@ def build_train_parser() -> Parser:
     )
     group.add_argument(
         "--select-users",
-        type=_count,
+        type=count,
         default=1000,
         metavar="N",
         help="validation users ranked for --select-metric NAME@K",
     )
-    group.add_argument("--eval-every", type=_count, default=1, metavar="N", help="epochs between evaluations")
+    group.add_argument("--eval-every", type=count, default=1, metavar="N", help="epochs between evaluations")
     add_mirror_flags(parser)
     add_run_flags(parser)
     return parser
@@ -92,8 +98,8 @@ def build_eval_parser() -> Parser:
         "--save_dir", "--save-dir", default="hlrm_base.pt", metavar="FILE", help="saved model, or a run directory"
     )
     model.add_argument("--hlrm_type", choices=TYPES, help="must be the saved model's")
-    model.add_argument("--emb_size", type=_count, metavar="D", help="must be the saved model's")
-    model.add_argument("--num_relations", type=_count, metavar="N", help="must be the saved model's")
+    model.add_argument("--emb_size", type=count, metavar="D", help="must be the saved model's")
+    model.add_argument("--num_relations", type=count, metavar="N", help="must be the saved model's")
     model.add_argument(
         "--is_pretrained_embs",
         type=yes_or_no,
@@ -174,7 +180,7 @@ def _add_model_flags(parser: Parser) -> None:
     )
     group.add_argument(
         "--beta",
-        type=_nonnegative,
+        type=nonnegative,
         default=1.0,
         metavar="B",
         help="smoothing exponent of the user's attention; 1 is a softmax",
@@ -198,12 +204,12 @@ def _add_model_flags(parser: Parser) -> None:
         "--emb_size",
         "--embedding-dim",
         dest="emb_size",
-        type=_count,
+        type=count,
         default=100,
         metavar="D",
         help="width of the vectors",
     )
-    group.add_argument("--num_relations", type=_count, default=20, metavar="N", help="memory slots")
+    group.add_argument("--num_relations", type=count, default=20, metavar="N", help="memory slots")
     group.add_argument(
         "--num_inter",
         type=number(int, least=0),
@@ -225,7 +231,7 @@ def _add_model_flags(parser: Parser) -> None:
         help="how they are chosen when there are more",
     )
     group.add_argument(
-        "--clip_norm", type=_positive, default=1.0, metavar="R", help="radius of the ball of all vectors"
+        "--clip_norm", type=positive, default=1.0, metavar="R", help="radius of the ball of all vectors"
     )
     group.add_argument(
         "--clip-memory",
@@ -241,10 +247,10 @@ def _add_model_flags(parser: Parser) -> None:
         help="1: clip by min(1, R / (norm + 1e-7)) and sort the whole list in local NDCG, as the port does",
     )
     group.add_argument(
-        "--neighbour-weight", type=_nonnegative, default=0.1, help="transcf: weight of its neighbourhood regulariser"
+        "--neighbour-weight", type=nonnegative, default=0.1, help="transcf: weight of its neighbourhood regulariser"
     )
     group.add_argument(
-        "--distance-weight", type=_nonnegative, default=0.1, help="transcf: weight of its distance regulariser"
+        "--distance-weight", type=nonnegative, default=0.1, help="transcf: weight of its distance regulariser"
     )
 
 
@@ -283,13 +289,13 @@ def _add_training_flags(parser: Parser) -> None:
         "--train_batch_size",
         "--batch-size",
         dest="train_batch_size",
-        type=_count,
+        type=count,
         default=5000,
         metavar="B",
         help="pairs per step",
     )
     group.add_argument("--epochs", type=number(int, least=0), default=100, metavar="N", help="largest number of epochs")
-    group.add_argument("--lr", type=_positive, default=2e-4, help="learning rate")
+    group.add_argument("--lr", type=positive, default=2e-4, help="learning rate")
     group.add_argument(
         "--lr_scheduler_gamma",
         type=number(above=0, most=1),
@@ -301,13 +307,13 @@ def _add_training_flags(parser: Parser) -> None:
         "--clip", type=number(), default=3.0, metavar="NORM", help="largest gradient norm; 0 or less: none"
     )
     group.add_argument(
-        "--patience", type=_count, default=10, metavar="N", help="evaluations without a better one before stopping"
+        "--patience", type=count, default=10, metavar="N", help="evaluations without a better one before stopping"
     )
     group.add_argument(
         "--loss_margin",
         "--margin",
         dest="loss_margin",
-        type=_nonnegative,
+        type=nonnegative,
         default=0.2,
         metavar="M",
         help="margin, in units of the distance",
@@ -337,7 +343,7 @@ def _add_judging_flags(parser: Parser) -> None:
     group = parser.add_argument_group("judging")
     group.add_argument(
         "--eval_batch_size",
-        type=_count,
+        type=count,
         default=10000,
         metavar="N",
         help="most validation pairs and most items at a time",
@@ -356,7 +362,7 @@ def _add_protocol_flags(group: argparse._ArgumentGroup, *, train: bool = False) 
     """The same in both programs; in eval.py a flag that is not given has no value."""
     given = {"default": argparse.SUPPRESS} if not train else {}
     if not train:
-        group.add_argument("--eval_batch_size", type=_count, metavar="N", help="most items at a time")
+        group.add_argument("--eval_batch_size", type=count, metavar="N", help="most items at a time")
     group.add_argument(
         "--topk",
         "--topks",
@@ -369,13 +375,13 @@ def _add_protocol_flags(group: argparse._ArgumentGroup, *, train: bool = False) 
     )
     group.add_argument(
         "--eval_size",
-        type=_count,
+        type=count,
         metavar="N",
         help="test users in a cohort of the sampled protocol",
         **given or {"default": 1000},
     )
     group.add_argument(
-        "--num-cohorts", type=_count, metavar="N", help="cohorts of the sampled protocol", **given or {"default": 5}
+        "--num-cohorts", type=count, metavar="N", help="cohorts of the sampled protocol", **given or {"default": 5}
     )
     group.add_argument(
         "--mask-seen",
