@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import select
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -448,8 +449,18 @@ def set_threads(options: Options) -> None:
         torch.set_num_threads(options.threads)
 
 
+def _reader_is_gone() -> bool:
+    """Whether nobody reads stdout any more, as after ``| head``; then it is turned away, so that leaving is silent."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call ``main(argv)`` and return the exit code: 0, 2 after a UserError, 130 after Ctrl-C.
+    """Call ``main(argv)`` and return the exit code: 0, 2 after a UserError, 130 after Ctrl-C, 141 when stdout is closed.
 
     Any other exception keeps its traceback. Use as ``sys.exit(run_main(main))``.
     """
@@ -461,6 +472,10 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141
     except KeyboardInterrupt as interrupt:
         # The run directory, if one was open, left a note that says how to go on.
         note = "; ".join(getattr(interrupt, "__notes__", ())) or "run the same command again to continue"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tomllib
@@ -368,3 +369,17 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == "interrupted: continue with --resume runs/x\n"
     with pytest.raises(RuntimeError, match="bug"):
         cli.run_main(bug)
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """``program | head``: no traceback, and a broken pipe elsewhere is still one."""
+    code = "import sys; from gfml.cli import run_main\ndef main(argv):\n    for i in range(100_000): print('a line')\nsys.exit(run_main(main))"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} -c \"$CODE\" | head -n 1"],
+                          env={**os.environ, "CODE": code}, capture_output=True, text=True)  # fmt: skip
+    assert (done.stdout, done.stderr, done.returncode) == ("a line\n", "", 141)
+
+    def other(argv: object) -> int:
+        raise BrokenPipeError("a worker's")
+
+    with pytest.raises(BrokenPipeError):
+        cli.run_main(other)
