@@ -42,20 +42,31 @@ class StoredRun:
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """The content of analysis.npz. UserError when it cannot be read."""
-        file = self.path / "analysis.npz"
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                return dict(stored)
-        except (OSError, ValueError, BadZipFile) as error:
-            raise UserError(f"cannot read {file} ({error}): train the run again with --overwrite") from None
+        return read_arrays(self.path)
 
 
-def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[StoredRun]:
-    """The runs in these directories. UserError for a directory without a run and for one given twice."""
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The content of a run's analysis.npz. UserError when it cannot be read."""
+    file = path / "analysis.npz"
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, BadZipFile) as error:
+        raise UserError(f"cannot read {file} ({error}): train the run again with --overwrite") from None
+
+
+def each_once(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The paths. UserError for a directory that is given twice."""
     folders = [Path(path) for path in paths]
     for number, path in enumerate(folders):
         if path.resolve() in {other.resolve() for other in folders[:number]}:
             raise UserError(f"found the run {path} twice, wanted each once: drop one")
+    return folders
+
+
+def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[StoredRun]:
+    """The runs in these directories. UserError for a directory without a run and for one given twice."""
+    folders = each_once(paths)
     configs = [identity(read_config(path), BESIDE) for path in folders]
     # What a run directory is named after, without the digest of its settings.
     names = [path.resolve().name.rpartition("-")[0] or path.resolve().name for path in folders]

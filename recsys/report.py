@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 from recsys.options import NOT_IDENTITY
 
@@ -118,14 +117,9 @@ class StoredRun:
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """The content of analysis.npz."""
-        import numpy as np
+        from gfml.stored import read_arrays
 
-        file = self.path / "analysis.npz"
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                return dict(stored)
-        except (OSError, ValueError, BadZipFile) as error:
-            raise UserError(f"cannot read {file} ({error}): train the run again with --overwrite") from None
+        return read_arrays(self.path)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -136,11 +130,9 @@ class StoredRun:
 
 def _read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[StoredRun]:
     from gfml.report import COLORS
+    from gfml.stored import each_once
 
-    folders = [Path(path) for path in paths]
-    repeated = [path for number, path in enumerate(folders) if path.resolve() in {p.resolve() for p in folders[:number]}]
-    if repeated:
-        raise UserError(f"found the run {repeated[0]} twice, wanted each once: drop one")
+    folders = each_once(paths)
     read = [_read_run(path) for path in folders]
     labels = _labels([result["model"] for _, _, result in read], [config for config, _, _ in read])
     return [
