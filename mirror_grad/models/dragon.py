@@ -13,7 +13,7 @@ from gfml.sampling import Triples
 from gfml.sparse import SparseMatrix
 from gfml.topk import FactorScorer
 from mirror_grad.models import settings
-from mirror_grad.parts.branches import ModalityBranch, mixing_weights
+from mirror_grad.parts.branches import mixing_weights, modality_branches
 from mirror_grad.parts.graphs import LightPropagation, mixed_item_graph
 from mirror_grad.parts.losses import dot_bpr
 from mirror_grad.parts.modes import evaluating
@@ -42,9 +42,7 @@ class DRAGON(nn.Module):
         super().__init__()
         self.settings, self.published = settings, behaviour == "published"
         self.light = LightPropagation(data.interactions.train)
-        self.branches = nn.ModuleDict(
-            {name: ModalityBranch(f, data.num_users, embedding_dim) for name, f in data.features.items()}
-        )
+        self.branches = modality_branches(data.features, data.num_users, embedding_dim)
         self.user_weight = mixing_weights(data.num_users, len(self.branches))
         mixed = mixed_item_graph(data.features, settings.knn_k, settings.mm_image_weight, data.cache_dir)
         self.item_graph = SparseMatrix.from_scipy(mixed)

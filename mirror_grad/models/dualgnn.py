@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gfml.sampling import Triples
 from gfml.topk import FactorScorer
 from mirror_grad.models import settings
-from mirror_grad.parts.branches import ModalityBranch, mixing_weights
+from mirror_grad.parts.branches import mixing_weights, modality_branches
 from mirror_grad.parts.graphs import LightPropagation
 from mirror_grad.parts.losses import dot_bpr
 from mirror_grad.parts.modes import evaluating
@@ -39,9 +39,7 @@ class DualGNN(nn.Module):
         super().__init__()
         self.settings, self.published = settings, behaviour == "published"
         self.light = LightPropagation(data.interactions.train)
-        self.branches = nn.ModuleDict(
-            {name: ModalityBranch(f, data.num_users, embedding_dim) for name, f in data.features.items()}
-        )
+        self.branches = modality_branches(data.features, data.num_users, embedding_dim)
         self.user_weight = mixing_weights(data.num_users, len(self.branches))
         if self.published:
             self.item_weight = mixing_weights(data.num_items, len(self.branches))

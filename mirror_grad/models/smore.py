@@ -16,7 +16,7 @@ from gfml.sparse import SparseMatrix
 from gfml.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.features import projected
-from mirror_grad.parts.graphs import LightPropagation, bipartite, symmetric, weighted_item_graph
+from mirror_grad.parts.graphs import LightPropagation, user_block, weighted_item_graph
 from mirror_grad.parts.losses import dot_bpr, info_nce
 from mirror_grad.parts.modes import evaluating
 
@@ -49,7 +49,7 @@ class SMORE(nn.Module):
         self.tables = Tables(data.num_users, data.num_items, embedding_dim)
         train = data.interactions.train
         self.light = LightPropagation(train)
-        self.to_users = SparseMatrix.from_scipy(symmetric(bipartite(train))[: data.num_users, data.num_users :])
+        self.to_users = SparseMatrix.from_scipy(user_block(train))
         self.features = projected(data.features, embedding_dim, trained=settings.train_features)
         sizes = {"image": settings.image_knn_k, "text": settings.text_knn_k}
         graphs = {name: weighted_item_graph(f, sizes[name], data.cache_dir) for name, f in data.features.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,11 @@ class ModalityBranch(nn.Module):
     def forward(self, light: LightPropagation) -> Tensor:
         nodes = F.normalize(torch.cat([self.preference, self.mlp(self.features)]), dim=1)
         return light(nodes, 2, combine="sum")
+
+
+def modality_branches(features: Mapping[str, Tensor], num_users: int, dim: int) -> nn.ModuleDict:
+    """A :class:`ModalityBranch` for every modality, by name."""
+    return nn.ModuleDict({name: ModalityBranch(rows, num_users, dim) for name, rows in features.items()})
 
 
 def mixing_weights(count: int, modalities: int) -> nn.Parameter:
