@@ -6,6 +6,7 @@ pass is the product with the stored transpose; it is differentiable itself, so H
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -124,13 +125,25 @@ class _Dots(torch.autograd.Function):
     def forward(ctx: Any, left: Tensor, right: Tensor, matrix: SparseMatrix) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.matrix = matrix
-        return entry_dots(left, right, matrix.row_of, matrix.indices)
+        if left.device.type != "cpu" or left.dtype not in (torch.float32, torch.float64):
+            return entry_dots(left, right, matrix.row_of, matrix.indices)
+        # The library's own product at the places of a pattern: on the CPU several times faster than gathering.
+        return torch.sparse.sampled_addmm(_pattern(matrix, left), left, right.T, beta=0.0).values()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
         to_left = ctx.matrix(right, grad) if ctx.needs_input_grad[0] else None
         return to_left, ctx.matrix.transpose_times(left, grad) if ctx.needs_input_grad[1] else None, None
+
+
+def _pattern(matrix: SparseMatrix, like: Tensor) -> Tensor:
+    """The matrix with zeros for entries, as the library's own kind of tensor."""
+    with warnings.catch_warnings():
+        # It says once that such tensors are in beta state, which a reader of a training's output need not know.
+        warnings.simplefilter("ignore")
+        zeros = like.new_zeros(matrix.num_entries)
+        return torch.sparse_csr_tensor(matrix.indptr, matrix.indices, zeros, matrix.shape, check_invariants=False)
 
 
 def entry_dots(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

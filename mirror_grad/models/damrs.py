@@ -16,6 +16,7 @@ from gfml.sparse import SparseMatrix
 from gfml.topk import FactorScorer
 from mirror_grad.layout import shared_items
 from mirror_grad.models import settings
+from mirror_grad.parts.blocks import sum_in_blocks
 from mirror_grad.parts.features import distinct
 from mirror_grad.parts.graphs import LightPropagation, symmetric, with_itself
 from mirror_grad.parts.modes import evaluating
@@ -63,11 +64,10 @@ class DAMRS(nn.Module):
         mean, user = sum(views) / len(views), F.embedding(batch.users, user)
         pos, neg = (F.embedding(ids, item + mean) for ids in (batch.pos, batch.neg))
         chances = [preferences(user, [F.embedding(ids, view) for view in views]) for ids in (batch.pos, batch.neg)]
-        rows, place = distinct(torch.cat([batch.pos, batch.neg]))
-        options = self.settings
+        items, options = torch.cat([batch.pos, batch.neg]), self.settings
         terms = {
             "bpr": doubting_bpr((user * pos).sum(1), (user * neg).sum(1), *chances),
-            "neighbours": graded_neighbours(views, rows, options.num_positives, options.temperature)[place].mean(),
+            "neighbours": graded_neighbours(views, items, options.num_positives, options.temperature),
             "divergence": preference_divergence(user, F.embedding(batch.pos, item), F.embedding(batch.pos, mean)),
         }
         loss = terms["bpr"] + options.nd_weight * terms["neighbours"] + options.kl_weight * terms["divergence"]
@@ -98,23 +98,35 @@ def doubting_bpr(pos: Tensor, neg: Tensor, pos_chance: Tensor, neg_chance: Tenso
     return -(trust * F.logsigmoid(pos - neg) + doubt * F.logsigmoid(neg - pos)).mean()
 
 
-def graded_neighbours(views: list[Tensor], rows: Tensor, count: int, temperature: float) -> Tensor:
-    """-log(E_1 / E) - log(E_2 / (E - E_1)) of the items ``rows``, mean over the views: [n].
+def graded_neighbours(views: list[Tensor], ids: Tensor, count: int, temperature: float) -> Tensor:
+    """-log(E_1 / E) - log(E_2 / (E - E_1)), mean over the items ``ids``, which may repeat, and over the views: a scalar.
 
     E, E_1, E_2: sums of exp(cos / t) over all items, over the ``count`` items of largest [softmax of the other views +
     2 x softmax of the own], and over the ``count`` nearest of the own view among the rest. Views [I, D] each.
     """
     count = min(count, (len(views[0]) - 1) // 2)
-    logits = [F.normalize(F.embedding(rows, v), dim=1) @ F.normalize(v, dim=1).T / temperature for v in views]
-    shares = [part.detach().softmax(1) for part in logits]
-    together, total = sum(shares), 0.0
-    for own, share in zip(logits, shares):
-        first = (together + share).topk(count).indices
+    rows, place = distinct(ids)
+    unit = [F.normalize(view, dim=1) for view in views]
+    share = unit[0].new_zeros(len(rows)).index_add(0, place, unit[0].new_full((len(ids),), 1 / (len(ids) * len(views))))
+
+    def term(share: Tensor, *vectors: Tensor) -> Tensor:
+        own, others = vectors[: len(views)], vectors[len(views) :]
+        return (share * _graded([x @ y.T / temperature for x, y in zip(own, others)], count)).sum()
+
+    return sum_in_blocks(term, (share, *(F.embedding(rows, x) for x in unit)), unit, len(views) * len(unit[0]))
+
+
+def _graded(logits: list[Tensor], count: int) -> Tensor:
+    """The sum over the views of the two terms, by the logits [n, I] of each view: [n]."""
+    chances = [part.detach().softmax(1) for part in logits]
+    together, total = sum(chances), 0.0
+    for own, chance in zip(logits, chances):
+        first = (together + chance).topk(count, sorted=False).indices
         rest = own.scatter(1, first, -torch.inf)
-        second = rest.detach().topk(count).indices
+        second = rest.detach().topk(count, sorted=False).indices
         near = own.gather(1, first).logsumexp(1) - own.logsumexp(1)
         total = total - (near + rest.gather(1, second).logsumexp(1) - rest.logsumexp(1))
-    return total / len(views)
+    return total
 
 
 def preference_divergence(user: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -122,8 +134,13 @@ def preference_divergence(user: Tensor, first: Tensor, second: Tensor) -> Tensor
 
     For logits a, b that is (s(a) - s(b)) (a - b): at least 0, and finite however sure both are. Shape: [B, D] each.
     """
-    a, b = (user @ F.normalize(rows, dim=1).T for rows in (first, second))
-    return ((a.sigmoid() - b.sigmoid()) * (a - b)).mean()
+
+    def term(user: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        a, b = user @ first.T, user @ second.T
+        return ((a.sigmoid() - b.sigmoid()) * (a - b)).sum()
+
+    unit = [F.normalize(rows, dim=1) for rows in (first, second)]
+    return sum_in_blocks(term, (user,), unit, 2 * len(first)) / (len(user) * len(first))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from gfml.sampling import Triples
 from gfml.sparse import SparseMatrix
 from gfml.topk import FactorScorer
 from mirror_grad.models import settings
+from mirror_grad.parts.blocks import row_cross_entropy
 from mirror_grad.parts.graphs import LightPropagation, row_mean
 from mirror_grad.parts.losses import dot_bpr, unsquared_norms
 from mirror_grad.parts.modes import evaluating
@@ -114,5 +115,5 @@ class LGMRec(nn.Module):
 
 def contrast(first: Tensor, second: Tensor, ids: Tensor) -> Tensor:
     """Sum over ``ids`` of -log softmax over all rows of cos(first[id], second) / t at the same row. [n, D] each."""
-    logits = F.normalize(F.embedding(ids, first), dim=1) @ F.normalize(second, dim=1).T / TEMPERATURE
-    return F.cross_entropy(logits, ids, reduction="sum")
+    rows = F.normalize(F.embedding(ids, first), dim=1)
+    return row_cross_entropy(rows, F.normalize(second, dim=1), ids, 1 / TEMPERATURE)

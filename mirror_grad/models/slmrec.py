@@ -13,6 +13,7 @@ from gfml.sampling import Triples
 from gfml.sparse import SparseMatrix
 from gfml.topk import FactorScorer
 from mirror_grad.models import settings
+from mirror_grad.parts.blocks import row_cross_entropy
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import bipartite, row_mean, symmetric, with_itself
 from mirror_grad.parts.losses import info_nce
@@ -91,7 +92,7 @@ class SLMRec(nn.Module):
     def contrast(self, first: Tensor, second: Tensor) -> Tensor:
         """Cross-entropy of first second^T / ssl_temp with the diagonal as the right answers."""
         target = torch.arange(len(first), device=first.device)
-        return F.cross_entropy(first @ second.T / self.settings.ssl_temp, target)
+        return row_cross_entropy(first, second, target, 1 / self.settings.ssl_temp) / len(first)
 
     @evaluating
     def scorer(self) -> FactorScorer:

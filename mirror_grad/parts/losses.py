@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfml import losses
+from mirror_grad.parts.blocks import row_cross_entropy
 
 
 def guarded_bpr(pos: Tensor, neg: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """mean_i -log(exp(cos(x_i, y_i) / t) / sum_j exp(cos(x_i, y_j) / t)): a row against all rows of its batch.
 
     Shape: first, second [B, D]. log B when all rows are alike; repeated rows are each other's false negatives.
-    One direction; by log-sum-exp, where the published sums overflow for small temperatures.
+    One direction; by log-sum-exp, where the published sums overflow for small temperatures. Never holds [B, B].
     """
-    logits = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / temperature
-    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+    own = torch.arange(len(first), device=first.device)
+    return row_cross_entropy(F.normalize(first, dim=1), F.normalize(second, dim=1), own, 1 / temperature) / len(first)
