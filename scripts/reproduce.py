@@ -3,20 +3,25 @@
     python scripts/reproduce.py --list                    every table with its state
     python scripts/reproduce.py lastfm                    its commands and their states; runs nothing
     python scripts/reproduce.py lastfm --launch           runs what is missing, continues what is incomplete
-    python scripts/reproduce.py lastfm --collect          finished runs -> CSV and README (scripts/results_table.py)
+    python scripts/reproduce.py lastfm --collect          finished runs -> CSV, README (scripts/results_table.py), figure
     python scripts/reproduce.py lastfm --check            README and CSV agree; prints the paper's numbers and ours
 
 A table is ``configs/tables/NAME.toml``:
 
     folder, title, metrics, columns, seeds     where the results go, what is kept and shown, default seeds
+    main = ["recall@5"]                        metrics that are tested and drawn (scripts/table_pairs.py, table_figure.py)
     needs = ["data:lastfm", "files:DIR", "gpu"]    without one of these a cell cannot run here, and says so
     [[cell]] label, command, seeds, needs, paper    a row; "paper" names the published row beside it
-    over = { lamb = [1, 3], ... }              one cell per combination; {lamb} in label and command is replaced
+    against = ["FREEDOM"]                      rows that a cell's row is compared with, by paired tests
+    over = { lamb = [1, 3], ... }              one cell per combination; {lamb} in the texts of a cell is replaced
+    over = { arm = { "" = "--not_mg", ... } }  a table: its keys go to label, against and paper, its values to the command
+    over, outside cells                        repeats the cells whose label names it, together; the other cells follow
     {data} in a command                        the data root, for programs that want a data set's own folder
     {run:LABEL} in a command                   the run of that cell with the same seed, which then comes first
     [[published]] method, source, figures      rows of the paper
 
-A run is found by its settings, wherever it was started (``scripts/run_commands.py``), so a table never repeats one.
+A run is found by its settings, wherever it was started (``gfml/commands.py``), so a table never repeats one. Of a command
+that makes several runs (``--grid``) the best on its selecting split counts.
 """
 
 from __future__ import annotations
@@ -35,24 +40,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from results_table import METRICS, published_rows, rows_of_runs, store_rows, stored_rows
+from results_table import METRICS, PAIRED, paired_name, published_rows, rows_of_runs, store_rows, stored_rows
 from results_table import main as write_table
-from run_commands import find_run
+from table_figure import Drawn, write_figure
+from table_pairs import paired_rows
 
 from gfml.cli import number, run_main
+from gfml.commands import read_command
 from gfml.errors import UserError, choice_error
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "configs" / "tables"
 # Where the folders of the tables lie.
 TABLE_ROOT = ROOT
-KEYS = {"folder", "title", "metrics", "columns", "needs", "seeds", "tolerance", "cell", "published"}
-CELL_KEYS = {"label", "command", "seeds", "needs", "paper", "over"}
+KEYS = {"folder", "title", "metrics", "columns", "main", "needs", "seeds", "tolerance", "over", "cell", "published"}
+CELL_KEYS = {"label", "command", "seeds", "needs", "paper", "against", "over"}
+# The texts for labels and for commands that stand for a name of ``over``.
+Chosen = dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table: ``words`` is the command without the interpreter. waits: the label of the run it starts from."""
+    """One run of a table: ``words`` is the command without the interpreter. waits: the label of the run it starts from.
+
+    against: labels of the rows that its row is compared with.
+    """
 
     label: str
     words: tuple[str, ...]
@@ -60,6 +72,7 @@ class Cell:
     needs: tuple[str, ...] = ()
     paper: str | None = None
     waits: str | None = None
+    against: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -82,30 +95,63 @@ def load_table(name: str) -> dict[str, Any]:
     wrong += [key for cell in table["cell"] for key in cell if key not in CELL_KEYS]
     if wrong:
         raise UserError(f"{path} sets the unknown key {wrong[0]!r}, wanted {', '.join(sorted(KEYS | CELL_KEYS))}")
-    published = [row["method"] for row in table.get("published", [])]
-    for cell in table["cell"]:
-        if cell.get("paper") not in (None, *published):
-            raise UserError(f"{path}: the cell {cell['label']!r} names the published row {cell['paper']!r}, wanted one of {published}")
+    _check_references(path, table)
     return table
+
+
+def _check_references(path: Path, table: Mapping[str, Any]) -> None:
+    """UserError for a metric, published row or other row that the table names and has not, and for two rows of one name."""
+    main, columns = table.get("main", []), table.get("columns")
+    if columns and (unknown := [metric for metric in main if metric not in columns]):
+        raise choice_error(f"metric in main of {path}", unknown[0], columns)
+    cells = expand(table)
+    labels = {cell.label for cell in cells}
+    published = [row["method"] for row in table.get("published", [])]
+    if repeated := [where for where, count in Counter((cell.label, cell.seed) for cell in cells).items() if count > 1]:
+        raise UserError(f"{path}: two cells make the row {repeated[0][0]!r} with seed {repeated[0][1]}: give each its own label")
+    for cell in cells:
+        if cell.paper not in (None, *published):
+            raise UserError(f"{path}: the cell {cell.label!r} names the published row {cell.paper!r}, wanted one of {published}")
+        if wrong := [other for other in cell.against if other not in labels - {cell.label}]:
+            raise choice_error(f"row in {path}, against which {cell.label!r} is compared,", wrong[0], labels - {cell.label})
+        if cell.against and not main:
+            raise UserError(f"{path}: the cell {cell.label!r} is compared with {cell.against[0]!r}, but no metric is: set main")
 
 
 def expand(table: Mapping[str, Any], out: str = "runs", data_root: str | None = None) -> list[Cell]:
     """Every run of the table, with its runs in ``out``."""
-    return [cell for entry in table["cell"] for cell in _of_entry(entry, table, out, data_root)]
+    shared = table.get("over", {})
+    repeated = [entry for entry in table["cell"] if any(f"{{{name}}}" in entry["label"] for name in shared)]
+    entries = [(entry, chosen) for chosen in _combinations(shared) for entry in repeated]
+    entries += [(entry, {}) for entry in table["cell"] if entry not in repeated]
+    return [cell for entry, chosen in entries for cell in _of_entry(entry, chosen, table, out, data_root)]
 
 
-def _of_entry(entry: Mapping[str, Any], table: Mapping[str, Any], out: str, data_root: str | None) -> Iterator[Cell]:
-    over = entry.get("over", {})
-    own_folder = "{data}" in entry["command"]
-    more = ["--out", out, *(["--data-root", data_root] if data_root and not own_folder else [])]
+def _combinations(over: Mapping[str, Any]) -> Iterator[Chosen]:
+    """Every choice of one value per name."""
+    lists = [list(values.items()) if isinstance(values, Mapping) else [(str(v), str(v)) for v in values] for values in over.values()]
+    for values in itertools.product(*lists):
+        yield dict(zip(over, values, strict=True))
+
+
+def _of_entry(entry: Mapping[str, Any], outer: Chosen, table: Mapping[str, Any], out: str, data_root: str | None) -> Iterator[Cell]:
+    more = ["--out", out, *(["--data-root", data_root] if data_root and "{data}" not in entry["command"] else [])]
     needs = (*table.get("needs", ()), *entry.get("needs", ()))
-    for values in itertools.product(*over.values()):
-        chosen = dict(zip(over, map(str, values), strict=True)) | {"data": data_root or "data"}
-        fill = lambda text: re.sub(r"\{(\w+)\}", lambda found: chosen.get(found[1], found[0]), text)  # noqa: B023, E731
-        words = shlex.split(fill(entry["command"]))
+    against = entry.get("against", [])
+    for inner in _combinations(entry.get("over", {})):
+        names = {name: label for name, (label, _) in (outer | inner).items()}
+        pieces = {name: piece for name, (_, piece) in (outer | inner).items()} | {"data": data_root or "data"}
+        words = shlex.split(_filled(entry["command"], pieces))
         waits = next((found[1] for word in words if (found := re.fullmatch(r"\{run:(.*)\}", word))), None)
+        others = tuple(_filled(other, names) for other in ([against] if isinstance(against, str) else against))
+        paper = _filled(entry["paper"], names) if "paper" in entry else None
         for seed in entry.get("seeds", table.get("seeds", [2020])):
-            yield Cell(fill(entry["label"]), (*words, *more, "--seed", str(seed)), seed, needs, entry.get("paper"), waits)
+            yield Cell(_filled(entry["label"], names), (*words, *more, "--seed", str(seed)), seed, needs, paper, waits, others)
+
+
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """The text with each {name} that has a value replaced."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), text)
 
 
 def lacking(needs: Sequence[str], data_root: str | None) -> str | None:
@@ -136,7 +182,7 @@ def _has_gpu() -> bool:
 
 @dataclass(frozen=True)
 class Known:
-    """A cell with what is known of it. reason: why it cannot run here."""
+    """A cell with what is known of it. path: its run, once that is done; reason: why it cannot run here."""
 
     cell: Cell
     state: str
@@ -146,17 +192,26 @@ class Known:
 
 def survey(cells: Sequence[Cell], data_root: str | None) -> list[Known]:
     """The state of every cell; commands are checked on the way. UserError for a command that is not understood."""
-    from gfml.runs import run_state
-
     found: dict[tuple[str, int], Known] = {}
     reasons = {needs: lacking(needs, data_root) for needs in {cell.needs for cell in cells}}
     # What others start from comes first.
     for cell in sorted(cells, key=lambda cell: cell.waits is not None):
         cell = _with_start(cell, found)
-        path = None if cell.waits else find_run(cell.words)
-        state = f"waits for {cell.waits}" if cell.waits else run_state(path) if path else "not launched"
+        state, path = (f"waits for {cell.waits}", None) if cell.waits else _state_of(cell)
         found[cell.label, cell.seed] = Known(cell, state, path, reasons[cell.needs] if state != "done" else None)
     return [found[cell.label, cell.seed] for cell in cells]
+
+
+def _state_of(cell: Cell) -> tuple[str, Path | None]:
+    """The state of a cell's command and, once that is done, its run: of several the best by what selects, the first of equal ones."""
+    from gfml.runs import read_result
+
+    command = read_command(["python", *cell.words], ROOT)
+    state = command.state()
+    if state != "done":
+        return state, None
+    paths = [run.path() for run in command.runs]
+    return state, paths[0] if len(paths) == 1 else max(paths, key=lambda path: read_result(path)["selection"]["value"])
 
 
 def _with_start(cell: Cell, found: Mapping[tuple[str, int], Known]) -> Cell:
@@ -199,22 +254,34 @@ def launch(known: Sequence[Known], workers: int) -> int:
 
 
 def collect(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None:
-    """Write CSV and README. A row whose runs are not here keeps its stored figures; one that never ran says why."""
+    """Write CSV, README and, for a table with main metrics, paired tests and figure.
+
+    A row whose runs are not here keeps its stored figures; one that never ran says why.
+    """
     from gfml.runs import read_result
 
-    done = [(one.cell.label, one.path) for one in known if one.state == "done" and one.path]
-    for _, path in done:
+    folder, main = TABLE_ROOT / table["folder"], table.get("main", [])
+    done = {(one.cell.label, one.cell.seed): one.path for one in known if one.state == "done"}
+    for path in done.values():
         read_result(path)
-    fresh = {row["method"]: row for row in rows_of_runs(done, table.get("metrics", METRICS))}
-    stored = {row["method"]: row for row in stored_rows(TABLE_ROOT / table["folder"], name)}
+    fresh = {row["method"]: row for row in rows_of_runs([(label, path) for (label, _), path in done.items()], table.get("metrics", METRICS))}
+    stored = {row["method"]: row for row in stored_rows(folder, name)}
     labels = list(dict.fromkeys(one.cell.label for one in known))
     rows = [_best_row(label, fresh.get(label), stored.get(label), known) for label in labels]
     # Rows made by hand stay too.
     theirs = {row["method"] for row in published_rows(name)}
     other = [row for row in stored.values() if row["method"] not in {*labels, *theirs} and row["protocol"] != "no training"]
     simple = [row for row in fresh.values() if row["method"] not in labels]
-    simple = simple or [row for row in stored.values() if row["protocol"] == "no training"]
-    store_rows(TABLE_ROOT / table["folder"], name, [*rows, *other, *simple, *published_rows(name)])
+    simple = simple or [row for row in stored.values() if row["protocol"] == "no training" and row["method"] not in labels]
+    pairs = list(dict.fromkeys((one.cell.label, other) for one in known for other in one.cell.against))
+    tests = paired_rows(pairs, done, main, stored_rows(folder, paired_name(name)))
+    store_rows(folder, name, [*rows, *other, *simple, *published_rows(name)])
+    if pairs:
+        store_rows(folder, paired_name(name), tests, PAIRED)
+    if main:
+        papers = {one.cell.label: one.cell.paper for one in known if one.cell.paper}
+        by_label = {row["method"]: row for row in stored_rows(folder, name)}
+        write_figure(folder / "results" / f"{name}.png", Drawn(by_label, labels, dict(reversed(pairs)), papers, tests), main)
     write_table([name, "--folder", table["folder"]])
 
 
@@ -232,12 +299,12 @@ def compare(name: str, table: Mapping[str, Any]) -> list[str]:
     """Lines that put the stored figures beside the published ones: difference, seeds, selection rule, time."""
     rows = {row["method"]: row for row in stored_rows(TABLE_ROOT / table["folder"], name)}
     lines = []
-    for cell in expand(table):
-        ours, paper = rows.get(cell.label), rows.get(cell.paper or "")
-        if not ours or not paper or not ours.get("n") or any(cell.label in line for line in lines):
+    for label, beside in {cell.label: cell.paper for cell in expand(table)}.items():
+        ours, paper = rows.get(label), rows.get(beside or "")
+        if not ours or not paper or not ours.get("n"):
             continue
         facts = f"n {ours['n']}, {ours['protocol']}, {ours['train_seconds'] or '?'} s"
-        lines.append(f"{cell.label} beside {cell.paper} [{facts}]")
+        lines.append(f"{label} beside {beside} [{facts}]")
         for metric in (key for key in paper if "@" in key and not key.endswith(" std") and paper[key] and ours.get(key)):
             mine, theirs = float(ours[metric]), float(paper[metric])
             lines.append(f"    {metric:16} paper {theirs:.4f}  ours {mine:.4f}  difference {mine - theirs:+.4f} ({mine / theirs - 1:+.1%})")
@@ -264,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="every table with its state")
     what.add_argument("--launch", action="store_true", help="run what is missing, continue what is incomplete")
-    what.add_argument("--collect", action="store_true", help="write CSV and README from the finished runs")
+    what.add_argument("--collect", action="store_true", help="write CSV, README and figure from the finished runs")
     what.add_argument("--check", action="store_true", help="fail if README and CSV disagree; print the paper's figures and ours")
     parser.add_argument("--only", metavar="TEXT", help="only rows whose label contains this")
     parser.add_argument("--data-root", metavar="DIR", help="where the data sets lie; goes to every run")

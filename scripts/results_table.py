@@ -4,10 +4,12 @@
     python scripts/results_table.py lastfm --folder recsys --check
 
 Runs under one label are one row: mean and sample standard deviation over n runs. What a result reports beside its test
-metrics under "also" (name -> metrics) follows as rows of its own, baselines stored in the results once at the end. Published numbers come from ``configs/tables/NAME.toml`` when it exists; its ``metrics`` names the figures
-kept and its ``columns`` those shown. The CSV is
-``FOLDER/results/NAME.csv``; the block of FOLDER/README.md between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->`` is
-made from the CSV alone (so is one named FOLDER/NAME in the first page), and ``--check`` fails if they disagree.
+metrics under "also" (name -> metrics) follows as rows of its own, baselines stored in the results once at the end. Published numbers come from
+``configs/tables/NAME.toml`` when it exists; its ``metrics`` names the figures kept and its ``columns`` those shown. The CSV
+is ``FOLDER/results/NAME.csv``; the block of FOLDER/README.md between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->`` is
+made from the CSV alone (so is one named FOLDER/NAME in the first page), and ``--check`` fails if they disagree. The same
+holds for the paired tests of ``scripts/reproduce.py --collect`` (``NAME-paired.csv``) and a block between
+``<!-- paired:NAME -->`` and ``<!-- end-paired:NAME -->``, where a README has one.
 """
 
 from __future__ import annotations
@@ -28,6 +30,14 @@ from gfml.files import atomic_open
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = ("method", "protocol", "n", "epoch", "train_seconds")
+# Columns of NAME-paired.csv: of each pair and metric a row of level users for each seed, then one of level seeds.
+# n: how many users or seeds; low, high: 95 % interval over users; std: over seeds.
+PAIRED = (
+    "row", "against", "metric", "level", "seed", "n", "mean", "mean_against", "difference", "std", "low", "high", "p", "p_holm",
+)  # fmt: skip
+LEVEL = 0.05
+# First and last line of the blocks of a README.
+BLOCKS = {"results": ("<!-- results:{} -->", "<!-- end:{} -->"), "paired": ("<!-- paired:{} -->", "<!-- end-paired:{} -->")}
 METRICS = ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini", "arp")
 
 
@@ -107,9 +117,9 @@ def published_rows(name: str) -> list[dict[str, str]]:
     ]
 
 
-def to_csv(rows: Sequence[Mapping[str, str]]) -> str:
-    """CSV text; columns in order of first appearance, facts first."""
-    columns = list(dict.fromkeys([*FACTS, *(key for row in rows for key in row)]))
+def to_csv(rows: Sequence[Mapping[str, str]], first: Sequence[str] = FACTS) -> str:
+    """CSV text; columns in order of first appearance, those of ``first`` first."""
+    columns = list(dict.fromkeys([*first, *(key for row in rows for key in row)]))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -117,12 +127,17 @@ def to_csv(rows: Sequence[Mapping[str, str]]) -> str:
     return stream.getvalue()
 
 
-def store_rows(folder: Path, name: str, rows: Sequence[Mapping[str, str]]) -> None:
+def paired_name(name: str) -> str:
+    """The name under which the paired tests of a table are stored."""
+    return f"{name}-paired"
+
+
+def store_rows(folder: Path, name: str, rows: Sequence[Mapping[str, str]], first: Sequence[str] = FACTS) -> None:
     """Write FOLDER/results/NAME.csv."""
     store = folder / "results" / f"{name}.csv"
     store.parent.mkdir(exist_ok=True)
     with atomic_open(store, newline="") as stream:
-        stream.write(to_csv(rows))
+        stream.write(to_csv(rows, first))
 
 
 def stored_rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -158,23 +173,59 @@ def _shown(row: Mapping[str, str], name: str) -> str:
     return f"{text} ± {float(spread):.4f}" if spread else text
 
 
-def replace_block(text: str, name: str, table: str) -> str | None:
+def paired_markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table of paired tests, a line for each pair of rows and metric, and how to read it."""
+    pairs: dict[tuple[str, ...], list[Mapping[str, str]]] = {}
+    for row in rows:
+        pairs.setdefault((row["row"], row["against"], row["metric"]), []).append(row)
+    if not pairs:
+        return "No two rows to compare have finished runs with the same seed."
+    head = ["row", "minus", "metric", "seeds", "difference", "over seeds", "over users, seed by seed"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines += ["| " + " | ".join([*pair, *_paired_cells(found)]) + " |" for pair, found in pairs.items()]
+    return "\n".join(lines) + (
+        "\n\nDifference: mean over the seeds that both rows have, ± sample standard deviation. Over seeds: paired t-test. Over users:"
+        " Wilcoxon signed-rank test between two trained models, and 95 % bootstrap interval of their difference; it does not say how"
+        f" much another seed changes. Holm: p corrected over all tests of that level in this table; better and worse are p < {LEVEL} by it."
+    )
+
+
+def _paired_cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Number of seeds, difference, and what the tests of both levels say, of one pair of rows."""
+    from gfml.report import p_value, signed
+
+    def tested(row: Mapping[str, str]) -> str:
+        return f"{p_value(float(row['p']))}, Holm {p_value(float(row['p_holm']))}"
+
+    # The test over seeds is stored last.
+    *users, total = rows
+    difference = signed(float(total["difference"]))
+    if len(users) == 1:
+        interval = f"{signed(float(users[0]['low']))} to {signed(float(users[0]['high']))}"
+        return ["1", difference, "no test: one seed", f"{interval}, {tested(users[0])}"]
+    sure = [float(row["difference"]) > 0 for row in users if float(row["p_holm"]) < LEVEL]
+    said = f"better in {sum(sure)}, worse in {len(sure) - sum(sure)} of {len(users)}"
+    return [total["n"], f"{difference} ± {float(total['std']):.4f}", tested(total), said]
+
+
+def replace_block(text: str, name: str, content: str, kind: str = "results") -> str | None:
     """The text with the block of that name replaced; None when it has no such block."""
-    start, end = f"<!-- results:{name} -->", f"<!-- end:{name} -->"
+    start, end = (line.format(name) for line in BLOCKS[kind])
     if start not in text or end not in text:
         return None
     before, _, rest = text.partition(start)
-    return f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
+    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 def readmes_with(folder: Path, name: str, table: str) -> dict[Path, str]:
-    """The new text of every README that shows the table. UserError when none does."""
+    """The new text of every README that shows the table, with its paired tests where they have a block. UserError when none does."""
     places = {folder / "README.md": name, ROOT / "README.md": f"{folder.relative_to(ROOT)}/{name}"}
     texts = {path: replace_block(path.read_text(encoding="utf-8"), block, table) for path, block in places.items()}
     found = {path: text for path, text in texts.items() if text is not None}
     if not found:
         raise UserError(f"{folder / 'README.md'} has no lines <!-- results:{name} --> and <!-- end:{name} -->: add both")
-    return found
+    paired = paired_markdown(stored_rows(folder, paired_name(name)))
+    return {path: replace_block(text, places[path], paired, "paired") or text for path, text in found.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

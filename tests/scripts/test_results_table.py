@@ -131,3 +131,34 @@ def test_a_declaration_names_the_figures_that_are_kept(table: dict, tmp_path: Pa
     stored = (tmp_path / "paper" / "results" / "toy.csv").read_text()
     assert "users_q1_recall@20" in stored and "ndcg@20" in stored and ",recall@20" not in stored
     assert "| ours | selected on validation | 1 | 3 | 0.9000 | 10 |" in (tmp_path / "paper" / "README.md").read_text()
+
+
+def paired(seed: str, difference: float, p: float, p_holm: float, **more: object) -> dict[str, str]:
+    facts = {"row": "a", "against": "b", "metric": "ndcg@5", "level": "users" if seed else "seeds", "seed": seed}
+    return {**facts, "difference": str(difference), "p": str(p), "p_holm": str(p_holm), **{key: str(value) for key, value in more.items()}}
+
+
+def test_paired_tests_are_shown_a_line_for_each_pair(table: dict) -> None:
+    users = [paired("1", 0.2, 0.001, 0.01), paired("2", -0.1, 0.002, 0.02), paired("3", 0.2, 0.03, 0.06)]
+    lines = table["paired_markdown"]([*users, paired("", 0.1, 0.0004, 0.0004, n=3, std=0.1732)]).splitlines()
+    assert lines[0] == "| row | minus | metric | seeds | difference | over seeds | over users, seed by seed |"
+    assert lines[2] == "| a | b | ndcg@5 | 3 | +0.1000 ± 0.1732 | p < 0.001, Holm p < 0.001 | better in 1, worse in 1 of 3 |"
+    assert lines[4].startswith("Difference: mean over the seeds")
+    one = [paired("1", 0.2, 0.001, 0.01, low=0.1, high=0.3), paired("", 0.2, 0, 0, n=1)]
+    assert table["paired_markdown"](one).splitlines()[2] == "| a | b | ndcg@5 | 1 | +0.2000 | no test: one seed | +0.1000 to +0.3000, p = 0.001, Holm p = 0.010 |"
+
+
+def test_paired_tests_have_a_block_of_their_own(table: dict, tmp_path: Path) -> None:
+    readme, run = tmp_path / "paper" / "README.md", f"ours={store_run(tmp_path / 'r', 0.1)}"
+    readme.write_text(readme.read_text() + "<!-- paired:toy -->\nold\n<!-- end-paired:toy -->\nend\n")
+    table["main"](["toy", "--folder", "paper", run])
+    assert "No two rows to compare" in readme.read_text() and "old" not in readme.read_text()
+    one = [paired("1", 0.2, 0.001, 0.01, low=0.1, high=0.3), paired("", 0.2, 0, 0, n=1)]
+    table["store_rows"](tmp_path / "paper", "toy-paired", one, table["PAIRED"])
+    with pytest.raises(UserError, match="disagree"):
+        table["main"](["toy", "--folder", "paper", "--check"])
+    table["main"](["toy", "--folder", "paper"])
+    table["main"](["toy", "--folder", "paper", "--check"])
+    text = readme.read_text()
+    assert "| a | b | ndcg@5 | 1 | +0.2000 |" in text and text.startswith("before\n") and text.endswith("end\n")
+    assert "| ours | selected on validation | 1 |" in text
