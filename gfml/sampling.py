@@ -37,7 +37,7 @@ from gfml.errors import UserError
 SCHEMES = ("user", "interaction", "per_user")
 NEGATIVES = ("uniform", "popularity", "train-items")
 NEGATIVES_PER_DRAW = 1 << 21
-LOOKUPS_PER_BLOCK = 1 << 15
+LOOKUPS_PER_BLOCK = 1 << 16
 # After so many rejections in a row a slot is filled from the list of all free items.
 ROUNDS = 64
 # Entries of a block of weights, float64.
@@ -62,13 +62,24 @@ class PairSet:
         # Sixteen times as many bits as pairs leave about 6 % of the queries to the binary search.
         self._bits = cells if self._exact else 1 << max(20, int(np.ceil(np.log2(16 * max(1, len(users))))))
         slots = torch.unique(self._slot(self._keys))
-        self._map = torch.zeros(self._bits // 8 + 1, dtype=torch.uint8, device=device)
+        self._map = torch.from_numpy(np.zeros(self._bits // 8 + 1, dtype=np.uint8)).to(device)
         # Slots are distinct, so adding bit values sets bits.
         self._map.index_put_((slots >> 3,), _bit(slots), accumulate=True)
 
     def contains(self, users: Tensor, items: Tensor) -> Tensor:
-        """Bool, shaped like the broadcast of int64 ids ``users`` and ``items``."""
-        keys = users * self.num_items + items
+        """Bool, shaped like the broadcast of integer ids ``users`` and ``items``."""
+        users, items = torch.broadcast_tensors(users, items)
+        if users.device.type != "cpu" or users.numel() <= LOOKUPS_PER_BLOCK:
+            return self._contains(users, items)
+        # Temporaries that stay in the cache cost half as much as those of a whole epoch.
+        hit = torch.empty(users.shape, dtype=torch.bool)
+        rows = max(1, LOOKUPS_PER_BLOCK // max(1, users[0].numel()))
+        for out, chosen, wanted in zip(hit.split(rows), users.split(rows), items.split(rows)):
+            out.copy_(self._contains(chosen, wanted))
+        return hit
+
+    def _contains(self, users: Tensor, items: Tensor) -> Tensor:
+        keys = users.long() * self.num_items + items
         slots = self._slot(keys)
         byte = self._map.index_select(0, (slots >> 3).view(-1)).view(slots.shape)
         hit = (byte >> (slots & 7).to(torch.uint8)) & 1 != 0
@@ -141,10 +152,11 @@ class TripleSampler:
         self.scheme, self.batch_size, self.num_negatives, self.seed = scheme, batch_size, num_negatives, seed
         self.num_users, self.num_items = train.shape
         self.device = torch.device(device)
+        self._user_type, self._item_type = (_smallest_type(count, self.device) for count in train.shape)
         self._by_popularity = negatives == "popularity"
         counts = np.bincount(train.indices, minlength=self.num_items)
         weights = {"popularity": counts, "train-items": counts > 0}.get(negatives, np.ones(self.num_items))
-        self._pool = torch.from_numpy(np.flatnonzero(counts)).to(self.device) if negatives == "train-items" else None
+        self._pool = torch.from_numpy(np.flatnonzero(counts)).to(self.device, self._item_type) if negatives == "train-items" else None
         self._weights = torch.from_numpy(weights.astype(np.float64)).to(self.device)
         # So many items can be drawn at all.
         drawable = int(np.count_nonzero(weights))
@@ -160,8 +172,7 @@ class TripleSampler:
             )
         self._degree = degree
         self._start = torch.from_numpy(train.indptr[:-1].astype(np.int64)).to(self.device)
-        # Half the bytes of int64 keep more of a large table in the cache.
-        self._items = torch.from_numpy(train.indices.astype(np.int32)).to(self.device)
+        self._items = torch.from_numpy(train.indices).to(self.device, self._item_type)
         self._known = PairSet(train, self.device, budget_mb)
 
     def epoch(self, epoch: int) -> TripleBatches:
@@ -177,6 +188,10 @@ class TripleSampler:
         """
         if self.num_saturated and bool(self._saturated[users].any()):
             raise ValueError("a user who has every item has no negative; leave such users out")
+        return self._negatives(users, generator).long()
+
+    def _negatives(self, users: Tensor, generator: torch.Generator) -> Tensor:
+        """As :meth:`negatives`, of integers of any type into the type of the stored items."""
         shape = (len(users),) if self.num_negatives == 1 else (len(users), self.num_negatives)
         items = self._draw(shape, generator)
         if self.num_negatives == 0:
@@ -188,45 +203,46 @@ class TripleSampler:
 
     def triples(self, users: Tensor, pos: Tensor, generator: torch.Generator) -> Iterator[Triples]:
         """The batches of the given pairs, in order, with negatives from ``generator``."""
-        size = self.batch_size
+        size, width = self.batch_size, max(1, self.num_negatives)
         # Negatives of many batches at once cost less than batch by batch; a block bounds their memory.
-        block = size * max(1, NEGATIVES_PER_DRAW // (size * max(1, self.num_negatives)))
-        for start in range(0, len(users), block):
-            chosen, liked = users[start : start + block], pos[start : start + block]
-            neg = self.negatives(chosen, generator)
-            yield from map(Triples, chosen.split(size), liked.split(size), neg.split(size))
+        block = size * max(1, NEGATIVES_PER_DRAW // (size * width))
+        part = size * max(1, LOOKUPS_PER_BLOCK // (size * width))
+        for chosen, liked in zip(users.split(block), pos.split(block)):
+            neg = self._negatives(chosen, generator)
+            for few in zip(chosen.split(part), liked.split(part), neg.split(part)):
+                yield from map(Triples, *(ids.long().split(size) for ids in few))
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Items, whoever knows them."""
         if self._pool is not None:
             return self._pool[torch.randint(len(self._pool), shape, generator=generator, device=self.device)]
         if not self._by_popularity:
-            return torch.randint(self.num_items, shape, generator=generator, device=self.device)
+            return torch.randint(self.num_items, shape, generator=generator, device=self.device, dtype=self._item_type)
         # The item of a random train pair: in proportion to counts without a table.
-        return self._items[torch.randint(len(self._items), shape, generator=generator, device=self.device)].long()
+        return self._items[torch.randint(len(self._items), shape, generator=generator, device=self.device)]
 
     def _replace_known(self, users: Tensor, items: Tensor, generator: torch.Generator) -> None:
-        """Draw anew, in place, where the user knows the item. Shape: users, items int64 [n]."""
+        """Draw anew, in place, where the user knows the item. Shape: users, items [n], integers of any type."""
         open_slots = self._known.contains(users, items).nonzero().squeeze(1)
         for _ in range(ROUNDS):
             if not len(open_slots):
                 return
             again = self._draw((len(open_slots),), generator)
-            items[open_slots] = again
+            items[open_slots] = again.to(items.dtype)
             open_slots = open_slots[self._known.contains(users[open_slots], again)]
         every = torch.arange(self.num_items, device=self.device)
         for slots in open_slots.split(max(1, WEIGHTS_PER_BLOCK // self.num_items)) if len(open_slots) else ():
             free = ~self._known.contains(users[slots, None], every)
-            items[slots] = torch.multinomial(free * self._weights, 1, generator=generator).squeeze(1)
+            items[slots] = torch.multinomial(free * self._weights, 1, generator=generator).squeeze(1).to(items.dtype)
 
     def _generator(self, epoch: int, stream: int) -> torch.Generator:
         return seeded_generator(self.device, self.seed, epoch, stream)
 
     def _pairs_user(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         count = len(self._items)
-        users = torch.randint(self.num_users, (count,), generator=generator, device=self.device)
+        users = torch.randint(self.num_users, (count,), generator=generator, device=self.device, dtype=self._user_type)
         if not self._all_usable:
-            users = users[self._usable[users]]
+            users = users[self._usable[users.long()]]
         return users, self._random_positive(users, generator)
 
     def _pairs_per_user(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -238,26 +254,31 @@ class TripleSampler:
 
     def _pairs_interaction(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         order = torch.randperm(len(self._items), generator=generator, device=self.device)
-        users, pos = torch.repeat_interleave(self._degree)[order], self._items[order].long()
+        users, pos = torch.repeat_interleave(self._degree)[order].to(self._user_type), self._items[order]
         if self._all_usable:
             return users, pos
-        keep = self._usable[users]
+        keep = self._usable[users.long()]
         return users[keep], pos[keep]
 
     def _random_positive(self, users: Tensor, generator: torch.Generator) -> Tensor:
         # Block by block on the CPU: temporaries that stay in its cache cost half as much as those of a whole epoch.
         block = LOOKUPS_PER_BLOCK if self.device.type == "cpu" else max(1, len(users))
-        found = torch.empty_like(users)
+        found = users.new_empty(len(users), dtype=self._item_type)
         for chosen, place in zip(users.split(block), found.split(block)):
+            chosen = chosen.long()
             # A 31-bit draw scaled to 0..degree-1: uniform up to degree / 2^31, and much cheaper than floats.
             draw = torch.randint(2**31, (len(chosen),), generator=generator, device=self.device)
             offset = draw.mul_(self._degree.index_select(0, chosen)).bitwise_right_shift_(31)
-            place.copy_(self._items.index_select(0, offset.add_(self._start.index_select(0, chosen))))
+            torch.index_select(self._items, 0, offset.add_(self._start.index_select(0, chosen)), out=place)
         return found
 
 
 class TripleBatches:
-    """The batches of one epoch; ``len`` is their number. Iterating again yields the same batches."""
+    """The batches of one epoch; ``len`` is their number. Iterating again yields the same batches.
+
+    users, pos: all pairs in order, on the CPU in the smallest type that holds the ids, so that an epoch of many pairs
+    needs little memory; the batches are int64.
+    """
 
     def __init__(self, sampler: TripleSampler, users: Tensor, pos: Tensor, epoch: int) -> None:
         self.users, self.pos = users, pos
@@ -301,13 +322,14 @@ class TwoStageSampler(TripleSampler):
     def triples(self, users: Tensor, pos: Tensor, generator: torch.Generator) -> Iterator[Triples]:
         """As :meth:`TripleSampler.triples`; the vectors are read while the batches are used."""
         directions = None
-        for number, (chosen, liked) in enumerate(zip(users.split(self.batch_size), pos.split(self.batch_size))):
+        for number, ids in enumerate(zip(users.split(self.batch_size), pos.split(self.batch_size))):
+            chosen, liked = (part.long() for part in ids)
             if number % self.refresh == 0:
                 directions = F.normalize(self._item_vectors().detach().float(), dim=1)
             yield Triples(chosen, liked, self._near(chosen, liked, directions, generator))
 
     def _near(self, users: Tensor, pos: Tensor, directions: Tensor, generator: torch.Generator) -> Tensor:
-        candidates = self._draw((self.num_candidates,), generator)
+        candidates = self._draw((self.num_candidates,), generator).long()
         items, place = pos.unique(return_inverse=True)
         place = place[:, None].expand(-1, self.num_negatives).reshape(-1)
         wide = users[:, None].expand(-1, self.num_negatives).reshape(-1)
@@ -342,6 +364,13 @@ def _pick(upto: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
     width = upto.shape[1]
     # Rows follow each other in value, so one sorted list answers for all.
     return (torch.searchsorted(upto.view(-1), draw, right=True) - rows * width).clamp_(0, width - 1)
+
+
+def _smallest_type(count: int, device: torch.device) -> torch.dtype:
+    """For ids below ``count``. On the CPU the fewer bytes, the more of a large table stays in the cache."""
+    if device.type != "cpu":
+        return torch.int64
+    return next(kind for kind in (torch.int16, torch.int32, torch.int64) if count - 1 <= torch.iinfo(kind).max)
 
 
 def _bit(slots: Tensor) -> Tensor:

@@ -28,14 +28,6 @@ from gfml.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def find_run(words: Sequence[str]) -> Path | None:
-    """The run directory of a command without its interpreter, ``FOLDER/main.py --flag ...``; None before it is launched."""
-    command = read_command(["python", *words], ROOT)
-    if len(command.runs) > 1:
-        raise UserError(f"found a command that makes {len(command.runs)} runs, wanted one: {command}")
-    return command.runs[0].path()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):

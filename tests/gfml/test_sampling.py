@@ -114,6 +114,24 @@ def test_triples_are_train_pairs_with_unknown_items(scheme, num_negatives, budge
         assert user in USABLE and pos in ROWS[user] and not set(neg) & set(ROWS[user])
 
 
+@pytest.mark.parametrize("count, kind", [(1 << 15, torch.int16), ((1 << 15) + 1, torch.int32)])
+def test_an_epoch_is_held_in_the_smallest_type_and_the_batches_are_not(count, kind):
+    last = count - 1
+    train = csr_from_pairs(np.array([0, last]), np.array([last, 0]), count, count)
+    batches = TripleSampler(train, batch_size=1, seed=0, scheme="interaction").epoch(0)
+    assert batches.users.dtype == batches.pos.dtype == kind
+    found = sorted((int(b.users), int(b.pos)) for b in batches)
+    assert found == [(0, last), (last, 0)]
+    assert {part.dtype for b in batches for part in (b.users, b.pos, b.neg)} == {torch.int64}
+
+
+@pytest.mark.parametrize("num_negatives", (0, 1, 3))
+def test_blocks_change_no_triple(monkeypatch, num_negatives):
+    whole = draw(make_sampler(num_negatives=num_negatives, batch_size=4), range(3))
+    monkeypatch.setattr(sampling, "LOOKUPS_PER_BLOCK", 7)
+    assert np.array_equal(draw(make_sampler(num_negatives=num_negatives, batch_size=4), range(3)), whole)
+
+
 def test_epoch_lengths():
     total, expected_loss = sum(map(len, ROWS)), 2 / len(ROWS)
     assert make_sampler().num_saturated == 1
