@@ -88,7 +88,7 @@ def published(kinds: dict[str, SquaredDistance]) -> dict[str, SquaredDistance]:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor any operation returned."""
+    """Elements of the largest tensor any operation returned; of a sparse one those it stores."""
 
     numel = 0
 
@@ -96,7 +96,8 @@ class LargestTensor(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for part in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(part, torch.Tensor):
-                self.numel = max(self.numel, part.numel())
+                stored = part._nnz() if part.layout in (torch.sparse_coo, torch.sparse_csr) else part.numel()
+                self.numel = max(self.numel, stored)
         return result
 
 

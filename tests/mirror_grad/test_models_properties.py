@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gfml.baselines import popularity
 from gfml.data.interactions import Interactions, csr_from_pairs
@@ -299,21 +298,8 @@ def test_every_model_takes_mirrored_steps_in_every_mode(name, data, toy):
         assert all(p.isfinite().all() for p in model.parameters())
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor made inside."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for part in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(part, torch.Tensor):
-                self.numel = max(self.numel, part.numel())
-        return result
-
-
 @pytest.mark.parametrize("name", TRAINED)
-def test_nothing_is_dense_in_users_or_items_twice(name):
+def test_nothing_is_dense_in_users_or_items_twice(name, largest_tensor):
     rng = np.random.default_rng(0)
     num_users, num_items = 6000, 5500
     users = np.repeat(np.arange(num_users), 3)
@@ -322,7 +308,7 @@ def test_nothing_is_dense_in_users_or_items_twice(name):
     features = {n: torch.tensor(rng.normal(size=(num_items, 4)), dtype=torch.float32) for n in ("image", "text")}
     model = kit.build(name, MultimodalData(Interactions("wide", train, empty, empty), features), embedding_dim=4)
     batch = next(iter(TripleSampler(train, batch_size=256, seed=0, scheme="interaction").epoch(1)))
-    with LargestTensor() as seen:
+    with largest_tensor as seen:
         model.train().loss(batch)["loss"].backward()
         scorer = model.eval().scorer()
     # Searching neighbours goes block by block, of 2^24 scores at most.
