@@ -95,6 +95,8 @@ def load_table(name: str) -> dict[str, Any]:
     wrong += [key for cell in table["cell"] for key in cell if key not in CELL_KEYS]
     if wrong:
         raise UserError(f"{path} sets the unknown key {wrong[0]!r}, wanted {', '.join(sorted(KEYS | CELL_KEYS))}")
+    if any("data" in over for over in (table.get("over", {}), *(cell.get("over", {}) for cell in table["cell"]))):
+        raise UserError(f"{path}: over sets data, which stands for the data root in every command: choose another name")
     _check_references(path, table)
     return table
 

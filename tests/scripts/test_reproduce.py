@@ -379,6 +379,7 @@ def test_of_a_command_with_several_runs_the_best_counts(script: ModuleType, toy:
         (('main = ["ndcg@5"]', 'main = ["ndcg@50"]'), "main of"),
         (('main = ["ndcg@5"]', ""), "set main"),
         (('label = "alone"', 'label = "B"'), "two cells make the row 'B' with seed 1"),
+        (('label = "alone"', 'label = "alone"\nover = { data = [1] }'), "over sets data"),
         (('paper = "{model} (paper)"', 'paper = "{model}"'), "names the published row 'A'"),
     ),
 )
