@@ -14,7 +14,8 @@ from gfml.sampling import Triples
 from gfml.sparse import SparseMatrix
 from gfml.topk import FactorScorer
 from mirror_grad.models import settings
-from mirror_grad.parts.blocks import row_cross_entropy
+from mirror_grad.parts.blocks import log_sum_exps
+from mirror_grad.parts.features import distinct
 from mirror_grad.parts.graphs import LightPropagation, row_mean
 from mirror_grad.parts.losses import dot_bpr, unsquared_norms
 from mirror_grad.parts.modes import evaluating
@@ -115,5 +116,8 @@ class LGMRec(nn.Module):
 
 def contrast(first: Tensor, second: Tensor, ids: Tensor) -> Tensor:
     """Sum over ``ids`` of -log softmax over all rows of cos(first[id], second) / t at the same row. [n, D] each."""
-    rows = F.normalize(F.embedding(ids, first), dim=1)
-    return row_cross_entropy(rows, F.normalize(second, dim=1), ids, 1 / TEMPERATURE)
+    rows, place = distinct(ids)
+    x, y = F.normalize(F.embedding(rows, first), dim=1), F.normalize(second, dim=1)
+    number = x.new_zeros(len(rows)).index_add(0, place, x.new_ones(len(ids)))
+    own = (number * (x * F.embedding(rows, y)).sum(1)).sum()
+    return log_sum_exps(x, y, 1 / TEMPERATURE, weight=number) - own / TEMPERATURE

@@ -81,7 +81,7 @@ class MGCN(nn.Module):
         at = {"user": batch.users, "item": first + batch.pos}
         terms = {"bpr": dot_bpr(*final), "reg": losses.half_mean_square(*final)}
         for name, rows in at.items():
-            terms[f"nce_{name}"] = info_nce(F.embedding(rows, side), F.embedding(rows, content), TEMPERATURE)
+            terms[f"nce_{name}"] = info_nce(side, content, TEMPERATURE, rows)
         contrast = self.settings.cl_loss * (terms["nce_item"] + terms["nce_user"])
         return {"loss": terms["bpr"] + self.settings.reg_weight * terms["reg"] + contrast, **terms}
 

@@ -13,10 +13,9 @@ from gfml.sampling import Triples
 from gfml.sparse import SparseMatrix
 from gfml.topk import FactorScorer
 from mirror_grad.models import settings
-from mirror_grad.parts.blocks import row_cross_entropy
-from mirror_grad.parts.features import projected
+from mirror_grad.parts.blocks import batch_cross_entropy
+from mirror_grad.parts.features import distinct, projected
 from mirror_grad.parts.graphs import bipartite, row_mean, symmetric, with_itself
-from mirror_grad.parts.losses import info_nce
 from mirror_grad.parts.modes import evaluating
 
 if TYPE_CHECKING:
@@ -76,23 +75,22 @@ class SLMRec(nn.Module):
         return user, item
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        user, item = self.outputs()
-        user, item = F.embedding(batch.users, user), F.embedding(batch.pos, item)
-        terms = {"main": info_nce(self.fuse["user"](user), self.fuse["item"](item), self.settings.temp)}
+        users, items = self.outputs()
+        (user_rows, of_user), (item_rows, of_item) = distinct(batch.users), distinct(batch.pos)
+        user, item = F.embedding(user_rows, users), F.embedding(item_rows, items)
+        fused = F.normalize(self.fuse["user"](user), dim=1), F.normalize(self.fuse["item"](item), dim=1)
+        terms = {"main": batch_cross_entropy(*fused, of_user, of_item, 1 / self.settings.temp)}
         own, *views = item.chunk(1 + len(self.features), 1)
         view, heads = dict(zip(self.features, views)), self.heads
         anchor = heads["g1"](own)
+        pairs = {}
         if "image" in view:
-            terms["fac_image"] = self.contrast(anchor, heads["g2"](view["image"]))
+            pairs["fac_image"] = anchor, heads["g2"](view["image"])
         if "text" in view:
-            terms["fac_text"] = self.contrast(heads["g4"](heads["g3"](anchor)), heads["g5"](view["text"]))
-        ssl = sum(value for name, value in terms.items() if name != "main")
-        return {"loss": terms["main"] + self.settings.ssl_alpha * ssl, **terms}
-
-    def contrast(self, first: Tensor, second: Tensor) -> Tensor:
-        """Cross-entropy of first second^T / ssl_temp with the diagonal as the right answers."""
-        target = torch.arange(len(first), device=first.device)
-        return row_cross_entropy(first, second, target, 1 / self.settings.ssl_temp) / len(first)
+            pairs["fac_text"] = heads["g4"](heads["g3"](anchor)), heads["g5"](view["text"])
+        scale = 1 / self.settings.ssl_temp
+        contrasts = {name: batch_cross_entropy(*pair, of_item, of_item, scale) for name, pair in pairs.items()}
+        return {"loss": terms["main"] + self.settings.ssl_alpha * sum(contrasts.values()), **terms, **contrasts}
 
     @evaluating
     def scorer(self) -> FactorScorer:

@@ -101,7 +101,7 @@ class SMORE(nn.Module):
         final = F.embedding(ids, side + content).chunk(3)
         terms = {"bpr": dot_bpr(*final), "reg": losses.half_mean_square(*final)}
         for name, rows in {"user": batch.users, "item": first + batch.pos}.items():
-            terms[f"nce_{name}"] = info_nce(F.embedding(rows, side), F.embedding(rows, content), TEMPERATURE)
+            terms[f"nce_{name}"] = info_nce(side, content, TEMPERATURE, rows)
         contrast = self.settings.cl_loss * (terms["nce_item"] + terms["nce_user"])
         return {"loss": terms["bpr"] + self.settings.reg_weight * terms["reg"] + contrast, **terms}
 

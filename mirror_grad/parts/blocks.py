@@ -23,16 +23,32 @@ def sum_in_blocks(term: Callable[..., Tensor], rows: Sequence[Tensor], shared: S
     return _SumInBlocks.apply(term, len(rows), width, *rows, *shared)
 
 
-def row_cross_entropy(first: Tensor, second: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
-    """sum_i [log sum_j exp(s x_i . y_j) - s x_i . y_t(i)]: each x_i has to find its y among all. Scalar.
+def log_sum_exps(
+    first: Tensor, second: Tensor, scale: float = 1.0, *, weight: Tensor | None = None, count: Tensor | None = None
+) -> Tensor:
+    """sum_i w_i log sum_j c_j exp(s x_i . y_j), a scalar; weights and counts are 1 where none are given.
 
-    Shape: first [n, D], second [m, D], targets t int64 [n]. By log-sum-exp: no overflow. Memory O((n + m) D).
+    Shape: first [n, D], second [m, D], weight [n], count [m] > 0. No overflow; memory O((n + m) D).
     """
+    weight = first.new_ones(len(first)) if weight is None else weight
+    more = second.new_zeros(len(second)) if count is None else count.log()
 
-    def term(first: Tensor, targets: Tensor, second: Tensor) -> Tensor:
-        return F.cross_entropy(scale * (first @ second.T), targets, reduction="sum")
+    def term(first: Tensor, weight: Tensor, second: Tensor, more: Tensor) -> Tensor:
+        return (weight * torch.addmm(more, first, second.T, alpha=scale).logsumexp(1)).sum()
 
-    return sum_in_blocks(term, (first, targets), (second,), len(second))
+    return sum_in_blocks(term, (first, weight), (second, more), len(second))
+
+
+def batch_cross_entropy(first: Tensor, second: Tensor, place: Tensor, other: Tensor, scale: float = 1.0) -> Tensor:
+    """mean_b -log [exp(s x_b . y_b) / sum_c exp(s x_b . y_c)] over a batch whose rows may repeat, each stored once.
+
+    Shape: first [n, D], second [m, D]; place and other int64 [B], the rows x_b = first[place_b], y_b = second[other_b]
+    of a batch element. Each x_b has to find its own y among those of the batch; repeated rows are false negatives of
+    each other, as they are when written out, but cost nothing.
+    """
+    weight, count = (rows.new_zeros(len(rows)).index_add(0, p, rows.new_ones(len(p))) for rows, p in ((first, place), (second, other)))
+    own = (F.embedding(place, first) * F.embedding(other, second)).sum()
+    return (log_sum_exps(first, second, scale, weight=weight, count=count) - scale * own) / len(place)
 
 
 class _SumInBlocks(torch.autograd.Function):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfml import losses
-from mirror_grad.parts.blocks import row_cross_entropy
+from mirror_grad.parts.blocks import batch_cross_entropy
+from mirror_grad.parts.features import distinct
 
 
 def guarded_bpr(pos: Tensor, neg: Tensor) -> Tensor:
@@ -59,11 +60,13 @@ def cosine_gap(online: Tensor, target: Tensor) -> Tensor:
     return 1.0 - F.cosine_similarity(online, target.detach(), dim=1).mean()
 
 
-def info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+def info_nce(first: Tensor, second: Tensor, temperature: float, ids: Tensor | None = None) -> Tensor:
     """mean_i -log(exp(cos(x_i, y_i) / t) / sum_j exp(cos(x_i, y_j) / t)): a row against all rows of its batch.
 
-    Shape: first, second [B, D]. log B when all rows are alike; repeated rows are each other's false negatives.
-    One direction; by log-sum-exp, where the published sums overflow for small temperatures. Never holds [B, B].
+    Shape: first, second [B, D]; with ids int64 [B] the batch consists of these rows of both, [N, D] each. log B when all
+    rows are alike; repeated rows are each other's false negatives. One direction; by log-sum-exp, where the published
+    sums overflow for small temperatures. Never holds [B, B].
     """
-    own = torch.arange(len(first), device=first.device)
-    return row_cross_entropy(F.normalize(first, dim=1), F.normalize(second, dim=1), own, 1 / temperature) / len(first)
+    rows, place = (None, torch.arange(len(first), device=first.device)) if ids is None else distinct(ids)
+    x, y = (F.normalize(part if rows is None else F.embedding(rows, part), dim=1) for part in (first, second))
+    return batch_cross_entropy(x, y, place, place, 1 / temperature)

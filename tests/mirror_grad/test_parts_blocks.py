@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mirror_grad.parts import blocks
-from mirror_grad.parts.blocks import row_cross_entropy, sum_in_blocks
+from mirror_grad.parts.blocks import batch_cross_entropy, log_sum_exps, sum_in_blocks
 
 
 def rows(*shape, seed=0):
@@ -20,28 +20,38 @@ def three_rows_a_block(monkeypatch):
     monkeypatch.setitem(blocks.NUMBERS_PER_BLOCK, "cpu", 15)
 
 
-def test_cross_entropy_is_that_of_the_whole_matrix(three_rows_a_block):
-    first, second, targets = rows(8, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_(), torch.tensor([0, 4, 4, 1, 2, 3, 0, 1])
-    ours = row_cross_entropy(first, second, targets, 3.0)
-    plain = F.cross_entropy(3.0 * first @ second.T, targets, reduction="sum")
+def test_weighted_log_sum_exps_are_those_of_the_whole_matrix(three_rows_a_block):
+    first, second = rows(8, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_()
+    weight, count = torch.arange(8.0, dtype=torch.float64), torch.tensor([1.0, 2, 1, 3, 1], dtype=torch.float64)
+    ours = log_sum_exps(first, second, 3.0, weight=weight, count=count)
+    plain = (weight * (count * (3.0 * first @ second.T).exp()).sum(1).log()).sum()
     torch.testing.assert_close(ours, plain)
     for found, wanted in zip(torch.autograd.grad(2 * ours, (first, second)), torch.autograd.grad(2 * plain, (first, second))):
         torch.testing.assert_close(found, wanted)
 
 
+def test_repeated_rows_count_as_often_as_they_occur(three_rows_a_block):
+    first, second = rows(4, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_()
+    place, other = torch.tensor([0, 3, 3, 1, 0, 2]), torch.tensor([4, 4, 0, 1, 2, 4])
+    ours = batch_cross_entropy(first, second, place, other, 2.0)
+    plain = F.cross_entropy(2.0 * first[place] @ second[other].T, torch.arange(6))
+    torch.testing.assert_close(ours, plain)
+    for found, wanted in zip(torch.autograd.grad(ours, (first, second)), torch.autograd.grad(plain, (first, second))):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_gradients_of_both_orders(three_rows_a_block):
     inputs = rows(7, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_()
-    targets = torch.arange(7) % 5
-    assert torch.autograd.gradcheck(lambda a, b: row_cross_entropy(a, b, targets, 2.0), inputs)
-    assert torch.autograd.gradgradcheck(lambda a, b: row_cross_entropy(a, b, targets, 2.0), inputs)
+    assert torch.autograd.gradcheck(lambda a, b: log_sum_exps(a, b, 2.0), inputs)
+    assert torch.autograd.gradgradcheck(lambda a, b: log_sum_exps(a, b, 2.0), inputs)
 
 
 def test_only_inputs_that_want_a_gradient_have_one(three_rows_a_block):
     first, second = rows(7, 3), rows(5, 3, seed=1).requires_grad_()
-    (found,) = torch.autograd.grad(row_cross_entropy(first, second, torch.arange(7) % 5), second)
+    (found,) = torch.autograd.grad(log_sum_exps(first, second), second)
     assert found.shape == second.shape
     with torch.no_grad():
-        assert not row_cross_entropy(first, second, torch.arange(7) % 5).requires_grad
+        assert not log_sum_exps(first, second).requires_grad
 
 
 def test_one_block_at_a_time(three_rows_a_block):
@@ -63,5 +73,5 @@ def test_one_block_at_a_time(three_rows_a_block):
 
 def test_logits_beyond_the_largest_number_are_finite():
     first, second = rows(4, 3).requires_grad_(), 1e200 * rows(5, 3, seed=1)
-    value = row_cross_entropy(first, second, torch.arange(4))
+    value = log_sum_exps(first, second)
     assert value.isfinite() and torch.autograd.grad(value, first)[0].isfinite().all()

@@ -72,6 +72,12 @@ def test_info_nce_by_loop(temperature):
     assert losses.info_nce(first, second, temperature).item() == pytest.approx(total / 6, rel=1e-12)
 
 
+def test_info_nce_of_repeated_rows():
+    first, second, ids = rows(5, 4), rows(5, 4, seed=1), torch.tensor([3, 0, 3, 3, 1])
+    wanted = losses.info_nce(first[ids], second[ids], 0.3)
+    torch.testing.assert_close(losses.info_nce(first, second, 0.3, ids), wanted)
+
+
 def test_info_nce_limits():
     same = rows(1, 4).expand(9, 4)
     assert losses.info_nce(same, same, 0.2).item() == pytest.approx(math.log(9))
