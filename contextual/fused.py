@@ -1,7 +1,6 @@
 """The contextual loss and its companions with their gradients in closed form: same numbers, less time and memory.
 
-Value and dL/dS are computed together; only dL/dS is kept for the backward pass. Notation as in
-``contextual.similarity``, with n = |N(i)|, m = B - n, r = |R(i)|, each at least 1 as a divisor, and
+Notation as in ``contextual.similarity``, with n = |N(i)|, m = B - n, r = |R(i)|, each at least 1 as a divisor, and
 A = dL/dW^ = 2 / B^2 (W^ - Y) off the diagonal:
 
     C  = dL/dW~ = R (A / r)                       H = C o N / 2,  K+ = H / n + (H / n)^T,  K- = H / m + (H / m)^T
@@ -9,23 +8,29 @@ A = dL/dW^ = 2 / B^2 (W^ - Y) off the diagonal:
     dL/dN + dL/dP = K+ N - K- (1 - N) + (M+ + M-) / 2 o C + G_P;   dL/dS = 2 slope times that, 0 where S > 1
 
 Five products of B x B matrices: N N^T, R W~, A W~^T, R (A / r), (K+ + K-) N. The left factor of each is zero almost
-everywhere while neighbourhoods are small. On the CPU :func:`_listed` then visits only what is there (embedding bags
-over lists of neighbours) and holds little more than two B x B matrices at a time; :func:`_dense` multiplies.
+everywhere while neighbourhoods are small. There are two ways, the same for the caller:
+
+    :func:`listed`       on a CPU, while neighbourhoods are small: machine code over lists of neighbours
+                         (``contextual.kernel``). The only B x B matrix is dL/dS, made by the backward pass.
+    :func:`contextual`   on other devices and for large neighbourhoods: the products as they stand. Value and dL/dS
+                         are computed together, and dL/dS is kept for the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+if TYPE_CHECKING:
+    from contextual.losses import Settings, Weights
 
 # Above this share of filled places dense products are the faster ones.
-DENSE = 0.25
-# Counts up to here are exact in half precision.
-HALF_EXACT = 2048
+DENSE = 0.2
 
 
 class Contextual(NamedTuple):
@@ -38,26 +43,27 @@ class Contextual(NamedTuple):
     mutual: Tensor
 
 
-class _Known(torch.autograd.Function):
-    """A scalar whose gradient by ``sim`` is known already."""
+class _Once(torch.autograd.Function):
+    """A scalar whose gradient by ``sim`` is ``gradient`` of the gradient by the scalar itself and of ``saved``."""
 
     @staticmethod
-    def forward(ctx, sim: Tensor, value: Tensor, grad: Tensor) -> Tensor:
-        ctx.save_for_backward(grad)
+    def forward(ctx, sim: Tensor, value: Tensor, gradient: Callable[[Tensor, Tensor], Tensor], saved: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        ctx.save_for_backward(saved)
         return value.clone()
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "found create_graph with the closed form, which has no second derivative: use backend='reference'"
             )
-        return upstream * ctx.saved_tensors[0], None, None
+        return ctx.gradient(upstream, *ctx.saved_tensors), None, None, None
 
 
-def attach(sim: Tensor, value: Tensor, grad: Tensor | None) -> Tensor:
-    """``value``, differentiable by ``sim`` once."""
-    return value if grad is None else _Known.apply(sim, value, grad)
+def attach(sim: Tensor, value: Tensor, gradient: Callable[[Tensor, Tensor], Tensor], saved: Tensor) -> Tensor:
+    """``value``, differentiable by ``sim`` once: gradient(upstream, saved) is called in the backward pass."""
+    return _Once.apply(sim, value, gradient, saved)
 
 
 class _Gram(torch.autograd.Function):
@@ -80,23 +86,87 @@ def gram(rows: Tensor) -> Tensor:
     return _Gram.apply(rows)
 
 
+class Listed:
+    """The weighted sum of the three terms for one batch, by lists of neighbours; made by :func:`listed`.
+
+    parts: contextual, contrastive and reg, None for a weight of 0; loss: their sum; none has a gradient. size, mutual:
+    |N(i)| and |R(i)|, both [B]. What is kept for the gradient grows with the number of neighbours, not with B^2.
+    """
+
+    def __init__(
+        self, sim: Tensor, labels: Tensor, rows: Tensor, number: int, num_half: int, weights: Weights, own: Settings
+    ) -> None:
+        s, batch, kind = _array(sim), len(sim), sim.dtype
+        self.weights, self.slope, self.labels = weights, own.slope, _names(labels)
+        self.size, self.mutual = rows[2], rows[3]
+        self.margins = s.dtype.type(own.pos_margin), s.dtype.type(own.neg_margin)
+        lists = _room(torch.uint32, 3 * (batch + 1) + 3 * number + num_half)
+        self.memory = rows.numpy(), lists, _room(kind, 3, number)
+        squares, total, lacking, exceeding, attracted, repelled = _kernel().forward(
+            s, self.labels, *self.margins, weights.contrast != 0, *self.memory, _room(torch.float64, 4, batch)
+        )
+        self.active = max(attracted, 1), max(repelled, 1)
+        self.off = total / batch**2 - own.reg_sim
+        # What is nan is nobody's neighbour: S = nan would not reach the loss.
+        parts = squares / batch**2 + 0 * total, lacking / self.active[0] + exceeding / self.active[1], self.off**2
+        loss = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        self.loss, *parts = torch.from_numpy(np.array([loss, *parts], s.dtype)).unbind()
+        self.parts = [part if weight else None for weight, part in zip(weights, parts, strict=True)]
+
+    def gradient(self, upstream: Tensor, sim: Tensor) -> Tensor:
+        """dL/dS times ``upstream``, which has one element."""
+        grad = torch.empty(sim.shape, dtype=sim.dtype)
+        context, contrast, reg = (upstream.item() * weight for weight in self.weights)
+        pull, push = (contrast / active for active in self.active)
+        _kernel().backward(
+            _array(sim), self.labels, *self.margins, context * 4 * self.slope / sim.numel(), pull, push,
+            2 * reg * self.off / sim.numel(), *self.memory, grad.numpy(),
+        )  # fmt: skip
+        return grad
+
+
+def listed(sim: Tensor, labels: Tensor, weights: Weights, own: Settings) -> Listed | None:
+    """None where matrix products are the better way. Shape: sim [B, B], without gradient; labels [B]."""
+    batch = len(sim)
+    if sim.device.type != "cpu" or own.k >= DENSE * batch:
+        return None
+    s, rows = _array(sim), torch.empty(8, batch, dtype=sim.dtype)
+    number, num_half = _kernel().count(s, own.k, s.dtype.type(own.eps / 2), rows.numpy())
+    return Listed(sim, labels, rows, number, num_half, weights, own) if number < DENSE * batch**2 else None
+
+
+def _kernel() -> ModuleType:
+    """numba is not imported before it is needed."""
+    from contextual import kernel
+
+    return kernel
+
+
+def _array(sim: Tensor) -> np.ndarray:
+    return sim.detach().contiguous().numpy()
+
+
+def _room(kind: torch.dtype, *shape: int) -> np.ndarray:
+    """Uninitialised, and made by torch, whose profiler then knows of it."""
+    return torch.empty(shape, dtype=kind).numpy()
+
+
+def _names(labels: Tensor) -> np.ndarray:
+    """Labels of any kind as integers, equal where they are."""
+    labels = labels.detach()
+    if labels.is_floating_point():
+        labels = labels.unique(return_inverse=True)[1]
+    return labels.long().contiguous().numpy()
+
+
 @torch.no_grad()
 def contextual(sim: Tensor, labels: Tensor, *, k: int, eps: float, slope: float, needs_grad: bool = True) -> Contextual:
-    """The contextual loss and, if wanted, its gradient.
+    """The contextual loss and, if wanted, its gradient: the formulas as they stand, with matrix products.
 
     Shape: sim [B, B]; labels [B]. D <= d^(k) + eps is read as S >= min(s^(k), 1) - eps / 2.
     """
     nearest = sim.topk(k, dim=1).values.clamp_max_(1).sub_(eps / 2)
-    neighbours, half = sim >= nearest[:, k - 1 :], nearest[:, k // 2 - 1]
-    if sim.device.type == "cpu" and neighbours.count_nonzero().item() < DENSE * len(sim) ** 2:
-        i, j = neighbours.nonzero(as_tuple=True)
-        del neighbours
-        return _listed(sim, labels, i, j, half, slope, needs_grad)
-    return _dense(sim, labels, neighbours, sim >= half[:, None], slope, needs_grad)
-
-
-def _dense(sim: Tensor, labels: Tensor, neighbours: Tensor, half: Tensor, slope: float, needs_grad: bool) -> Contextual:
-    """The formulas as they stand, with matrix products."""
+    neighbours, half = sim >= nearest[:, k - 1 :], sim >= nearest[:, k // 2 - 1, None]
     batch, member = len(sim), neighbours.to(sim.dtype)
     mutual = (half & half.T).to(sim.dtype)
     size, num_mutual = member.sum(1), mutual.sum(1)
@@ -109,7 +179,8 @@ def _dense(sim: Tensor, labels: Tensor, neighbours: Tensor, half: Tensor, slope:
     weights = overlap * member
     averaged = (mutual @ weights).div_(share[:, None])
     error = _less_labels(averaged.T.contiguous().add_(averaged).mul_(0.5), labels)
-    value = error.square().sum() / batch**2
+    # What is nan is nobody's neighbour: S = nan would not reach the loss.
+    value = error.square().sum() / batch**2 + 0 * sim.sum()
     if not needs_grad:
         return Contextual(value, None, size, num_mutual)
 
@@ -130,95 +201,9 @@ def _dense(sim: Tensor, labels: Tensor, neighbours: Tensor, half: Tensor, slope:
     return Contextual(value, grad.mul_(4 * slope / batch**2).masked_fill_(sim > 1, 0), size, num_mutual)
 
 
-def _listed(
-    sim: Tensor, labels: Tensor, i: Tensor, j: Tensor, half: Tensor, slope: float, needs_grad: bool
-) -> Contextual:
-    """The same with lists: (i, j) the neighbours row by row, (p, q) the half-neighbours among them."""
-    batch, rows = len(sim), torch.arange(len(sim))
-    near = sim[i, j]
-    inner = near >= half[i]
-    over, p, q = near > 1, i[inner], j[inner]
-    both = (sim[q, p] >= half[q]).to(sim.dtype)
-    start, half_start = torch.searchsorted(i, rows), torch.searchsorted(p, rows)
-    size = torch.diff(start, append=start.new_tensor([len(i)])).to(sim.dtype)
-    num_mutual = sim.new_zeros(batch).index_add_(0, p, both)
-    # A picture is its own neighbour: only rounding of equal distances can make it otherwise.
-    inside, outside, share = size.clamp_min(1), (batch - size).clamp_min(1), num_mutual.clamp_min(0.5)
-
-    met = _bag(j, _turned(i, j, batch), start)[i, j].to(sim.dtype)
-    weights = met.div(inside[i]).add_(met.sub_(size[j]).add_((batch - size)[i]).div_(outside[i])).mul_(0.5)
-    averaged = _bag(q, sim.new_zeros(batch, batch).index_put_((i, j), weights), half_start, both).div_(share[:, None])
-    error = averaged.T.contiguous().add_(averaged).mul_(0.5)
-    del averaged, near, inner, met
-    error = _less_labels(error, labels)
-    value = error.square().sum() / batch**2
-    if not needs_grad:
-        return Contextual(value, None, size, num_mutual)
-
-    # W~ A = (A W~^T)^T: Q^T before its division, wanted at the half-neighbourhoods alone.
-    turned = _bag(j, error, start, weights)
-    there, back = turned[p, q], turned[q, p]
-    del turned, weights
-    lean = sim.new_zeros(batch).index_add_(0, p, both * back) / share
-    expansion = (there - lean[q]) / share[q] + (back - lean[p]) / share[p]
-    grad = _bag(q, error, half_start, both / share[q])
-    del error
-    common, per_both = grad[i, j], 0.5 / inside + 0.5 / outside
-    lost = 0.5 * common / outside[i]
-    lost = sim.new_zeros(batch).index_add_(0, i, lost).index_add_(0, j, lost)
-    _times_overlap(grad, i, j, start, per_both, 0.5 / outside, size)
-    _add_mixed(grad, i, j, common.mul_(per_both[i]))
-    grad.sub_(lost[:, None]).index_put_((q, p), expansion, accumulate=True).mul_(4 * slope / batch**2)
-    return Contextual(value, grad.index_put_((i[over], j[over]), sim.new_zeros(())), size, num_mutual)
-
-
-def _times_overlap(
-    grad: Tensor, i: Tensor, j: Tensor, start: Tensor, per_both: Tensor, per_outside: Tensor, size: Tensor
-) -> None:
-    """grad *= (M+ + M-) / 2 in place, some rows at a time."""
-    turned, strangers = _turned(i, j, len(grad)), (len(grad) - size) * per_outside
-    for rows, column, begin in _blocks(j, start):
-        overlap = _bag(column, turned, begin).to(grad.dtype)
-        overlap.mul_(per_both[rows, None]).addr_(per_outside[rows], size, alpha=-1)
-        grad[rows] *= overlap.add_(strangers[rows, None])
-        del overlap  # or the next block would stand beside it
-
-
-def _add_mixed(grad: Tensor, i: Tensor, j: Tensor, weights: Tensor) -> None:
-    """grad += (T + T^T) N in place, T holding ``weights`` at the places (i, j) of N; some rows at a time."""
-    member = torch.zeros_like(grad).index_put_((i, j), grad.new_ones(()))
-    row, order = torch.cat([i, j]).sort()
-    start = torch.searchsorted(row, torch.arange(len(grad)))
-    del row
-    column, weights = torch.cat([j, i])[order], torch.cat([weights, weights])[order]
-    del order
-    for rows, near, begin, own in _blocks(column, start, weights):
-        grad[rows] += _bag(near, member, begin, own)
-
-
-def _blocks(column: Tensor, start: Tensor, *lists: Tensor) -> Iterator[tuple]:
-    """The lists of a quarter of the rows, but at least of 64, at a time: (rows, columns, starts, ...)."""
-    rows = max(64, -(-len(start) // 4))
-    for first in range(0, len(start), rows):
-        last = first + rows
-        part = slice(int(start[first]), int(start[last]) if last < len(start) else len(column))
-        yield slice(first, last), column[part], start[first:last] - part.start, *(each[part] for each in lists)
-
-
 def _less_labels(similarity: Tensor, labels: Tensor) -> Tensor:
     """W^ - Y off the diagonal, in place."""
     return similarity.sub_((labels[:, None] == labels).to(similarity.dtype)).fill_diagonal_(0)
-
-
-def _bag(column: Tensor, right: Tensor, start: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Left @ right, where row b of left holds weights (ones) at the columns listed from start[b] on."""
-    return functional.embedding_bag(column, right, start, mode="sum", per_sample_weights=weights)
-
-
-def _turned(i: Tensor, j: Tensor, batch: int) -> Tensor:
-    """N^T in the smallest type that counts up to ``batch`` exactly."""
-    kind = torch.float16 if batch <= HALF_EXACT else torch.float32
-    return torch.zeros(batch, batch, dtype=kind).index_put_((j, i), torch.ones((), dtype=kind))
 
 
 @torch.no_grad()

@@ -141,14 +141,16 @@ def hybrid(
     Arguments as in :func:`contextual_loss` and :func:`contrastive_loss`; reg_sim: the mean similarity wanted.
     """
     _check(sim, labels, k if weights.context else 2, backend, steps)
-    settings = _Settings(k, eps, slope, pos_margin, neg_margin, reg_sim)
+    settings = Settings(k, eps, slope, pos_margin, neg_margin, reg_sim)
+    if backend == "fused":
+        return _fused(_full(sim), labels, weights, settings)
     with torch.autocast(sim.device.type, enabled=False):
-        if backend == "fused":
-            return _fused(_full(sim), labels, weights, settings)
         return _reference(_full(sim), labels, weights, settings, steps)
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
+    """Of the hybrid's terms, as :func:`hybrid` takes them."""
+
     k: int
     eps: float
     slope: float
@@ -157,15 +159,19 @@ class _Settings(NamedTuple):
     reg_sim: float
 
 
-def _fused(sim: Tensor, labels: Tensor, weights: Weights, own: _Settings) -> Terms:
-    """One gradient, of the weighted sum, is kept; the terms themselves have none."""
+def _fused(sim: Tensor, labels: Tensor, weights: Weights, own: Settings) -> Terms:
+    """One gradient, of the weighted sum; the terms themselves have none."""
     needs, inner = sim.requires_grad and torch.is_grad_enabled(), sim.detach()
+    if weights.context and (found := fused.listed(inner, labels, weights, own)) is not None:
+        loss = fused.attach(sim, found.loss, found.gradient, sim) if needs else found.loss
+        return Terms(loss, *found.parts, found.size, found.mutual)
     values: list[Tensor | None] = [None, None, None]
     grad = size = mutual = None
     if weights.context:
-        values[0], grad, size, mutual = fused.contextual(
-            inner, labels, k=own.k, eps=own.eps, slope=own.slope, needs_grad=needs
-        )
+        with torch.autocast(sim.device.type, enabled=False):
+            values[0], grad, size, mutual = fused.contextual(
+                inner, labels, k=own.k, eps=own.eps, slope=own.slope, needs_grad=needs
+            )
     if needs:
         grad = torch.zeros_like(inner) if grad is None else grad.mul_(weights.context)
     if weights.contrast:
@@ -174,10 +180,10 @@ def _fused(sim: Tensor, labels: Tensor, weights: Weights, own: _Settings) -> Ter
     if weights.reg:
         values[2] = fused.similarity_target(inner, own.reg_sim, onto=grad, weight=weights.reg)
     total = sum(weight * value for weight, value in zip(weights, values, strict=True) if value is not None)
-    return Terms(fused.attach(sim, total, grad), *values, size, mutual)
+    return Terms(fused.attach(sim, total, torch.mul, grad) if needs else total, *values, size, mutual)
 
 
-def _reference(sim: Tensor, labels: Tensor, weights: Weights, own: _Settings, steps: Steps) -> Terms:
+def _reference(sim: Tensor, labels: Tensor, weights: Weights, own: Settings, steps: Steps) -> Terms:
     same, others = labels[:, None] == labels, ~torch.eye(len(sim), dtype=torch.bool, device=sim.device)
     parts: list[Tensor | None] = [None, None, None]
     size = mutual = None

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from contextual import fused
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -19,6 +21,13 @@ def golden() -> dict[str, Tensor]:
     with np.load(GOLDEN / "contextual_losses.npz", allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
     return {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind != "U"}
+
+
+@pytest.fixture(params=("reference", "products", "lists"))
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend's name, for each way to the loss: autograd, and the closed form both ways whatever the batch."""
+    monkeypatch.setattr(fused, "DENSE", 2.0 if request.param == "lists" else 0.0)
+    return "reference" if request.param == "reference" else "fused"
 
 
 @pytest.fixture

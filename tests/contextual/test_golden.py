@@ -32,7 +32,6 @@ from contextual.ranking_losses import (
 )
 
 CASES = tuple(f"c{number}" for number in range(7))
-BACKENDS = ("reference", "fused")
 PRECISIONS = (torch.float64, torch.float32)
 
 
@@ -69,7 +68,6 @@ def test_similarity_step_by_step(golden, close, case: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_contextual_loss(golden, close, case: str, backend: str, dtype) -> None:
     emb, k, eps = rows(golden, case, dtype), golden[f"{case}_k"].item(), golden[f"{case}_eps"].item()
@@ -81,7 +79,6 @@ def test_contextual_loss(golden, close, case: str, backend: str, dtype) -> None:
     close(by_sim.fill_diagonal_(0), golden[f"{case}_dsim_ctx"], grad=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", ("d0", "d1", "z0"))
 def test_neighbourhoods_that_cover_the_batch_and_perfect_classes(golden, close, case: str, backend: str) -> None:
     """The published code gives NaN on the first two; on the third loss and gradient are exactly 0."""
@@ -100,7 +97,6 @@ def test_neighbourhoods_that_cover_the_batch_and_perfect_classes(golden, close, 
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("convention", ("context", "contrast"))
 @pytest.mark.parametrize("case", CASES)
 def test_hybrid_in_both_conventions(golden, close, case: str, convention: str, backend: str, dtype) -> None:
@@ -247,7 +243,6 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("k", "eps"), BY_HAND)
 def test_six_points_in_the_plane(k: int, eps: float, backend: str) -> None:
     angle = torch.tensor([math.radians(a) for a in ANGLES], dtype=torch.float64, requires_grad=True)
@@ -260,7 +255,6 @@ def test_six_points_in_the_plane(k: int, eps: float, backend: str) -> None:
     assert grad.sum().item() == pytest.approx(0, abs=1e-12)  # turning all points at once changes nothing
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_companions_and_hybrids_of_the_six_points(backend: str) -> None:
     angle = torch.tensor([math.radians(a) for a in ANGLES], dtype=torch.float64)
     sim = cosine_similarities(torch.stack([angle.cos(), angle.sin()], 1))
