@@ -62,6 +62,7 @@ class PairSet:
         # Sixteen times as many bits as pairs leave about 6 % of the queries to the binary search.
         self._bits = cells if self._exact else 1 << max(20, int(np.ceil(np.log2(16 * max(1, len(users))))))
         slots = torch.unique(self._slot(self._keys))
+        # NumPy asks the system for large pages, which random reads of many bytes need; torch does not.
         self._map = torch.from_numpy(np.zeros(self._bits // 8 + 1, dtype=np.uint8)).to(device)
         # Slots are distinct, so adding bit values sets bits.
         self._map.index_put_((slots >> 3,), _bit(slots), accumulate=True)
@@ -172,7 +173,7 @@ class TripleSampler:
             )
         self._degree = degree
         self._start = torch.from_numpy(train.indptr[:-1].astype(np.int64)).to(self.device)
-        self._items = torch.from_numpy(train.indices).to(self.device, self._item_type)
+        self._items = torch.tensor(train.indices, dtype=self._item_type, device=self.device)
         self._known = PairSet(train, self.device, budget_mb)
 
     def epoch(self, epoch: int) -> TripleBatches:
