@@ -173,10 +173,10 @@ def score_blocks(scorer: Scorer, users: Tensor, memory_mb: float) -> Iterator[Te
 
 
 def checked_scores(scores: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The scores themselves, or ValueError if they are not floats of this shape."""
+    """The scores, row after row in memory, or ValueError if they are not floats of this shape."""
     if scores.shape != shape or not scores.is_floating_point():
         raise ValueError(f"score() gave {scores.dtype} of shape {tuple(scores.shape)}, wanted floats of shape {shape}")
-    return scores
+    return scores.contiguous()
 
 
 def factor_blocks(factors: Factors, users: Tensor, memory_mb: float) -> Iterator[Tensor]:
@@ -196,11 +196,11 @@ def factor_blocks(factors: Factors, users: Tensor, memory_mb: float) -> Iterator
 
 
 def mask_seen(block: Tensor, seen: sp.csr_array, start: int) -> None:
-    """Write -inf at the seen items; row r of ``block`` is row start + r of ``seen``."""
+    """Write -inf at the seen items of a contiguous block; row r of ``block`` is row start + r of ``seen``."""
     indptr = seen.indptr[start : start + len(block) + 1]
-    rows = np.repeat(np.arange(len(block)), np.diff(indptr))
-    columns = seen.indices[indptr[0] : indptr[-1]].astype(np.int64)
-    block[torch.from_numpy(rows).to(block.device), torch.from_numpy(columns).to(block.device)] = -torch.inf
+    place = np.repeat(np.arange(len(block)) * block.shape[1], np.diff(indptr)) + seen.indices[indptr[0] : indptr[-1]]
+    # One index a place: half the cost of a row and a column.
+    block.view(-1).index_fill_(0, torch.from_numpy(place).to(block.device), -torch.inf)
 
 
 def select(block: Tensor, k: int) -> tuple[Tensor, Tensor]:

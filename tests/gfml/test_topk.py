@@ -131,6 +131,17 @@ def test_a_score_is_rounded_alike_alone_and_in_company():
         assert torch.equal(alone, whole[users])
 
 
+@pytest.mark.parametrize("lay", [lambda x: x.T.contiguous().T, lambda x: x[:, :1].expand(-1, x.shape[1])])
+def test_scores_may_lie_in_memory_as_they_like(lay):
+    scores, seen = lay(whole_numbers(9, 40, seed=3)), random_seen(np.random.default_rng(3), (9, 40), 0.3)
+    scorer = OnlyScores(scores)
+    scorer.score = lambda users: scores if len(users) == len(scores) else scores[users]
+    before = scores.clone()
+    found = topk_items(scorer, torch.arange(9), 5, seen=seen)
+    assert np.array_equal(found.numpy(), expected(before.numpy(), seen, 5))
+    assert torch.equal(scores, before)
+
+
 def test_users_may_come_in_any_order_and_repeat():
     rng = np.random.default_rng(4)
     scores, users = rng.normal(size=(6, 30)), torch.tensor([4, 0, 4, 2])
