@@ -20,17 +20,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from contextual.losses import Settings, Weights
-
 # Above this share of filled places dense products are the faster ones.
 DENSE = 0.2
+
+
+class Weights(NamedTuple):
+    """Of the hybrid's three terms."""
+
+    context: float
+    contrast: float
+    reg: float
+
+
+class Settings(NamedTuple):
+    """Of the hybrid's terms, as :func:`hybrid` takes them."""
+
+    k: int
+    eps: float
+    slope: float
+    pos_margin: float
+    neg_margin: float
+    reg_sim: float
 
 
 class Contextual(NamedTuple):

@@ -24,18 +24,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from contextual import fused
+from contextual.fused import Settings, Weights
 from contextual.names import BACKENDS, LAM_CONVENTIONS
 from contextual.similarity import FULL, Steps, check, contextual_similarity
 
 NORMALISE = ("b2", "b")
-
-
-class Weights(NamedTuple):
-    """Of the hybrid's three terms."""
-
-    context: float
-    contrast: float
-    reg: float
 
 
 class Terms(NamedTuple):
@@ -146,17 +139,6 @@ def hybrid(
         return _fused(_full(sim), labels, weights, settings)
     with torch.autocast(sim.device.type, enabled=False):
         return _reference(_full(sim), labels, weights, settings, steps)
-
-
-class Settings(NamedTuple):
-    """Of the hybrid's terms, as :func:`hybrid` takes them."""
-
-    k: int
-    eps: float
-    slope: float
-    pos_margin: float
-    neg_margin: float
-    reg_sim: float
 
 
 def _fused(sim: Tensor, labels: Tensor, weights: Weights, own: Settings) -> Terms:
