@@ -42,19 +42,24 @@ METRICS = ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini", "
 
 
 def rows_of_runs(labelled: Iterable[tuple[str, Path]], metrics: Sequence[str] = METRICS) -> list[dict[str, str]]:
-    """One row per label, then one per baseline, in order of appearance; the metrics of these names at every K."""
+    """One row per label, then one per baseline, in order of appearance; the metrics of these names at every K.
+
+    Baselines bear the name of their data where the runs have several.
+    """
     from gfml.runs import read_result
 
     groups: dict[str, list[dict[str, Any]]] = {}
     baselines: dict[str, dict[str, Any]] = {}
-    for label, path in labelled:
-        result = read_result(path)
+    results = [(label, read_result(path)) for label, path in labelled]
+    several = len({result["data"]["name"] for _, result in results}) > 1
+    for label, result in results:
         groups.setdefault(label, []).append(result)
         for name, found in result.get("baselines", {}).items():
             if "test" in found:
+                shown = f"{name}, {result['data']['name']}" if several else name
                 # The same data under another protocol has other train pairs, so other baselines.
                 kind = "test protocol" if "on test" in result["selection"]["protocol"] else "validation protocol"
-                baselines.setdefault(f"{name} ({kind})", found)
+                baselines.setdefault(f"{shown} ({kind})", found)
     rows = [row for label, results in groups.items() for row in _label_rows(label, results, metrics)]
     # A refit on train and validation has the train pairs of the test protocol, so its baselines are the same.
     by_name: dict[str, list[Mapping[str, float]]] = {}

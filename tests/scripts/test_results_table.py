@@ -83,6 +83,17 @@ def test_a_table_may_show_some_columns(table: dict, tmp_path: Path) -> None:
         table["main"](["toy", "--folder", "paper", run])
 
 
+def test_baselines_of_two_data_sets_are_two_rows(table: dict, tmp_path: Path) -> None:
+    runs = [store_run(tmp_path / name, 0.1) for name in ("one", "two")]
+    stored = tmp_path / "two" / "result.json"
+    result = json.loads(stored.read_text())
+    stored.write_text(json.dumps(result | {"data": {"name": "other"}, "baselines": {"popularity": {"test": {"recall@20": 0.06}}}}))
+    assert table["main"](["toy", "--folder", "paper", f"a={runs[0]}", f"b={runs[1]}"]) == 0
+    text = (tmp_path / "paper" / "README.md").read_text()
+    assert "| popularity, toy | no training | 1 |  | 0.0500 |" in text
+    assert "| popularity, other | no training | 1 |  | 0.0600 |" in text
+
+
 def test_equal_baselines_of_two_protocols_are_one_row(table: dict, tmp_path: Path) -> None:
     runs = [f"one={store_run(tmp_path / 'a', 0.1)}", f"other={store_run(tmp_path / 'b', 0.1, protocol='selected on test')}"]
     table["main"](["toy", "--folder", "paper", *runs])
