@@ -293,8 +293,14 @@ def _best_row(label: str, fresh: dict | None, stored: dict | None, known: Sequen
         return fresh
     if stored and stored.get("n"):
         return {key: value for key, value in stored.items() if value}
-    reason = next((one.reason for one in known if one.cell.label == label and one.reason), None)
-    return {"method": label, "protocol": f"not run: {reason}" if reason else "not run yet"}
+    needs = next((one.cell.needs for one in known if one.cell.label == label and one.reason), ())
+    # What is wanted, not where it was looked for: tables are the same on every machine.
+    return {"method": label, "protocol": f"not run: needs {', '.join(map(_in_words, needs))}" if needs else "not run yet"}
+
+
+def _in_words(need: str) -> str:
+    kind, _, what = need.partition(":")
+    return {"data": f"the data of {what}", "files": what, "gpu": "a CUDA device"}[kind]
 
 
 def compare(name: str, table: Mapping[str, Any]) -> list[str]:

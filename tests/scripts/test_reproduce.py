@@ -184,7 +184,7 @@ def test_a_small_table_from_nothing_to_numbers(script: ModuleType, toy: Path, ca
     runs = [json.loads(path.read_text()) for path in (toy / "runs").glob("recsys-*/result.json")]
     from_seed = [run["test"]["recall@5"] for run in runs if "pretrain" not in run["model"]]
     assert rows["lambda 1"]["n"] == "2" and rows["lambda 3"]["protocol"] == "not run yet"
-    assert rows["far away"]["protocol"].startswith("not run: no/such/place")
+    assert rows["far away"]["protocol"] == "not run: needs no/such/place"
     assert rows["from lambda 1"]["n"] == "1" and "theirs" in rows and "popularity" in rows
     assert min(from_seed) <= float(rows["lambda 1"]["recall@5"]) <= max(from_seed)
 
