@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cml_baseline.options import ANN
-
-from gfml.cli import Parser, number, run_main
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.cli import Parser, number, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +36,9 @@ def build_parser() -> Parser:
     parser = Parser(prog="cml_baseline/ann.py", description="Export a run's vectors and a nearest-neighbour index.")
     parser.add_argument("run", metavar="RUN", help="directory of a finished run of cml_baseline/main.py")
     parser.add_argument("--kind", choices=ANN[1:], default="auto", help="auto: faiss if installed, else scikit-learn")
-    parser.add_argument("--top", type=number(int, least=1), default=100, metavar="K", help="neighbours that are compared")
+    parser.add_argument(
+        "--top", type=number(int, least=1), default=100, metavar="K", help="neighbours that are compared"
+    )
     return parser
 
 
@@ -54,7 +55,7 @@ def export(run: str | os.PathLike[str], kind: str = "auto", top: int = 100) -> d
     """
     import numpy as np
 
-    from gfml.files import atomic_open, write_json
+    from gfml.base.files import atomic_open, write_json
 
     kind = _available(kind)
     arrays = read_arrays(Path(run))
@@ -82,7 +83,7 @@ def read_arrays(run: Path) -> dict[str, np.ndarray]:
     """The content of a finished run's ``analysis.npz``; UserError when there is none."""
     import numpy as np
 
-    from gfml.runs import run_state
+    from gfml.engine.runs import run_state
 
     state = run_state(run)
     if state != "done":
@@ -114,7 +115,7 @@ def exact_search(queries: np.ndarray, items: np.ndarray, top: int) -> np.ndarray
     import torch
 
     from gfml.cml import SquaredDistanceScorer
-    from gfml.topk import topk_items
+    from gfml.ranking.topk import topk_items
 
     scorer = SquaredDistanceScorer(torch.from_numpy(queries), torch.from_numpy(items))
     return topk_items(scorer, torch.arange(len(queries)), top, seen=None).numpy()
@@ -134,11 +135,13 @@ def _available(kind: str) -> str:
     return kind
 
 
-def _faiss_rows(folder: Path, item: np.ndarray, queries: np.ndarray, exact: np.ndarray, top: int) -> list[dict[str, Any]]:
+def _faiss_rows(
+    folder: Path, item: np.ndarray, queries: np.ndarray, exact: np.ndarray, top: int
+) -> list[dict[str, Any]]:
     import faiss
     import torch
 
-    from gfml.files import atomic_open
+    from gfml.base.files import atomic_open
 
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexHNSWFlat(item.shape[1], LINKS)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from gfml.cli import Options
 from gfml.data.interactions import Interactions, csr_from_pairs, pairs_from_csr
 from gfml.data.items import FeatureTable, ItemInfo, beside, read_item_features, read_item_info, standardised
 from gfml.data.options import load_from_args
-from gfml.program import check_judgeable, cut_offs
+from gfml.program.cli import Options
+from gfml.program.steps import check_judgeable, cut_offs
 
 # Files with titles and genres that come with known data sets.
 INFO_FILES = ("movies.dat", "ml-100k.item")

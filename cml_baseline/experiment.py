@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from cml_baseline.data import features
-from gfml import program
-from gfml.cli import Options
 from gfml.cml import FeatureProjection, ItemFeatures, MetricLearner, MetricOptions
 from gfml.data.interactions import Interactions
-from gfml.evaluation import Evaluation, evaluate
-from gfml.runs import Run, seed_everything
-from gfml.sampling import TripleSampler, TwoStageSampler
-from gfml.train import FitResult, Optimizers, Step
+from gfml.engine.runs import Run, seed_everything
+from gfml.engine.train import FitResult, Optimizers, Step
+from gfml.program import steps as program
+from gfml.program.cli import Options
+from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.ranking.sampling import TripleSampler, TwoStageSampler
 
 
 def build_model(options: Options, data: Interactions, device: torch.device) -> MetricLearner:
@@ -49,7 +49,10 @@ def build_training(options: Options, model: MetricLearner) -> tuple[torch.optim.
     points = list(model.encoder.parameters())
     network = [] if model.features is None else list(model.features.parameters())
     if options.optimizer == "adam":
-        groups = [{"params": points, "lr": options.lr}, *([{"params": network, "lr": options.feature_lr}] if network else [])]
+        groups = [
+            {"params": points, "lr": options.lr},
+            *([{"params": network, "lr": options.feature_lr}] if network else []),
+        ]
         optimizer: torch.optim.Optimizer | Optimizers = torch.optim.Adam(groups, fused=True)
     else:
         optimizer = torch.optim.Adagrad(points, options.lr, initial_accumulator_value=options.accumulator, foreach=True)
@@ -119,14 +122,16 @@ def describe(options: Options, data: Interactions, model: MetricLearner, device:
         )
     weight = "log(1 + rank)" if options.rank_weight else "none"
     count = sum(p.numel() for p in model.parameters())
-    return "\n".join([
-        f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
-        f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
-        *notes,
-        f"CML: D {options.embedding_dim}, margin {options.margin:g}, ball {options.clip_norm:g}, rank weight {weight}, "
-        f"covariance {options.cov_weight:g}; {options.num_neg} {options.sampler} negatives, "
-        f"{options.optimizer} {options.lr:g}, batch {options.batch_size:,}",
-        f"{count:,} parameters on {device}; seed {options.seed}",
-        f"selecting by {options.select_metric} on {'TEST: optimistic' if options.select_on == 'test' else 'validation'}",
-        f"run directory {run.path}",
-    ])
+    return "\n".join(
+        [
+            f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
+            f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
+            *notes,
+            f"CML: D {options.embedding_dim}, margin {options.margin:g}, ball {options.clip_norm:g}, rank weight {weight}, "
+            f"covariance {options.cov_weight:g}; {options.num_neg} {options.sampler} negatives, "
+            f"{options.optimizer} {options.lr:g}, batch {options.batch_size:,}",
+            f"{count:,} parameters on {device}; seed {options.seed}",
+            f"selecting by {options.select_metric} on {'TEST: optimistic' if options.select_on == 'test' else 'validation'}",
+            f"run directory {run.path}",
+        ]
+    )

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Sequence
 
 from cml_baseline.options import NOT_IDENTITY, parse
-
-from gfml.cli import LOCATION_FLAGS, resolve_device, run_main, set_threads
+from gfml.base.toml import LOCATION_FLAGS
+from gfml.program.cli import resolve_device, run_main, set_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,9 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cml_baseline.report import write_items, write_report
     from cml_baseline.results import judge, print_result, store
     from cml_baseline.table import EpochTable
-
-    from gfml.runs import Run, seed_everything
-    from gfml.train import fit
+    from gfml.engine.runs import Run, seed_everything
+    from gfml.engine.train import fit
 
     device = resolve_device(options)
     set_threads(options)
@@ -42,8 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     selection = f"{options.select_on}/{options.select_metric}"
 
     with Run.open(
-        options.out, "cml_baseline", options.resolved, label=data.name, exclude=LOCATION_FLAGS | NOT_IDENTITY,
-        name=options.run_name, resume=options.resume, overwrite=options.overwrite, read_only=options.eval_only,
+        options.out,
+        "cml_baseline",
+        options.resolved,
+        label=data.name,
+        exclude=LOCATION_FLAGS | NOT_IDENTITY,
+        name=options.run_name,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        read_only=options.eval_only,
     ) as run:
         if run.is_done and not options.eval_only:
             print(f"{run.path} is done; this is its result (--overwrite trains anew)")
@@ -70,10 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         factor = len(first) if options.reduction == "sum" else len(first.users)
         with EpochTable(log_dir, run.file("epochs.csv"), options.select_on, shown, factor) as table:
             fitted = fit(
-                model, optimizer, batches=lambda epoch: table.timed(sampler.epoch(epoch)), loss_fn=model.loss, step=step,
-                evaluate=lambda split: experiment.judge_split(options, data, model, split).means, select=selection,
-                run=run, epochs=options.epochs, eval_every=options.eval_every, patience=options.patience,
-                checkpoint_every=options.checkpoint_every, progress=options.progress or False, tracker=table,
+                model,
+                optimizer,
+                batches=lambda epoch: table.timed(sampler.epoch(epoch)),
+                loss_fn=model.loss,
+                step=step,
+                evaluate=lambda split: experiment.judge_split(options, data, model, split).means,
+                select=selection,
+                run=run,
+                epochs=options.epochs,
+                eval_every=options.eval_every,
+                patience=options.patience,
+                checkpoint_every=options.checkpoint_every,
+                progress=options.progress or False,
+                tracker=table,
             )
             if options.refit:
                 model, data = experiment.refit(options, data, device, fitted, run)

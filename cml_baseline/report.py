@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cml_baseline.ann import read_arrays
-
-from gfml.cli import Parser, number, run_main
-from gfml.errors import UserError, suggest
+from gfml.base.errors import UserError, suggest
+from gfml.program.cli import Parser, number, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from gfml.data.interactions import Interactions
     from gfml.data.items import ItemInfo
-    from gfml.report import Page
+    from gfml.report.page import Page
 
 PROJECTIONS = ("tsne", "pca")
 # Points of the map: the most popular items; a t-SNE of more takes minutes.
@@ -43,8 +42,12 @@ def build_parser() -> Parser:
     parser.add_argument("run", metavar="RUN", help="directory of a finished run of cml_baseline/main.py")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: RUN/report)")
     parser.add_argument("--projection", choices=PROJECTIONS, default="tsne", help="how items are drawn in the plane")
-    parser.add_argument("--of", nargs="+", metavar="TITLE", help="show the neighbours of these items (default: ten well-known ones)")
-    parser.add_argument("--seed", type=number(int, least=0, most=2**32 - 1), default=0, metavar="N", help="seed of t-SNE")
+    parser.add_argument(
+        "--of", nargs="+", metavar="TITLE", help="show the neighbours of these items (default: ten well-known ones)"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, least=0, most=2**32 - 1), default=0, metavar="N", help="seed of t-SNE"
+    )
     return parser
 
 
@@ -73,7 +76,7 @@ class Items:
 
 def write_items(run: Path, data: Interactions, info: ItemInfo | None) -> None:
     """``items.csv``: id, title, genres and train interactions of every item, in the order of the vectors."""
-    from gfml.files import atomic_open
+    from gfml.base.files import atomic_open
 
     names = range(data.num_items) if data.item_ids is None else data.item_ids.tolist()
     with atomic_open(run / "items.csv", newline="") as stream:
@@ -93,8 +96,8 @@ def write_report(
     seed: int = 0,
 ) -> Path:
     """Write report.html, report.md and the plots; the path of the first. UserError for a run without a result."""
-    from gfml.report import COLORS, Curves, Page, learning_curves
-    from gfml.runs import read_config, read_metrics, read_result
+    from gfml.engine.runs import read_config, read_metrics, read_result
+    from gfml.report.page import COLORS, Curves, Page, learning_curves
 
     path = Path(run)
     arrays = read_arrays(path)
@@ -109,8 +112,16 @@ def write_report(
                [list(row.values()) for row in result["epochs"]],
                f"Total loss: sum over the epoch's pairs. Recall: {'test' if config['select-on'] == 'test' else 'validation'}. "
                "Seconds: training alone.")  # fmt: skip
-    curves = Curves(result["model"], read_metrics(path), f"{config['select-on']}/{config['select-metric']}", selection["epoch"], COLORS[0])
-    page.figure("training", learning_curves([curves]), "Train loss with its terms, and the metric that selects the epoch.")
+    curves = Curves(
+        result["model"],
+        read_metrics(path),
+        f"{config['select-on']}/{config['select-metric']}",
+        selection["epoch"],
+        COLORS[0],
+    )
+    page.figure(
+        "training", learning_curves([curves]), "Train loss with its terms, and the metric that selects the epoch."
+    )
     _map(page, items, chosen, projection, seed)
     _neighbours(page, items, chosen)
     _search(page, path)
@@ -125,7 +136,9 @@ def _read_items(path: Path, arrays: Mapping[str, np.ndarray]) -> Items:
         with open(path / "items.csv", encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
     except OSError as error:
-        raise UserError(f"cannot read {path / 'items.csv'} ({error.strerror}): train the run again with --overwrite") from None
+        raise UserError(
+            f"cannot read {path / 'items.csv'} ({error.strerror}): train the run again with --overwrite"
+        ) from None
     titles = [row["title"] or f"item {row['item']}" for row in rows]
     genres = [tuple(filter(None, row["genres"].split("|"))) for row in rows]
     return Items(titles, genres, arrays["item_popularity"], arrays["item"])
@@ -133,7 +146,9 @@ def _read_items(path: Path, arrays: Mapping[str, np.ndarray]) -> Items:
 
 def _find(items: Items, title: str) -> int:
     if title not in items.titles:
-        raise UserError(f"unknown title {title!r}, wanted one such as {items.titles[0]!r}{suggest(title, items.titles)}")
+        raise UserError(
+            f"unknown title {title!r}, wanted one such as {items.titles[0]!r}{suggest(title, items.titles)}"
+        )
     return items.titles.index(title)
 
 
@@ -142,7 +157,9 @@ def well_known(items: Items) -> list[int]:
     import numpy as np
 
     order = items.by_popularity.tolist()
-    common = [name for name, _ in Counter(genre for genres in items.genres for genre in genres).most_common(SHOWN_ITEMS)]
+    common = [
+        name for name, _ in Counter(genre for genres in items.genres for genre in genres).most_common(SHOWN_ITEMS)
+    ]
     found: list[int] = []
     close: set[int] = set()
     for genre in common:
@@ -198,7 +215,9 @@ def _what_ran(page: Page, path: Path, result: Mapping[str, Any], config: Mapping
     data, selection = result["data"], result["selection"]
     if config["select-on"] == "test":
         page.note("warning", "The epoch was selected on the reported test part itself: its figures are optimistic.")
-    loss = f"margin {config['margin']:g}, {config['num-neg']} {config['sampler']} negatives, ball {config['clip-norm']:g}"
+    loss = (
+        f"margin {config['margin']:g}, {config['num-neg']} {config['sampler']} negatives, ball {config['clip-norm']:g}"
+    )
     page.section("What ran")
     page.facts({
         "data": f"{data['name']}: {data['num_users']:,} users × {data['num_items']:,} items; train {data['train']:,}, "
@@ -213,14 +232,19 @@ def _what_ran(page: Page, path: Path, result: Mapping[str, Any], config: Mapping
 
 
 def _results(page: Page, result: Mapping[str, Any]) -> None:
-    from gfml.report import Cell, best_rows, figure_of
+    from gfml.report.page import Cell, best_rows, figure_of
 
-    rows = {result["model"]: result["test"]} | {name: found["test"] for name, found in result["baselines"].items() if "test" in found}
+    rows = {result["model"]: result["test"]} | {
+        name: found["test"] for name, found in result["baselines"].items() if "test" in found
+    }
     k = max(result["topks"])
     wanted = [f"{name}@{length}" for name in ("recall", "ndcg") for length in result["topks"]]
     wanted += [f"{group}_recall@{k}" for group in ("head", "tail", "q5", "cold")] + [f"coverage@{k}", f"arp@{k}"]
     columns = [name for name in wanted if any(name in row for row in rows.values())]
-    best = {name: best_rows([row.get(name) for row in rows.values()]) if not name.startswith("arp") else set() for name in columns}
+    best = {
+        name: best_rows([row.get(name) for row in rows.values()]) if not name.startswith("arp") else set()
+        for name in columns
+    }
     page.section("Results on test")
     page.table(
         ["method", *columns],
@@ -245,9 +269,16 @@ def _map(page: Page, items: Items, chosen: Sequence[int], projection: str, seed:
     page.section("Map of the items")
     agreement = genre_agreement(items)
     if agreement is not None:
-        page.note("plain", f"Of an item's {NEIGHBOURS} nearest items {agreement[0]:.0%} share a genre with it; of any items {agreement[1]:.0%} would.")
+        page.note(
+            "plain",
+            f"Of an item's {NEIGHBOURS} nearest items {agreement[0]:.0%} share a genre with it; of any items {agreement[1]:.0%} would.",
+        )
     colour = "by genre" if any(items.genres) else "by popularity"
-    page.figure("map", _draw_map(items, shown, plane, chosen), f"{how} of the vectors of the {len(shown):,} most popular items, coloured {colour}.")
+    page.figure(
+        "map",
+        _draw_map(items, shown, plane, chosen),
+        f"{how} of the vectors of the {len(shown):,} most popular items, coloured {colour}.",
+    )
 
 
 def project(vectors: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray, str]:
@@ -256,7 +287,9 @@ def project(vectors: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray
 
     if projection == "pca":
         fitted = PCA(2, random_state=seed).fit(vectors)
-        return fitted.transform(vectors), f"First two principal components ({fitted.explained_variance_ratio_.sum():.0%} of the variance)"
+        return fitted.transform(
+            vectors
+        ), f"First two principal components ({fitted.explained_variance_ratio_.sum():.0%} of the variance)"
     from sklearn.manifold import TSNE
 
     tsne = TSNE(2, init="pca", perplexity=min(30.0, (len(vectors) - 1) / 3), random_state=seed)
@@ -266,17 +299,22 @@ def project(vectors: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray
 def _draw_map(items: Items, shown: np.ndarray, plane: np.ndarray, chosen: Sequence[int]) -> Figure:
     import numpy as np
 
-    from gfml.report import COLORS, GREYS, legend_below, panels, styled
+    from gfml.report.page import COLORS, GREYS, legend_below, panels, styled
 
     @styled
     def draw() -> Figure:
         figure, axes = panels(1, 1, height=7.0)
         axis = axes[0, 0]
-        common = [name for name, _ in Counter(genre for item in shown for genre in items.genres[item]).most_common(len(COLORS))]
+        common = [
+            name
+            for name, _ in Counter(genre for item in shown for genre in items.genres[item]).most_common(len(COLORS))
+        ]
         first = [next((genre for genre in items.genres[item] if genre in common), "") for item in shown]
         sizes = 6 + 24 * np.sqrt(items.popularity[shown] / max(1, items.popularity.max()))
         if not common:
-            axis.scatter(*plane.T, s=sizes, c=np.log1p(items.popularity[shown]), cmap="viridis", alpha=0.7, linewidths=0)
+            axis.scatter(
+                *plane.T, s=sizes, c=np.log1p(items.popularity[shown]), cmap="viridis", alpha=0.7, linewidths=0
+            )
         for name, color in zip([*common, ""], [*COLORS[: len(common)], GREYS[1]], strict=True) if common else ():
             of = np.array([genre == name for genre in first])
             axis.scatter(*plane[of].T, s=sizes[of], color=color, alpha=0.7, linewidths=0, label=name or "other")
@@ -291,22 +329,27 @@ def _draw_map(items: Items, shown: np.ndarray, plane: np.ndarray, chosen: Sequen
 
 def _name_points(axis: Axes, points: np.ndarray, titles: Sequence[str]) -> None:
     """A ring and a title at each point [n, 2]; a title that would cover an earlier one stays away."""
-    from gfml.report import TEXT
+    from gfml.report.page import TEXT
 
     axis.scatter(*points.T, s=70, facecolors="none", edgecolors=TEXT, linewidths=1.4)
     axis.figure.draw_without_rendering()
     taken: list[tuple[float, float, float]] = []
     for point, (left, y), title in zip(points, axis.transData.transform(points), titles, strict=True):
         width = 6.5 * len(title)
-        if all(abs(y - other_y) > 15 or left > other + other_width or other > left + width for other, other_y, other_width in taken):
+        if all(
+            abs(y - other_y) > 15 or left > other + other_width or other > left + width
+            for other, other_y, other_width in taken
+        ):
             taken.append((left, y, width))
-            axis.annotate(title, point, xytext=(7, 5), textcoords="offset points", color=TEXT, fontsize=9, fontweight="bold")
+            axis.annotate(
+                title, point, xytext=(7, 5), textcoords="offset points", color=TEXT, fontsize=9, fontweight="bold"
+            )
 
 
 def _neighbours(page: Page, items: Items, chosen: Sequence[int]) -> None:
     import numpy as np
 
-    from gfml.report import Cell
+    from gfml.report.page import Cell
 
     among = np.flatnonzero(items.popularity > 0)
     ids, sq_distance = nearest(items.vectors, np.array(chosen), among, 5)

@@ -10,15 +10,16 @@ import numpy as np
 
 from cml_baseline.experiment import cut_offs, judge_split
 from cml_baseline.table import read_epochs
-from gfml.cli import Options
+from gfml.base.checkpoints import save_state
+from gfml.base.files import atomic_open
 from gfml.cml import MetricLearner
 from gfml.data.interactions import Interactions
-from gfml.evaluation import Evaluation
-from gfml.files import atomic_open
-from gfml.program import selection_of
-from gfml.reporting import baseline_results, data_facts, table_columns, text_table
-from gfml.runs import Run, save_state
-from gfml.train import FitResult
+from gfml.engine.runs import Run
+from gfml.engine.train import FitResult
+from gfml.program.cli import Options
+from gfml.program.steps import selection_of
+from gfml.ranking.evaluation import Evaluation
+from gfml.report.recommenders import baseline_results, data_facts, table_columns, text_table
 
 # Recall of item groups, by popularity in train: the most popular fifth, the other 80 %, and items train never shows.
 GROUPS = ("q1", "tail", "cold")
@@ -51,9 +52,7 @@ def judge(
     return result, test
 
 
-def store(
-    data: Interactions, model: MetricLearner, result: Mapping[str, Any], test: Evaluation, run: Run
-) -> None:
+def store(data: Interactions, model: MetricLearner, result: Mapping[str, Any], test: Evaluation, run: Run) -> None:
     """Write the reported weights, the arrays behind the report, and ``result.json``."""
     save_state(run.file("final.pt"), {"model": model.state_dict(), "selection": result["selection"]})
     user, item = (part.cpu().numpy() for part in model.vectors())
@@ -63,7 +62,9 @@ def store(
         arrays["item_offset"] = offsets.cpu().numpy()
     if data.item_ids is not None:
         arrays["item_ids"] = np.asarray([str(name) for name in data.item_ids.tolist()])
-    arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if _is_kept(name)}
+    arrays |= {
+        f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if _is_kept(name)
+    }
     with atomic_open(run.file("analysis.npz"), "wb") as stream:
         np.savez_compressed(stream, **arrays)
     run.finish(result)
@@ -82,12 +83,19 @@ def print_result(result: Mapping[str, Any], path: Path) -> None:
     groups = [f"{group}_recall@{k}" for group in GROUPS if any(f"{group}_recall@{k}" in row for row in rows.values())]
     usual = [name for name in table_columns(rows, result["topks"]) if not name.startswith(("head_", "tail_"))]
     print(text_table(rows, usual))
-    print(f"\nby popularity in train: q1 the most popular fifth, tail the other 80 %, cold {result['cold_items']:,} items without interactions")
+    print(
+        f"\nby popularity in train: q1 the most popular fifth, tail the other 80 %, cold {result['cold_items']:,} items without interactions"
+    )
     print(text_table(rows, groups))
     for name, found in result["baselines"].items():
         if "skipped" in found:
             print(f"{name} left out: {found['skipped']}")
     print(f"\nrun directory   {path}")
-    for what, name in (("epochs", "epochs.csv"), ("report", "report/report.html"), ("index", "ann"), ("TensorBoard", "tensorboard")):
+    for what, name in (
+        ("epochs", "epochs.csv"),
+        ("report", "report/report.html"),
+        ("index", "ann"),
+        ("TensorBoard", "tensorboard"),
+    ):
         if (path / name).exists():
             print(f"{what:<15} {path / name}")

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gfml.files import atomic_open
-from gfml.tracking import Tracker
+from gfml.base.files import atomic_open
+from gfml.engine.tracking import Tracker
 
 
 class EpochTable(Tracker):
@@ -36,10 +36,13 @@ class EpochTable(Tracker):
         """Keep the lines of earlier epochs and print the heading."""
         super().start(first_step)
         self.rows = [row for row in read_epochs(self.path) if int(row["epoch"]) < first_step]
-        print("  ".join(["epoch", f"{'total loss':>12}", *(f"{name:>10}" for name in self.columns.values()), "seconds"]), flush=True)
+        print(
+            "  ".join(["epoch", f"{'total loss':>12}", *(f"{name:>10}" for name in self.columns.values()), "seconds"]),
+            flush=True,
+        )
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line, from a row of :func:`gfml.train.fit`."""
+        """One line, from a row of :func:`gfml.engine.train.fit`."""
         super().scalars(step, values)
         if "train/loss" not in values:
             return

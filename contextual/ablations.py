@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 from contextual.names import ABLATIONS
 from contextual.options import NOT_IDENTITY, parse
-from gfml.cli import LOCATION_FLAGS, Options, Parser, number, run_main
-from gfml.errors import UserError, choice_error
+from gfml.base.errors import UserError, choice_error
+from gfml.base.toml import LOCATION_FLAGS
+from gfml.program.cli import Options, Parser, number, run_main
 
 COLUMNS = ("recall@1", "map@r", "r_precision")
 
@@ -78,7 +79,7 @@ def command(variant: Variant, common: Sequence[str], seed: int) -> list[str]:
 
 def result_of(options: Options) -> dict[str, Any]:
     """The stored result of the finished run with these settings."""
-    from gfml.runs import read_result, run_id
+    from gfml.engine.runs import read_result, run_id
 
     mark = run_id("contextual-256", "", options.resolved, LOCATION_FLAGS | NOT_IDENTITY).rpartition("-")[2]
     found = sorted(Path(options.out).glob(f"contextual-256-*-{mark}"))

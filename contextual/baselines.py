@@ -24,17 +24,11 @@ from pytorch_metric_learning import distances, losses, miners
 from torch import Tensor, nn
 from torch.nn import functional
 
-from contextual.losses import (
-    ContextualHybridLoss,
-    Weights,
-    cosine_similarities,
-    hybrid_weights,
-    similarity_regulariser,
-)
+from contextual.losses import ContextualHybridLoss, Weights, cosine_similarities, hybrid_weights, similarity_regulariser
 from contextual.names import HAS_PROXIES, PIPELINES, REGULARISE, canonical, describe_lam
 from contextual.ranking_losses import CalibratedAPLoss, RoadmapLoss, SmoothAPLoss, SoftBinAPLoss, SupAPLoss
 from contextual.similarity import ABLATED
-from gfml.errors import UserError, choice_error
+from gfml.base.errors import UserError, choice_error
 
 PROXY_NCA_SCALE = {"256": 10, "224": 9}
 # Learning rate of proxies: an absolute one, or a multiple of the base rate.

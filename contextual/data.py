@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gfml.errors import UserError
-from gfml.images import SUFFIXES, ArrayPictures, FilePictures, ImageSet, load_images
+from gfml.base.errors import UserError
+from gfml.data.images import SUFFIXES, ArrayPictures, FilePictures, ImageSet, load_images
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def read_list(path: Path) -> Rows:
 
 def write_list(path: Path, rows: Rows) -> None:
     """The format that :func:`read_list` reads."""
-    from gfml.files import atomic_open
+    from gfml.base.files import atomic_open
 
     with atomic_open(path) as stream:
         stream.write("image_id class_id super_class_id path\n")
@@ -292,7 +292,7 @@ def _read_inshop(folder: Path) -> RetrievalData:
     else:
         parts = _partition(official or folder / "list_eval_partition.txt")
     data = _of_rows(folder, "inshop", parts["train"], parts["query"])
-    known, labels = np.unique(parts["query"].classes, return_inverse=True)
+    known, _labels = np.unique(parts["query"].classes, return_inverse=True)
     place = {label: number for number, label in enumerate(known.tolist())}
     strange = [label for label in parts["gallery"].classes.tolist() if label not in place]
     if strange:

@@ -15,13 +15,14 @@ from contextual.data import RetrievalData
 from contextual.network import EmbeddingNet, Projector, build_backbone
 from contextual.samplers import PAIRS, BatchSampler, Plan, check_single_images, default_batches
 from contextual.transforms import TrainBatches, in_order, test_transform, train_transform
-from gfml import distributed, program
-from gfml.cli import Options
-from gfml.distributed import World
-from gfml.images import ImageSet
+from gfml.data.images import ImageSet
+from gfml.engine import distributed
+from gfml.engine.distributed import World
+from gfml.engine.runs import Run, seed_everything
+from gfml.engine.train import Closure, FitResult, Terms
 from gfml.metrics.retrieval import Retrieval, retrieve
-from gfml.runs import Run, seed_everything
-from gfml.train import Closure, FitResult, Terms
+from gfml.program import steps as program
+from gfml.program.cli import Options
 
 
 def load_data(options: Options) -> RetrievalData:
@@ -123,7 +124,7 @@ def loss_options(options: Options) -> LossOptions:
 
 def _start_from(model: Retriever, path: Path) -> None:
     """The network's weights of an earlier run; its projector and proxies are for other classes and stay behind."""
-    from gfml.runs import damaged, load_state
+    from gfml.base.checkpoints import damaged, load_state
 
     prefix = "encoder.0."
     saved = {

@@ -20,8 +20,8 @@ import sys
 from collections.abc import Sequence
 
 from contextual.options import NOT_IDENTITY, parse
-
-from gfml.cli import LOCATION_FLAGS, resolve_device, run_main, set_threads
+from gfml.base.toml import LOCATION_FLAGS
+from gfml.program.cli import resolve_device, run_main, set_threads
 
 
 def main(argv: Sequence[str] | None = None, pipeline: str = "256") -> int:
@@ -30,18 +30,23 @@ def main(argv: Sequence[str] | None = None, pipeline: str = "256") -> int:
     # Heavy imports wait until the flags are known to be good.
     from contextual import experiment
     from contextual.results import draw, judge, print_result, store
-
-    from gfml import distributed
-    from gfml.runs import seed_everything
-    from gfml.tracking import Tracker
-    from gfml.train import fit
+    from gfml.engine import distributed
+    from gfml.engine.runs import seed_everything
+    from gfml.engine.tracking import Tracker
+    from gfml.engine.train import fit
 
     set_threads(options)
     with distributed.session(resolve_device(options)) as world:
         data = experiment.load_data(options)
         with distributed.open_run(
-            options.out, f"contextual-{pipeline}", options.resolved, label=f"{data.name}-{options.loss}",
-            exclude=LOCATION_FLAGS | NOT_IDENTITY, name=options.run_name, resume=options.resume, overwrite=options.overwrite,
+            options.out,
+            f"contextual-{pipeline}",
+            options.resolved,
+            label=f"{data.name}-{options.loss}",
+            exclude=LOCATION_FLAGS | NOT_IDENTITY,
+            name=options.run_name,
+            resume=options.resume,
+            overwrite=options.overwrite,
             read_only=options.eval_only,
         ) as run:
             if run.is_done and not options.eval_only:
@@ -65,11 +70,22 @@ def main(argv: Sequence[str] | None = None, pipeline: str = "256") -> int:
             with Tracker(run.file("tensorboard") if options.tensorboard and world.is_main else None) as tracker:
                 optimizer, scheduler, step = experiment.build_training(options, model)
                 fitted = fit(
-                    model, optimizer, batches=batches, loss_fn=model.loss, step=step, scheduler=scheduler,
+                    model,
+                    optimizer,
+                    batches=batches,
+                    loss_fn=model.loss,
+                    step=step,
+                    scheduler=scheduler,
                     evaluate=experiment.Judge(options, data, model, world).metrics,
-                    select=f"{options.select_on}/{options.select_metric}", run=run, epochs=options.epochs,
-                    eval_every=options.eval_every, patience=options.patience, checkpoint_every=options.checkpoint_every,
-                    amp=experiment.use_amp(options, world.device), progress=options.progress if world.is_main else False, tracker=tracker,
+                    select=f"{options.select_on}/{options.select_metric}",
+                    run=run,
+                    epochs=options.epochs,
+                    eval_every=options.eval_every,
+                    patience=options.patience,
+                    checkpoint_every=options.checkpoint_every,
+                    amp=experiment.use_amp(options, world.device),
+                    progress=options.progress if world.is_main else False,
+                    tracker=tracker,
                 )
                 if options.refit:
                     model, data = experiment.refit(options, data, world, fitted, run)
@@ -82,7 +98,7 @@ def main(argv: Sequence[str] | None = None, pipeline: str = "256") -> int:
 
 def say(text: str, stream: object = None) -> None:
     """Print in the first process alone."""
-    from gfml.distributed import is_main
+    from gfml.engine.distributed import is_main
 
     if is_main():
         print(text, file=stream or sys.stdout)

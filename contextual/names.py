@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gfml.errors import choice_error
+from gfml.base.errors import choice_error
 
 # The two published programs: 256 x 256 pixels (contextual/main.py) and 224 x 224 pixels (contextual/train.py).
 PIPELINES = ("256", "224")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gfml.errors import UserError, suggest
+from gfml.base.errors import UserError, suggest
 
 Pooling = Literal["max", "avg", "maxavg", "gem", "backbone"]
 BatchNorm = Literal["train", "stats", "frozen"]

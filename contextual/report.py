@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from contextual.data import RetrievalData
-from gfml.images import ImageSet, resize
+from gfml.data.images import ImageSet, resize
+from gfml.engine.runs import Run
 from gfml.metrics.retrieval import Retrieval
-from gfml.report import COLORS, Cell, Curves, Page, best_rows, figure_of, learning_curves, panels, styled
-from gfml.runs import Run
+from gfml.report.page import COLORS, Cell, Curves, Page, best_rows, figure_of, learning_curves, panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from contextual.data import RetrievalData
 from contextual.experiment import Judge, Retriever, build_model
 from contextual.names import describe_lam
-from gfml.cli import Options
-from gfml.distributed import World, is_main
-from gfml.files import atomic_open
+from gfml.base.checkpoints import save_state
+from gfml.base.files import atomic_open
+from gfml.engine.distributed import World, is_main
+from gfml.engine.runs import Run, seed_everything
+from gfml.engine.tracking import Tracker
+from gfml.engine.train import FitResult
 from gfml.metrics.retrieval import Retrieval, by_class, nmi
-from gfml.program import selection_of
-from gfml.runs import Run, save_state, seed_everything
-from gfml.tracking import Tracker
-from gfml.train import FitResult
+from gfml.program.cli import Options
+from gfml.program.steps import selection_of
 
 NMI_UP_TO = 20_000
 # How the baselines of --baselines are called in results.
@@ -148,7 +149,7 @@ def print_result(result: Mapping[str, Any], path: Path) -> None:
     """The results table and where everything is, on stdout of the first process."""
     if not is_main():
         return
-    from gfml.reporting import text_table
+    from gfml.report.recommenders import text_table
 
     rows = {f"{result['model']}, test": result["test"]}
     rows |= {f"{result['model']}, {part}": result[part] for part in ("val", "train") if part in result}

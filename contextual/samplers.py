@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 # Half-batches per pair of super-classes, and pairs, of the published hierarchical sampler.
 HALVES, PAIRS = 10, {"sop": 66, "inat": 70}

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from gfml.cli import Parser, number, run_main
+from gfml.program.cli import Parser, number, run_main
 
 if TYPE_CHECKING:
     import torch

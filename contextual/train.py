@@ -17,8 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from contextual import main as shared
-
-from gfml.cli import run_main
+from gfml.program.cli import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from contextual.samplers import BatchSampler
-from gfml.errors import UserError
-from gfml.images import ImageSet
+from gfml.base.errors import UserError
+from gfml.data.images import ImageSet
 
 Transform = Callable[[Tensor], Tensor]
 # Channel statistics of ImageNet, which every published network here was trained with.
@@ -92,7 +92,7 @@ def collate(items: Sequence[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Te
 
 
 class TrainBatches:
-    """Batches of an epoch on the device: ``len`` and iteration, for :func:`gfml.train.fit`. Workers are kept."""
+    """Batches of an epoch on the device: ``len`` and iteration, for :func:`gfml.engine.train.fit`. Workers are kept."""
 
     def __init__(
         self, images: ImageSet, transform: Transform, sampler: BatchSampler, device: torch.device, workers: int

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.encoders import Embedded, Tables
 from gfml.losses import Hinge, covariance, project_to_ball_, warp_hinge
-from gfml.sampling import Triples
-from gfml.topk import Factors
+from gfml.ranking.encoders import Embedded, Tables
+from gfml.ranking.sampling import Triples
+from gfml.ranking.topk import Factors
 
 # Coordinates of gathered negatives that stay in a core's cache; a device with its own memory takes many at once.
 BLOCK, DEVICE_BLOCK = 1 << 19, 1 << 27
@@ -169,7 +169,9 @@ class ItemFeatures(nn.Module):
     ) -> None:
         super().__init__()
         if not len(features) == len(known) == len(cold):
-            raise ValueError(f"found {len(features)} rows, {len(known)} known and {len(cold)} cold items, wanted as many")
+            raise ValueError(
+                f"found {len(features)} rows, {len(known)} known and {len(cold)} cold items, wanted as many"
+            )
         self.projection, self.cold_offset = projection, cold_offset
         held = torch.zeros_like(known)
         if cold_offset > 0 and bool((known & cold).any()):
@@ -245,7 +247,7 @@ class MetricLearner(nn.Module):
             features.start_(self.encoder)
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        """{"loss": total, named parts}: what :func:`gfml.train.fit` takes."""
+        """{"loss": total, named parts}: what :func:`gfml.engine.train.fit` takes."""
         return metric_loss(self.encoder, batch, self.options, self.features)[0]
 
     def project(self) -> None:
@@ -280,7 +282,7 @@ def covariance_rows(encoder: Tables, users: Tensor, pos: Tensor) -> Tensor:
 
 
 class SquaredDistanceScorer:
-    """score(u, i) = -|x_u - y_i|^2 - offset_i, ranked through 2 x.y - |y|^2 - offset (a :class:`gfml.topk.Scorer`).
+    """score(u, i) = -|x_u - y_i|^2 - offset_i, ranked through 2 x.y - |y|^2 - offset (a :class:`gfml.ranking.topk.Scorer`).
 
     Shape: user [U, D], item [I, D], offset [I] or None for zero.
     """

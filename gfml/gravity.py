@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gfml.distances import SquaredDistance, softplus
-from gfml.topk import Factors
+from gfml.ranking.topk import Factors
 
 MASS_MODES = ("user", "item", "both", "none")
 MASS_COMBINES = ("sum", "product")
@@ -36,9 +36,9 @@ MAX_LOG_RANGE = 60.0
 def log_mass(raw: Tensor, param: str = "softplus") -> Tensor:
     """Log-mass M(a) of a raw mass parameter a, elementwise.
 
-        softplus  log(1 + e^a)       mass 1 + e^a, gradient never zero (default)
-        relu      log(1 + max(a, 0)) the published map: no gradient for a < 0, so such a mass stays dead
-        exp       a                  the log-mass itself; an item mass is then exactly an item bias
+    softplus  log(1 + e^a)       mass 1 + e^a, gradient never zero (default)
+    relu      log(1 + max(a, 0)) the published map: no gradient for a < 0, so such a mass stays dead
+    exp       a                  the log-mass itself; an item mass is then exactly an item bias
     """
     if param == "softplus":
         return softplus(raw)
@@ -201,9 +201,7 @@ class Gravity(nn.Module):
             return score.add_(mass_scale * self.mass.all_items(users))
 
     @torch.no_grad()
-    def factors(
-        self, x: Tensor, y: Tensor, *, emb_norm: bool | None = None, mass_scale: float = 1.0
-    ) -> Factors | None:
+    def factors(self, x: Tensor, y: Tensor, *, emb_norm: bool | None = None, mass_scale: float = 1.0) -> Factors | None:
         """Vectors whose dot product ranks like g, in D + 2 dimensions; None where no such form exists.
 
         Ranking by g descending equals ranking by (Q + eps) * c_i ascending with c_i = exp(-M(a_i) / lambda),
@@ -239,7 +237,7 @@ class Gravity(nn.Module):
 
 
 class GravityScorer:
-    """All-item gravity scores of fixed user and item vectors, for ranking (a :class:`gfml.topk.Scorer`).
+    """All-item gravity scores of fixed user and item vectors, for ranking (a :class:`gfml.ranking.topk.Scorer`).
 
     emb_norm None follows the gravity module; False ranks raw vectors whatever training did (as published).
     mass_scale: factor on the log-mass term; 0 ranks by distance alone.

@@ -11,7 +11,7 @@ Use with any loop; the closure computes the loss of one fixed batch and does not
     for batch in batches:
         report = mirror.step(lambda: loss_fn(model, batch))
 
-with ``gfml.train.fit(..., step=mirror)`` (with ``counter="epoch"`` let its ``batches(epoch)`` call
+with ``gfml.engine.train.fit(..., step=mirror)`` (with ``counter="epoch"`` let its ``batches(epoch)`` call
 ``mirror.new_epoch()`` first), or by hand when a batch needs several backward passes::
 
     if mirror.is_mirror_step():
@@ -55,7 +55,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gfml.errors import UserError, choice_error
+from gfml.base.errors import UserError, choice_error
 
 MODES = ("two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 _CHOICES = {
@@ -205,7 +205,7 @@ class MirrorGradient:
         return StepReport(loss, terms, mirror_loss, True, self._skipped, self._diagnosis)
 
     def __call__(self, closure: Closure, optimizer: Optimizer) -> dict[str, Any]:
-        """``step`` in the form of ``gfml.train.fit``.
+        """``step`` in the form of ``gfml.engine.train.fit``.
 
         Returns the terms of the first half; on mirrored batches also mirror_loss and the diagnostics.
         """

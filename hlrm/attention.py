@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gfml.cli import Options
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open, explain_os_error
 from gfml.data.interactions import Interactions
 from gfml.data.items import beside, read_item_info
-from gfml.errors import UserError
-from gfml.evaluation import Evaluation
-from gfml.files import atomic_open, explain_os_error
+from gfml.program.cli import Options
+from gfml.ranking.evaluation import Evaluation
 from hlrm.data import History
 from hlrm.experiment import histories
 from hlrm.model import RelationModel

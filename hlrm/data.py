@@ -22,7 +22,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from gfml.sampling import TripleSampler, seeded_generator
+from gfml.ranking.sampling import TripleSampler, seeded_generator
 
 HISTORY_KINDS = ("random", "unpop", "last")
 

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from gfml.program.cli import Options, resolve_device, run_main, set_threads
 from hlrm.options import build_train_parser, parse_eval
-
-from gfml.cli import Options, resolve_device, run_main, set_threads
 
 # Flags of eval.py that take the place of the training's.
 OVERRIDES = (
@@ -29,12 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pathlib import Path
 
+    from gfml.base.errors import UserError
+    from gfml.base.files import write_json
+    from gfml.data.options import load_from_args
     from hlrm.attention import explain
     from hlrm.results import print_result, read_model, report, restore
-
-    from gfml.data.options import load_from_args
-    from gfml.errors import UserError
-    from gfml.files import write_json
 
     saved, file = read_model(Path(given.save_dir))
     options = flags_of(given, saved["options"], file)
@@ -59,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def flags_of(given: Options, trained: dict[str, Any], file: object) -> Options:
     """The training's flags under those of eval.py; UserError where these contradict the saved model."""
-    from gfml.errors import UserError
+    from gfml.base.errors import UserError
 
     for name in ("hlrm_type", "emb_size", "num_relations"):
         if hasattr(given, name) and getattr(given, name) != trained[name]:

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gfml.cli import Options
+from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions, csr_from_pairs, pairs_from_csr
-from gfml.encoders import Tables
-from gfml.errors import UserError
-from gfml.evaluation import evaluate
-from gfml.pretrained import join_tables, read_nodes, read_table
-from gfml.program import ProjectedStep, build_step
-from gfml.runs import Run
-from gfml.sampling import TripleSampler, seeded_generator
-from gfml.topk import Scorer
-from gfml.train import Step
+from gfml.engine.runs import Run
+from gfml.engine.train import Step
+from gfml.program.cli import Options
+from gfml.program.steps import ProjectedStep, build_step
+from gfml.ranking.encoders import Tables
+from gfml.ranking.evaluation import evaluate
+from gfml.ranking.pretrained import join_tables, read_nodes, read_table
+from gfml.ranking.sampling import TripleSampler, seeded_generator
+from gfml.ranking.topk import Scorer
 from hlrm.data import History, PairBatch, PairSampler, fixed_histories
 from hlrm.model import HingeOptions, RelationModel, TranslatedModel, clip_rows_
 from hlrm.relations import DiagonalRelation, MemoryRelation
@@ -109,7 +109,7 @@ class Validation:
 
     @property
     def select(self) -> str:
-        """The name of the selection, for :func:`gfml.train.fit`."""
+        """The name of the selection, for :func:`gfml.engine.train.fit`."""
         return f"val/{self.metric}"
 
     def __call__(self, split: str) -> dict[str, float]:

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml.cml import SquaredDistanceScorer
-from gfml.encoders import Tables
 from gfml.losses import project_to_ball_
-from gfml.topk import Scorer
+from gfml.ranking.encoders import Tables
+from gfml.ranking.topk import Scorer
 from hlrm.data import History, PairBatch
 from hlrm.relations import DISTANCE_EPS, Attended, DiagonalRelation, MemoryRelation
 from hlrm.scoring import DiagonalScorer, MemoryScorer, TranslatedScorer, neighbour_means
@@ -83,7 +83,7 @@ class RelationModel(nn.Module):
         return distances(embedded.user[:, None] + relation, embedded.items, self.options.squared)
 
     def loss(self, batch: PairBatch) -> dict[str, Tensor]:
-        """{"loss": hinge over the pairs}: what :func:`gfml.train.fit` takes."""
+        """{"loss": hinge over the pairs}: what :func:`gfml.engine.train.fit` takes."""
         return {"loss": self._hinge(self._pair_distances(batch))}
 
     def project(self) -> None:

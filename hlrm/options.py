@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from gfml.cli import (
+from gfml.data.options import add_data_flags
+from gfml.program.cli import (
     BASELINES,
     METRICS,
     Options,
@@ -24,7 +25,6 @@ from gfml.cli import (
     number,
     positive,
 )
-from gfml.data.options import add_data_flags
 
 MODELS = ("hlr", "lrml", "cml", "transcf")
 TYPES = ("base", "plus")
@@ -230,9 +230,7 @@ def _add_model_flags(parser: Parser) -> None:
         default="random",
         help="how they are chosen when there are more",
     )
-    group.add_argument(
-        "--clip_norm", type=positive, default=1.0, metavar="R", help="radius of the ball of all vectors"
-    )
+    group.add_argument("--clip_norm", type=positive, default=1.0, metavar="R", help="radius of the ball of all vectors")
     group.add_argument(
         "--clip-memory",
         action=argparse.BooleanOptionalAction,
@@ -415,7 +413,7 @@ def parse_train(argv: list[str] | None = None) -> Options:
 
 
 def runs_of(program: str, argv: list[str]) -> list[tuple[str, Options]]:
-    """Family and flags of every run that a command makes (see ``gfml.commands``): one of train.py."""
+    """Family and flags of every run that a command makes (see ``gfml.program.commands``): one of train.py."""
     return [("hlrm", parse_train(argv))] if program == "train" else []
 
 

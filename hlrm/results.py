@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from gfml.cli import Options
+from gfml.base.checkpoints import load_state, save_state
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open
 from gfml.data.interactions import Interactions
-from gfml.errors import UserError
-from gfml.evaluation import Evaluation, evaluate
-from gfml.files import atomic_open
-from gfml.reporting import baseline_results, data_facts, text_table
-from gfml.runs import Run, load_state, save_state
-from gfml.train import FitResult
+from gfml.engine.runs import Run
+from gfml.engine.train import FitResult
+from gfml.program.cli import Options
+from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.report.recommenders import baseline_results, data_facts, text_table
 from hlrm.experiment import build_model, model_name, scorer_of
 from hlrm.metrics import cohort_metrics, cohorts
 from hlrm.model import RelationModel

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from gfml.topk import Factors
+from gfml.ranking.topk import Factors
 from hlrm.data import History
 from hlrm.relations import DISTANCE_EPS, DiagonalRelation, MemoryRelation, slot_weights
 
@@ -28,7 +28,7 @@ ITEMS_ON_CPU = 16
 
 
 class _RelationScorer:
-    """What both forms share: vectors, fixed histories, blocks of items. A :class:`gfml.topk.Scorer`."""
+    """What both forms share: vectors, fixed histories, blocks of items. A :class:`gfml.ranking.topk.Scorer`."""
 
     def __init__(
         self,

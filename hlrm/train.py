@@ -18,23 +18,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from gfml.base.toml import LOCATION_FLAGS
+from gfml.program.cli import resolve_device, run_main, set_threads
 from hlrm.options import NOT_IDENTITY, parse_train
-
-from gfml.cli import LOCATION_FLAGS, resolve_device, run_main, set_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_train(None if argv is None else list(argv))
 
     # Heavy imports wait until the flags are known to be good.
+    from gfml.data.options import load_from_args
+    from gfml.engine.runs import Run, seed_everything
+    from gfml.engine.tracking import Tracker
+    from gfml.engine.train import fit, load_best
+    from gfml.program.steps import check_judgeable
     from hlrm import experiment
     from hlrm.results import print_result, report, store
-
-    from gfml.data.options import load_from_args
-    from gfml.program import check_judgeable
-    from gfml.runs import Run, seed_everything
-    from gfml.tracking import Tracker
-    from gfml.train import fit, load_best
 
     device = resolve_device(options)
     set_threads(options)

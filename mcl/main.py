@@ -18,23 +18,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from gfml.base.toml import LOCATION_FLAGS
+from gfml.program.cli import resolve_device, run_main, set_threads
 from mcl.options import NOT_IDENTITY, parse
-
-from gfml.cli import LOCATION_FLAGS, resolve_device, run_main, set_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(None if argv is None else list(argv))
 
     # Heavy imports wait until the flags are known to be good.
+    from gfml.data.options import load_from_args
+    from gfml.engine.runs import Run, seed_everything
+    from gfml.engine.tracking import Tracker
+    from gfml.engine.train import fit
+    from gfml.program.steps import check_judgeable, cut_offs, require_earlier_run
     from mcl import experiment
     from mcl.results import judge, print_result, store
-
-    from gfml.data.options import load_from_args
-    from gfml.program import check_judgeable, cut_offs, require_earlier_run
-    from gfml.runs import Run, seed_everything
-    from gfml.tracking import Tracker
-    from gfml.train import fit
 
     device = resolve_device(options)
     set_threads(options)
@@ -42,8 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_judgeable(data, cut_offs(options.topks, options.select_metric), options.select_on)
 
     with Run.open(
-        options.out, "mcl", options.resolved, label=f"{data.name}-{options.encoder}-{options.mode}",
-        exclude=LOCATION_FLAGS | NOT_IDENTITY, name=options.run_name, resume=options.resume, overwrite=options.overwrite,
+        options.out,
+        "mcl",
+        options.resolved,
+        label=f"{data.name}-{options.encoder}-{options.mode}",
+        exclude=LOCATION_FLAGS | NOT_IDENTITY,
+        name=options.run_name,
+        resume=options.resume,
+        overwrite=options.overwrite,
         read_only=options.eval_only,
     ) as run:
         if run.is_done and not options.eval_only:
@@ -65,11 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Tracker(run.file("tensorboard") if options.tensorboard else None) as tracker:
             optimizer, step, ema = experiment.build_training(options, model)
             fitted = fit(
-                model, optimizer, batches=sampler.epoch, loss_fn=model.loss, step=step, ema=ema,
+                model,
+                optimizer,
+                batches=sampler.epoch,
+                loss_fn=model.loss,
+                step=step,
+                ema=ema,
                 evaluate=lambda split: experiment.metrics(options, data, model, split),
-                select=f"{options.select_on}/{options.select_metric}", run=run, epochs=options.epochs,
-                eval_every=options.eval_every, patience=options.patience, checkpoint_every=options.checkpoint_every,
-                progress=options.progress, tracker=tracker,
+                select=f"{options.select_on}/{options.select_metric}",
+                run=run,
+                epochs=options.epochs,
+                eval_every=options.eval_every,
+                patience=options.patience,
+                checkpoint_every=options.checkpoint_every,
+                progress=options.progress,
+                tracker=tracker,
             )
             if options.refit:
                 model, data = experiment.refit(options, data, device, fitted, run)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gfml.cml import SquaredDistanceScorer
-from gfml.encoders import Tables
 from gfml.gravity import Gravity, GravityScorer
-from gfml.topk import Scorer
+from gfml.ranking.encoders import Tables
+from gfml.ranking.topk import Scorer
 from mcl import losses
 from mcl.pairs import pair_sq_distances
 from mcl.sampler import UserBatch
@@ -73,7 +73,7 @@ class MetricRecommender(nn.Module):
         self.mixed, self.attraction, self.decay = mixed, attraction, decay
 
     def loss(self, batch: UserBatch) -> dict[str, Tensor]:
-        """{"loss": total, named parts}: what :func:`gfml.train.fit` takes."""
+        """{"loss": total, named parts}: what :func:`gfml.engine.train.fit` takes."""
         sq_pos, sq_neg = self.sq_distances(batch)
         nearest = None if self.mode == "mcl" else losses.hardest(sq_neg)[:, None]
         parts: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfml.graph import csr_times_dense
+from gfml.ranking.graph import csr_times_dense
 
 
 def pair_sq_distances(vectors: Tensor, users: Tensor, indptr: Tensor, nodes: Tensor) -> Tensor:

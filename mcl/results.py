@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from gfml.cli import Options
+from gfml.base.checkpoints import save_state
+from gfml.base.files import atomic_open
 from gfml.data.interactions import Interactions
-from gfml.evaluation import Evaluation
-from gfml.files import atomic_open
-from gfml.program import cut_offs, selection_of
-from gfml.reporting import baseline_results, data_facts, judged_text, mass_report
-from gfml.runs import Run, save_state
-from gfml.tracking import Tracker
-from gfml.train import FitResult
+from gfml.engine.runs import Run
+from gfml.engine.tracking import Tracker
+from gfml.engine.train import FitResult
+from gfml.program.cli import Options
+from gfml.program.steps import cut_offs, selection_of
+from gfml.ranking.evaluation import Evaluation
+from gfml.report.recommenders import baseline_results, data_facts, judged_text, mass_report
 from mcl.experiment import judge_split
 from mcl.model import SCORES, MetricRecommender
 
@@ -39,7 +40,9 @@ def judge(
         "score": options.score,
         "test": test.means,
         "cold_users": test.cold_users,
-        "baselines": baseline_results(names, data, cut_offs(options.topks, options.select_metric), cache_dir=Path(options.out) / "baselines"),
+        "baselines": baseline_results(
+            names, data, cut_offs(options.topks, options.select_metric), cache_dir=Path(options.out) / "baselines"
+        ),
     }
     if data.valid.nnz:
         result["val"] = judge_split(options, data, model, "valid", beyond=True).means
@@ -53,19 +56,31 @@ def judge(
 
 
 def store(
-    data: Interactions, model: MetricRecommender, result: Mapping[str, Any], test: Evaluation, run: Run, tracker: Tracker
+    data: Interactions,
+    model: MetricRecommender,
+    result: Mapping[str, Any],
+    test: Evaluation,
+    run: Run,
+    tracker: Tracker,
 ) -> None:
     """Write the reported weights, the arrays behind comparisons between runs, and ``result.json``."""
     save_state(run.file("final.pt"), {"model": model.state_dict(), "selection": result["selection"]})
     arrays = {"item_popularity": data.item_popularity, "user_activity": data.user_activity, "test_users": test.users,
               "top": test.top.astype(np.int32)}  # fmt: skip
-    arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name}
+    arrays |= {
+        f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name
+    }
     if model.gravity is not None:
         mass = model.gravity.mass
-        arrays |= {"item_log_mass": mass.log_item().detach().cpu().numpy(), "user_log_mass": mass.log_user().detach().cpu().numpy()}
+        arrays |= {
+            "item_log_mass": mass.log_item().detach().cpu().numpy(),
+            "user_log_mass": mass.log_user().detach().cpu().numpy(),
+        }
     with atomic_open(run.file("analysis.npz"), "wb") as stream:
         np.savez_compressed(stream, **arrays)
-    tracker.scalars(result["selection"]["epoch"] or 0, {f"test/{name}": value for name, value in result["test"].items()})
+    tracker.scalars(
+        result["selection"]["epoch"] or 0, {f"test/{name}": value for name, value in result["test"].items()}
+    )
     run.finish(result)
 
 

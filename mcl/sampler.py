@@ -10,8 +10,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from gfml.errors import UserError
-from gfml.sampling import TripleSampler, seeded_generator
+from gfml.base.errors import UserError
+from gfml.ranking.sampling import TripleSampler, seeded_generator
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from gfml.cli import Options
+from gfml.base.errors import UserError, suggest
 from gfml.data import registry
 from gfml.data.cache import default_cache_dir
 from gfml.data.interactions import Interactions, csr_from_pairs
 from gfml.data.items import read_item_features, read_item_info
 from gfml.data.options import load_from_args
-from gfml.errors import UserError, suggest
+from gfml.program.cli import Options
 from mirror_grad import features as encoders
 from mirror_grad.layout import (
     MODALITIES,
@@ -78,7 +78,11 @@ class MultimodalData:
         stored = None if self.folder is None else self.folder / "user_graph.npz"
         if stored is not None and stored.is_file():
             return read_user_graph(stored, self.num_users)
-        kept = None if self.cache_dir is None else self.cache_dir / f"users-{self.interactions.part_fingerprint('train')[:16]}.npz"
+        kept = (
+            None
+            if self.cache_dir is None
+            else self.cache_dir / f"users-{self.interactions.part_fingerprint('train')[:16]}.npz"
+        )
         if kept is not None and kept.is_file():
             return read_user_graph(kept, self.num_users)
         graph = shared_items(self.interactions.train)
@@ -108,7 +112,11 @@ def load(options: Options, *, needs_features: bool) -> MultimodalData:
     ids = read_item_map(folder, interactions.num_items) if numbered else None
     if ids is not None:
         interactions = replace(interactions, item_ids=ids)
-    cache_dir = (Path(options.cache_dir) if options.cache_dir else default_cache_dir()).parent / "graphs" if options.cache else None
+    cache_dir = (
+        (Path(options.cache_dir) if options.cache_dir else default_cache_dir()).parent / "graphs"
+        if options.cache
+        else None
+    )
     data = MultimodalData(interactions, folder=folder, cache_dir=cache_dir)
     if not needs_features and options.features == "auto":
         return data
@@ -129,7 +137,10 @@ def without_cold_users(data: Interactions) -> Interactions:
 
 def _own_inter(options: Options) -> Path | None:
     """The .inter file of a data set that is not known by name."""
-    if options.dataset in registry.GENERATED or registry.ALIASES.get(options.dataset, options.dataset) in registry.KNOWN:
+    if (
+        options.dataset in registry.GENERATED
+        or registry.ALIASES.get(options.dataset, options.dataset) in registry.KNOWN
+    ):
         return None
     found = find_inter(options.dataset, registry.data_roots(options.data_root))
     if found is None and not Path(options.dataset).expanduser().exists():
@@ -165,7 +176,9 @@ def _with_modalities(options: Options, data: MultimodalData, *, needs_features: 
         table = checked_features(table, data.num_items, f"{name} features of {data.interactions.name}")
         has = (table != 0).any(1)
         if not has.any():
-            raise UserError(f"every {name} feature of {data.interactions.name} is zero: give other features or leave out {name} with --modalities")
+            raise UserError(
+                f"every {name} feature of {data.interactions.name} is zero: give other features or leave out {name} with --modalities"
+            )
         values[name] = torch.from_numpy(encoders.fill_missing(table, has, options.fill_missing))
         known[name] = torch.from_numpy(has)
     return replace(data, features=values, known=known, feature_source=source if values else "none")
@@ -178,10 +191,15 @@ def _tables(options: Options, data: MultimodalData) -> tuple[dict[str, np.ndarra
         return {}, "none"
     if what == "random":
         widths = zip(MODALITIES, options.random_widths, strict=True)
-        found = {name: encoders.random_features(data.num_items, width, options.split_seed, k) for k, (name, width) in enumerate(widths)}
+        found = {
+            name: encoders.random_features(data.num_items, width, options.split_seed, k)
+            for k, (name, width) in enumerate(widths)
+        }
         return found, "random"
     if what in encoders.LOCAL_ENCODERS:
-        return {"text": encoders.encode_texts(item_texts(options, data), what, options.text_width, options.split_seed)}, what
+        return {
+            "text": encoders.encode_texts(item_texts(options, data), what, options.text_width, options.split_seed)
+        }, what
     place = data.folder if what == "auto" else Path(what).expanduser()
     if place is None or (what == "auto" and not place.exists()):
         return {}, "none"
@@ -211,9 +229,15 @@ def _stored_tables(place: Path, data: MultimodalData) -> tuple[dict[str, np.ndar
 def item_texts(options: Options, data: MultimodalData) -> list[str]:
     """One text an item, from ``--item-text`` or the folder's own file; empty where the file says nothing."""
     names = [data.folder / f"{name}{end}" for name in TEXT_FILES for end in ("", ".gz")] if data.folder else []
-    file = Path(options.item_text).expanduser() if options.item_text else next((path for path in names if path.is_file()), None)
+    file = (
+        Path(options.item_text).expanduser()
+        if options.item_text
+        else next((path for path in names if path.is_file()), None)
+    )
     if file is None:
-        raise UserError(f"{data.interactions.name} has no item titles ({', '.join(TEXT_FILES)} in {data.folder}): give --item-text FILE")
+        raise UserError(
+            f"{data.interactions.name} has no item titles ({', '.join(TEXT_FILES)} in {data.folder}): give --item-text FILE"
+        )
     if {".json", ".jsonl"} & set(file.suffixes):
         from mirror_grad.preprocess import read_metadata
 

@@ -57,7 +57,9 @@ def moved(parameters: Sequence[nn.Parameter], direction: Gradients, factor: floa
                 p.copy_(value)
 
 
-def half_steps(loss: Loss, parameters: Sequence[nn.Parameter], lr: float, alpha1: float = 1.0, seed: int = 0) -> dict[str, float]:
+def half_steps(
+    loss: Loss, parameters: Sequence[nn.Parameter], lr: float, alpha1: float = 1.0, seed: int = 0
+) -> dict[str, float]:
     """Norms of g1 = grad L(theta) and g2 = grad L(theta - alpha1 lr g1), and their cosine (1 where the loss is flat)."""
     first = gradients(loss, parameters, seed)
     with moved(parameters, first, -alpha1 * lr):
@@ -67,7 +69,9 @@ def half_steps(loss: Loss, parameters: Sequence[nn.Parameter], lr: float, alpha1
     return {"grad_norm": float(norms[0]), "mirror_grad_norm": float(norms[1]), "cosine": float(cosine)}
 
 
-def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Gradients, *, step: float = 1e-3, seed: int = 0) -> Gradients:
+def hessian_product(
+    loss: Loss, parameters: Sequence[nn.Parameter], vector: Gradients, *, step: float = 1e-3, seed: int = 0
+) -> Gradients:
     """H v by central differences of gradients: (g(theta + e v) - g(theta - e v)) / 2e with e = step (1 + |theta|) / |v|.
 
     Propagation over a graph has no second derivative of its own; differences need none, and both gradients see the same
@@ -84,7 +88,13 @@ def hessian_product(loss: Loss, parameters: Sequence[nn.Parameter], vector: Grad
 
 
 def top_eigenvalue(
-    loss: Loss, parameters: Sequence[nn.Parameter], *, iterations: int = 20, tolerance: float = 1e-3, seed: int = 0, step: float = 1e-3
+    loss: Loss,
+    parameters: Sequence[nn.Parameter],
+    *,
+    iterations: int = 20,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    step: float = 1e-3,
 ) -> tuple[float, int]:
     """(Rayleigh quotient, iterations used) of the Hessian's eigenvalue of largest size, by power iteration.
 

@@ -10,26 +10,34 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gfml import program
-from gfml.cli import Options
-from gfml.errors import UserError
-from gfml.evaluation import Evaluation, evaluate
+from gfml.base.checkpoints import FORMAT, damaged, load_state
+from gfml.base.errors import UserError
+from gfml.engine.runs import Run
+from gfml.engine.train import Step, plain_step
 from gfml.mirror import MirrorGradient
-from gfml.program import cut_offs
-from gfml.runs import FORMAT, Run, damaged, load_state
-from gfml.sampling import TripleBatches, TripleSampler
-from gfml.train import Step, plain_step
+from gfml.program import steps as program
+from gfml.program.cli import Options
+from gfml.program.steps import cut_offs
+from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.ranking.sampling import TripleBatches, TripleSampler
 from mirror_grad.data import MultimodalData
 from mirror_grad.models import MODELS, load_model
 from mirror_grad.options import arm_of
 
-LEARNERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
+LEARNERS = {
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
 
 
 def build_model(options: Options, data: MultimodalData, device: torch.device) -> nn.Module:
     """The model of the flags with fresh parameters."""
     build = load_model(options.model)
-    model = build(data, options.settings, behaviour=options.behaviour, embedding_dim=options.embedding_dim, seed=options.seed)
+    model = build(
+        data, options.settings, behaviour=options.behaviour, embedding_dim=options.embedding_dim, seed=options.seed
+    )
     return model.to(device)
 
 
@@ -37,7 +45,11 @@ def build_training(
     options: Options, model: nn.Module
 ) -> tuple[torch.optim.Optimizer, Step, torch.optim.lr_scheduler.LRScheduler | None]:
     """Optimizer, ordinary or mirror step, and the schedule of the learning rate (stepped every epoch)."""
-    groups = model.optimizer_groups() if hasattr(model, "optimizer_groups") else [p for p in model.parameters() if p.requires_grad]
+    groups = (
+        model.optimizer_groups()
+        if hasattr(model, "optimizer_groups")
+        else [p for p in model.parameters() if p.requires_grad]
+    )
     fused = {"fused": True} if options.learner == "adam" else {}
     optimizer = LEARNERS[options.learner](
         groups, lr=options.learning_rate * arm_factor(options), weight_decay=options.weight_decay, **fused
@@ -54,9 +66,18 @@ def build_step(options: Options, optimizer: torch.optim.Optimizer) -> Step:
     if options.mirror == "off":
         return partial(plain_step, clip_norm=options.clip_grad_norm)
     return MirrorGradient(
-        optimizer, options.mirror_alpha1, options.mirror_alpha2, options.mirror_every, options.mirror,
-        counter=options.mirror_counter, phase=options.mirror_phase, rng=options.mirror_rng, wd=options.mirror_wd,
-        clip=options.clip_grad_norm, clip_halves=options.mirror_clip_halves, diagnostics=options.mirror_diagnostics,
+        optimizer,
+        options.mirror_alpha1,
+        options.mirror_alpha2,
+        options.mirror_every,
+        options.mirror,
+        counter=options.mirror_counter,
+        phase=options.mirror_phase,
+        rng=options.mirror_rng,
+        wd=options.mirror_wd,
+        clip=options.clip_grad_norm,
+        clip_halves=options.mirror_clip_halves,
+        diagnostics=options.mirror_diagnostics,
     )
 
 
@@ -76,14 +97,21 @@ def arm_factor(options: Options) -> float:
     return moved / math.sqrt((first**2 + second**2 + every - 1) / (every + 1))
 
 
-def build_batches(options: Options, data: MultimodalData, model: nn.Module, device: torch.device) -> Callable[[int], TripleBatches]:
+def build_batches(
+    options: Options, data: MultimodalData, model: nn.Module, device: torch.device
+) -> Callable[[int], TripleBatches]:
     """batches(epoch): every train pair once, shuffled, each with one negative among the items of train.
 
     The model's ``new_epoch`` runs first, so that what it draws for an epoch is there after a resume too.
     """
     sampler = TripleSampler(
-        data.interactions.train, batch_size=options.batch_size, seed=options.seed, scheme="interaction",
-        negatives="train-items", num_negatives=int(MODELS[options.model].needs_negatives), device=device,
+        data.interactions.train,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        scheme="interaction",
+        negatives="train-items",
+        num_negatives=int(MODELS[options.model].needs_negatives),
+        device=device,
     )
 
     def batches(epoch: int) -> TripleBatches:
@@ -94,14 +122,21 @@ def build_batches(options: Options, data: MultimodalData, model: nn.Module, devi
     return batches
 
 
-def judge_split(options: Options, data: MultimodalData, model: nn.Module, split: str, *, beyond: bool = False) -> Evaluation:
+def judge_split(
+    options: Options, data: MultimodalData, model: nn.Module, split: str, *, beyond: bool = False
+) -> Evaluation:
     """Full ranking of one part, from the model's parameters as they are now."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
         scorer = model.scorer()
     return evaluate(
-        scorer, data.interactions, split, cut_offs(options.topks, options.select_metric), beyond=beyond,
-        mask_valid=options.test_mask == "seen", device=device,
+        scorer,
+        data.interactions,
+        split,
+        cut_offs(options.topks, options.select_metric),
+        beyond=beyond,
+        mask_valid=options.test_mask == "seen",
+        device=device,
     )
 
 
@@ -161,7 +196,9 @@ def _description(options: Options, data: MultimodalData, model: nn.Module, run: 
         f"validation {inter.valid.nnz:,}, test {inter.test.nnz:,} interactions"
     )
     yield from (f"note: {key}: {value}" for key, value in inter.notes.items())
-    tables = [f"{name} {table.shape[1]} wide, {int(data.known[name].sum()):,} items" for name, table in data.features.items()]
+    tables = [
+        f"{name} {table.shape[1]} wide, {int(data.known[name].sum()):,} items" for name, table in data.features.items()
+    ]
     if data.feature_source == "random":
         yield "note: features are RANDOM NOISE as asked: only times mean anything"
     yield f"features: {', '.join(tables) or 'none'} ({data.feature_source})"

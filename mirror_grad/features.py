@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 LOCAL_ENCODERS = ("tfidf-svd", "hashing")
 AMAZON_WIDTH = 4096
@@ -25,7 +25,9 @@ def encode_texts(texts: Sequence[str], encoder: str, width: int = 384, seed: int
     tfidf-svd: F = min(width, vocabulary - 1, n - 1); width does not count for a sentence-transformers model.
     """
     if not any(text.strip() for text in texts):
-        raise UserError(f"all {len(texts)} item texts are empty: give titles with --item-text, or use image features alone")
+        raise UserError(
+            f"all {len(texts)} item texts are empty: give titles with --item-text, or use image features alone"
+        )
     if encoder == "hashing":
         from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -42,7 +44,9 @@ def _tfidf_svd(texts: Sequence[str], width: int, seed: int) -> np.ndarray:
     words = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(texts) > 1000 else 1).fit_transform(texts)
     kept = min(width, min(words.shape) - 1)
     if kept < 1:
-        raise UserError(f"found {words.shape[1]} different words in {len(texts)} texts, wanted more for tfidf-svd: use hashing")
+        raise UserError(
+            f"found {words.shape[1]} different words in {len(texts)} texts, wanted more for tfidf-svd: use hashing"
+        )
     return TruncatedSVD(kept, random_state=seed).fit_transform(words).astype(np.float32)
 
 
@@ -51,11 +55,15 @@ def _sentences(texts: Sequence[str], name: str) -> np.ndarray:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         local = " or ".join(LOCAL_ENCODERS)
-        raise UserError(f"the text encoder {name!r} needs sentence-transformers: pip install '.[text]', or choose {local}") from None
+        raise UserError(
+            f"the text encoder {name!r} needs sentence-transformers: pip install '.[text]', or choose {local}"
+        ) from None
     try:
         model = SentenceTransformer(name)
     except Exception as error:  # whatever the hub, the network or the files raise
-        raise UserError(f"cannot load the text encoder {name!r} ({' '.join(str(error).split())[:120]}): check the name") from error
+        raise UserError(
+            f"cannot load the text encoder {name!r} ({' '.join(str(error).split())[:120]}): check the name"
+        ) from error
     return np.asarray(model.encode(list(texts), show_progress_bar=False), dtype=np.float32)
 
 
@@ -67,7 +75,9 @@ def read_amazon_images(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np
     record = np.dtype([("asin", "S10"), ("values", "<f4", AMAZON_WIDTH)])
     size = path.stat().st_size
     if size == 0 or size % record.itemsize:
-        raise UserError(f"{path} has {size} bytes, wanted a multiple of {record.itemsize} (10-byte id, {AMAZON_WIDTH} float32): fetch it again")
+        raise UserError(
+            f"{path} has {size} bytes, wanted a multiple of {record.itemsize} (10-byte id, {AMAZON_WIDTH} float32): fetch it again"
+        )
     stored = np.memmap(path, dtype=record, mode="r")
     place = {asin.decode("latin-1"): row for row, asin in enumerate(stored["asin"].tolist())}
     rows = np.array([place.get(name, -1) for name in names])
@@ -91,7 +101,9 @@ def encode_pictures(
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: check --image-folder")
     if not timm.is_model(backbone):
-        raise UserError(f"timm has no backbone {backbone!r}: check --image-encoder (python -c 'import timm; print(timm.list_models())')")
+        raise UserError(
+            f"timm has no backbone {backbone!r}: check --image-encoder (python -c 'import timm; print(timm.list_models())')"
+        )
     model = timm.create_model(backbone, pretrained=weights is None, num_classes=0)
     if weights is not None:
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
@@ -100,7 +112,9 @@ def encode_pictures(
     paths = [next((p for end in PICTURES if (p := folder / f"{name}{end}").is_file()), None) for name in names]
     known = np.array([path is not None for path in paths])
     if not known.any():
-        raise UserError(f"{folder} has no picture of the {len(names)} items, wanted names such as {names[0]}.jpg: check --image-folder")
+        raise UserError(
+            f"{folder} has no picture of the {len(names)} items, wanted names such as {names[0]}.jpg: check --image-folder"
+        )
     values = np.zeros((len(names), model.num_features), dtype=np.float32)
     rows = np.flatnonzero(known)
     for start in range(0, len(rows), batch_size):

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gfml.cli import Options
-from gfml.errors import UserError
-from gfml.files import write_json
-from gfml.reporting import table_columns, text_table
+from gfml.base.errors import UserError
+from gfml.base.files import write_json
+from gfml.program.cli import Options
+from gfml.report.recommenders import table_columns, text_table
 from mirror_grad.options import parse, point_tokens
 
 Train = Callable[[Options], tuple[dict[str, Any], Path]]
@@ -31,12 +31,29 @@ def search(options: Options, train: Train) -> int:
         said = ", ".join(f"{flag[2:]} {value}" for flag, value in point.items())
         print(f"grid {number} of {len(options.points)}: {said}", file=sys.stderr)
         result, path = train(parse(point_tokens(options.tokens, point)))
-        rows.append({"flags": point, "run": path.name, "value": selected_value(result, options), "test": result["test"], "result": result})
+        rows.append(
+            {
+                "flags": point,
+                "run": path.name,
+                "value": selected_value(result, options),
+                "test": result["test"],
+                "result": result,
+            }
+        )
     best = winner(rows)
     file = Path(options.out) / f"{_name(options)}.json"
     stored = [{key: value for key, value in row.items() if key != "result"} for row in rows]
     protocol = best["result"]["selection"]["protocol"]
-    write_json(file, {"metric": options.select_metric, "split": options.select_on, "protocol": protocol, "best": best["run"], "points": stored})
+    write_json(
+        file,
+        {
+            "metric": options.select_metric,
+            "split": options.select_on,
+            "protocol": protocol,
+            "best": best["run"],
+            "points": stored,
+        },
+    )
     _print(options, rows, best, file)
     return 0
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open, write_json
 from gfml.data.readers import read_bytes
-from gfml.errors import UserError
-from gfml.files import atomic_open, write_json
 
 MODALITIES = ("image", "text")
 # Neighbours that the published script keeps of each user.
@@ -49,7 +49,9 @@ def require_labels(path: Path) -> None:
     head = read_bytes(path).split(b"\n", 1)[0].decode("utf-8", "replace").strip().split("\t")
     if "x_label" not in [name.partition(":")[0] for name in head]:
         found = ", ".join(head[:6])
-        raise UserError(f"{path} has no column x_label (0 train, 1 validation, 2 test), found {found}: add it, or give --split per-user")
+        raise UserError(
+            f"{path} has no column x_label (0 train, 1 validation, 2 test), found {found}: add it, or give --split per-user"
+        )
 
 
 def read_feature_file(path: Path, num_items: int) -> np.ndarray:
@@ -57,7 +59,9 @@ def read_feature_file(path: Path, num_items: int) -> np.ndarray:
     try:
         table = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(f"cannot read {path} ({' '.join(str(error).split())[:120]}): wanted a plain .npy table of numbers") from None
+        raise UserError(
+            f"cannot read {path} ({' '.join(str(error).split())[:120]}): wanted a plain .npy table of numbers"
+        ) from None
     if not isinstance(table, np.ndarray) or table.ndim != 2 or table.dtype.kind not in "biuf":
         raise UserError(f"{path} holds no table of numbers, wanted {num_items} rows of features: mend the file")
     return checked_features(table, num_items, str(path))
@@ -66,11 +70,15 @@ def read_feature_file(path: Path, num_items: int) -> np.ndarray:
 def checked_features(table: np.ndarray, num_items: int, name: str) -> np.ndarray:
     """float32 copy of features [I, F]; UserError where rows do not match the items or numbers are not finite."""
     if len(table) != num_items:
-        raise UserError(f"{name} has {len(table)} rows, wanted {num_items}, one for each item: are interactions and features of the same data?")
+        raise UserError(
+            f"{name} has {len(table)} rows, wanted {num_items}, one for each item: are interactions and features of the same data?"
+        )
     values = np.ascontiguousarray(table, dtype=np.float32)
     bad = ~np.isfinite(values).all(1)
     if bad.any():
-        raise UserError(f"{name} has numbers that are not finite in {int(bad.sum())} rows, the first is item {int(bad.argmax())}: mend the features")
+        raise UserError(
+            f"{name} has numbers that are not finite in {int(bad.sum())} rows, the first is item {int(bad.argmax())}: mend the features"
+        )
     return values
 
 
@@ -92,7 +100,9 @@ def _mapped(path: Path, number: str, source: str, num_items: int) -> np.ndarray:
     for row in rows:
         place = int(row[number]) if row[number].isdigit() else -1
         if not 0 <= place < num_items:
-            raise UserError(f"{path} maps {row[source]!r} to {row[number]!r}, wanted a number below the {num_items} items: mend the map")
+            raise UserError(
+                f"{path} maps {row[source]!r} to {row[number]!r}, wanted a number below the {num_items} items: mend the map"
+            )
         names[place] = row[source] or names[place]
     return np.array(names)
 
@@ -133,16 +143,22 @@ def read_user_graph(path: Path, num_users: int) -> sp.csr_array:
     except (ValueError, OSError, KeyError, EOFError) as error:
         raise UserError(f"cannot read {path} ({error}): delete it, it is computed again from train") from None
     if len(indptr) != num_users + 1 or (len(indices) and indices.max() >= num_users):
-        raise UserError(f"{path} is of {len(indptr) - 1} users, the data has {num_users}: delete it, it is computed again")
+        raise UserError(
+            f"{path} is of {len(indptr) - 1} users, the data has {num_users}: delete it, it is computed again"
+        )
     return sp.csr_array((counts, indices, indptr), shape=(num_users, num_users))
 
 
-def write_inter(path: Path, users: np.ndarray, items: np.ndarray, labels: np.ndarray, ratings: np.ndarray, times: np.ndarray) -> None:
+def write_inter(
+    path: Path, users: np.ndarray, items: np.ndarray, labels: np.ndarray, ratings: np.ndarray, times: np.ndarray
+) -> None:
     """The interaction file, rows in the order given."""
     with atomic_open(path, newline="") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
         writer.writerow(["userID", "itemID", "rating", "timestamp", "x_label"])
-        writer.writerows(zip(users.tolist(), items.tolist(), ratings.tolist(), times.tolist(), labels.tolist(), strict=True))
+        writer.writerows(
+            zip(users.tolist(), items.tolist(), ratings.tolist(), times.tolist(), labels.tolist(), strict=True)
+        )
 
 
 def write_map(path: Path, head: tuple[str, str], names: Sequence[str]) -> None:

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gfml.cli import LOCATION_FLAGS, Options, resolve_device, run_main, set_threads
+from gfml.base.toml import LOCATION_FLAGS
+from gfml.program.cli import Options, resolve_device, run_main, set_threads
 from mirror_grad.models import MODELS
 from mirror_grad.options import NOT_IDENTITY, arm_of, parse
 
@@ -45,14 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(options: Options) -> tuple[dict[str, Any], Path]:
     """One run: its result and its directory. A finished run is read, an unfinished one continued."""
     # Heavy imports wait until the flags are known to be good.
+    from gfml.engine.runs import Run, seed_everything
+    from gfml.engine.tracking import Tracker
+    from gfml.engine.train import fit
+    from gfml.program.steps import check_judgeable, cut_offs
     from mirror_grad import experiment
     from mirror_grad.data import load
     from mirror_grad.results import judge, store
-
-    from gfml.program import check_judgeable, cut_offs
-    from gfml.runs import Run, seed_everything
-    from gfml.tracking import Tracker
-    from gfml.train import fit
 
     device = resolve_device(options)
     set_threads(options)
@@ -60,8 +60,14 @@ def train(options: Options) -> tuple[dict[str, Any], Path]:
     check_judgeable(data.interactions, cut_offs(options.topks, options.select_metric), options.select_on)
 
     with Run.open(
-        options.out, "mirror", options.resolved, label=f"{data.interactions.name}-{options.model}-{arm_of(options)}",
-        exclude=LOCATION_FLAGS | NOT_IDENTITY, name=options.run_name, resume=options.resume, overwrite=options.overwrite,
+        options.out,
+        "mirror",
+        options.resolved,
+        label=f"{data.interactions.name}-{options.model}-{arm_of(options)}",
+        exclude=LOCATION_FLAGS | NOT_IDENTITY,
+        name=options.run_name,
+        resume=options.resume,
+        overwrite=options.overwrite,
         read_only=options.eval_only,
     ) as run:
         if run.is_done and not options.eval_only:
@@ -81,11 +87,21 @@ def train(options: Options) -> tuple[dict[str, Any], Path]:
             if MODELS[options.model].trains:
                 optimizer, step, scheduler = experiment.build_training(options, model)
                 fitted = fit(
-                    model, optimizer, batches=experiment.build_batches(options, data, model, device), loss_fn=model.loss,
-                    step=step, scheduler=scheduler, evaluate=lambda split: experiment.metrics(options, data, model, split),
-                    select=f"{options.select_on}/{options.select_metric}", run=run, epochs=options.epochs,
-                    eval_every=options.eval_every, patience=None if options.patience is None else options.patience + 1,
-                    checkpoint_every=options.checkpoint_every, progress=options.progress, tracker=tracker,
+                    model,
+                    optimizer,
+                    batches=experiment.build_batches(options, data, model, device),
+                    loss_fn=model.loss,
+                    step=step,
+                    scheduler=scheduler,
+                    evaluate=lambda split: experiment.metrics(options, data, model, split),
+                    select=f"{options.select_on}/{options.select_metric}",
+                    run=run,
+                    epochs=options.epochs,
+                    eval_every=options.eval_every,
+                    patience=None if options.patience is None else options.patience + 1,
+                    checkpoint_every=options.checkpoint_every,
+                    progress=options.progress,
+                    tracker=tracker,
                 )
             result, test = judge(options, data, model, fitted, run)
             store(data, model, result, test, run, tracker)
@@ -94,10 +110,9 @@ def train(options: Options) -> tuple[dict[str, Any], Path]:
 
 def judge_weights(options: Options) -> int:
     """``--resume FILE``: the test figures of stored weights. Nothing is trained or written."""
+    from gfml.report.recommenders import table_columns, text_table
     from mirror_grad import experiment
     from mirror_grad.data import load
-
-    from gfml.reporting import table_columns, text_table
 
     device = resolve_device(options)
     set_threads(options)
@@ -105,7 +120,15 @@ def judge_weights(options: Options) -> int:
     model = experiment.load_weights(options, experiment.build_model(options, data, device), Path(options.weights))
     rows = {options.model: experiment.judge_split(options, data, model, "test", beyond=True).means}
     print(f"test of {data.interactions.name}, weights of {options.weights}")
-    print(text_table(rows, [*table_columns(rows, options.topks), *(f"{name}@{k}" for name in ("precision", "map") for k in options.topks)]))
+    print(
+        text_table(
+            rows,
+            [
+                *table_columns(rows, options.topks),
+                *(f"{name}@{k}" for name in ("precision", "map") for k in options.topks),
+            ],
+        )
+    )
     return 0
 
 

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gfml.cli import MIRROR_MODES, Options, Parser, TopksAction, add_run_flags, number
+from gfml.base.errors import UserError
 from gfml.data.options import add_data_flags
-from gfml.errors import UserError
+from gfml.program.cli import MIRROR_MODES, Options, Parser, TopksAction, add_run_flags, number
 from mirror_grad.models import MODELS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "mirror_grad"
@@ -61,9 +61,15 @@ def build_parser(model: str = "SELFCFED_LGN") -> Parser:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model", "-m", choices=tuple(MODELS), default="SELFCFED_LGN", help="recommender")
-    group.add_argument("--behaviour", choices=("fixed", "published"), default="fixed",
-                       help="published: also what the published code gets wrong; recorded in the run")
-    group.add_argument("--embedding-dim", "--embedding_size", type=_count, default=64, metavar="D", help="width of the vectors")
+    group.add_argument(
+        "--behaviour",
+        choices=("fixed", "published"),
+        default="fixed",
+        help="published: also what the published code gets wrong; recorded in the run",
+    )
+    group.add_argument(
+        "--embedding-dim", "--embedding_size", type=_count, default=64, metavar="D", help="width of the vectors"
+    )
     _add_settings(parser, model)
     add_data_flags(parser, dataset="baby", short=("-d",))
     _add_feature_flags(parser)
@@ -91,39 +97,86 @@ def _add_settings(parser: Parser, model: str) -> None:
         elif kind is str:
             group.add_argument(flag, choices=field.metadata["choices"] or None, default=field.default, help=text)
         else:
-            group.add_argument(flag, type=number(kind), default=field.default, metavar="N" if kind is int else "X", help=text)
+            group.add_argument(
+                flag, type=number(kind), default=field.default, metavar="N" if kind is int else "X", help=text
+            )
 
 
 def _add_feature_flags(parser: Parser) -> None:
     group = parser.add_argument_group("item features")
-    group.add_argument("--features", default="auto", metavar="WHAT",
-                       help="auto: image_feat.npy, text_feat.npy or features.npz in the data's folder; none; tfidf-svd or "
-                            "hashing: from the items' titles; random: noise, only for timing; or a file or folder")
-    group.add_argument("--item-text", metavar="FILE", help="titles for tfidf-svd and hashing (default: the folder's own file)")
-    group.add_argument("--modalities", nargs="+", choices=("image", "text"), default=["image", "text"], help="features to use")
-    group.add_argument("--text-width", type=_count, default=384, metavar="F", help="width of tfidf-svd and hashing features")
-    group.add_argument("--random-widths", nargs=2, type=_count, default=[4096, 384], metavar=("IMAGE", "TEXT"),
-                       help="widths of random features; the default is that of the published ones")
-    group.add_argument("--fill-missing", choices=("mean", "zero"), default="mean",
-                       help="row of an item without features; mean of the others as published")
-    group.add_argument("--keep-cold-users", action=argparse.BooleanOptionalAction, default=False,
-                       help="also judge users without train interactions")
+    group.add_argument(
+        "--features",
+        default="auto",
+        metavar="WHAT",
+        help="auto: image_feat.npy, text_feat.npy or features.npz in the data's folder; none; tfidf-svd or "
+        "hashing: from the items' titles; random: noise, only for timing; or a file or folder",
+    )
+    group.add_argument(
+        "--item-text", metavar="FILE", help="titles for tfidf-svd and hashing (default: the folder's own file)"
+    )
+    group.add_argument(
+        "--modalities", nargs="+", choices=("image", "text"), default=["image", "text"], help="features to use"
+    )
+    group.add_argument(
+        "--text-width", type=_count, default=384, metavar="F", help="width of tfidf-svd and hashing features"
+    )
+    group.add_argument(
+        "--random-widths",
+        nargs=2,
+        type=_count,
+        default=[4096, 384],
+        metavar=("IMAGE", "TEXT"),
+        help="widths of random features; the default is that of the published ones",
+    )
+    group.add_argument(
+        "--fill-missing",
+        choices=("mean", "zero"),
+        default="mean",
+        help="row of an item without features; mean of the others as published",
+    )
+    group.add_argument(
+        "--keep-cold-users",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="also judge users without train interactions",
+    )
 
 
 def _add_training_flags(parser: Parser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--learning-rate", "--lr", type=_positive, default=1e-3, help="learning rate of the first epoch")
-    group.add_argument("--learning-rate-scheduler", nargs=2, type=_positive, default=[1.0, 50.0], metavar=("BASE", "PERIOD"),
-                       help="the learning rate of epoch e = 0, 1, ... is multiplied by BASE^(e / PERIOD)")
-    group.add_argument("--weight-decay", type=_nonnegative, default=0.0, metavar="W", help="L2 decay inside the optimizer")
+    group.add_argument(
+        "--learning-rate-scheduler",
+        nargs=2,
+        type=_positive,
+        default=[1.0, 50.0],
+        metavar=("BASE", "PERIOD"),
+        help="the learning rate of epoch e = 0, 1, ... is multiplied by BASE^(e / PERIOD)",
+    )
+    group.add_argument(
+        "--weight-decay", type=_nonnegative, default=0.0, metavar="W", help="L2 decay inside the optimizer"
+    )
     group.add_argument("--learner", choices=("adam", "sgd", "adagrad", "rmsprop"), default="adam", help="optimizer")
-    group.add_argument("--batch-size", "--train_batch_size", type=_count, default=2048, metavar="B", help="train pairs a step")
-    group.add_argument("--epochs", type=number(int, least=0), default=1000, metavar="N", help="largest number of epochs")
-    group.add_argument("--clip-grad-norm", type=number(above=0, none=True), default=None, metavar="NORM",
-                       help="largest gradient norm, or none")
-    group.add_argument("--grid", nargs="+", metavar="NAME=V,V",
-                       help="try every combination of these values, each a run of its own, and select on --select-on; "
-                            "published: the lists of the published search")
+    group.add_argument(
+        "--batch-size", "--train_batch_size", type=_count, default=2048, metavar="B", help="train pairs a step"
+    )
+    group.add_argument(
+        "--epochs", type=number(int, least=0), default=1000, metavar="N", help="largest number of epochs"
+    )
+    group.add_argument(
+        "--clip-grad-norm",
+        type=number(above=0, none=True),
+        default=None,
+        metavar="NORM",
+        help="largest gradient norm, or none",
+    )
+    group.add_argument(
+        "--grid",
+        nargs="+",
+        metavar="NAME=V,V",
+        help="try every combination of these values, each a run of its own, and select on --select-on; "
+        "published: the lists of the published search",
+    )
 
 
 def _add_mirror_flags(parser: Parser, model: str) -> None:
@@ -132,41 +185,115 @@ def _add_mirror_flags(parser: Parser, model: str) -> None:
     old = {name: () if name in own else (f"--{name}",) for name in ("alpha1", "alpha2", "beta")}
     group = parser.add_argument_group("mirror gradient")
     group.add_argument("--not_mg", "--not-mg", action="store_true", help="ordinary training; the same as --mirror off")
-    group.add_argument("--mirror", choices=MIRROR_MODES, default="two_step", help="kind of the mirror step; two_step as published")
-    group.add_argument("--mirror-arm", choices=tuple(ARMS), default="mg",
-                       help="control arm: equal-steps takes the extra step without inverting it; equal-lr trains plainly with the "
-                            "learning rate that moves Adam as far; equal-grid trains plainly with as many tries; true-ascent "
-                            "inverts with Adam's second moments alone")
-    group.add_argument("--mirror-alpha1", *old["alpha1"], type=_positive, default=1.0, metavar="A", help="factor of the descending step")
-    group.add_argument("--mirror-alpha2", *old["alpha2"], type=_nonnegative, default=0.2, metavar="A", help="factor of the inverted step")
-    group.add_argument("--mirror-every", *old["beta"], type=_count, default=3, metavar="N", help="a mirror step every N batches")
-    group.add_argument("--mirror-counter", choices=("epoch", "global"), default="epoch",
-                       help="epoch: counting starts again with every epoch, as published; global: as printed in the paper")
-    group.add_argument("--mirror-phase", type=number(int, least=0), default=0, metavar="N", help="mirror batch i when i mod every = N")
-    group.add_argument("--mirror-rng", choices=("fresh", "replay"), default="fresh",
-                       help="replay: dropout and sampled edges are the same in both steps")
-    group.add_argument("--mirror-wd", choices=("both", "first", "once"), default="both", help="which step decays the weights")
-    group.add_argument("--mirror-clip-halves", choices=("both", "second"), default="both",
-                       help="which step is clipped; second as published, for two_step")
-    group.add_argument("--mirror-diagnostics", action="store_true", help="log gradient norms and cosines of mirrored batches")
+    group.add_argument(
+        "--mirror", choices=MIRROR_MODES, default="two_step", help="kind of the mirror step; two_step as published"
+    )
+    group.add_argument(
+        "--mirror-arm",
+        choices=tuple(ARMS),
+        default="mg",
+        help="control arm: equal-steps takes the extra step without inverting it; equal-lr trains plainly with the "
+        "learning rate that moves Adam as far; equal-grid trains plainly with as many tries; true-ascent "
+        "inverts with Adam's second moments alone",
+    )
+    group.add_argument(
+        "--mirror-alpha1",
+        *old["alpha1"],
+        type=_positive,
+        default=1.0,
+        metavar="A",
+        help="factor of the descending step",
+    )
+    group.add_argument(
+        "--mirror-alpha2",
+        *old["alpha2"],
+        type=_nonnegative,
+        default=0.2,
+        metavar="A",
+        help="factor of the inverted step",
+    )
+    group.add_argument(
+        "--mirror-every", *old["beta"], type=_count, default=3, metavar="N", help="a mirror step every N batches"
+    )
+    group.add_argument(
+        "--mirror-counter",
+        choices=("epoch", "global"),
+        default="epoch",
+        help="epoch: counting starts again with every epoch, as published; global: as printed in the paper",
+    )
+    group.add_argument(
+        "--mirror-phase", type=number(int, least=0), default=0, metavar="N", help="mirror batch i when i mod every = N"
+    )
+    group.add_argument(
+        "--mirror-rng",
+        choices=("fresh", "replay"),
+        default="fresh",
+        help="replay: dropout and sampled edges are the same in both steps",
+    )
+    group.add_argument(
+        "--mirror-wd", choices=("both", "first", "once"), default="both", help="which step decays the weights"
+    )
+    group.add_argument(
+        "--mirror-clip-halves",
+        choices=("both", "second"),
+        default="both",
+        help="which step is clipped; second as published, for two_step",
+    )
+    group.add_argument(
+        "--mirror-diagnostics", action="store_true", help="log gradient norms and cosines of mirrored batches"
+    )
 
 
 def _add_evaluation_flags(parser: Parser) -> None:
     group = parser.add_argument_group("evaluation and selection")
-    group.add_argument("--topks", "--topk", nargs="+", action=TopksAction, default=(5, 10, 20, 50), metavar="K", help="list lengths")
-    group.add_argument("--select-on", choices=("val", "test"), default="val",
-                       help="what chooses the epoch and the grid's winner; test: optimistic, labelled in every result")
-    group.add_argument("--select-metric", "--valid_metric", type=str.lower, default="recall@5", metavar="NAME@K",
-                       help="what is highest at the chosen epoch")
-    group.add_argument("--test-mask", choices=("seen", "train"), default="seen",
-                       help="what the test lists leave out: train and validation items, or train items alone as published")
-    group.add_argument("--round-metrics", type=number(int, least=1, none=True), default=None, metavar="DIGITS",
-                       help="round metrics before stopping and selecting; published: 4")
-    group.add_argument("--patience", "--stopping_step", type=number(int, least=1, none=True), default=20, metavar="N",
-                       help="stop at the evaluation after N in a row without a better one, or none")
-    group.add_argument("--eval-every", "--eval_step", type=_count, default=1, metavar="N", help="epochs between evaluations")
-    group.add_argument("--baselines", nargs="+", choices=(*BASELINES, "none"), default=["popularity"],
-                       help="simple recommenders judged beside the model")
+    group.add_argument(
+        "--topks", "--topk", nargs="+", action=TopksAction, default=(5, 10, 20, 50), metavar="K", help="list lengths"
+    )
+    group.add_argument(
+        "--select-on",
+        choices=("val", "test"),
+        default="val",
+        help="what chooses the epoch and the grid's winner; test: optimistic, labelled in every result",
+    )
+    group.add_argument(
+        "--select-metric",
+        "--valid_metric",
+        type=str.lower,
+        default="recall@5",
+        metavar="NAME@K",
+        help="what is highest at the chosen epoch",
+    )
+    group.add_argument(
+        "--test-mask",
+        choices=("seen", "train"),
+        default="seen",
+        help="what the test lists leave out: train and validation items, or train items alone as published",
+    )
+    group.add_argument(
+        "--round-metrics",
+        type=number(int, least=1, none=True),
+        default=None,
+        metavar="DIGITS",
+        help="round metrics before stopping and selecting; published: 4",
+    )
+    group.add_argument(
+        "--patience",
+        "--stopping_step",
+        type=number(int, least=1, none=True),
+        default=20,
+        metavar="N",
+        help="stop at the evaluation after N in a row without a better one, or none",
+    )
+    group.add_argument(
+        "--eval-every", "--eval_step", type=_count, default=1, metavar="N", help="epochs between evaluations"
+    )
+    group.add_argument(
+        "--baselines",
+        nargs="+",
+        choices=(*BASELINES, "none"),
+        default=["popularity"],
+        help="simple recommenders judged beside the model",
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:
@@ -193,12 +320,14 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     options.resolved = parser.config_of(options)
     options.points, options.weights, options.tokens = points, weights, tokens
     entry = MODELS[options.model]
-    options.settings = entry.settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(entry.settings)})
+    options.settings = entry.settings(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(entry.settings)}
+    )
     return options
 
 
 def runs_of(program: str, argv: Sequence[str]) -> list[tuple[str, Options]]:
-    """Family and flags of every run that a command makes (see ``gfml.commands``): each point of ``--grid``, else one."""
+    """Family and flags of every run that a command makes (see ``gfml.program.commands``): each point of ``--grid``, else one."""
     if program != "main":
         return []
     options = parse(argv)
@@ -234,7 +363,9 @@ def _weights_file(tokens: list[str]) -> tuple[list[str], str | None]:
         if name == "--resume" and (equals or place + 1 < len(tokens)):
             value = value if equals else tokens[place + 1]
             if not Path(value).exists():
-                raise UserError(f"there is no {value}: give --resume a run directory to continue, or a file of weights to judge")
+                raise UserError(
+                    f"there is no {value}: give --resume a run directory to continue, or a file of weights to judge"
+                )
             if not Path(value).is_file():
                 return tokens, None
             rest = tokens[:place] + tokens[place + (1 if equals else 2) :]
@@ -280,9 +411,15 @@ def _refuse_flags_of_others(parser: Parser, model: str, tokens: Sequence[str]) -
     for token in tokens:
         flag = token.partition("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
-            owners = [name for name, entry in MODELS.items() if flag in {_flag(f.name) for f in dataclasses.fields(entry.settings)}]
+            owners = [
+                name
+                for name, entry in MODELS.items()
+                if flag in {_flag(f.name) for f in dataclasses.fields(entry.settings)}
+            ]
             if owners:
-                parser.error(f"{flag} is a hyper-parameter of {', '.join(owners)}, not of {model}: drop it or choose another --model")
+                parser.error(
+                    f"{flag} is a hyper-parameter of {', '.join(owners)}, not of {model}: drop it or choose another --model"
+                )
 
 
 def _choose_mirror(parser: Parser, options: Options) -> None:
@@ -296,7 +433,9 @@ def _choose_mirror(parser: Parser, options: Options) -> None:
         wanted = "sgd_mirror"
     if wanted is not None:
         if "mirror" in options.explicit and options.mirror not in (wanted, "two_step"):
-            parser.error(f"found --mirror {options.mirror} and --mirror-arm {options.mirror_arm}, which is --mirror {wanted}: give one of them")
+            parser.error(
+                f"found --mirror {options.mirror} and --mirror-arm {options.mirror_arm}, which is --mirror {wanted}: give one of them"
+            )
         options.mirror = wanted
     if not MODELS[options.model].trains and options.mirror != "off":
         if options.mirror_arm != "mg" or {"mirror", "not_mg"} & options.explicit:
@@ -308,13 +447,19 @@ def _choose_mirror(parser: Parser, options: Options) -> None:
 def _check(parser: Parser, options: Options) -> None:
     name, _, k = options.select_metric.partition("@")
     if name not in METRICS or not re.fullmatch(r"[1-9][0-9]*", k):
-        parser.error(f"found --select-metric {options.select_metric!r}, wanted one of {', '.join(METRICS)} with a cut-off, such as recall@20")
+        parser.error(
+            f"found --select-metric {options.select_metric!r}, wanted one of {', '.join(METRICS)} with a cut-off, such as recall@20"
+        )
     if "none" in options.baselines and len(options.baselines) > 1:
         parser.error("--baselines none cannot stand beside others")
     if options.mirror != "off" and options.mirror_alpha1 <= options.mirror_alpha2:
-        parser.error(f"found --mirror-alpha1 {options.mirror_alpha1} and --mirror-alpha2 {options.mirror_alpha2}, wanted alpha1 > alpha2")
+        parser.error(
+            f"found --mirror-alpha1 {options.mirror_alpha1} and --mirror-alpha2 {options.mirror_alpha2}, wanted alpha1 > alpha2"
+        )
     if options.mirror != "off" and options.mirror_phase >= options.mirror_every:
-        parser.error(f"found --mirror-phase {options.mirror_phase}, wanted less than --mirror-every {options.mirror_every}")
+        parser.error(
+            f"found --mirror-phase {options.mirror_phase}, wanted less than --mirror-every {options.mirror_every}"
+        )
     if options.mirror_clip_halves == "second" and options.mirror not in ("off", "two_step"):
         parser.error(f"--mirror-clip-halves second is defined for --mirror two_step, not {options.mirror}")
 
@@ -326,7 +471,11 @@ def _grid(parser: Parser, options: Options) -> list[dict[str, str]]:
     for word in words:
         name, equals, values = word.partition("=")
         if word == "published":
-            lists |= {_flag(f.name): f.metadata["grid"] for f in dataclasses.fields(MODELS[options.model].settings) if f.metadata["grid"]}
+            lists |= {
+                _flag(f.name): f.metadata["grid"]
+                for f in dataclasses.fields(MODELS[options.model].settings)
+                if f.metadata["grid"]
+            }
             lists |= {f"--{key}": values for key, values in MIRROR_GRID.items()} if options.mirror != "off" else {}
             continue
         flag = parser._known_spelling(f"--{name.lstrip('-')}")
@@ -339,7 +488,11 @@ def _grid(parser: Parser, options: Options) -> list[dict[str, str]]:
     if options.mirror_arm == "equal-grid" and options.grid is None and not alone:
         lists = {"--learning-rate": [options.learning_rate * factor for factor in EQUAL_GRID]}
     names = list(lists)
-    return [dict(zip(names, map(str, values), strict=True)) for values in itertools.product(*lists.values())] if lists else []
+    return (
+        [dict(zip(names, map(str, values), strict=True)) for values in itertools.product(*lists.values())]
+        if lists
+        else []
+    )
 
 
 def _flag(name: str) -> str:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfml.cli import Options, Parser, number, run_main
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.cli import Options, Parser, number, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,24 +34,67 @@ def build_parser() -> Parser:
     """The command line of ``mirror_grad/preprocess.py``."""
     parser = Parser(prog="mirror_grad/preprocess.py", description="Raw Amazon reviews and metadata to a data folder.")
     add = parser.add_argument
-    add("--reviews", required=True, metavar="FILE", help="reviews as JSON lines (reviewerID, asin, overall, unixReviewTime) or "
-                                                         "ratings as CSV without header (user, item, rating, time); gzip or not")
-    add("--meta", metavar="FILE", help="metadata, a JSON or Python-literal object a line (asin, title, brand, categories, description)")
+    add(
+        "--reviews",
+        required=True,
+        metavar="FILE",
+        help="reviews as JSON lines (reviewerID, asin, overall, unixReviewTime) or "
+        "ratings as CSV without header (user, item, rating, time); gzip or not",
+    )
+    add(
+        "--meta",
+        metavar="FILE",
+        help="metadata, a JSON or Python-literal object a line (asin, title, brand, categories, description)",
+    )
     add("--out", required=True, metavar="DIR", help="the data folder; its name is the data set's")
-    add("--kcore", type=number(int, least=1), default=5, metavar="K", help="least number of rows of a user and of an item")
-    add("--duplicates", choices=("times", "first"), default="times",
-        help="times: repeats of a pair at another time stay, as published; first: only the earliest stays")
-    add("--split", choices=SPLITS, default="random",
+    add(
+        "--kcore",
+        type=number(int, least=1),
+        default=5,
+        metavar="K",
+        help="least number of rows of a user and of an item",
+    )
+    add(
+        "--duplicates",
+        choices=("times", "first"),
+        default="times",
+        help="times: repeats of a pair at another time stay, as published; first: only the earliest stays",
+    )
+    add(
+        "--split",
+        choices=SPLITS,
+        default="random",
         help="random: of each user at random, as released; user-time: the same sizes, latest rows held out; global-time: by "
-             "quantiles of all times; leave-last: the last row to test, the one before to validation")
-    add("--ratios", type=number(above=0), nargs=3, default=[0.8, 0.1, 0.1], metavar=("TRAIN", "VALID", "TEST"), help="shares of global-time")
+        "quantiles of all times; leave-last: the last row to test, the one before to validation",
+    )
+    add(
+        "--ratios",
+        type=number(above=0),
+        nargs=3,
+        default=[0.8, 0.1, 0.1],
+        metavar=("TRAIN", "VALID", "TEST"),
+        help="shares of global-time",
+    )
     add("--seed", type=number(int, least=0), default=999, metavar="N", help="seed of the random split and of tfidf-svd")
-    add("--text-encoder", default="tfidf-svd", metavar="NAME", help="tfidf-svd, hashing, or a sentence-transformers model")
-    add("--text-width", type=number(int, least=1), default=384, metavar="F", help="width of tfidf-svd and hashing features")
+    add(
+        "--text-encoder",
+        default="tfidf-svd",
+        metavar="NAME",
+        help="tfidf-svd, hashing, or a sentence-transformers model",
+    )
+    add(
+        "--text-width",
+        type=number(int, least=1),
+        default=384,
+        metavar="F",
+        help="width of tfidf-svd and hashing features",
+    )
     add("--images", metavar="FILE", help="binary image features of the 2014 release (.b)")
     add("--image-folder", metavar="DIR", help="pictures ASIN.jpg, encoded by --image-encoder")
     add("--image-encoder", default="resnet50", metavar="NAME", help="timm backbone for --image-folder")
-    add("--image-weights", metavar="FILE", help="state of the backbone (default: timm's pretrained weights, downloaded)")
+    add(
+        "--image-weights", metavar="FILE", help="state of the backbone (default: timm's pretrained weights, downloaded)"
+    )
     return parser
 
 
@@ -60,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.images and options.image_folder:
         raise UserError("found --images and --image-folder: give the one whose features are wanted")
     if not options.meta and not options.images and not options.image_folder:
-        raise UserError("found neither --meta nor --images nor --image-folder: items would have no features; give at least one")
+        raise UserError(
+            "found neither --meta nor --images nor --image-folder: items would have no features; give at least one"
+        )
     rows = read_reviews(Path(options.reviews)).deduplicated(options.duplicates)
     rows = rows.take(k_core_rows(rows, options.kcore))
     if not len(rows):
@@ -118,7 +163,9 @@ def _from_csv(path: Path) -> Reviews:
     try:
         frame = pd.read_csv(path, header=None, names=names, dtype={"user": str, "item": str}).dropna()
     except ValueError as error:
-        raise UserError(f"{path} is no table of user, item, rating, time ({' '.join(str(error).split())[:120]}): check --reviews") from None
+        raise UserError(
+            f"{path} is no table of user, item, rating, time ({' '.join(str(error).split())[:120]}): check --reviews"
+        ) from None
     return _checked(path, *(frame[name].to_numpy() for name in names))
 
 
@@ -135,7 +182,9 @@ def _checked(path: Path, users: Any, items: Any, ratings: Any, times: Any) -> Re
     try:
         numbers = [np.asarray(column, dtype=np.float64) for column in (ratings, times)]
     except ValueError:
-        raise UserError(f"{path} has ratings or times that are not numbers: wanted user, item, rating, time without header") from None
+        raise UserError(
+            f"{path} has ratings or times that are not numbers: wanted user, item, rating, time without header"
+        ) from None
     if not len(numbers[0]):
         raise UserError(f"{path} has no complete row of user, item, rating and time: check --reviews")
     return Reviews(np.asarray(users, dtype=str), np.asarray(items, dtype=str), *numbers)
@@ -161,7 +210,9 @@ def _object(line: str, path: Path, place: int) -> dict[str, Any]:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             found = None
     if not isinstance(found, dict):
-        raise UserError(f"{path}, line {place}: found {line[:40]!r}, wanted one JSON object a line: fetch the file again")
+        raise UserError(
+            f"{path}, line {place}: found {line[:40]!r}, wanted one JSON object a line: fetch the file again"
+        )
     return found
 
 
@@ -179,7 +230,12 @@ def item_text(row: dict[str, Any]) -> str:
     paths = row.get("categories") or [[]]
     first = paths[0] if isinstance(paths[0], list) else paths
     description = row.get("description") or ""
-    words = [row.get("title") or "", row.get("brand") or "", *first, *([description] if isinstance(description, str) else description)]
+    words = [
+        row.get("title") or "",
+        row.get("brand") or "",
+        *first,
+        *([description] if isinstance(description, str) else description),
+    ]
     return " ".join(" ".join(str(word) for word in words if word).split())
 
 
@@ -252,7 +308,13 @@ def _by_quantiles(times: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
 
 
 def write(
-    options: Options, rows: Reviews, users: np.ndarray, user_names: list[str], items: np.ndarray, item_names: list[str], labels: np.ndarray
+    options: Options,
+    rows: Reviews,
+    users: np.ndarray,
+    user_names: list[str],
+    items: np.ndarray,
+    item_names: list[str],
+    labels: np.ndarray,
 ) -> Path:
     """The whole folder; the path."""
     from mirror_grad import layout
@@ -286,9 +348,15 @@ def _features(options: Options, folder: Path, names: list[str]) -> dict[str, Any
         texts = read_metadata(Path(options.meta), names)
         layout.write_texts(folder / "item_text.csv", names, texts)
         # A text without words is one blank for a sentence model, a row of zeros for the others.
-        table = features.encode_texts([text or " " for text in texts], options.text_encoder, options.text_width, options.seed)
+        table = features.encode_texts(
+            [text or " " for text in texts], options.text_encoder, options.text_width, options.seed
+        )
         layout.write_feature_file(folder / "text_feat.npy", table)
-        made["text"] = {"encoder": options.text_encoder, "width": table.shape[1], "missing": [n for n, text in zip(names, texts) if not text]}
+        made["text"] = {
+            "encoder": options.text_encoder,
+            "width": table.shape[1],
+            "missing": [n for n, text in zip(names, texts) if not text],
+        }
     if options.images or options.image_folder:
         if options.images:
             values, known, encoder = *features.read_amazon_images(Path(options.images), names), "amazon 2014"

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfml.cli import Parser, run_main
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.cli import Parser, run_main
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from gfml.report import Page
+    from gfml.report.page import Page
 
 METRICS = ("recall", "precision", "map", "ndcg")
 RESAMPLES = 1000
@@ -30,7 +30,10 @@ RESAMPLES = 1000
 
 def build_parser() -> Parser:
     """The command line of ``mirror_grad/report.py``."""
-    parser = Parser(prog="mirror_grad/report.py", description="Compare finished runs; the first is what the others are compared with.")
+    parser = Parser(
+        prog="mirror_grad/report.py",
+        description="Compare finished runs; the first is what the others are compared with.",
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: report in the first run)")
     return parser
@@ -66,7 +69,7 @@ def read_run(path: Path) -> Stored:
     """UserError unless the path holds a finished run of ``mirror_grad/main.py``."""
     import numpy as np
 
-    from gfml.runs import read_config, read_result
+    from gfml.engine.runs import read_config, read_result
 
     config, result = read_config(path), read_result(path)
     if not {"arm", "behaviour", "features"} <= result.keys():
@@ -75,13 +78,15 @@ def read_run(path: Path) -> Stored:
         with np.load(path / "analysis.npz", allow_pickle=False) as file:
             arrays = dict(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path / 'analysis.npz'} ({error}): train the run again with --overwrite") from None
+        raise UserError(
+            f"cannot read {path / 'analysis.npz'} ({error}): train the run again with --overwrite"
+        ) from None
     return Stored(path, config, result, arrays)
 
 
 def write_report(paths: Sequence[Path], out: str | None = None) -> Path:
     """Write report.html, report.md and the plots; the path of the first."""
-    from gfml.report import Page
+    from gfml.report.page import Page
 
     runs = [read_run(path) for path in paths]
     names = sorted({run.result["data"]["name"] for run in runs})
@@ -103,20 +108,32 @@ def what_ran(page: Page, runs: Sequence[Stored]) -> None:
         if "on test" in run.result["selection"]["protocol"]:
             page.note("warning", f"{run.label}: selected on the reported test part itself; its figures are optimistic.")
         if run.result["features"]["source"] == "random":
-            page.note("warning", f"{run.label}: features are random noise, as asked; its figures say nothing about the model.")
+            page.note(
+                "warning", f"{run.label}: features are random noise, as asked; its figures say nothing about the model."
+            )
     rows = []
     for run in runs:
         result, selection = run.result, run.result["selection"]
         mirror = ", ".join(f"{key} {value}" for key, value in result["mirror"].items())
         settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
         rate = f"learning rate {result['learning_rate']:g}, batch {run.config['batch-size']}"
-        rows.append([run.label, str(selection["epoch"]), selection["protocol"], mirror, f"{settings}; {rate}", result["features"]["source"], str(run.path)])
+        rows.append(
+            [
+                run.label,
+                str(selection["epoch"]),
+                selection["protocol"],
+                mirror,
+                f"{settings}; {rate}",
+                result["features"]["source"],
+                str(run.path),
+            ]
+        )
     page.table(["run", "epoch", "protocol", "mirror", "settings", "features", "directory"], rows, words=True)
 
 
 def figures(page: Page, runs: Sequence[Stored]) -> None:
     """Test figures of every run, of its baselines, and of runs that differ in the seed together."""
-    from gfml.report import Cell, best_rows, figure_of
+    from gfml.report.page import Cell, best_rows, figure_of
 
     page.section("Test figures")
     ks = runs[0].result["topks"]
@@ -146,12 +163,15 @@ def differences(page: Page, runs: Sequence[Stored]) -> None:
     import numpy as np
 
     from gfml.metrics.compare import bootstrap_difference, paired_tests
-    from gfml.report import Cell, p_value, signed
+    from gfml.report.page import Cell, p_value, signed
 
     if len(runs) == 1:
         return
     page.section("Differences to the first run")
-    first, columns = runs[0], [f"{name}@{runs[0].result['topks'][-2 if len(runs[0].result['topks']) > 1 else -1]}" for name in METRICS]
+    first, columns = (
+        runs[0],
+        [f"{name}@{runs[0].result['topks'][-2 if len(runs[0].result['topks']) > 1 else -1]}" for name in METRICS],
+    )
     rows = []
     for run in runs[1:]:
         same = run.result["data"]["test_fingerprint"] == first.result["data"]["test_fingerprint"]
@@ -161,7 +181,12 @@ def differences(page: Page, runs: Sequence[Stored]) -> None:
             for name in columns:
                 here, there = run.arrays[f"per_user/{name}"], first.arrays[f"per_user/{name}"]
                 interval, tests = bootstrap_difference(here, there, resamples=RESAMPLES), paired_tests(here, there)
-                cells.append(Cell(signed(interval.mean), f"{signed(interval.low)} to {signed(interval.high)}; {p_value(tests.wilcoxon_pvalue)}"))
+                cells.append(
+                    Cell(
+                        signed(interval.mean),
+                        f"{signed(interval.low)} to {signed(interval.high)}; {p_value(tests.wilcoxon_pvalue)}",
+                    )
+                )
         rows.append([Cell(run.label), *cells])
     page.table([f"minus {first.label}", *columns], rows,
                "Mean over users, 95 % bootstrap interval, Wilcoxon signed-rank test. They say how sure a difference between these "
@@ -170,15 +195,17 @@ def differences(page: Page, runs: Sequence[Stored]) -> None:
 
 def curves(page: Page, runs: Sequence[Stored]) -> None:
     """Losses and the selecting metric."""
-    from gfml.report import COLORS, Curves, learning_curves
-    from gfml.runs import read_metrics
+    from gfml.engine.runs import read_metrics
+    from gfml.report.page import COLORS, Curves, learning_curves
 
     drawn = []
     for number, run in enumerate(runs):
         rows = read_metrics(run.path) if (run.path / "metrics.jsonl").exists() else []
         if rows:
             select = f"{run.config['select-on']}/{run.config['select-metric']}"
-            drawn.append(Curves(run.label, rows, select, run.result["selection"]["epoch"], COLORS[number % len(COLORS)]))
+            drawn.append(
+                Curves(run.label, rows, select, run.result["selection"]["epoch"], COLORS[number % len(COLORS)])
+            )
     if drawn:
         page.section("Training")
         page.figure("training", learning_curves(drawn), "Train loss, and the metric that selects the epoch.")
@@ -186,19 +213,27 @@ def curves(page: Page, runs: Sequence[Stored]) -> None:
 
 def robust(page: Page, runs: Sequence[Stored]) -> None:
     """What ``mirror_grad/robustness.py`` measured, where it did."""
-    found = [(run.label, json.loads((run.path / "robustness.json").read_text(encoding="utf-8"))) for run in runs if (run.path / "robustness.json").exists()]
+    found = [
+        (run.label, json.loads((run.path / "robustness.json").read_text(encoding="utf-8")))
+        for run in runs
+        if (run.path / "robustness.json").exists()
+    ]
     if not found:
         return
     page.section("Changed features")
     name = f"recall@{runs[0].result['topks'][-2 if len(runs[0].result['topks']) > 1 else -1]}"
-    columns = list(dict.fromkeys(f"{kind} {value}" for _, one in found for kind in ("noise", "swap") for value in one[kind]))
+    columns = list(
+        dict.fromkeys(f"{kind} {value}" for _, one in found for kind in ("noise", "swap") for value in one[kind])
+    )
     rows = []
     for label, one in found:
         levels = {f"{kind} {value}": means[name] for kind in ("noise", "swap") for value, means in one[kind].items()}
         curved = one.get("curvature", {})
         numbers = [f"{curved[key]:.4g}" if key in curved else "–" for key in ("grad_norm", "cosine", "top_eigenvalue")]
         clean = one["clean"][name]
-        cells = [f"{levels[key]:.4f} ({levels[key] / clean:.0%})" if key in levels and clean else "–" for key in columns]
+        cells = [
+            f"{levels[key]:.4f} ({levels[key] / clean:.0%})" if key in levels and clean else "–" for key in columns
+        ]
         rows.append([label, f"{clean:.4f}", *cells, *numbers])
     page.table(["run", f"clean {name}", *columns, "gradient norm", "cosine of the half-steps", "top eigenvalue"], rows)
 

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from gfml.cli import Options
-from gfml.evaluation import Evaluation
-from gfml.files import atomic_open
-from gfml.program import cut_offs, selection_of
-from gfml.reporting import baseline_results, data_facts, judged_text
-from gfml.runs import Run, save_state
-from gfml.tracking import Tracker
-from gfml.train import FitResult
+from gfml.base.checkpoints import save_state
+from gfml.base.files import atomic_open
+from gfml.engine.runs import Run
+from gfml.engine.tracking import Tracker
+from gfml.engine.train import FitResult
+from gfml.program.cli import Options
+from gfml.program.steps import cut_offs, selection_of
+from gfml.ranking.evaluation import Evaluation
+from gfml.report.recommenders import baseline_results, data_facts, judged_text
 from mirror_grad.data import MultimodalData
 from mirror_grad.experiment import arm_factor, judge_split
 from mirror_grad.models import MODELS
@@ -46,12 +47,19 @@ def judge(
         "test": test.means,
         "cold_users": test.cold_users,
         "baselines": baseline_results(
-            names, data.interactions, cut_offs(options.topks, options.select_metric), cache_dir=Path(options.out) / "baselines"
+            names,
+            data.interactions,
+            cut_offs(options.topks, options.select_metric),
+            cache_dir=Path(options.out) / "baselines",
         ),
     }
     if data.interactions.valid.nnz:
         result["val"] = judge_split(options, data, model, "valid", beyond=True).means
-    result["seconds"] = {"train": fitted.train_seconds, "eval": fitted.eval_seconds} if fitted is not None else {"train": 0.0, "eval": 0.0}
+    result["seconds"] = (
+        {"train": fitted.train_seconds, "eval": fitted.eval_seconds}
+        if fitted is not None
+        else {"train": 0.0, "eval": 0.0}
+    )
     return result, test
 
 
@@ -83,10 +91,14 @@ def store(
     inter = data.interactions
     arrays = {"item_popularity": inter.item_popularity, "user_activity": inter.user_activity, "test_users": test.users,
               "top": test.top.astype(np.int32)}  # fmt: skip
-    arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name}
+    arrays |= {
+        f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name
+    }
     with atomic_open(run.file("analysis.npz"), "wb") as stream:
         np.savez_compressed(stream, **arrays)
-    tracker.scalars(result["selection"]["epoch"] or 0, {f"test/{name}": value for name, value in result["test"].items()})
+    tracker.scalars(
+        result["selection"]["epoch"] or 0, {f"test/{name}": value for name, value in result["test"].items()}
+    )
     run.finish(result)
 
 

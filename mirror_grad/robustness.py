@@ -20,8 +20,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfml.cli import Options, Parser, number, resolve_device, run_main
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.cli import Options, Parser, number, resolve_device, run_main
 from mirror_grad.models import MODELS
 from mirror_grad.options import parse
 
@@ -33,14 +33,36 @@ if TYPE_CHECKING:
 
 def build_parser() -> Parser:
     """The command line of ``mirror_grad/robustness.py``."""
-    parser = Parser(prog="mirror_grad/robustness.py", description="Feature noise, feature swaps and curvature of finished runs.")
+    parser = Parser(
+        prog="mirror_grad/robustness.py", description="Feature noise, feature swaps and curvature of finished runs."
+    )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="finished run directory")
-    add("--noise", nargs="*", type=number(least=0), default=[0.1, 0.3, 1.0], metavar="LEVEL", help="noise levels, in rms of the features")
-    add("--swap", nargs="*", type=number(least=0, most=1), default=[0.1, 0.3, 1.0], metavar="SHARE", help="shares of items that swap features")
+    add(
+        "--noise",
+        nargs="*",
+        type=number(least=0),
+        default=[0.1, 0.3, 1.0],
+        metavar="LEVEL",
+        help="noise levels, in rms of the features",
+    )
+    add(
+        "--swap",
+        nargs="*",
+        type=number(least=0, most=1),
+        default=[0.1, 0.3, 1.0],
+        metavar="SHARE",
+        help="shares of items that swap features",
+    )
     add("--draws", type=number(int, least=1), default=3, metavar="N", help="draws of every level")
     add("--metric", default="recall@20", metavar="NAME@K", help="the figure of the table")
-    add("--curvature-batches", type=number(int, least=0), default=4, metavar="N", help="train batches behind the curvature; 0: none")
+    add(
+        "--curvature-batches",
+        type=number(int, least=0),
+        default=4,
+        metavar="N",
+        help="train batches behind the curvature; 0: none",
+    )
     add("--iterations", type=number(int, least=1), default=20, metavar="N", help="most steps of the power iteration")
     add("--seed", type=number(int, least=0), default=0, metavar="N", help="seed of noise, swaps and start vectors")
     add("--csv", metavar="FILE", help="also write the table for scripts/results_table.py")
@@ -51,8 +73,8 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = build_parser().parse_args(None if argv is None else list(argv))
-    from gfml.files import write_json
-    from gfml.reporting import text_table
+    from gfml.base.files import write_json
+    from gfml.report.recommenders import text_table
 
     rows: dict[str, dict[str, float]] = {}
     measured = []
@@ -76,7 +98,7 @@ def label(path: Path, found: Mapping[str, Any], taken: Mapping[str, object]) -> 
 
 def write_csv(file: Path, rows: Mapping[str, Mapping[str, float]], measured: Sequence[Mapping[str, Any]]) -> None:
     """The printed table with the columns that tables of results have."""
-    from gfml.files import atomic_open
+    from gfml.base.files import atomic_open
 
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     with atomic_open(file, newline="") as stream:
@@ -89,11 +111,10 @@ def write_csv(file: Path, rows: Mapping[str, Mapping[str, float]], measured: Seq
 
 def measure(path: Path, given: Options) -> dict[str, Any]:
     """Everything measured about one run."""
+    from gfml.engine.runs import read_result
+    from gfml.program.steps import load_reported
     from mirror_grad import experiment
     from mirror_grad.data import load
-
-    from gfml.program import load_reported
-    from gfml.runs import read_result
 
     result = read_result(path)
     if "arm" not in result or "features" not in result:
@@ -102,16 +123,26 @@ def measure(path: Path, given: Options) -> dict[str, Any]:
     options = parse([f"--config={path / 'config.toml'}", f"--device={given.device}", *root])
     device = resolve_device(options)
     if not MODELS[options.model].needs_features:
-        raise UserError(f"{path}: {options.model} reads no item features, so no change of them can matter: give runs of other models")
+        raise UserError(
+            f"{path}: {options.model} reads no item features, so no change of them can matter: give runs of other models"
+        )
     data = load(options, needs_features=True)
     if data.fingerprint != result["features"]["fingerprint"]:
-        raise UserError(f"{path} was trained on other data or features than those found now: give --data-root, or train it again")
+        raise UserError(
+            f"{path} was trained on other data or features than those found now: give --data-root, or train it again"
+        )
     model = load_reported(experiment.build_model(options, data, device), path)
 
     def judged(changed: nn.Module) -> dict[str, float]:
         return experiment.judge_split(options, data, changed, "test").means
 
-    facts = {"model": options.model, "arm": result["arm"], "epoch": result["selection"]["epoch"], "seed": given.seed, "draws": given.draws}
+    facts = {
+        "model": options.model,
+        "arm": result["arm"],
+        "epoch": result["selection"]["epoch"],
+        "seed": given.seed,
+        "draws": given.draws,
+    }
     found = {**facts, "clean": judged(model)} | changes(options, data, model, given, judged)
     if given.curvature_batches and MODELS[options.model].trains:
         found["curvature"] = curvature(options, data, model, given)
@@ -119,7 +150,11 @@ def measure(path: Path, given: Options) -> dict[str, Any]:
 
 
 def changes(
-    options: Options, data: MultimodalData, model: nn.Module, given: Options, judged: Callable[[nn.Module], dict[str, float]]
+    options: Options,
+    data: MultimodalData,
+    model: nn.Module,
+    given: Options,
+    judged: Callable[[nn.Module], dict[str, float]],
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{"noise": {level: means over draws}, "swap": ...}."""
     import dataclasses
@@ -137,7 +172,13 @@ def changes(
             draws = []
             for draw in range(given.draws):
                 features = change(data.features, value, given.seed + draw)
-                draws.append(judged(changed_model(model, passing, features, lambda d: experiment.build_model(options, d, device or "cpu"))))
+                draws.append(
+                    judged(
+                        changed_model(
+                            model, passing, features, lambda d: experiment.build_model(options, d, device or "cpu")
+                        )
+                    )
+                )
             found[kind][f"{value:g}"] = {name: sum(means[name] for means in draws) / len(draws) for name in draws[0]}
     return found
 
@@ -164,7 +205,10 @@ def summary(found: Mapping[str, Any], metric: str) -> dict[str, float]:
     row = {"clean": clean}
     for kind in ("noise", "swap"):
         for value, means in found[kind].items():
-            row |= {f"{kind} {value}": means[metric], f"{kind} {value} rel": means[metric] / clean if clean else float("nan")}
+            row |= {
+                f"{kind} {value}": means[metric],
+                f"{kind} {value} rel": means[metric] / clean if clean else float("nan"),
+            }
     curved = found.get("curvature", {})
     return row | {name: curved[name] for name in ("grad_norm", "cosine", "top_eigenvalue") if name in curved}
 

@@ -10,22 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gfml import distributed, program
-from gfml.cli import Options
+from gfml.base.errors import UserError
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.data.interactions import Interactions
 from gfml.distances import SquaredDistance
-from gfml.distributed import World
-from gfml.encoders import LightGCN, Tables
-from gfml.errors import UserError
-from gfml.evaluation import evaluate
-from gfml.graph import build_graph
+from gfml.engine import distributed
+from gfml.engine.distributed import World
+from gfml.engine.runs import Run, seed_everything
+from gfml.engine.train import FitResult, Step, Terms, WeightAverage
 from gfml.gravity import Gravity
-from gfml.pretrained import read_nodes, read_table
-from gfml.program import ProjectedStep, build_step, cut_offs
-from gfml.runs import Run, seed_everything
-from gfml.sampling import Triples, TripleSampler
-from gfml.train import FitResult, Step, Terms, WeightAverage
+from gfml.program import steps as program
+from gfml.program.cli import Options
+from gfml.program.steps import ProjectedStep, build_step, cut_offs
+from gfml.ranking.encoders import LightGCN, Tables
+from gfml.ranking.evaluation import evaluate
+from gfml.ranking.graph import build_graph
+from gfml.ranking.pretrained import read_nodes, read_table
+from gfml.ranking.sampling import Triples, TripleSampler
 from recsys.model import PairOptions, Recommender
 
 
@@ -35,16 +36,28 @@ def build_model(options: Options, data: Interactions, device: torch.device) -> R
         options.dist_mode, emd_input=options.emd_input, emd_power=options.emd_power, kl_kind=options.kl_kind
     )
     gravity = Gravity(
-        data.num_users, data.num_items, distance=distance, mass=options.mass_mode, combine=options.mass_combine,
-        mass_param=options.mass_param, mass_init=options.mass_init, lamb=options.lamb, learn_lamb=options.learn_lamb,
-        eps=options.eps, emb_norm=bool(options.emb_norm),
+        data.num_users,
+        data.num_items,
+        distance=distance,
+        mass=options.mass_mode,
+        combine=options.mass_combine,
+        mass_param=options.mass_param,
+        mass_init=options.mass_init,
+        lamb=options.lamb,
+        learn_lamb=options.learn_lamb,
+        eps=options.eps,
+        emb_norm=bool(options.emb_norm),
     )
     model = Recommender(
-        _build_encoder(options, data), gravity, options.loss_mode,
+        _build_encoder(options, data),
+        gravity,
+        options.loss_mode,
         pair=PairOptions(options.mix_ratio, options.decay, options.weight_decay, bool(options.compat)),
         metric=MetricOptions(
-            margin=options.margin, use_rank_weight=options.use_rank_weight,
-            cov_weight=options.cov_loss_weight if options.use_cov_loss else 0.0, feature_weight=options.feature_l2_reg,
+            margin=options.margin,
+            use_rank_weight=options.use_rank_weight,
+            cov_weight=options.cov_loss_weight if options.use_cov_loss else 0.0,
+            feature_weight=options.feature_l2_reg,
         ),
         radius=options.clip_norm if options.model == "cml" else None,
         features=None if options.features is None else _build_features(options, data.num_items),
@@ -55,7 +68,9 @@ def build_model(options: Options, data: Interactions, device: torch.device) -> R
     return model.to(device)
 
 
-def build_training(options: Options, model: Recommender) -> tuple[torch.optim.Optimizer, Any, Step, WeightAverage | None]:
+def build_training(
+    options: Options, model: Recommender
+) -> tuple[torch.optim.Optimizer, Any, Step, WeightAverage | None]:
     """Optimizer, learning-rate schedule, step and running averages."""
     groups = model.parameter_groups(options.lr_decay, bool(options.mass_adamw))
     optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
@@ -72,8 +87,12 @@ def build_training(options: Options, model: Recommender) -> tuple[torch.optim.Op
 def build_sampler(options: Options, data: Interactions, device: torch.device) -> TripleSampler:
     """Triples of the train part."""
     return TripleSampler(
-        data.train, batch_size=options.batch_size, seed=options.seed, scheme=options.sampler,
-        num_negatives=options.num_neg, device=device,
+        data.train,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        scheme=options.sampler,
+        num_negatives=options.num_neg,
+        device=device,
     )
 
 
@@ -91,7 +110,9 @@ def _check_shareable(options: Options) -> None:
              "--features": options.features}  # fmt: skip
     for flag, given in whole.items():
         if given:
-            raise UserError(f"found {flag} with several processes, wanted a loss that is a sum over rows: drop it or start one process")
+            raise UserError(
+                f"found {flag} with several processes, wanted a loss that is a sum over rows: drop it or start one process"
+            )
 
 
 def metrics(options: Options, data: Interactions, model: Recommender, split: str) -> dict[str, float]:
@@ -100,7 +121,13 @@ def metrics(options: Options, data: Interactions, model: Recommender, split: str
 
 
 def _metrics(options: Options, data: Interactions, model: Recommender, split: str) -> dict[str, float]:
-    return evaluate(scorer_of(options, model), data, split, cut_offs(options.topks, options.es_metric), device=model.encoder.nodes.device).means
+    return evaluate(
+        scorer_of(options, model),
+        data,
+        split,
+        cut_offs(options.topks, options.es_metric),
+        device=model.encoder.nodes.device,
+    ).means
 
 
 def scorer_of(options: Options, model: Recommender) -> Any:
@@ -117,9 +144,19 @@ def refit(
     model = build_model(options, whole, world.device)
     optimizer, scheduler, step, ema = build_training(options, model)
     model = program.refit(
-        model, optimizer, fitted=fitted, run=run, family="recsys", batches=build_sampler(options, whole, world.device).epoch,
-        loss_fn=loss_of(options, model, world), step=step, scheduler=scheduler, ema=ema, checkpoint_every=options.checkpoint_every,
-        amp=options.amp, progress=options.progress,
+        model,
+        optimizer,
+        fitted=fitted,
+        run=run,
+        family="recsys",
+        batches=build_sampler(options, whole, world.device).epoch,
+        loss_fn=loss_of(options, model, world),
+        step=step,
+        scheduler=scheduler,
+        ema=ema,
+        checkpoint_every=options.checkpoint_every,
+        amp=options.amp,
+        progress=options.progress,
     )
     return model, whole
 
@@ -139,26 +176,35 @@ def load_reported(
 
 def describe(options: Options, data: Interactions, model: Recommender, device: torch.device, run: Run) -> str:
     """What is about to run, in a few lines."""
-    gravity = "" if options.loss_mode in ("dot", "bpr", "cml") else (
-        f", {options.dist_mode} distance, {options.mass_mode} mass, lambda {options.lamb:g}"
+    gravity = (
+        ""
+        if options.loss_mode in ("dot", "bpr", "cml")
+        else (f", {options.dist_mode} distance, {options.mass_mode} mass, lambda {options.lamb:g}")
     )
     notes = [f"note: {key}: {value}" for key, value in data.notes.items()]
     count = sum(p.numel() for p in model.parameters())
-    return "\n".join([
-        f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
-        f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
-        *notes,
-        f"{options.model}, loss {options.loss_mode}{gravity}; {count:,} parameters on {device}; seed {options.seed}",
-        f"selecting by {options.es_metric} on {'TEST, the original protocol: optimistic' if options.es_on == 'test' else 'validation'}",
-        f"run directory {run.path}",
-    ])
+    return "\n".join(
+        [
+            f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
+            f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
+            *notes,
+            f"{options.model}, loss {options.loss_mode}{gravity}; {count:,} parameters on {device}; seed {options.seed}",
+            f"selecting by {options.es_metric} on {'TEST, the original protocol: optimistic' if options.es_on == 'test' else 'validation'}",
+            f"run directory {run.path}",
+        ]
+    )
 
 
 def _build_encoder(options: Options, data: Interactions) -> Tables:
     if options.model == "lgn":
         return LightGCN(
-            build_graph(data.train), options.embedding_dim, options.num_layers, combine=options.combine,
-            init=options.init, std=options.init_std, edge_keep=options.keepprob if options.dropout else 1.0,
+            build_graph(data.train),
+            options.embedding_dim,
+            options.num_layers,
+            combine=options.combine,
+            init=options.init,
+            std=options.init_std,
+            edge_keep=options.keepprob if options.dropout else 1.0,
             undirected_dropout=options.undirected_dropout,
         )
     return Tables(data.num_users, data.num_items, options.embedding_dim, init=options.init, std=options.init_std)
@@ -176,8 +222,12 @@ def _build_features(options: Options, num_items: int) -> ItemFeatures:
     """CML's feature network over every item, as published: those without interactions take part too."""
     table = _read_features(options.features, num_items)
     projection = FeatureProjection(
-        table.shape[1], options.embedding_dim, hidden_dim=options.hidden_layer_dim, dropout=options.dropout_rate,
-        scale=options.feature_projection_scaling_factor, radius=options.clip_norm,
+        table.shape[1],
+        options.embedding_dim,
+        hidden_dim=options.hidden_layer_dim,
+        dropout=options.dropout_rate,
+        scale=options.feature_projection_scaling_factor,
+        radius=options.clip_norm,
     )
     every = torch.ones(num_items, dtype=torch.bool)
     return ItemFeatures(projection, table, every, ~every, cold_offset=0.0)

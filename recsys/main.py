@@ -18,23 +18,23 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from gfml.base.toml import LOCATION_FLAGS
+from gfml.program.cli import Options, resolve_device, run_main, set_threads
 from recsys.options import NOT_IDENTITY, parse
-
-from gfml.cli import LOCATION_FLAGS, Options, resolve_device, run_main, set_threads
 
 if TYPE_CHECKING:
     from gfml.data.interactions import Interactions
-    from gfml.distributed import World
-    from gfml.runs import Run
+    from gfml.engine.distributed import World
+    from gfml.engine.runs import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(list(sys.argv[1:] if argv is None else argv))
 
     # Heavy imports wait until the flags are known to be good.
-    from gfml import distributed
     from gfml.data.options import load_from_args
-    from gfml.program import check_judgeable, cut_offs
+    from gfml.engine import distributed
+    from gfml.program.steps import check_judgeable, cut_offs
 
     set_threads(options)
     with distributed.session(resolve_device(options)) as world:
@@ -43,8 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         label = f"{data.name}-{options.model}-{options.loss_mode}"
         exclude = LOCATION_FLAGS | NOT_IDENTITY
         with distributed.open_run(
-            options.out, "recsys", options.resolved, label=label, exclude=exclude, name=options.run_name,
-            resume=options.resume, overwrite=options.overwrite, read_only=options.eval_only,
+            options.out,
+            "recsys",
+            options.resolved,
+            label=label,
+            exclude=exclude,
+            name=options.run_name,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            read_only=options.eval_only,
         ) as run:
             train_and_judge(options, data, run, world)
     return 0
@@ -52,13 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_and_judge(options: Options, data: Interactions, run: Run, world: World) -> None:
     """One run, from its settings to its printed result; several processes share each batch, the first one reports."""
+    from gfml.engine.runs import seed_everything
+    from gfml.engine.tracking import Tracker
+    from gfml.engine.train import fit
+    from gfml.program.steps import require_earlier_run
     from recsys import experiment
     from recsys.results import judge, print_result, store
-
-    from gfml.program import require_earlier_run
-    from gfml.runs import seed_everything
-    from gfml.tracking import Tracker
-    from gfml.train import fit
 
     if run.is_done and not options.eval_only:
         if world.is_main:
@@ -81,11 +87,24 @@ def train_and_judge(options: Options, data: Interactions, run: Run, world: World
         optimizer, scheduler, step, ema = experiment.build_training(options, model)
         sampler = experiment.build_sampler(options, data, world.device)
         fitted = fit(
-            model, optimizer, batches=sampler.epoch, loss_fn=experiment.loss_of(options, model, world), step=step,
-            scheduler=scheduler, ema=ema, evaluate=lambda split: experiment.metrics(options, data, model, split),
-            select=f"{options.es_on}/{options.es_metric}", run=run, epochs=options.epochs, eval_every=options.eval_every,
-            patience=options.patience if options.ES else None, checkpoint_every=options.checkpoint_every,
-            amp=options.amp, compile_loss=options.compile, progress=options.progress if world.is_main else False, tracker=tracker,
+            model,
+            optimizer,
+            batches=sampler.epoch,
+            loss_fn=experiment.loss_of(options, model, world),
+            step=step,
+            scheduler=scheduler,
+            ema=ema,
+            evaluate=lambda split: experiment.metrics(options, data, model, split),
+            select=f"{options.es_on}/{options.es_metric}",
+            run=run,
+            epochs=options.epochs,
+            eval_every=options.eval_every,
+            patience=options.patience if options.ES else None,
+            checkpoint_every=options.checkpoint_every,
+            amp=options.amp,
+            compile_loss=options.compile,
+            progress=options.progress if world.is_main else False,
+            tracker=tracker,
         )
         if options.refit:
             model, data = experiment.refit(options, data, world, fitted, run)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from gfml import losses
 from gfml.cml import ItemFeatures, MetricOptions, SquaredDistanceScorer, metric_loss
-from gfml.encoders import Embedded, Tables
 from gfml.gravity import Gravity, GravityScorer
-from gfml.sampling import Triples
-from gfml.topk import Factors, FactorScorer, Scorer
+from gfml.ranking.encoders import Embedded, Tables
+from gfml.ranking.sampling import Triples
+from gfml.ranking.topk import Factors, FactorScorer, Scorer
 
 MODELS = ("mf", "lgn", "cml")
 INFER_MODES = ("mat", "dot", "gravity", "original")
@@ -53,7 +53,7 @@ class Recommender(nn.Module):
         self.pair, self.metric, self.radius, self.features = pair, metric, radius, features
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        """{"loss": total, named parts}: what :func:`gfml.train.fit` takes."""
+        """{"loss": total, named parts}: what :func:`gfml.engine.train.fit` takes."""
         if self.loss_mode == "cml":
             return metric_loss(self.encoder, batch, self.metric, self.features)[0]
         items = torch.cat([batch.pos[:, None], batch.neg.view(len(batch), -1)], 1)

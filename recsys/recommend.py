@@ -20,18 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from gfml.base.errors import UserError, suggest
+from gfml.program.cli import Options, Parser, number, resolve_device, run_main, set_threads
 from recsys.options import parse
-
-from gfml.cli import Options, Parser, number, resolve_device, run_main, set_threads
-from gfml.errors import UserError, suggest
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from recsys.model import Recommender
 
     from gfml.data.interactions import Interactions
-    from gfml.topk import Scorer
+    from gfml.ranking.topk import Scorer
+    from recsys.model import Recommender
 
 # Where published data sets keep their titles.
 INFO_FILES = ("movies.dat", "ml-100k.item")
@@ -51,16 +50,24 @@ def build_parser() -> Parser:
     what.add_argument("--similar-items", nargs="+", metavar="ID", help="instead: the items nearest to these items")
     parser.add_argument("--top", type=number(int, least=1), default=20, metavar="N", help="length of a list")
     parser.add_argument("--include-seen", action="store_true", help="keep items the user has in train or validation")
-    parser.add_argument("--item-info", "--titles", metavar="FILE",
-                        help="table with ids and titles (.csv, .tsv, .item, movies.dat; default: the data set's own, if any)")
+    parser.add_argument(
+        "--item-info",
+        "--titles",
+        metavar="FILE",
+        help="table with ids and titles (.csv, .tsv, .item, movies.dat; default: the data set's own, if any)",
+    )
     parser.add_argument("--format", choices=("csv", "json"), default="csv", help="form of the output")
     parser.add_argument("--output", metavar="FILE", help="file to write (default: standard output)")
     where = parser.add_argument_group("where things are")
-    where.add_argument("--dataset", metavar="PATH", help="name, file or folder of the data now (default: as for the run)")
+    where.add_argument(
+        "--dataset", metavar="PATH", help="name, file or folder of the data now (default: as for the run)"
+    )
     where.add_argument("--data-root", metavar="DIR", help="where the data lies now (default: as for the run)")
     where.add_argument("--cache-dir", metavar="DIR", help="where parsed data is kept (default: as for the run)")
     where.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
-    where.add_argument("--threads", type=number(int, least=0), default=0, metavar="N", help="CPU threads; 0: PyTorch's choice")
+    where.add_argument(
+        "--threads", type=number(int, least=0), default=0, metavar="N", help="CPU threads; 0: PyTorch's choice"
+    )
     return parser
 
 
@@ -146,15 +153,20 @@ def load_run(
     """
     path = Path(path)
     _require_finished(path)
-    moved = {"--dataset": dataset, "--data-root": data_root, "--cache-dir": cache_dir, "--device": device, "--threads": threads}
+    moved = {
+        "--dataset": dataset,
+        "--data-root": data_root,
+        "--cache-dir": cache_dir,
+        "--device": device,
+        "--threads": threads,
+    }
     # The tables come from the run itself: a file that it started from may be gone.
     flags = [f"--config={path / 'config.toml'}", "--pretrain=0"]
     options = parse([*flags, *(f"{flag}={value}" for flag, value in moved.items() if value is not None)])
 
     # Heavy imports wait until the run is known to be there.
-    from recsys.experiment import load_reported, trained_on
-
     from gfml.data.options import load_from_args
+    from recsys.experiment import load_reported, trained_on
 
     target = resolve_device(options)
     set_threads(options)
@@ -173,19 +185,27 @@ def recommend(run: LoadedRun, users: Sequence[int], top: int, *, include_seen: b
     import numpy as np
     import torch
 
-    from gfml.topk import topk_items
+    from gfml.ranking.topk import topk_items
 
     rows = torch.as_tensor(users, dtype=torch.int64)
     _say_cold(run.data, rows.numpy())
     ids = rows.to(run.model.encoder.nodes.device)
     scorer = run.scorer
-    items = topk_items(scorer, ids, min(top, run.data.num_items), seen=None if include_seen else run.data.train_and_valid)
+    items = topk_items(
+        scorer, ids, min(top, run.data.num_items), seen=None if include_seen else run.data.train_and_valid
+    )
     scores = _scores_at(scorer, ids, items)
     columns = {"score": scores}
     if is_logit(run):
         columns["probability"] = 1 / (1 + np.exp(-scores))
     names = _names(run.data.user_ids, run.data.num_users)
-    return Lists("user", [names[user] for user in rows.tolist()], items.cpu().numpy(), columns, _names(run.data.item_ids, run.data.num_items))
+    return Lists(
+        "user",
+        [names[user] for user in rows.tolist()],
+        items.cpu().numpy(),
+        columns,
+        _names(run.data.item_ids, run.data.num_items),
+    )
 
 
 def similar_items(run: LoadedRun, items: Sequence[int], top: int) -> Lists:
@@ -197,7 +217,7 @@ def similar_items(run: LoadedRun, items: Sequence[int], top: int) -> Lists:
     import scipy.sparse as sp
     import torch
 
-    from gfml.topk import topk_items
+    from gfml.ranking.topk import topk_items
 
     if run.data.num_items < 2:
         raise UserError(f"{run.data.name} has one item, wanted another to compare it with")
@@ -206,11 +226,17 @@ def similar_items(run: LoadedRun, items: Sequence[int], top: int) -> Lists:
     itself = sp.csr_array(sp.eye_array(run.data.num_items, format="csr", dtype="float32"))
     found = topk_items(scorer, ids, min(top, run.data.num_items - 1), seen=itself)
     names = _names(run.data.item_ids, run.data.num_items)
-    return Lists("item", [names[item] for item in items], found.cpu().numpy(), {"sq_distance": -_scores_at(scorer, ids, found)}, names)
+    return Lists(
+        "item",
+        [names[item] for item in items],
+        found.cpu().numpy(),
+        {"sq_distance": -_scores_at(scorer, ids, found)},
+        names,
+    )
 
 
 class ItemDistances:
-    """Minus the squared distance of items to all items (a :class:`gfml.topk.Scorer` whose users are items)."""
+    """Minus the squared distance of items to all items (a :class:`gfml.ranking.topk.Scorer` whose users are items)."""
 
     def __init__(self, model: Recommender) -> None:
         from gfml.distances import SquaredDistance
@@ -234,11 +260,12 @@ class ItemDistances:
 
 def is_logit(run: LoadedRun) -> bool:
     """Whether the sigmoid of the run's ranking score is a probability: a gravity score, or a dot product under loss dot."""
+    from gfml.gravity import GravityScorer
     from recsys.model import BlendScorer
 
-    from gfml.gravity import GravityScorer
-
-    return run.model.loss_mode == "dot" and run.options.infer_mode in ("mat", "dot") or isinstance(run.scorer, (GravityScorer, BlendScorer))
+    return (run.model.loss_mode == "dot" and run.options.infer_mode in ("mat", "dot")) or isinstance(
+        run.scorer, (GravityScorer, BlendScorer)
+    )
 
 
 # -- output
@@ -259,7 +286,9 @@ def write_json(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> N
     key = "user" if lists.subject == "user" else "similar_to"
     stream.write("[\n")
     for row, name in enumerate(lists.keys):
-        line = json.dumps({key: name, "items": [_rounded(entry) for entry in lists.rows(row, titles)]}, ensure_ascii=False)
+        line = json.dumps(
+            {key: name, "items": [_rounded(entry) for entry in lists.rows(row, titles)]}, ensure_ascii=False
+        )
         stream.write(line + (",\n" if row + 1 < len(lists.keys) else "\n"))
     stream.write("]\n")
 
@@ -273,7 +302,9 @@ def find_titles(file: str | None, run: LoadedRun) -> list[str] | None:
         return None
     titles = read_item_info(found, run.data).titles
     if file and not any(titles):
-        raise UserError(f"{file} has no title for any of the {run.data.num_items} items of {run.data.name}: check --item-info")
+        raise UserError(
+            f"{file} has no title for any of the {run.data.num_items} items of {run.data.name}: check --item-info"
+        )
     return titles
 
 
@@ -285,7 +316,7 @@ def _rounded(entry: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _output(file: str | None) -> Iterator[IO[str]]:
     """A file that appears whole, or standard output, whose reader may leave early."""
-    from gfml.files import atomic_open
+    from gfml.base.files import atomic_open
 
     if file is not None:
         with atomic_open(file, newline="") as stream:
@@ -303,7 +334,7 @@ def _output(file: str | None) -> Iterator[IO[str]]:
 
 
 def _require_finished(path: Path) -> None:
-    from gfml.runs import run_state
+    from gfml.engine.runs import run_state
 
     state = run_state(path)
     if state == "not launched":
@@ -313,7 +344,7 @@ def _require_finished(path: Path) -> None:
 
 
 def _require_same_data(path: Path, data: Interactions) -> None:
-    from gfml.runs import read_result
+    from gfml.engine.runs import read_result
 
     found = read_result(path).get("data", {}).get("fingerprint")
     if found != data.fingerprint:
@@ -329,7 +360,9 @@ def _find(what: str, ids: Sequence[str], names: Iterable[Any] | None, count: int
     if unknown is not None:
         some = ", ".join(list(known)[:3])
         near = suggest(unknown, known) if count <= SUGGEST_AMONG else ""
-        raise UserError(f"unknown {what} {unknown!r}, wanted one of the {count} {what}s of {data}, such as {some}{near}")
+        raise UserError(
+            f"unknown {what} {unknown!r}, wanted one of the {count} {what}s of {data}, such as {some}{near}"
+        )
     return [known[name] for name in ids]
 
 
@@ -341,7 +374,7 @@ def _scores_at(scorer: Scorer, rows: torch.Tensor, items: torch.Tensor) -> np.nd
     """Scores [n, k] of the given items, float64; NaN where there is none (-1)."""
     import torch
 
-    from gfml.topk import full_precision
+    from gfml.ranking.topk import full_precision
 
     size = max(1, BLOCK_BYTES // (4 * scorer.num_items))
     with torch.no_grad(), full_precision():
@@ -355,7 +388,10 @@ def _scores_at(scorer: Scorer, rows: torch.Tensor, items: torch.Tensor) -> np.nd
 def _say_cold(data: Interactions, users: np.ndarray) -> None:
     cold = int((data.user_activity[users] == 0).sum())
     if cold:
-        print(f"note: {cold} of {len(users)} users have no train interactions; their lists rest on untrained vectors", file=sys.stderr)
+        print(
+            f"note: {cold} of {len(users)} users have no train interactions; their lists rest on untrained vectors",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

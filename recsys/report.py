@@ -19,16 +19,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gfml.base.errors import UserError
+from gfml.base.toml import LOCATION_FLAGS
+from gfml.program.cli import Parser, run_main
 from recsys.options import NOT_IDENTITY
-
-from gfml.cli import LOCATION_FLAGS, Parser, run_main
-from gfml.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from gfml.report import Cell, Page
+    from gfml.report.page import Cell, Page
 
 # The rank correlation from which the masses of generated data count as recovered.
 RECOVERED = 0.8
@@ -40,9 +40,13 @@ FIFTH_NAMES = ("most popular\nfifth", "2nd", "3rd", "4th", "least popular\nfifth
 
 def build_parser() -> Parser:
     """The command line of ``recsys/report.py``."""
-    parser = Parser(prog="recsys/report.py", description="A report with tables and plots of one or several finished runs.")
+    parser = Parser(
+        prog="recsys/report.py", description="A report with tables and plots of one or several finished runs."
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: RUN/report; of several runs, report beside them)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write (default: RUN/report; of several runs, report beside them)"
+    )
     parser.add_argument("--format", choices=("html", "md"), help="write only this form of the page (default: both)")
     return parser
 
@@ -55,20 +59,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_report(
-    run_paths: Sequence[str | os.PathLike[str]], out_dir: str | os.PathLike[str], formats: Sequence[str] = ("html", "md")
+    run_paths: Sequence[str | os.PathLike[str]],
+    out_dir: str | os.PathLike[str],
+    formats: Sequence[str] = ("html", "md"),
 ) -> Path:
     """Write report.html, report.md and the plots into ``out_dir``; the path of the first page.
 
     Raises UserError for a path that holds no finished run of the recommender, and for one given twice.
     """
-    from gfml.report import Page
+    from gfml.report.page import Page
 
     runs = _read_runs(run_paths)
     names = list(dict.fromkeys(run.data["name"] for run in runs))
     page = Page(f"Recommender report: {', '.join(names)}", _lead(runs))
     _what_ran(page, runs)
     for name in names:
-        _metrics(page, [run for run in runs if run.data["name"] == name], "Metrics" if len(names) == 1 else f"Metrics on {name}")
+        _metrics(
+            page,
+            [run for run in runs if run.data["name"] == name],
+            "Metrics" if len(names) == 1 else f"Metrics on {name}",
+        )
     _learning(page, runs)
     for name in names:
         group = [run for run in runs if run.data["name"] == name]
@@ -117,20 +127,20 @@ class StoredRun:
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """The content of analysis.npz."""
-        from gfml.stored import read_arrays
+        from gfml.report.stored import read_arrays
 
         return read_arrays(self.path)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        from gfml.runs import read_metrics
+        from gfml.engine.runs import read_metrics
 
         return read_metrics(self.path)
 
 
 def _read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[StoredRun]:
-    from gfml.report import COLORS
-    from gfml.stored import each_once
+    from gfml.report.page import COLORS
+    from gfml.report.stored import each_once
 
     folders = each_once(paths)
     read = [_read_run(path) for path in folders]
@@ -142,7 +152,7 @@ def _read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[StoredRun]:
 
 
 def _read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    from gfml.runs import read_config, read_result, run_state
+    from gfml.engine.runs import read_config, read_result, run_state
 
     config = read_config(path)
     if (state := run_state(path)) != "done":
@@ -159,8 +169,8 @@ def _read_run(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any
 
 def _labels(models: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Model and loss; where those repeat, also the flags in which the runs differ."""
-    from gfml.runs import identity
-    from gfml.stored import labels
+    from gfml.engine.runs import identity
+    from gfml.report.stored import labels
 
     return labels(models, [identity(config, LOCATION_FLAGS | NOT_IDENTITY) for config in configs])
 
@@ -219,7 +229,7 @@ def _facts(run: StoredRun) -> dict[str, str]:
 
 
 def _run_row(run: StoredRun) -> list[Cell | str]:
-    from gfml.report import Cell
+    from gfml.report.page import Cell
 
     data, selection = run.data, run.selection
     sizes = f"{data['num_users']:,} × {data['num_items']:,}; train {data['train']:,}, val {data['valid']:,}, test {data['test']:,}"
@@ -232,14 +242,16 @@ def _run_row(run: StoredRun) -> list[Cell | str]:
 
 
 def _settings(run: StoredRun) -> str:
-    keys = ("lr", "decay", "weight_decay", "lr_decay", "batch-size") + ("mix_ratio",) * ("mix" in run.config.get("loss_mode", ""))
+    keys = ("lr", "decay", "weight_decay", "lr_decay", "batch-size") + ("mix_ratio",) * (
+        "mix" in run.config.get("loss_mode", "")
+    )
     known = [f"{key} {run.config[key]:g}" for key in keys if key in run.config]
     return ", ".join([f"D {run.config.get('embedding-dim')}", *known]) + _gravity_settings(run)
 
 
 def _metrics(page: Page, runs: Sequence[StoredRun], title: str) -> None:
     """Rows: runs with intervals, then the baselines of the first run."""
-    from gfml.reporting import table_columns
+    from gfml.report.recommenders import table_columns
 
     page.section(title)
     _warn_about_parts(page, runs)
@@ -264,7 +276,7 @@ def _metric_cells(
     intervals: Mapping[str, Mapping[str, str]],
     colors: Mapping[str, str],
 ) -> list[list[Cell]]:
-    from gfml.report import Cell, best_rows, figure_of
+    from gfml.report.page import Cell, best_rows, figure_of
 
     best = {
         name: best_rows([row.get(name) for row in rows.values()]) if name.partition("@")[0] in ACCURACY else set()
@@ -272,7 +284,10 @@ def _metric_cells(
     }
     return [
         [Cell(label, color=colors.get(label, ""))]
-        + [Cell(figure_of(row.get(name)), intervals.get(label, {}).get(name, ""), number in best[name]) for name in columns]
+        + [
+            Cell(figure_of(row.get(name)), intervals.get(label, {}).get(name, ""), number in best[name])
+            for name in columns
+        ]
         for number, (label, row) in enumerate(rows.items())
     ]
 
@@ -280,7 +295,7 @@ def _metric_cells(
 def _intervals(run: StoredRun, columns: Iterable[str]) -> dict[str, str]:
     """95 % intervals of the columns whose values per user were stored."""
     from gfml.metrics.compare import bootstrap_mean
-    from gfml.report import figure_of
+    from gfml.report.page import figure_of
 
     found = {}
     for name in columns:
@@ -293,7 +308,7 @@ def _intervals(run: StoredRun, columns: Iterable[str]) -> dict[str, str]:
 
 def _differences(page: Page, runs: Sequence[StoredRun], columns: Sequence[str]) -> None:
     """Each run minus the first, over the same users."""
-    from gfml.report import Cell
+    from gfml.report.page import Cell
 
     first, rows = runs[0], []
     for run in runs[1:]:
@@ -318,7 +333,7 @@ def _why_unpaired(first: StoredRun, run: StoredRun) -> str:
 
 def _difference(first: StoredRun, run: StoredRun, name: str) -> Cell:
     from gfml.metrics.compare import bootstrap_difference, paired_tests
-    from gfml.report import Cell, p_value, signed
+    from gfml.report.page import Cell, p_value, signed
 
     key = f"per_user/{name}"
     if key not in first.arrays or key not in run.arrays or len(first.arrays[key]) < 2:
@@ -336,11 +351,17 @@ def _warn_about_parts(page: Page, runs: Sequence[StoredRun]) -> None:
 
 
 def _learning(page: Page, runs: Sequence[StoredRun]) -> None:
-    from gfml.report import Curves, learning_curves
+    from gfml.report.page import Curves, learning_curves
 
     page.section("Learning curves")
     curves = [
-        Curves(run.label, run.metrics, f"{run.selection.get('split', 'val')}/{run.selection['metric']}", run.selection["epoch"], run.color)
+        Curves(
+            run.label,
+            run.metrics,
+            f"{run.selection.get('split', 'val')}/{run.selection['metric']}",
+            run.selection["epoch"],
+            run.color,
+        )
         for run in runs
     ]
     caption = "Left: the train loss, mean over an epoch. Right: the metric that selects the epoch; the star marks the selected one."
@@ -364,26 +385,31 @@ def _popularity_groups(page: Page, runs: Sequence[StoredRun], name: str) -> None
 
 
 def _group_rows(runs: Sequence[StoredRun], k: int) -> list[list[Cell | str]]:
-    from gfml.report import Cell
+    from gfml.report.page import Cell
 
     def percent(row: Mapping[str, float], key: str) -> list[str]:
         return [f"{row[f'{g}_{key}']:.1%}" if f"{g}_{key}" in row else "–" for g in FIFTHS]
 
-    train = [["train interactions", *percent(runs[0].test, "train_share")], ["test interactions", *percent(runs[0].test, "judged_share")]]
+    train = [
+        ["train interactions", *percent(runs[0].test, "train_share")],
+        ["test interactions", *percent(runs[0].test, "judged_share")],
+    ]
     for what, key in (("recall", f"recall@{k}"), ("slots", f"exposure@{k}")):
         train += [[Cell(f"{what}, {run.label}", color=run.color), *percent(run.test, key)] for run in runs]
     return train
 
 
 def _draw_groups(runs: Sequence[StoredRun], k: int) -> Figure:
-    from gfml.report import grouped_bars, legend_below, mark_level, panels, styled
+    from gfml.report.page import grouped_bars, legend_below, mark_level, panels, styled
 
     rows, colors = {run.label: run.test for run in runs} | _baselines(runs[0]), _colors(runs)
 
     @styled
     def draw() -> Figure:
         figure, axes = panels(1, 2, height=3.8)
-        for axis, key, title in zip(axes[0], (f"recall@{k}", f"exposure@{k}"), (f"Recall@{k}", "Share of slots"), strict=True):
+        for axis, key, title in zip(
+            axes[0], (f"recall@{k}", f"exposure@{k}"), (f"Recall@{k}", "Share of slots"), strict=True
+        ):
             series = {name: [row.get(f"{g}_{key}", float("nan")) for g in FIFTHS] for name, row in rows.items()}
             grouped_bars(axis, FIFTH_NAMES, series, colors)
             axis.set(title=title, ylabel="mean over users" if key.startswith("recall") else "share of all slots")
@@ -421,11 +447,16 @@ def _say_recovery(page: Page, run: StoredRun, *, alone: bool) -> None:
     found = run.result.get("mass", {}).get("item_spearman_true")
     if found is None:
         if "true_item_mass" in run.arrays:
-            page.note("warning", f"{run.label}: the learned item masses are constant, so the true item mass is not recovered.")
+            page.note(
+                "warning", f"{run.label}: the learned item masses are constant, so the true item mass is not recovered."
+            )
         return
     whose = "The" if alone else f"{run.label}: the"
     if found > RECOVERED:
-        page.note("good", f"{whose} true item mass is recovered: Spearman {found:.3f} between learned and true mass, above {RECOVERED}.")
+        page.note(
+            "good",
+            f"{whose} true item mass is recovered: Spearman {found:.3f} between learned and true mass, above {RECOVERED}.",
+        )
     else:
         page.note("warning", f"{whose} true item mass is not recovered: Spearman {found:.3f} between learned and true mass, "
                              f"wanted above {RECOVERED}.")  # fmt: skip
@@ -434,7 +465,7 @@ def _say_recovery(page: Page, run: StoredRun, *, alone: bool) -> None:
 def _draw_masses(runs: Sequence[StoredRun]) -> Figure:
     import numpy as np
 
-    from gfml.report import panels, scatter_with_trend, styled
+    from gfml.report.page import panels, scatter_with_trend, styled
 
     generated = any("true_item_mass" in run.arrays for run in runs)
 
@@ -452,10 +483,16 @@ def _draw_masses(runs: Sequence[StoredRun]) -> Figure:
             seen = popularity > 0
             scatter_with_trend(row[0], np.log10(popularity[seen]), mass[seen], run.color)
             _count_ticks(row[0], int(popularity.max()))
-            row[0].set(xlabel="train interactions of the item (log scale)", ylabel="learned log-mass", title=_mass_title(run, "popularity"))
+            row[0].set(
+                xlabel="train interactions of the item (log scale)",
+                ylabel="learned log-mass",
+                title=_mass_title(run, "popularity"),
+            )
             if "true_item_mass" in run.arrays:
                 scatter_with_trend(row[1], run.arrays["true_item_mass"][seen], mass[seen], run.color)
-                row[1].set(xlabel="true log-mass of the generator", ylabel="learned log-mass", title=_mass_title(run, "true"))
+                row[1].set(
+                    xlabel="true log-mass of the generator", ylabel="learned log-mass", title=_mass_title(run, "true")
+                )
             elif generated:
                 row[1].set_axis_off()
         return figure
@@ -481,7 +518,7 @@ def _mass_title(run: StoredRun, what: str) -> str:
 
 
 def _mass_table(runs: Sequence[StoredRun]) -> tuple[list[str], list[list[Cell | str]], str]:
-    from gfml.report import Cell, figure_of
+    from gfml.report.page import Cell, figure_of
 
     columns = {
         "item_spearman_popularity": "item mass ~ popularity", "item_kendall_popularity": "(Kendall)",
@@ -491,7 +528,8 @@ def _mass_table(runs: Sequence[StoredRun]) -> tuple[list[str], list[list[Cell | 
     }  # fmt: skip
     shown = [key for key in columns if any(key in run.result["mass"] for run in runs)]
     rows: list[list[Cell | str]] = [
-        [Cell(run.label, color=run.color), *(figure_of(run.result["mass"].get(key), 3) for key in shown)] for run in runs
+        [Cell(run.label, color=run.color), *(figure_of(run.result["mass"].get(key), 3) for key in shown)]
+        for run in runs
     ]
     return (["run", *(columns[key] for key in shown)], rows,
             "a ~ b: Spearman's rank correlation; dead: share of relu masses that get no gradient.")  # fmt: skip
@@ -515,7 +553,7 @@ def _mass_curve(page: Page, runs: Sequence[StoredRun]) -> None:
 
 
 def _draw_mass_curve(runs: Sequence[StoredRun], k: int) -> Figure:
-    from gfml.report import TEXT, label_points, panels, styled
+    from gfml.report.page import TEXT, label_points, panels, styled
 
     @styled
     def draw() -> Figure:
@@ -524,8 +562,12 @@ def _draw_mass_curve(runs: Sequence[StoredRun], k: int) -> Figure:
         drawn = [_one_mass_curve(run, axes[0]) for run in runs]
         left.legend(loc="upper left", bbox_to_anchor=(-0.04, -0.17), ncols=1)
         left.set(xlabel=f"tail recall@{k}", ylabel=f"recall@{k}", title="Overall against tail")
-        middle.set(xlabel="t, factor on the log-masses", ylabel="value / value at t = 1", title="Recall relative to t = 1")
-        right.set(xlabel="t, factor on the log-masses", ylabel="train interactions, mean", title="Popularity of the lists")
+        middle.set(
+            xlabel="t, factor on the log-masses", ylabel="value / value at t = 1", title="Recall relative to t = 1"
+        )
+        right.set(
+            xlabel="t, factor on the log-masses", ylabel="train interactions, mean", title="Popularity of the lists"
+        )
         for name, line in (("overall", "-"), ("head", "--"), ("tail", ":")):
             middle.plot([], [], color=TEXT, linestyle=line, label=name)
         middle.legend(loc="upper left", bbox_to_anchor=(-0.04, -0.17), ncols=3)
@@ -558,7 +600,7 @@ def _one_mass_curve(run: StoredRun, axes: Sequence[Any]) -> tuple[np.ndarray, np
 
 
 def _glossary(page: Page, runs: Sequence[StoredRun]) -> None:
-    from gfml.reporting import GLOSSARY, table_columns
+    from gfml.report.recommenders import GLOSSARY, table_columns
 
     page.section("What the columns mean")
     shown = table_columns({run.label: run.test for run in runs}, runs[0].result["topks"])
@@ -582,7 +624,7 @@ def _baselines(run: StoredRun) -> dict[str, dict[str, float]]:
 
 def _colors(runs: Sequence[StoredRun]) -> dict[str, str]:
     """Of the runs their own, of the baselines greys."""
-    from gfml.report import GREYS
+    from gfml.report.page import GREYS
 
     greys = {name: GREYS[number % len(GREYS)] for number, name in enumerate(_baselines(runs[0]))}
     return greys | {run.label: run.color for run in runs}
@@ -612,7 +654,11 @@ def _command(run: StoredRun) -> str:
 
 def _times(run: StoredRun) -> str:
     seconds = run.result.get("seconds", {})
-    parts = [f"{what} {_duration(seconds[key])}" for key, what in (("train", "training"), ("eval", "evaluation")) if key in seconds]
+    parts = [
+        f"{what} {_duration(seconds[key])}"
+        for key, what in (("train", "training"), ("eval", "evaluation"))
+        if key in seconds
+    ]
     return ", ".join(parts) or "–"
 
 

@@ -10,22 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from gfml.cli import Options
+from gfml.base.checkpoints import save_state
+from gfml.base.files import atomic_open
 from gfml.data.interactions import Interactions
-from gfml.evaluation import Evaluation, evaluate
-from gfml.files import atomic_open
-from gfml.program import cut_offs, selection_of
-from gfml.reporting import baseline_results, data_facts, judged_text, mass_report, table_columns
-from gfml.runs import Run, save_state
-from gfml.tracking import Tracker
-from gfml.train import FitResult
+from gfml.engine.runs import Run
+from gfml.engine.tracking import Tracker
+from gfml.engine.train import FitResult
+from gfml.program.cli import Options
+from gfml.program.steps import cut_offs, selection_of
+from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.report.recommenders import baseline_results, data_facts, judged_text, mass_report, table_columns
 from recsys.experiment import scorer_of
 from recsys.model import Recommender
 
 MASS_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def judge(options: Options, data: Interactions, model: Recommender, fitted: FitResult | None, run: Run) -> dict[str, Any]:
+def judge(
+    options: Options, data: Interactions, model: Recommender, fitted: FitResult | None, run: Run
+) -> dict[str, Any]:
     """Everything that is reported: metrics of both parts, baselines, masses, and how the epoch was selected.
 
     fitted None: weights were loaded, their selection is the stored result's.
@@ -43,7 +46,9 @@ def judge(options: Options, data: Interactions, model: Recommender, fitted: FitR
     if data.valid.nnz:
         result["val"] = evaluation(options, data, model, "valid").means
     names = [] if "none" in options.baselines else options.baselines
-    result["baselines"] = baseline_results(names, data, cut_offs(options.topks, options.es_metric), cache_dir=Path(options.out) / "baselines")
+    result["baselines"] = baseline_results(
+        names, data, cut_offs(options.topks, options.es_metric), cache_dir=Path(options.out) / "baselines"
+    )
     if model.ranks_by_gravity and model.gravity.mass.mode != "none":
         norms = model.encoder.vectors()[1].detach().norm(dim=1).cpu().double().numpy()
         result["mass"] = mass_report(model.gravity.mass, data, norms)
@@ -58,7 +63,9 @@ def judge(options: Options, data: Interactions, model: Recommender, fitted: FitR
 def evaluation(options: Options, data: Interactions, model: Recommender, split: str) -> Evaluation:
     """Accuracy and beyond of one part."""
     device = model.encoder.nodes.device
-    return evaluate(scorer_of(options, model), data, split, cut_offs(options.topks, options.es_metric), beyond=True, device=device)
+    return evaluate(
+        scorer_of(options, model), data, split, cut_offs(options.topks, options.es_metric), beyond=True, device=device
+    )
 
 
 def store(
@@ -113,7 +120,9 @@ def _arrays(data: Interactions, model: Recommender, test: Evaluation) -> dict[st
     """What the report and comparisons between runs read."""
     arrays = {"item_popularity": data.item_popularity, "user_activity": data.user_activity, "test_users": test.users,
               "top": test.top.astype(np.int32)}  # fmt: skip
-    arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if _is_kept(name)}
+    arrays |= {
+        f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if _is_kept(name)
+    }
     mass = model.gravity.mass
     if model.ranks_by_gravity:
         arrays |= {"item_log_mass": _numpy(mass.log_item())} if mass.item is not None else {}

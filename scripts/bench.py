@@ -91,7 +91,7 @@ def measure_in_turn(
     return {name: (sorted(rows)[len(rows) // 2][0],) * 2 for name, rows in times.items()}
 
 
-def reference(name: str, folder: str = "gfml") -> ModuleType:
+def reference(name: str, folder: str = "gfml/ranking") -> ModuleType:
     """A plain implementation kept with the tests."""
     path = ROOT / "tests" / folder / f"reference_{name}.py"
     spec = importlib.util.spec_from_file_location(f"reference_{name}", path)
@@ -102,7 +102,7 @@ def reference(name: str, folder: str = "gfml") -> ModuleType:
 
 def bench_sampling(data: Any) -> Iterable[Row]:
     """One epoch of triples against a plain loop, which is timed on a tenth of them."""
-    from gfml.sampling import TripleSampler
+    from gfml.ranking.sampling import TripleSampler
 
     sampler = TripleSampler(data.train, batch_size=2048, seed=0)
     cpu, wall = measure(lambda: [None for _ in sampler.epoch(1)])
@@ -110,18 +110,20 @@ def bench_sampling(data: Any) -> Iterable[Row]:
     part = data.train[: data.num_users // 10]
     positives = plain.rows_as_lists(part)
     other, _ = measure(lambda: plain.reference_epoch(positives, data.num_items, random.Random(0)), runs=1, warm_up=0)
-    yield Row(f"sampling, {data.train.nnz:,} triples", cpu, wall, "Python loop", other * data.train.nnz / part.nnz, "<= 0.5 s")
+    yield Row(
+        f"sampling, {data.train.nnz:,} triples", cpu, wall, "Python loop", other * data.train.nnz / part.nnz, "<= 0.5 s"
+    )
 
 
 def bench_lightgcn_step(data: Any) -> Iterable[Row]:
     """One LightGCN training step (K = 3, D = 64, batch 2048) against six library products and a fused Adam."""
     import torch
 
-    from gfml.encoders import LightGCN
-    from gfml.graph import build_graph
+    from gfml.engine.train import plain_step
     from gfml.gravity import Gravity
-    from gfml.sampling import TripleSampler
-    from gfml.train import plain_step
+    from gfml.ranking.encoders import LightGCN
+    from gfml.ranking.graph import build_graph
+    from gfml.ranking.sampling import TripleSampler
     from recsys.model import Recommender
 
     torch.manual_seed(0)
@@ -163,8 +165,8 @@ def bench_evaluation(data: Any) -> Iterable[Row]:
     """All metrics of a full-catalogue top 20 against the score products and torch.topk alone, and a plain loop."""
     import torch
 
-    from gfml.evaluation import evaluate
-    from gfml.topk import FactorScorer
+    from gfml.ranking.evaluation import evaluate
+    from gfml.ranking.topk import FactorScorer
 
     torch.manual_seed(0)
     user, item = torch.randn(data.num_users, 64), torch.randn(data.num_items, 64)
@@ -194,11 +196,11 @@ def bench_mf_epoch(data: Any) -> Iterable[Row]:
     """One epoch of matrix factorisation, sampling included, for every loss."""
     import torch
 
-    from gfml.encoders import Tables
+    from gfml.engine.train import plain_step
     from gfml.gravity import Gravity
     from gfml.losses import LOSS_MODES
-    from gfml.sampling import TripleSampler
-    from gfml.train import plain_step
+    from gfml.ranking.encoders import Tables
+    from gfml.ranking.sampling import TripleSampler
     from recsys.model import Recommender
 
     for loss in LOSS_MODES[:-1]:
@@ -209,7 +211,7 @@ def bench_mf_epoch(data: Any) -> Iterable[Row]:
 
         def epoch() -> None:
             for batch in sampler.epoch(1):
-                plain_step(lambda: model.loss(batch), optimizer)  # noqa: B023 (called before the loop goes on)
+                plain_step(lambda: model.loss(batch), optimizer)
 
         cpu, wall = measure(epoch, runs=2)
         yield Row(f"MF epoch, {loss}", cpu, wall, "", 0.0, "<= 5 s")
@@ -221,7 +223,7 @@ def bench_gravity_scoring(data: Any) -> Iterable[Row]:
 
     from gfml.distances import SquaredDistance
     from gfml.gravity import Gravity, GravityScorer
-    from gfml.topk import FactorScorer, topk_items
+    from gfml.ranking.topk import FactorScorer, topk_items
 
     torch.manual_seed(0)
     user, item = torch.randn(data.num_users, 64), torch.randn(data.num_items, 64)
@@ -235,7 +237,7 @@ def bench_gravity_scoring(data: Any) -> Iterable[Row]:
     for kind in ("l2", "emd", "kl"):
         gravity = Gravity(data.num_users, data.num_items, distance=kind, mass="item", emb_norm=kind != "kl")
         scorer = GravityScorer(gravity, user, item)
-        cpu, wall = measure(lambda: top(scorer), runs=3)  # noqa: B023
+        cpu, wall = measure(lambda: top(scorer), runs=3)
         yield Row(f"gravity {kind} top 20 of {len(users):,} users", cpu, wall, "dot top 20", dot, "<= 1.5 x")
     few = users[:200]
     distance = SquaredDistance("l1")
@@ -278,11 +280,11 @@ def bench_scaling(sizes: Iterable[int], num_users: int = 20_000, num_items: int 
     import torch
 
     from gfml.data.synthetic import generate
-    from gfml.encoders import Tables
-    from gfml.evaluation import evaluate
+    from gfml.engine.train import plain_step
     from gfml.gravity import Gravity, GravityScorer
-    from gfml.sampling import TripleSampler
-    from gfml.train import plain_step
+    from gfml.ranking.encoders import Tables
+    from gfml.ranking.evaluation import evaluate
+    from gfml.ranking.sampling import TripleSampler
     from recsys.model import Recommender
 
     smallest: dict[str, float] = {}
@@ -296,21 +298,28 @@ def bench_scaling(sizes: Iterable[int], num_users: int = 20_000, num_items: int 
         batches = [batch for batch, _ in zip(sampler.epoch(1), range(300), strict=False)]
 
         def some_steps() -> None:
-            for batch in batches:  # noqa: B023
-                plain_step(lambda: model.loss(batch), optimizer)  # noqa: B023
+            for batch in batches:
+                plain_step(lambda: model.loss(batch), optimizer)
 
         scorer = GravityScorer(gravity, *(part.detach() for part in model.encoder.vectors()))
         # Epochs differ, as in training: a repeated one would be read from the cache where the data are small.
         epochs = itertools.count(1)
         figures = {
-            "sampling, per triple": (lambda: [None for _ in sampler.epoch(next(epochs))], data.train.nnz),  # noqa: B023
+            "sampling, per triple": (lambda: [None for _ in sampler.epoch(next(epochs))], data.train.nnz),
             "MF epoch, per triple": (some_steps, sum(map(len, batches))),
-            "evaluation, all users and items": (lambda: evaluate(scorer, data, "test", [20]), 1),  # noqa: B023
+            "evaluation, all users and items": (lambda: evaluate(scorer, data, "test", [20]), 1),
         }
         for what, (call, units) in figures.items():
             cpu, wall = measure(call, runs=3)
             smallest.setdefault(what, cpu / units)
-            yield Row(f"{what}; {size:,} interactions", cpu, wall, "smallest size, scaled", smallest[what] * units, "<= 1.15 x")
+            yield Row(
+                f"{what}; {size:,} interactions",
+                cpu,
+                wall,
+                "smallest size, scaled",
+                smallest[what] * units,
+                "<= 1.15 x",
+            )
 
 
 def bench_mcl(data: Any) -> Iterable[Row]:
@@ -322,10 +331,10 @@ def bench_mcl(data: Any) -> Iterable[Row]:
     import numpy as np
     import torch
 
-    from gfml.encoders import LightGCN
-    from gfml.evaluation import evaluate
-    from gfml.graph import build_graph
-    from gfml.train import plain_step
+    from gfml.engine.train import plain_step
+    from gfml.ranking.encoders import LightGCN
+    from gfml.ranking.evaluation import evaluate
+    from gfml.ranking.graph import build_graph
     from mcl.model import MetricRecommender, MixedCentricOptions
     from mcl.sampler import UserBatchSampler
 
@@ -340,7 +349,7 @@ def bench_mcl(data: Any) -> Iterable[Row]:
 
     def epoch() -> None:
         for batch in sampler.epoch(next(turn)):
-            plain_step(lambda: model.loss(batch), optimizer)  # noqa: B023 (called before the loop goes on)
+            plain_step(lambda: model.loss(batch), optimizer)
 
     cpu, wall = measure(epoch, runs=8, warm_up=2)
     dense = torch.randn(graph.num_nodes, 64)
@@ -391,11 +400,11 @@ def bench_cml(data: Any) -> Iterable[Row]:
     import torch
 
     from gfml.cml import MetricLearner
-    from gfml.evaluation import evaluate
+    from gfml.engine.train import plain_step
     from gfml.losses import warp_hinge
-    from gfml.program import ProjectedStep
-    from gfml.sampling import TripleSampler, TwoStageSampler
-    from gfml.train import plain_step
+    from gfml.program.steps import ProjectedStep
+    from gfml.ranking.evaluation import evaluate
+    from gfml.ranking.sampling import TripleSampler, TwoStageSampler
 
     torch.manual_seed(0)
     model = MetricLearner(data.num_users, data.num_items, 50)
@@ -405,7 +414,7 @@ def bench_cml(data: Any) -> Iterable[Row]:
 
     def epoch() -> None:
         for batch in sampler.epoch(next(turn)):
-            step(lambda: model.loss(batch), optimizer)  # noqa: B023 (called before the loop goes on)
+            step(lambda: model.loss(batch), optimizer)
 
     cpu, wall = measure(epoch, runs=3)
     yield Row(f"CML epoch, {data.train.nnz:,} pairs", cpu, wall, "", 0.0, "<= 12 s")
@@ -440,7 +449,21 @@ def bench_multimodal(name: str, model: str, data_root: str | None, steps: int = 
     from mirror_grad.options import parse
 
     root = [f"--data-root={data_root}"] if data_root else []
-    options = parse(["--model", model, "--dataset", name, "--not_mg", "--features", "random", "--random-widths", "4096", "384", *root])
+    options = parse(
+        [
+            "--model",
+            model,
+            "--dataset",
+            name,
+            "--not_mg",
+            "--features",
+            "random",
+            "--random-widths",
+            "4096",
+            "384",
+            *root,
+        ]
+    )
     data = multimodal.load(options, needs_features=MODELS[model].needs_features)
     built = experiment.build_model(options, data, "cpu").train()
     optimizer, step, _ = experiment.build_training(options, built)
@@ -563,6 +586,7 @@ def bench_contextual(batch: int, device: str, repeats: int) -> Iterable[Row]:
     point (everything is a neighbour, so the closed form multiplies dense matrices too).
     """
     import torch
+
     from contextual.losses import Weights, cosine_similarities, hybrid
 
     torch.manual_seed(0)
@@ -580,7 +604,9 @@ def bench_contextual(batch: int, device: str, repeats: int) -> Iterable[Row]:
                 for _ in range(repeats):
                     once(backend)
 
-            times = measure_in_turn({name: functools.partial(many, name) for name in ("fused", "reference")}, device, runs=7)
+            times = measure_in_turn(
+                {name: functools.partial(many, name) for name in ("fused", "reference")}, device, runs=7
+            )
             work = f"{losses} loss, B {batch}, {kind}"
             peak, other = (peak_memory(functools.partial(once, name), device) for name in ("fused", "reference"))
             found = f"{peak / 2**20:.2f} MiB against {other / 2**20:.2f}, ratio {peak / other:.3f}"
@@ -622,7 +648,9 @@ def table(rows: list[Row]) -> str:
         other = (f"{row.other_cpu:.3f}", f"{row.ratio:.3f}") if row.other_cpu else ("", "")
         lines.append((row.work, f"{row.ours_cpu:.3f}", f"{row.ours_wall:.3f}", row.against, *other, row.bar))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def recsys(arguments: argparse.Namespace) -> list[Row]:
@@ -660,7 +688,9 @@ def cml(arguments: argparse.Namespace) -> list[Row]:
     """MovieLens-1M under the CML paper's cut."""
     from gfml.data.options import load_dataset
 
-    return list(bench_cml(load_dataset("ml1m", data_root=arguments.data_root, split="per-user", split_ratios=(0.6, 0.2, 0.2))))
+    return list(
+        bench_cml(load_dataset("ml1m", data_root=arguments.data_root, split="per-user", split_ratios=(0.6, 0.2, 0.2)))
+    )
 
 
 def mirror(arguments: argparse.Namespace) -> list[Row]:
@@ -678,7 +708,15 @@ def mirror(arguments: argparse.Namespace) -> list[Row]:
 def _mirror_elsewhere(model: str, arguments: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        command = [sys.executable, str(ROOT / "scripts" / "bench.py"), "mirror", "--data", arguments.data, "--models", model]
+        command = [
+            sys.executable,
+            str(ROOT / "scripts" / "bench.py"),
+            "mirror",
+            "--data",
+            arguments.data,
+            "--models",
+            model,
+        ]
         command += ["--json", str(rows), *(["--data-root", arguments.data_root] if arguments.data_root else [])]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = [Row(*(row[name] for name in Row._fields)) for row in json.loads(rows.read_text())]
@@ -712,17 +750,26 @@ def contextual(arguments: argparse.Namespace) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("family", choices=("recsys", "mcl", "cml", "mirror", "vision", "contextual"), help="what to time")
+    parser.add_argument(
+        "family", choices=("recsys", "mcl", "cml", "mirror", "vision", "contextual"), help="what to time"
+    )
     parser.add_argument("--data-root", help="where the data sets lie")
     parser.add_argument("--big", default="gowalla", help="data set of the graph, evaluation and memory rows")
     parser.add_argument("--small", default="ml1m", help="data set of the MF rows")
     parser.add_argument("--data", default="baby", help="data set of the mirror rows")
     parser.add_argument("--models", nargs="+", help="models of the mirror rows; default all that are trained")
-    parser.add_argument("--sizes", type=int, nargs="+",
-                        help="interactions of generated data (default 100,000 to 10 million); batches of contextual")
-    parser.add_argument("--batch", type=int,
-                        help="images of a vision step; default 64 for a layer, 16 for a model, 128 on a GPU")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="of the vision and contextual rows; default cuda where there is one")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        help="interactions of generated data (default 100,000 to 10 million); batches of contextual",
+    )
+    parser.add_argument(
+        "--batch", type=int, help="images of a vision step; default 64 for a layer, 16 for a model, 128 on a GPU"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="of the vision and contextual rows; default cuda where there is one"
+    )
     parser.add_argument("--only", nargs="+", help="parts of the family",
                         choices=("sampling", "lightgcn", "evaluation", "mf", "scoring", "memory", "scaling",
                                  "attention", "model"))  # fmt: skip
@@ -731,8 +778,12 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
-    print(f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    rows = {"recsys": recsys, "mcl": mcl, "cml": cml, "mirror": mirror, "vision": vision, "contextual": contextual}[arguments.family](arguments)
+    print(
+        f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, {torch.get_num_threads()} threads\n"
+    )
+    rows = {"recsys": recsys, "mcl": mcl, "cml": cml, "mirror": mirror, "vision": vision, "contextual": contextual}[
+        arguments.family
+    ](arguments)
     print("\n" + table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=2))

@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfml.cli import Parser, number, run_main
-from gfml.errors import UserError, choice_error
-from gfml.files import atomic_open, write_json
+from gfml.base.errors import UserError, choice_error
+from gfml.base.files import atomic_open, write_json
+from gfml.program.cli import Parser, number, run_main
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from gfml.stored import StoredRun
+    from gfml.report.stored import StoredRun
 
 PREFIX = "per_user/"
 LEVEL = 0.05
@@ -35,18 +35,26 @@ LEVEL = 0.05
 
 def build_parser() -> Parser:
     """The command line of ``scripts/compare.py``."""
-    parser = Parser(prog="scripts/compare.py", description="Paired comparison of finished runs over the users they judged.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory; the first is what the others are compared with")
-    parser.add_argument("--metrics", nargs="+", metavar="NAME@K", help="what to compare (default: recall and ndcg at every K)")
+    parser = Parser(
+        prog="scripts/compare.py", description="Paired comparison of finished runs over the users they judged."
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory; the first is what the others are compared with"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="NAME@K", help="what to compare (default: recall and ndcg at every K)"
+    )
     parser.add_argument("--all-pairs", action="store_true", help="compare every run with every other")
-    parser.add_argument("--resamples", type=number(int, least=100), default=2000, metavar="N", help="draws of the bootstrap")
+    parser.add_argument(
+        "--resamples", type=number(int, least=100), default=2000, metavar="N", help="draws of the bootstrap"
+    )
     parser.add_argument("--out", metavar="DIR", help="where files go (default: comparison beside the runs)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    from gfml.stored import read_runs
+    from gfml.report.stored import read_runs
 
     if len(options.runs) < 2:
         raise UserError("found one run, wanted two or more to compare")
@@ -56,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_comparable(first, second)
     metrics = metrics_of(runs, options.metrics)
     rows = compare(pairs, metrics, options.resamples)
-    out = Path(options.out) if options.out else Path(os.path.commonpath([run.path.absolute().parent for run in runs])) / "comparison"
+    out = (
+        Path(options.out)
+        if options.out
+        else Path(os.path.commonpath([run.path.absolute().parent for run in runs])) / "comparison"
+    )
     notes = notes_of(runs)
     print("\n".join([*notes, text_of(rows)]))
     store(out, runs, rows, notes, options.resamples)
@@ -84,7 +96,9 @@ def check_comparable(first: StoredRun, second: StoredRun) -> None:
 
 
 def _cannot(first: StoredRun, second: StoredRun, why: str) -> UserError:
-    return UserError(f"cannot compare {first.path} and {second.path}: {why}; give runs with the same --dataset and split flags")
+    return UserError(
+        f"cannot compare {first.path} and {second.path}: {why}; give runs with the same --dataset and split flags"
+    )
 
 
 def notes_of(runs: Sequence[StoredRun]) -> list[str]:
@@ -100,7 +114,11 @@ def notes_of(runs: Sequence[StoredRun]) -> list[str]:
 
 def metrics_of(runs: Sequence[StoredRun], wanted: Sequence[str] | None) -> list[str]:
     """The metrics to compare: those asked for, else recall and ndcg at every K, else all that every run has."""
-    common = [key.removeprefix(PREFIX) for key in runs[0].arrays if key.startswith(PREFIX) and all(key in run.arrays for run in runs)]
+    common = [
+        key.removeprefix(PREFIX)
+        for key in runs[0].arrays
+        if key.startswith(PREFIX) and all(key in run.arrays for run in runs)
+    ]
     if not common:
         raise UserError("the runs have no metric per user in common: give --topks with the same values")
     if wrong := next((name for name in wanted or () if name not in common), None):
@@ -111,7 +129,9 @@ def metrics_of(runs: Sequence[StoredRun], wanted: Sequence[str] | None) -> list[
 # -- comparing
 
 
-def compare(pairs: Sequence[tuple[StoredRun, StoredRun]], metrics: Sequence[str], resamples: int) -> list[dict[str, Any]]:
+def compare(
+    pairs: Sequence[tuple[StoredRun, StoredRun]], metrics: Sequence[str], resamples: int
+) -> list[dict[str, Any]]:
     """One row per metric and pair: second - first. ``p_holm`` is corrected over all rows."""
     from gfml.metrics.compare import holm
 
@@ -145,9 +165,21 @@ def _row(first: StoredRun, second: StoredRun, metric: str, resamples: int) -> di
 
 def text_of(rows: Sequence[dict[str, Any]]) -> str:
     """The table in aligned text."""
-    from gfml.report import p_value
+    from gfml.report.page import p_value
 
-    head = ["metric", "run", "against", "mean", "difference", "95 % interval", "Wilcoxon", "Holm", "dz", "rank-biserial", "better/same/worse"]
+    head = [
+        "metric",
+        "run",
+        "against",
+        "mean",
+        "difference",
+        "95 % interval",
+        "Wilcoxon",
+        "Holm",
+        "dz",
+        "rank-biserial",
+        "better/same/worse",
+    ]
     lines = [head]
     for row in rows:
         dz = "–" if row["dz"] is None else f"{row['dz']:+.3f}"
@@ -156,13 +188,17 @@ def text_of(rows: Sequence[dict[str, Any]]) -> str:
             p_value(row["p_wilcoxon"]), p_value(row["p_holm"]), dz, f"{row['rank_biserial']:+.3f}", f"{row['better']}/{row['same']}/{row['worse']}",
         ])  # fmt: skip
     widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
-    said = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    said = "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
     return f"{said}\nHolm: corrected over all {len(rows)} tests of this table."
 
 
-def store(out: Path, runs: Sequence[StoredRun], rows: Sequence[dict[str, Any]], notes: Sequence[str], resamples: int) -> None:
+def store(
+    out: Path, runs: Sequence[StoredRun], rows: Sequence[dict[str, Any]], notes: Sequence[str], resamples: int
+) -> None:
     """Write the CSV, the JSON and the plot."""
-    from gfml.report import png
+    from gfml.report.page import png
 
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), restval="", lineterminator="\n")
@@ -172,14 +208,17 @@ def store(out: Path, runs: Sequence[StoredRun], rows: Sequence[dict[str, Any]], 
         stream.write(text.getvalue())
     how = {"interval": "95 % percentile bootstrap of the mean over users", "resamples": resamples, "test": "two-sided Wilcoxon signed-rank",
            "correction": f"Holm over {len(rows)} tests"}  # fmt: skip
-    write_json(out / "comparison.json", {"runs": {run.label: str(run.path) for run in runs}, "method": how, "notes": list(notes), "rows": list(rows)})
+    write_json(
+        out / "comparison.json",
+        {"runs": {run.label: str(run.path) for run in runs}, "method": how, "notes": list(notes), "rows": list(rows)},
+    )
     with atomic_open(out / "comparison.png", "wb") as stream:
         stream.write(png(plot(rows)))
 
 
 def plot(rows: Sequence[dict[str, Any]]) -> Figure:
     """A panel per metric: differences with their intervals; full dots where Holm's p is below .05."""
-    from gfml.report import COLORS, legend_below, panels, styled
+    from gfml.report.page import COLORS, legend_below, panels, styled
 
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     pairs = list(dict.fromkeys((row["run"], row["against"]) for row in rows))
@@ -198,10 +237,14 @@ def plot(rows: Sequence[dict[str, Any]]) -> Figure:
                 place = pairs.index((row["run"], row["against"]))
                 color, sure = COLORS[place % len(COLORS)], row["p_holm"] < LEVEL
                 axis.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2)
-                axis.plot(row["difference"], place, "o", color=color, markerfacecolor=color if sure else "none", markersize=8)
+                axis.plot(
+                    row["difference"], place, "o", color=color, markerfacecolor=color if sure else "none", markersize=8
+                )
             axis.axvline(0, color="#8d929b", linewidth=1)
             names = [f"{run} minus {against}" if several else run for run, against in pairs]
-            axis.set_yticks(range(len(pairs)), [_wrapped(name) for name in names] if axis in axes[:, 0] else [""] * len(pairs))
+            axis.set_yticks(
+                range(len(pairs)), [_wrapped(name) for name in names] if axis in axes[:, 0] else [""] * len(pairs)
+            )
             axis.locator_params(axis="x", nbins=6)
             axis.set(title=metric, xlabel="difference" if several else f"difference to\n{_wrapped(pairs[0][1])}")
             axis.set_ylim(len(pairs) - 0.5, -0.5)

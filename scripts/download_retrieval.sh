@@ -17,7 +17,7 @@ fetch() { # URL FILE [CHECKSUM]
   [ -f "$2" ] || python - "$@" <<'PY'
 import sys
 from pathlib import Path
-from gfml.cli import run_main
+from gfml.program.cli import run_main
 from gfml.data.download import download
 
 url, target, *checksum = sys.argv[1:]
@@ -59,7 +59,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image
-from gfml.files import atomic_open
+from gfml.base.files import atomic_open
 
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 

@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfml.cli import Parser, run_main, toml_text
-from gfml.errors import UserError
-from gfml.files import atomic_open
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open
+from gfml.base.toml import toml_text
+from gfml.program.cli import Parser, run_main
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-    from gfml.report import Page
-    from gfml.stored import StoredRun
+    from gfml.report.page import Page
+    from gfml.report.stored import StoredRun
 
 SHOWN_CURVES = 8
 LEAST_TRIALS = 6
@@ -39,10 +40,20 @@ TREES, FOLDS, REPEATS = 100, 5, 3
 def build_parser() -> Parser:
     """The command line of ``scripts/report.py``."""
     parser = Parser(prog="scripts/report.py", description="One page about a whole sweep or any runs of one program.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a sweep directory, run directories, or a folder of runs")
-    parser.add_argument("--metric", metavar="NAME", help="what ranks the runs, such as val/ndcg@20 (default: what selected their epochs)")
-    parser.add_argument("--mode", choices=("max", "min"), help="whether more or less is better (default: the sweep's, else max)")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: report in the sweep, or beside the runs)")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a sweep directory, run directories, or a folder of runs"
+    )
+    parser.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="what ranks the runs, such as val/ndcg@20 (default: what selected their epochs)",
+    )
+    parser.add_argument(
+        "--mode", choices=("max", "min"), help="whether more or less is better (default: the sweep's, else max)"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write (default: report in the sweep, or beside the runs)"
+    )
     return parser
 
 
@@ -100,11 +111,17 @@ class Collection:
 
 def collect(paths: Sequence[Path], metric: str | None, mode: str | None) -> Collection:
     """Read a sweep or runs. UserError when there is nothing, or when the runs are of several programs or data sets."""
-    from gfml.stored import read_runs, varied
+    from gfml.report.stored import read_runs, varied
 
-    sweep = json.loads((paths[0] / "trials.json").read_text(encoding="utf-8")) if (paths[0] / "trials.json").exists() else None
+    sweep = (
+        json.loads((paths[0] / "trials.json").read_text(encoding="utf-8"))
+        if (paths[0] / "trials.json").exists()
+        else None
+    )
     if sweep and len(paths) > 1:
-        raise UserError(f"found {len(paths)} directories, wanted one sweep or any number of runs: give {paths[0]} alone")
+        raise UserError(
+            f"found {len(paths)} directories, wanted one sweep or any number of runs: give {paths[0]} alone"
+        )
     known = _runs_of(paths[0], sweep["trials"]) if sweep else {run: None for path in paths for run in _runs_in(path)}
     if not known:
         raise UserError(f"no trial of {paths[0]} was launched yet: run scripts/sweep.py")
@@ -137,7 +154,11 @@ def _runs_in(path: Path) -> list[Path]:
 
 def _selecting(runs: Sequence[StoredRun]) -> str:
     """What selected the epochs of finished runs, the same for all."""
-    found = {f"{s['split']}/{s['metric']}" for run in runs if run.state == "done" and "metric" in (s := run.result["selection"])}
+    found = {
+        f"{s['split']}/{s['metric']}"
+        for run in runs
+        if run.state == "done" and "metric" in (s := run.result["selection"])
+    }
     if len(found) != 1:
         raise UserError(f"the runs selected their epochs by {', '.join(sorted(found)) or 'nothing yet'}: give --metric")
     return found.pop()
@@ -149,7 +170,14 @@ def _trial(run: StoredRun, entry: Mapping[str, Any] | None, names: Sequence[str]
     value, epoch = max(values, key=lambda pair: (sign * pair[0], -pair[1]), default=(None, None))
     stopped = entry is not None and entry["state"] == "stopped" and run.state != "done"
     label = f"trial {entry['trial']}" if entry else run.label
-    return Trial(run, label, "stopped early" if stopped else run.state, {name: run.config.get(name) for name in names}, value, epoch)
+    return Trial(
+        run,
+        label,
+        "stopped early" if stopped else run.state,
+        {name: run.config.get(name) for name in names},
+        value,
+        epoch,
+    )
 
 
 # -- the page
@@ -157,11 +185,14 @@ def _trial(run: StoredRun, entry: Mapping[str, Any] | None, names: Sequence[str]
 
 def write_report(found: Collection, out: Path) -> Path:
     """Write the page, its plots and best.toml; the path of the page."""
-    from gfml.report import Page
+    from gfml.report.page import Page
 
     best = found.best
     lead = f"{found.metric} ranks, {'more' if found.mode == 'max' else 'less'} is better."
-    page = Page(f"Sweep report: {found.name}", f"{lead} Best: {best.label} with {best.value:.4f}." if best else f"{lead} No run is done yet.")
+    page = Page(
+        f"Sweep report: {found.name}",
+        f"{lead} Best: {best.label} with {best.value:.4f}." if best else f"{lead} No run is done yet.",
+    )
     _overview(page, found)
     if best:
         _best(page, found, best, out)
@@ -175,8 +206,8 @@ def write_report(found: Collection, out: Path) -> Path:
 
 
 def _overview(page: Page, found: Collection) -> None:
-    from gfml.report import Cell, best_rows, figure_of
-    from gfml.stored import flag_value
+    from gfml.report.page import Cell, best_rows, figure_of
+    from gfml.report.stored import flag_value
 
     page.section("Runs")
     states = Counter(trial.state for trial in found.trials)
@@ -204,15 +235,26 @@ def _seconds(trial: Trial) -> str:
 
 
 def _best(page: Page, found: Collection, best: Trial, out: Path) -> None:
-    from gfml.report import figure_of
-    from gfml.stored import flag_value
+    from gfml.report.page import figure_of
+    from gfml.report.stored import flag_value
 
     page.section("The best run")
     write_best(found, best, out / "best.toml")
     selection = best.run.result["selection"]
     facts = {name: flag_value(value) for name, value in best.flags.items()}
-    page.facts({**facts, "run directory": best.run.path.name, "protocol": selection.get("protocol", ""), "settings": "best.toml, for --config"})
-    usual = [name for name in best.run.result["test"] if name.partition("@")[0] in ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini")]
+    page.facts(
+        {
+            **facts,
+            "run directory": best.run.path.name,
+            "protocol": selection.get("protocol", ""),
+            "settings": "best.toml, for --config",
+        }
+    )
+    usual = [
+        name
+        for name in best.run.result["test"]
+        if name.partition("@")[0] in ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini")
+    ]
     test = {name: best.run.result["test"][name] for name in usual} or best.run.result["test"]
     page.table(["test figure", "value"], [[name, figure_of(value)] for name, value in test.items() if isinstance(value, (int, float))],
                "Test part, shown for this run alone: it was chosen on validation.")  # fmt: skip
@@ -220,12 +262,14 @@ def _best(page: Page, found: Collection, best: Trial, out: Path) -> None:
 
 def write_best(found: Collection, best: Trial, file: Path) -> None:
     """The best run's settings as a ``--config``."""
-    from gfml.runs import read_config
-    from gfml.stored import BESIDE
+    from gfml.engine.runs import read_config
+    from gfml.report.stored import BESIDE
 
     config = {key: value for key, value in read_config(best.run.path).items() if key.replace("-", "_") not in BESIDE}
     with atomic_open(file) as stream:
-        stream.write(f"# the best of {len(found.trials)} runs by {found.metric}, {best.value:.6g}: {best.run.path.name}\n{toml_text(config)}")
+        stream.write(
+            f"# the best of {len(found.trials)} runs by {found.metric}, {best.value:.6g}: {best.run.path.name}\n{toml_text(config)}"
+        )
 
 
 # -- parallel coordinates
@@ -241,7 +285,7 @@ class Scale:
 
 def scale_of(values: Sequence[Any]) -> Scale:
     """Numbers linearly, or by logarithm when they span a factor of 20; anything else evenly spaced by name."""
-    from gfml.stored import flag_value
+    from gfml.report.stored import flag_value
 
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     kinds = sorted({flag_value(value) for value in values})
@@ -253,7 +297,10 @@ def scale_of(values: Sequence[Any]) -> Scale:
     shape = math.log if log else float
     span = shape(high) - shape(low)
     marks = [low + (high - low) * share for share in (0, 0.5, 1)] if not log else [low, math.sqrt(low * high), high]
-    return Scale([(shape(value) - shape(low)) / span for value in values], [((shape(mark) - shape(low)) / span, f"{mark:.3g}") for mark in marks])
+    return Scale(
+        [(shape(value) - shape(low)) / span for value in values],
+        [((shape(mark) - shape(low)) / span, f"{mark:.3g}") for mark in marks],
+    )
 
 
 def parallel_coordinates(found: Collection) -> Figure:
@@ -261,12 +308,14 @@ def parallel_coordinates(found: Collection) -> Figure:
     from matplotlib import colormaps
     from matplotlib.patheffects import withStroke
 
-    from gfml.report import TEXT, panels, styled
+    from gfml.report.page import TEXT, panels, styled
 
     trials = found.ranked[::-1]
     scales = {name: scale_of([trial.flags[name] for trial in trials]) for name in found.names}
     scales[found.metric] = scale_of([trial.value for trial in trials])
-    shades = scales[found.metric].places if found.mode == "max" else [1 - place for place in scales[found.metric].places]
+    shades = (
+        scales[found.metric].places if found.mode == "max" else [1 - place for place in scales[found.metric].places]
+    )
 
     @styled
     def draw() -> Figure:
@@ -328,7 +377,9 @@ def importance_of(found: Collection) -> Importance | None:
         for rest, fold in KFold(min(FOLDS, len(trials) // 2), shuffle=True, random_state=repeat).split(table):
             forest = RandomForestRegressor(TREES, random_state=repeat).fit(table[rest], values[rest])
             error += float(((forest.predict(table[fold]) - values[fold]) ** 2).sum())
-            shuffled = permutation_importance(forest, table[fold], values[fold], scoring="neg_mean_squared_error", n_repeats=10, random_state=repeat)
+            shuffled = permutation_importance(
+                forest, table[fold], values[fold], scoring="neg_mean_squared_error", n_repeats=10, random_state=repeat
+            )
             gain += shuffled.importances_mean * len(fold)
         gains.append(gain / len(trials) / values.var())
         errors.append(error / len(trials) / values.var())
@@ -345,7 +396,10 @@ def _importance(page: Page, found: Collection) -> None:
                 f"fitted to, {len(found.ranked)} runs, {REPEATS} times cut into folds: how much of the variance of {found.metric} its error grows by "
                 f"when a flag is shuffled. Bars: ± deviation over the repeats. R² on unseen runs: {result.r_squared:.2f}.")  # fmt: skip
     if result.r_squared <= 0:
-        page.note("warning", "The forest predicts unseen runs no better than their mean does: the bars mean nothing yet. Try more points.")
+        page.note(
+            "warning",
+            "The forest predicts unseen runs no better than their mean does: the bars mean nothing yet. Try more points.",
+        )
     if any(trial.state != "done" for trial in found.ranked):
         page.text("Runs that were stopped early count with the best value they had reached.")
 
@@ -354,13 +408,20 @@ def draw_importance(result: Importance) -> Figure:
     """A bar per flag, the largest on top."""
     import numpy as np
 
-    from gfml.report import COLORS, panels, styled
+    from gfml.report.page import COLORS, panels, styled
 
     @styled
     def draw() -> Figure:
         figure, axes = panels(1, 1, width=7.5, height=max(1.6, 0.42 * len(result.names) + 0.9))
         order = np.argsort(result.means)
-        axes[0, 0].barh(range(len(order)), result.means[order], xerr=result.deviations[order], color=COLORS[0], height=0.6, ecolor="#7a7f88")
+        axes[0, 0].barh(
+            range(len(order)),
+            result.means[order],
+            xerr=result.deviations[order],
+            color=COLORS[0],
+            height=0.6,
+            ecolor="#7a7f88",
+        )
         axes[0, 0].set_yticks(range(len(order)), [result.names[n] for n in order])
         axes[0, 0].set_xlabel("growth of the squared error / variance")
         axes[0, 0].axvline(0, color="#8d929b", linewidth=1)
@@ -374,13 +435,20 @@ def draw_importance(result: Importance) -> Figure:
 
 
 def _curves(page: Page, found: Collection) -> None:
-    from gfml.report import COLORS, Curves, learning_curves
+    from gfml.report.page import COLORS, Curves, learning_curves
 
     page.section("Learning curves")
     shown = found.ranked[:SHOWN_CURVES]
-    curves = [Curves(trial.label, trial.run.metrics, found.metric, trial.epoch, COLORS[n % len(COLORS)]) for n, trial in enumerate(shown)]
+    curves = [
+        Curves(trial.label, trial.run.metrics, found.metric, trial.epoch, COLORS[n % len(COLORS)])
+        for n, trial in enumerate(shown)
+    ]
     few = f" The {SHOWN_CURVES} best of {len(found.ranked)} runs." if len(found.ranked) > len(shown) else ""
-    page.figure("learning", learning_curves(curves), f"Left: the train loss, mean over an epoch. Right: {found.metric}; the star marks the best epoch.{few}")
+    page.figure(
+        "learning",
+        learning_curves(curves),
+        f"Left: the train loss, mean over an epoch. Right: {found.metric}; the star marks the best epoch.{few}",
+    )
 
 
 if __name__ == "__main__":

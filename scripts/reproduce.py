@@ -20,7 +20,7 @@ A table is ``configs/tables/NAME.toml``:
     {run:LABEL} in a command                   the run of that cell with the same seed, which then comes first
     [[published]] method, source, figures      rows of the paper
 
-A run is found by its settings, wherever it was started (``gfml/commands.py``), so a table never repeats one. Of a command
+A run is found by its settings, wherever it was started (``gfml/program/commands.py``), so a table never repeats one. Of a command
 that makes several runs (``--grid``) the best on its selecting split counts.
 """
 
@@ -45,9 +45,9 @@ from results_table import main as write_table
 from table_figure import Drawn, write_figure
 from table_pairs import paired_rows
 
-from gfml.cli import number, run_main
-from gfml.commands import read_command
-from gfml.errors import UserError, choice_error
+from gfml.base.errors import UserError, choice_error
+from gfml.program.cli import number, run_main
+from gfml.program.commands import read_command
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "configs" / "tables"
@@ -82,7 +82,9 @@ class Cell:
 
 def table_names() -> list[str]:
     """Every table that has cells to run."""
-    return [path.stem for path in sorted(TABLES.glob("*.toml")) if "cell" in tomllib.loads(path.read_text(encoding="utf-8"))]
+    return [
+        path.stem for path in sorted(TABLES.glob("*.toml")) if "cell" in tomllib.loads(path.read_text(encoding="utf-8"))
+    ]
 
 
 def load_table(name: str) -> dict[str, Any]:
@@ -110,14 +112,22 @@ def _check_references(path: Path, table: Mapping[str, Any]) -> None:
     labels = {cell.label for cell in cells}
     published = [row["method"] for row in table.get("published", [])]
     if repeated := [where for where, count in Counter((cell.label, cell.seed) for cell in cells).items() if count > 1]:
-        raise UserError(f"{path}: two cells make the row {repeated[0][0]!r} with seed {repeated[0][1]}: give each its own label")
+        raise UserError(
+            f"{path}: two cells make the row {repeated[0][0]!r} with seed {repeated[0][1]}: give each its own label"
+        )
     for cell in cells:
         if cell.paper not in (None, *published):
-            raise UserError(f"{path}: the cell {cell.label!r} names the published row {cell.paper!r}, wanted one of {published}")
+            raise UserError(
+                f"{path}: the cell {cell.label!r} names the published row {cell.paper!r}, wanted one of {published}"
+            )
         if wrong := [other for other in cell.against if other not in labels - {cell.label}]:
-            raise choice_error(f"row in {path}, against which {cell.label!r} is compared,", wrong[0], labels - {cell.label})
+            raise choice_error(
+                f"row in {path}, against which {cell.label!r} is compared,", wrong[0], labels - {cell.label}
+            )
         if cell.against and not main:
-            raise UserError(f"{path}: the cell {cell.label!r} is compared with {cell.against[0]!r}, but no metric is: set main")
+            raise UserError(
+                f"{path}: the cell {cell.label!r} is compared with {cell.against[0]!r}, but no metric is: set main"
+            )
 
 
 def expand(table: Mapping[str, Any], out: str = "runs", data_root: str | None = None) -> list[Cell]:
@@ -131,12 +141,17 @@ def expand(table: Mapping[str, Any], out: str = "runs", data_root: str | None = 
 
 def _combinations(over: Mapping[str, Any]) -> Iterator[Chosen]:
     """Every choice of one value per name."""
-    lists = [list(values.items()) if isinstance(values, Mapping) else [(str(v), str(v)) for v in values] for values in over.values()]
+    lists = [
+        list(values.items()) if isinstance(values, Mapping) else [(str(v), str(v)) for v in values]
+        for values in over.values()
+    ]
     for values in itertools.product(*lists):
         yield dict(zip(over, values, strict=True))
 
 
-def _of_entry(entry: Mapping[str, Any], outer: Chosen, table: Mapping[str, Any], out: str, data_root: str | None) -> Iterator[Cell]:
+def _of_entry(
+    entry: Mapping[str, Any], outer: Chosen, table: Mapping[str, Any], out: str, data_root: str | None
+) -> Iterator[Cell]:
     more = ["--out", out, *(["--data-root", data_root] if data_root and "{data}" not in entry["command"] else [])]
     needs = (*table.get("needs", ()), *entry.get("needs", ()))
     against = entry.get("against", [])
@@ -148,7 +163,9 @@ def _of_entry(entry: Mapping[str, Any], outer: Chosen, table: Mapping[str, Any],
         others = tuple(_filled(other, names) for other in ([against] if isinstance(against, str) else against))
         paper = _filled(entry["paper"], names) if "paper" in entry else None
         for seed in entry.get("seeds", table.get("seeds", [2020])):
-            yield Cell(_filled(entry["label"], names), (*words, *more, "--seed", str(seed)), seed, needs, paper, waits, others)
+            yield Cell(
+                _filled(entry["label"], names), (*words, *more, "--seed", str(seed)), seed, needs, paper, waits, others
+            )
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
@@ -206,7 +223,7 @@ def survey(cells: Sequence[Cell], data_root: str | None) -> list[Known]:
 
 def _state_of(cell: Cell) -> tuple[str, Path | None]:
     """The state of a cell's command and, once that is done, its run: of several the best by what selects, the first of equal ones."""
-    from gfml.runs import read_result
+    from gfml.engine.runs import read_result
 
     command = read_command(["python", *cell.words], ROOT)
     state = command.state()
@@ -222,10 +239,14 @@ def _with_start(cell: Cell, found: Mapping[tuple[str, int], Known]) -> Cell:
         return cell
     start = found.get((cell.waits, cell.seed))
     if start is None:
-        raise UserError(f"the cell {cell.label!r} starts from {cell.waits!r}, which this table has not for seed {cell.seed}")
+        raise UserError(
+            f"the cell {cell.label!r} starts from {cell.waits!r}, which this table has not for seed {cell.seed}"
+        )
     if start.state != "done":
         return cell
-    return replace(cell, words=tuple(str(start.path) if word.startswith("{run:") else word for word in cell.words), waits=None)
+    return replace(
+        cell, words=tuple(str(start.path) if word.startswith("{run:") else word for word in cell.words), waits=None
+    )
 
 
 def show(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None:
@@ -245,7 +266,11 @@ def summary(known: Sequence[Known]) -> str:
 
 def launch(known: Sequence[Known], workers: int) -> int:
     """Run or continue what is missing and can run here, through scripts/run_commands.py; its exit code."""
-    lines = [one.cell.command for one in known if not one.reason and one.state not in ("done", "running") and not one.cell.waits]
+    lines = [
+        one.cell.command
+        for one in known
+        if not one.reason and one.state not in ("done", "running") and not one.cell.waits
+    ]
     for one in known:
         if one.reason and one.state != "done":
             print(f"skipped: {one.cell.label}, seed {one.cell.seed}: {one.reason}")
@@ -260,21 +285,28 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None
 
     A row whose runs are not here keeps its stored figures; one that never ran says why.
     """
-    from gfml.runs import read_result
+    from gfml.engine.runs import read_result
 
     folder, main = TABLE_ROOT / table["folder"], table.get("main", [])
     done = {(one.cell.label, one.cell.seed): one.path for one in known if one.state == "done"}
     for path in done.values():
         read_result(path)
-    fresh = {row["method"]: row for row in rows_of_runs([(label, path) for (label, _), path in done.items()], table.get("metrics", METRICS))}
+    fresh = {
+        row["method"]: row
+        for row in rows_of_runs([(label, path) for (label, _), path in done.items()], table.get("metrics", METRICS))
+    }
     stored = {row["method"]: row for row in stored_rows(folder, name)}
     labels = list(dict.fromkeys(one.cell.label for one in known))
     rows = [_best_row(label, fresh.get(label), stored.get(label), known) for label in labels]
     # Rows made by hand stay too.
     theirs = {row["method"] for row in published_rows(name)}
-    other = [row for row in stored.values() if row["method"] not in {*labels, *theirs} and row["protocol"] != "no training"]
+    other = [
+        row for row in stored.values() if row["method"] not in {*labels, *theirs} and row["protocol"] != "no training"
+    ]
     simple = [row for row in fresh.values() if row["method"] not in labels]
-    simple = simple or [row for row in stored.values() if row["protocol"] == "no training" and row["method"] not in labels]
+    simple = simple or [
+        row for row in stored.values() if row["protocol"] == "no training" and row["method"] not in labels
+    ]
     pairs = list(dict.fromkeys((one.cell.label, other) for one in known for other in one.cell.against))
     tests = paired_rows(pairs, done, main, stored_rows(folder, paired_name(name)))
     store_rows(folder, name, [*rows, *other, *simple, *published_rows(name)])
@@ -283,7 +315,9 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None
     if main:
         papers = {one.cell.label: one.cell.paper for one in known if one.cell.paper}
         by_label = {row["method"]: row for row in stored_rows(folder, name)}
-        write_figure(folder / "results" / f"{name}.png", Drawn(by_label, labels, dict(reversed(pairs)), papers, tests), main)
+        write_figure(
+            folder / "results" / f"{name}.png", Drawn(by_label, labels, dict(reversed(pairs)), papers, tests), main
+        )
     write_table([name, "--folder", table["folder"]])
 
 
@@ -295,7 +329,10 @@ def _best_row(label: str, fresh: dict | None, stored: dict | None, known: Sequen
         return {key: value for key, value in stored.items() if value}
     needs = next((one.cell.needs for one in known if one.cell.label == label and one.reason), ())
     # What is wanted, not where it was looked for: tables are the same on every machine.
-    return {"method": label, "protocol": f"not run: needs {', '.join(map(_in_words, needs))}" if needs else "not run yet"}
+    return {
+        "method": label,
+        "protocol": f"not run: needs {', '.join(map(_in_words, needs))}" if needs else "not run yet",
+    }
 
 
 def _in_words(need: str) -> str:
@@ -313,9 +350,13 @@ def compare(name: str, table: Mapping[str, Any]) -> list[str]:
             continue
         facts = f"n {ours['n']}, {ours['protocol']}, {ours['train_seconds'] or '?'} s"
         lines.append(f"{label} beside {beside} [{facts}]")
-        for metric in (key for key in paper if "@" in key and not key.endswith(" std") and paper[key] and ours.get(key)):
+        for metric in (
+            key for key in paper if "@" in key and not key.endswith(" std") and paper[key] and ours.get(key)
+        ):
             mine, theirs = float(ours[metric]), float(paper[metric])
-            lines.append(f"    {metric:16} paper {theirs:.4f}  ours {mine:.4f}  difference {mine - theirs:+.4f} ({mine / theirs - 1:+.1%})")
+            lines.append(
+                f"    {metric:16} paper {theirs:.4f}  ours {mine:.4f}  difference {mine - theirs:+.4f} ({mine / theirs - 1:+.1%})"
+            )
     return lines
 
 
@@ -325,7 +366,11 @@ def list_tables(out: str, data_root: str | None) -> None:
         table = load_table(name)
         known = survey(expand(table, out, data_root), data_root)
         reasons = list(dict.fromkeys(one.reason for one in known if one.reason))
-        rows = [row for row in stored_rows(TABLE_ROOT / table["folder"], name) if row["n"] and row["protocol"] != "no training"]
+        rows = [
+            row
+            for row in stored_rows(TABLE_ROOT / table["folder"], name)
+            if row["n"] and row["protocol"] != "no training"
+        ]
         seeds = statistics.fmean(int(row["n"]) for row in rows) if rows else 0
         stored = f"{len(rows)} rows stored, {seeds:.3g} runs each" if rows else "nothing stored"
         print(f"{name:22} {table.get('title', '')}\n{'':22} {stored}; here: {summary(known)}")
@@ -340,7 +385,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--list", action="store_true", help="every table with its state")
     what.add_argument("--launch", action="store_true", help="run what is missing, continue what is incomplete")
     what.add_argument("--collect", action="store_true", help="write CSV, README and figure from the finished runs")
-    what.add_argument("--check", action="store_true", help="fail if README and CSV disagree; print the paper's figures and ours")
+    what.add_argument(
+        "--check", action="store_true", help="fail if README and CSV disagree; print the paper's figures and ours"
+    )
     parser.add_argument("--only", metavar="TEXT", help="only rows whose label contains this")
     parser.add_argument("--data-root", metavar="DIR", help="where the data sets lie; goes to every run")
     parser.add_argument("--out", metavar="DIR", default="runs", help="where the runs are")

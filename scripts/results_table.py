@@ -24,9 +24,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gfml.cli import run_main
-from gfml.errors import UserError
-from gfml.files import atomic_open
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open
+from gfml.program.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = ("method", "protocol", "n", "epoch", "train_seconds")
@@ -37,7 +37,10 @@ PAIRED = (
 )  # fmt: skip
 LEVEL = 0.05
 # First and last line of the blocks of a README.
-BLOCKS = {"results": ("<!-- results:{} -->", "<!-- end:{} -->"), "paired": ("<!-- paired:{} -->", "<!-- end-paired:{} -->")}
+BLOCKS = {
+    "results": ("<!-- results:{} -->", "<!-- end:{} -->"),
+    "paired": ("<!-- paired:{} -->", "<!-- end-paired:{} -->"),
+}
 METRICS = ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini", "arp")
 
 
@@ -46,7 +49,7 @@ def rows_of_runs(labelled: Iterable[tuple[str, Path]], metrics: Sequence[str] = 
 
     Baselines bear the name of their data where the runs have several.
     """
-    from gfml.runs import read_result
+    from gfml.engine.runs import read_result
 
     groups: dict[str, list[dict[str, Any]]] = {}
     baselines: dict[str, dict[str, Any]] = {}
@@ -79,7 +82,15 @@ def _label_rows(label: str, results: Sequence[Mapping[str, Any]], metrics: Seque
     for name in results[0].get("also", {}):
         if all(name in result.get("also", {}) for result in results):
             cells = _cells([result["also"][name] for result in results], metrics)
-            rows.append({"method": f"{label}, {name}", "protocol": rows[0]["protocol"], "n": rows[0]["n"], "epoch": rows[0]["epoch"]} | cells)
+            rows.append(
+                {
+                    "method": f"{label}, {name}",
+                    "protocol": rows[0]["protocol"],
+                    "n": rows[0]["n"],
+                    "epoch": rows[0]["epoch"],
+                }
+                | cells
+            )
     return rows
 
 
@@ -88,7 +99,9 @@ def _mean_row(label: str, results: Sequence[Mapping[str, Any]], metrics: Sequenc
     names = {result["data"]["name"] for result in results}
     if len(protocols) > 1 or len(names) > 1:
         found = "; ".join(sorted(protocols | names))
-        raise UserError(f"the runs labelled {label!r} differ in data or protocol ({found}): give each kind its own label")
+        raise UserError(
+            f"the runs labelled {label!r} differ in data or protocol ({found}): give each kind its own label"
+        )
     epochs = sorted({str(result["selection"]["epoch"]) for result in results}, key=int)
     seconds = statistics.mean(result["seconds"].get("train", 0.0) for result in results)
     facts = {"method": label, "protocol": protocols.pop(), "n": str(len(results)), "epoch": "/".join(epochs)}
@@ -159,13 +172,19 @@ def to_markdown(text: str, columns: Sequence[str] = ()) -> str:
     rows = list(csv.DictReader(io.StringIO(text)))
     metrics = list(columns) or [name for name in rows[0] if name not in FACTS and not name.endswith(" std")]
     if unknown := [name for name in metrics if name not in rows[0]]:
-        raise UserError(f"found the column {unknown[0]!r}, wanted metrics of the results such as {list(rows[0])[len(FACTS)]}")
+        raise UserError(
+            f"found the column {unknown[0]!r}, wanted metrics of the results such as {list(rows[0])[len(FACTS)]}"
+        )
     shown = [name for name in metrics if any(row[name] for row in rows)]
     head = ["method", "protocol", "n", "epoch", *shown, "train s"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [_shown(row, name) for name in shown]
-        lines.append("| " + " | ".join([row["method"], row["protocol"], row["n"], row["epoch"], *cells, row["train_seconds"]]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([row["method"], row["protocol"], row["n"], row["epoch"], *cells, row["train_seconds"]])
+            + " |"
+        )
     return "\n".join(lines)
 
 
@@ -197,7 +216,7 @@ def paired_markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _paired_cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Number of seeds, difference, and what the tests of both levels say, of one pair of rows."""
-    from gfml.report import p_value, signed
+    from gfml.report.page import p_value, signed
 
     def tested(row: Mapping[str, str]) -> str:
         return f"{p_value(float(row['p']))}, Holm {p_value(float(row['p_holm']))}"
@@ -228,7 +247,9 @@ def readmes_with(folder: Path, name: str, table: str) -> dict[Path, str]:
     texts = {path: replace_block(path.read_text(encoding="utf-8"), block, table) for path, block in places.items()}
     found = {path: text for path, text in texts.items() if text is not None}
     if not found:
-        raise UserError(f"{folder / 'README.md'} has no lines <!-- results:{name} --> and <!-- end:{name} -->: add both")
+        raise UserError(
+            f"{folder / 'README.md'} has no lines <!-- results:{name} --> and <!-- end:{name} -->: add both"
+        )
     paired = paired_markdown(stored_rows(folder, paired_name(name)))
     return {path: replace_block(text, places[path], paired, "paired") or text for path, text in found.items()}
 
@@ -236,7 +257,9 @@ def readmes_with(folder: Path, name: str, table: str) -> dict[Path, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("name", help="name of the table")
-    parser.add_argument("runs", nargs="*", metavar="LABEL=RUN", help="finished run directories and the row they belong to")
+    parser.add_argument(
+        "runs", nargs="*", metavar="LABEL=RUN", help="finished run directories and the row they belong to"
+    )
     parser.add_argument("--folder", required=True, help="paper folder that holds README.md and results/")
     parser.add_argument("--check", action="store_true", help="only compare the README with the CSV")
     given = parser.parse_intermixed_args(argv)

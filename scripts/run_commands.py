@@ -21,9 +21,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from gfml.cli import run_main
-from gfml.commands import Command, check_devices, read_command, run_all, slots_of
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.cli import run_main
+from gfml.program.commands import Command, check_devices, read_command, run_all, slots_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,8 +19,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from gfml.cli import number, run_main
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.cli import number, run_main
 
 PADDING = 4
 
@@ -42,12 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import torchrec  # noqa: F401
     except (ImportError, OSError) as error:
-        raise UserError(f"torchrec cannot be imported ({str(error).splitlines()[0]}): install it with the torch it was built for") from None
+        raise UserError(
+            f"torchrec cannot be imported ({str(error).splitlines()[0]}): install it with the torch it was built for"
+        ) from None
     train(given)
     return 0
 
 
-def build_tables(given: argparse.Namespace, device):  # noqa: ANN001, ANN201
+def build_tables(given: argparse.Namespace, device):
     """Both tables as one collection, rows over all processes, AdaGrad in the backward pass; wrapped to be called by keys."""
     import torch
     from torchrec import EmbeddingCollection, EmbeddingConfig
@@ -86,7 +88,9 @@ def train(given: argparse.Namespace) -> None:
 
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}.items():
         os.environ.setdefault(name, value)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(given.seed + rank)
@@ -95,7 +99,9 @@ def train(given: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(given.seed)
     each, dim = given.batch_size // size, given.embedding_dim
     if each == 0:
-        raise UserError(f"found --batch-size {given.batch_size}, wanted at least one triple for each of {size} processes")
+        raise UserError(
+            f"found --batch-size {given.batch_size}, wanted at least one triple for each of {size} processes"
+        )
 
     def log_mass(raw: torch.Tensor) -> torch.Tensor:
         return F.softplus(raw[..., 0])
@@ -124,7 +130,10 @@ def train(given: argparse.Namespace) -> None:
             total = 0.0
             if rank == 0:
                 speed = step * each * size / (time.perf_counter() - started)
-                print(f"step {step}: loss {share.item() / size:.4f}, {speed:,.0f} triples/s over {size} processes", flush=True)
+                print(
+                    f"step {step}: loss {share.item() / size:.4f}, {speed:,.0f} triples/s over {size} processes",
+                    flush=True,
+                )
     dist.destroy_process_group()
 
 

@@ -6,7 +6,7 @@
     python scripts/sweep.py configs/sweeps/recsys-lastfm.toml --resume -- --data-root DIR  after any interruption
     sbatch scripts/slurm_ray.sbatch configs/sweeps/recsys-lastfm.toml -- --data-root DIR   Ray on the allocated nodes
 
-The TOML file is described in ``gfml/search.py``; flags after ``--`` go to every trial. A trial is a command that a reader
+The TOML file is described in ``gfml/program/search.py``; flags after ``--`` go to every trial. A trial is a command that a reader
 can paste, run as a process of its own; its evaluations on validation are followed and reported to Tune. Run directories
 are the source of truth: the same command goes on after a kill, reads what is finished, continues what is half done from
 its checkpoint and starts nothing twice (--resume: only if there is a sweep to go on with). ``OUT/sweeps/NAME`` holds the
@@ -32,13 +32,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gfml.cli import LOCATION_FLAGS, Parser, number, run_main, toml_text
-from gfml.commands import last_line, read_command
-from gfml.errors import UserError
-from gfml.files import atomic_open, write_json
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open, write_json
+from gfml.base.toml import LOCATION_FLAGS, toml_text
+from gfml.program.cli import Parser, number, run_main
+from gfml.program.commands import last_line, read_command
 
 if TYPE_CHECKING:
-    from gfml.search import Follower, Spec
+    from gfml.program.search import Follower, Spec
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = ("method", "protocol", "n", "epoch", "train_seconds")
@@ -48,11 +49,17 @@ def build_parser() -> Parser:
     """The command line of ``scripts/sweep.py``."""
     parser = Parser(prog="scripts/sweep.py", description=__doc__, formatter_class=_plain_help())
     parser.add_argument("file", help="TOML file of the search")
-    parser.add_argument("--workers", type=number(int, least=1), metavar="N", help="trials at once (default: as many as fit)")
-    parser.add_argument("--out", metavar="DIR", help="directory of the run directories (default: runs); on a cluster, shared")
+    parser.add_argument(
+        "--workers", type=number(int, least=1), metavar="N", help="trials at once (default: as many as fit)"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="directory of the run directories (default: runs); on a cluster, shared"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a sweep that must exist")
     parser.add_argument("--dry-run", action="store_true", help="print commands and states, run nothing")
-    parser.add_argument("--address", metavar="HOST:PORT", help="a running Ray cluster, or auto; without it Ray is started here")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="a running Ray cluster, or auto; without it Ray is started here"
+    )
     return parser
 
 
@@ -66,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     place = words.index("--") if "--" in words else len(words)
     options = build_parser().parse_args(words[:place])
-    from gfml.search import check_points, load_spec
+    from gfml.program.search import check_points, load_spec
 
     out = ROOT / "runs" if options.out is None else Path(options.out).absolute()
     spec = load_spec(Path(options.file), words[place + 1 :] + (["--out", str(out)] if options.out else []))
@@ -134,13 +141,18 @@ class Trials:
         self._write(spec)
         return found
 
-    def end(self, spec: Spec, trial: dict[str, Any], state: str, epoch: int | None, value: float | None, why: str = "") -> None:
+    def end(
+        self, spec: Spec, trial: dict[str, Any], state: str, epoch: int | None, value: float | None, why: str = ""
+    ) -> None:
         """Write down how a trial ended."""
         trial |= {"state": state, "epoch": epoch, "value": value} | ({"why": why} if why else {})
         self._write(spec)
 
     def _write(self, spec: Spec) -> None:
-        write_json(self.folder / "trials.json", {"metric": spec.metric, "mode": spec.mode, "search": spec.search, "trials": self.all})
+        write_json(
+            self.folder / "trials.json",
+            {"metric": spec.metric, "mode": spec.mode, "search": spec.search, "trials": self.all},
+        )
 
 
 def run_of(trial: Mapping[str, Any], out: Path) -> Path | None:
@@ -156,7 +168,7 @@ class Source:
     """The points of a search, those of earlier sessions first, and what became of them for a search that learns."""
 
     def __init__(self, spec: Spec, trials: Trials) -> None:
-        from gfml.search import planned_points
+        from gfml.program.search import planned_points
 
         self.spec, self.trials = spec, trials
         self._known = iter(list(trials.all))
@@ -180,7 +192,9 @@ class Source:
         if asked is None:
             return self._planned[len(self.trials.all)]
         of_range = {one.name: one for one in self.spec.space if one.kind in ("uniform", "loguniform")}
-        return {name: of_range[name].rounded(value) if name in of_range else value for name, value in asked.params.items()}
+        return {
+            name: of_range[name].rounded(value) if name in of_range else value for name, value in asked.params.items()
+        }
 
     def _ask(self, point: Mapping[str, Any] | None) -> Any:
         if point is not None:
@@ -277,7 +291,9 @@ def ray_session(spec: Spec, workers: int | None, address: str | None) -> Iterato
         try:
             ray.init(address=address, **quiet)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise UserError(f"cannot join the Ray cluster {address} ({str(error).splitlines()[0]}): mend --address, or RAY_AUTH_TOKEN") from None
+            raise UserError(
+                f"cannot join the Ray cluster {address} ({str(error).splitlines()[0]}): mend --address, or RAY_AUTH_TOKEN"
+            ) from None
     else:
         cpus = None if workers is None else max(1, round(workers * spec.cpus + 0.499))
         # Without an address a cluster that happens to run on this machine would be joined.
@@ -286,7 +302,9 @@ def ray_session(spec: Spec, workers: int | None, address: str | None) -> Iterato
         there = ray.cluster_resources()
         for name, key, wanted in (("CPUs", "CPU", spec.cpus), ("GPUs", "GPU", spec.gpus)):
             if wanted > there.get(key, 0):
-                raise UserError(f"found {there.get(key, 0):g} {name}, wanted {wanted:g} for each trial: mend [resources]")
+                raise UserError(
+                    f"found {there.get(key, 0):g} {name}, wanted {wanted:g} for each trial: mend [resources]"
+                )
         if there.get("GPU") and not spec.gpus:
             print(f"note: no trial gets one of the {there['GPU']:g} GPUs: set gpus in [resources]", file=sys.stderr)
         yield
@@ -304,7 +322,9 @@ def check_address(address: str) -> None:
     try:
         socket.create_connection((host.removeprefix("[").removesuffix("]"), int(port)), timeout=10).close()
     except OSError as error:
-        raise UserError(f"nothing answers at {address} ({error.strerror or error}): start Ray there, or mend --address") from None
+        raise UserError(
+            f"nothing answers at {address} ({error.strerror or error}): start Ray there, or mend --address"
+        ) from None
 
 
 def _scheduler(spec: Spec) -> Any:
@@ -313,14 +333,16 @@ def _scheduler(spec: Spec) -> Any:
     if spec.asha is None:
         return FIFOScheduler()
     # No trial reaches max_t: one that trained to its end must also judge and store what it found.
-    return ASHAScheduler(time_attr="epoch", max_t=10**6, grace_period=spec.asha.grace, reduction_factor=spec.asha.reduction)
+    return ASHAScheduler(
+        time_attr="epoch", max_t=10**6, grace_period=spec.asha.grace, reduction_factor=spec.asha.reduction
+    )
 
 
 def _trainable_class(spec: Spec) -> type:
     """A trial as Tune drives it: each step waits for the next evaluation of the program."""
     from ray import tune
 
-    from gfml.search import Follower
+    from gfml.program.search import Follower
 
     class Program(tune.Trainable):
         follower: Follower | None = None
@@ -384,7 +406,9 @@ def _points_class() -> type:
             self.trials.end(self.spec, trial, state, epoch, value, why)
             self.source.tell(trial["trial"], state, epoch, value)
             said = why if error or value is None else f"{self.spec.metric} {value:.4f} after epoch {epoch}"
-            print(f"[{trial['trial']}/{self.spec.trials}] {'was ' if known == state else ''}{state}: {said}", flush=True)
+            print(
+                f"[{trial['trial']}/{self.spec.trials}] {'was ' if known == state else ''}{state}: {said}", flush=True
+            )
 
         @property
         def exhausted(self) -> bool:
@@ -406,7 +430,7 @@ def _points_class() -> type:
 
 def settle(spec: Spec, trials: Trials) -> None:
     """A trial whose program was done before the decision to stop it arrived counts as done, with all that it found."""
-    from gfml.search import evaluations
+    from gfml.program.search import evaluations
 
     for trial in trials.all:
         [run] = read_command(spec.words(trial["point"]), ROOT).runs
@@ -418,7 +442,7 @@ def settle(spec: Spec, trials: Trials) -> None:
 
 def show_states(spec: Spec, folder: Path) -> int:
     """Print the trials known so far and those to come, as far as they are known before the search."""
-    from gfml.search import planned_points
+    from gfml.program.search import planned_points
 
     known = Trials(folder).all
     points = [trial["point"] for trial in known]
@@ -446,23 +470,30 @@ def table_rows(spec: Spec, trials: Trials) -> list[dict[str, Any]]:
     """One row per trial, best first, in the columns of scripts/results_table.py; test figures of the best trial alone."""
     out, best = trials.folder.parents[1], best_of(spec, trials.all)
     sign = -1 if spec.mode == "max" else 1
-    order = sorted(trials.all, key=lambda trial: (trial["state"] != "done", trial["value"] is None, sign * (trial["value"] or 0)))
+    order = sorted(
+        trials.all, key=lambda trial: (trial["state"] != "done", trial["value"] is None, sign * (trial["value"] or 0))
+    )
     return [_row(spec, trial, out, is_best=trial is best) for trial in order]
 
 
 def _row(spec: Spec, trial: Mapping[str, Any], out: Path, *, is_best: bool) -> dict[str, Any]:
-    from gfml.runs import read_result
+    from gfml.engine.runs import read_result
 
     result = read_result(run_of(trial, out)) if trial["state"] == "done" else {}
     protocols = {"stopped": f"stopped early after epoch {trial['epoch']}", "failed": f"failed: {trial.get('why', '')}"}
-    said = ", ".join(str(value) if one.kind == "flags" else f"{one.name} {value}" for one, value in _varied(spec, trial))
+    said = ", ".join(
+        str(value) if one.kind == "flags" else f"{one.name} {value}" for one, value in _varied(spec, trial)
+    )
     selection = result.get("selection", {})
     row = {
         "method": f"trial {trial['trial']}: {said}", "protocol": selection.get("protocol") or protocols.get(trial["state"], trial["state"]),
         "n": 1 if result else "", "epoch": selection.get("epoch", ""), "train_seconds": round(result.get("seconds", {}).get("train", 0)) or "",
         spec.metric: trial["value"] if trial["value"] is not None else "",
     }  # fmt: skip
-    row |= {f"flag {name}": value for name, value in trial["point"].items()} | {"state": trial["state"], "run": trial["run"]}
+    row |= {f"flag {name}": value for name, value in trial["point"].items()} | {
+        "state": trial["state"],
+        "run": trial["run"],
+    }
     return row | (_headline(result["test"]) if is_best else {})
 
 
@@ -470,7 +501,9 @@ def _headline(test: Mapping[str, float]) -> dict[str, float]:
     """The usual figures of a recommender; of another program all it has."""
     from results_table import METRICS
 
-    return {name: value for name, value in test.items() if name.partition("@")[0] in METRICS and "_share" not in name} or dict(test)
+    return {
+        name: value for name, value in test.items() if name.partition("@")[0] in METRICS and "_share" not in name
+    } or dict(test)
 
 
 def _varied(spec: Spec, trial: Mapping[str, Any]) -> list[tuple[Any, Any]]:
@@ -479,7 +512,7 @@ def _varied(spec: Spec, trial: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
 def write_table(spec: Spec, trials: Trials) -> None:
     """Write ``table.csv`` and, once a trial is done, ``best.toml``."""
-    from gfml.runs import read_config
+    from gfml.engine.runs import read_config
 
     rows = table_rows(spec, trials)
     columns = list(dict.fromkeys([*FACTS, *(key for row in rows for key in row)]))
@@ -493,7 +526,9 @@ def write_table(spec: Spec, trials: Trials) -> None:
         path = run_of(best, trials.folder.parents[1])
         config = {key: value for key, value in read_config(path).items() if key.replace("-", "_") not in LOCATION_FLAGS}
         with atomic_open(trials.folder / "best.toml") as stream:
-            stream.write(f"# python {spec.program} --config FILE: {spec.metric} {best['value']:.6g}, the best of {len(trials.all)} trials\n")
+            stream.write(
+                f"# python {spec.program} --config FILE: {spec.metric} {best['value']:.6g}, the best of {len(trials.all)} trials\n"
+            )
             stream.write(toml_text(config))
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gfml.files import atomic_open
-from gfml.report import COLORS, GREYS, legend_below, panels, png, styled
+from gfml.base.files import atomic_open
+from gfml.report.page import COLORS, GREYS, legend_below, panels, png, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,11 @@ class Drawn:
 
     def change(self, label: str, metric: str) -> tuple[float, float, float] | None:
         """Difference of a row and the ends of its bar, in percent: ± standard deviation or, of one seed, interval over users."""
-        found = [test for test in self.tests if (test["row"], test["against"], test["metric"]) == (label, self.first.get(label), metric)]
+        found = [
+            test
+            for test in self.tests
+            if (test["row"], test["against"], test["metric"]) == (label, self.first.get(label), metric)
+        ]
         if not found or not float(found[-1]["mean_against"]):
             return None
         *users, total = found
@@ -83,7 +87,10 @@ def groups_of(labels: Sequence[str], first: Mapping[str, str]) -> list[list[str]
     for label, other in first.items():
         joined = linked[label] | linked[other]
         linked |= dict.fromkeys(joined, joined)
-    return [list(group) for group in dict.fromkeys(tuple(name for name in labels if name in linked[label]) for label in labels)]
+    return [
+        list(group)
+        for group in dict.fromkeys(tuple(name for name in labels if name in linked[label]) for label in labels)
+    ]
 
 
 def names_of(group: Sequence[str]) -> tuple[str, list[str]]:
@@ -136,7 +143,9 @@ def draw(drawn: Drawn, metrics: Sequence[str]) -> Figure:
         if differs:
             _changes(line[1], drawn, metric, layout)
         for axis in line:
-            axis.set_yticks(list(layout.middles.values()), list(layout.middles) if axis is line[0] else [""] * len(layout.middles))
+            axis.set_yticks(
+                list(layout.middles.values()), list(layout.middles) if axis is line[0] else [""] * len(layout.middles)
+            )
             axis.set_ylim(layout.height - 0.2, -0.8)
             axis.tick_params(axis="y", length=0)
             axis.grid(False, axis="y")
@@ -155,7 +164,11 @@ def _values(axis: Axes, drawn: Drawn, metric: str, layout: Layout) -> None:
             axis.errorbar(value, place, xerr=spread, fmt="o", color=layout.colors[label], markersize=5, capsize=2)
         if paper is not None:
             axis.plot(paper, place, "D", color=layout.colors[label], markerfacecolor="none", markersize=6)
-    simple = [name for name, row in drawn.rows.items() if row["protocol"] == "no training" and name not in drawn.labels and row.get(metric)]
+    simple = [
+        name
+        for name, row in drawn.rows.items()
+        if row["protocol"] == "no training" and name not in drawn.labels and row.get(metric)
+    ]
     for number, name in enumerate(simple):
         style = ("--", ":", "-.")[number % 3]
         axis.axvline(float(drawn.rows[name][metric]), color=GREYS[0], linewidth=1, linestyle=style, label=name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from compare import check_comparable, metrics_of
 from compare import compare as compare_runs
 
-from gfml.stored import read_runs
+from gfml.report.stored import read_runs
 
 RESAMPLES = 2000
 
@@ -50,8 +50,17 @@ def _users(
         second, first = read_runs([runs[label, seed], runs[against, seed]])
         check_comparable(first, second)
         for found in compare_runs([(first, second)], metrics_of([first, second], metrics), RESAMPLES):
-            facts = {"row": label, "against": against, "metric": found["metric"], "level": "users", "seed": str(seed), "n": str(found["users"])}
-            numbers = {name: found[name] for name in ("mean", "mean_against", "difference", "low", "high")} | {"p": found["p_wilcoxon"]}
+            facts = {
+                "row": label,
+                "against": against,
+                "metric": found["metric"],
+                "level": "users",
+                "seed": str(seed),
+                "n": str(found["users"]),
+            }
+            numbers = {name: found[name] for name in ("mean", "mean_against", "difference", "low", "high")} | {
+                "p": found["p_wilcoxon"]
+            }
             rows.append(facts | {name: f"{value:.6g}" for name, value in numbers.items()})
     return rows
 

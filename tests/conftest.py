@@ -114,7 +114,12 @@ def processes() -> Callable[..., list[str]]:
     def run(number: int, script: str | Path, *words: object) -> list[str]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
+            place = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+                "WORLD_SIZE": str(number),
+                "OMP_NUM_THREADS": "1",
+            }
         started = [
             subprocess.Popen([sys.executable, str(script), *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                              env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(number)})

@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gfml.commands import read_command
+from gfml.program.commands import read_command
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")] if ".venv" not in path.parts)
+READMES = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]
+    if ".venv" not in path.parts
+)
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -30,13 +34,19 @@ def commands() -> list[tuple[str, str]]:
         for block in blocks(path, "bash"):
             joined = block.replace("\\\n", " ")
             lines = [re.split(r"\s#\s", line)[0].strip() for line in joined.splitlines()]
-            found += [(str(path.relative_to(ROOT)), line) for line in lines if line.startswith(("python ", ".venv/bin/python "))]
+            found += [
+                (str(path.relative_to(ROOT)), line)
+                for line in lines
+                if line.startswith(("python ", ".venv/bin/python "))
+            ]
     return found
 
 
 @functools.cache
 def help_of(script: str) -> str:
-    done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT.parent)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT.parent
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -57,7 +67,9 @@ def test_the_command_exists(readme: str, command: str) -> None:
         flag = word.partition("=")[0]
         if flag.startswith("--"):
             spellings = {flag, "--" + flag[2:].replace("_", "-"), "--" + flag[2:].replace("-", "_")}
-            assert any(re.search(rf"{re.escape(name)}(?![\w-])", text) for name in spellings), f"{readme}: {script} has no {flag}"
+            assert any(re.search(rf"{re.escape(name)}(?![\w-])", text) for name in spellings), (
+                f"{readme}: {script} has no {flag}"
+            )
         elif word.startswith("configs/"):
             assert (ROOT / word).is_file(), f"{readme}: {word} is missing"
 
@@ -90,7 +102,13 @@ def stored_settings() -> list[tuple[str, str]]:
 
 
 def test_stored_settings_show_their_commands() -> None:
-    assert len(stored_settings()) > 30 and {file.split("/")[1] for file, _ in stored_settings()} >= {"recsys", "mcl", "hlrm", "contextual", "vision"}
+    assert len(stored_settings()) > 30 and {file.split("/")[1] for file, _ in stored_settings()} >= {
+        "recsys",
+        "mcl",
+        "hlrm",
+        "contextual",
+        "vision",
+    }
 
 
 @pytest.mark.parametrize(("file", "command"), stored_settings(), ids=[file for file, _ in stored_settings()])
@@ -100,7 +118,9 @@ def test_stored_settings_are_understood(file: str, command: str) -> None:
     assert read_command(shlex.split(command), ROOT).runs
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").rglob("*.toml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
 def test_stored_files_are_toml(path: Path) -> None:
     assert tomllib.loads(path.read_text(encoding="utf-8"))
 

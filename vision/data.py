@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gfml.cli import Options
-from gfml.distributed import World
-from gfml.errors import UserError
-from gfml.images import ImageData, ImageSet, channel_statistics, load_images, stratified_split
+from gfml.base.errors import UserError
+from gfml.data.images import ImageData, ImageSet, channel_statistics, load_images, stratified_split
+from gfml.engine.distributed import World
 from gfml.longtail import effective_number_weights, imbalanced_counts, select_indices
+from gfml.program.cli import Options
 from vision.augment import AutoAugment, crop_and_flip, crop_paste, cutmix, mixup, normalize
 
 # Images that are augmented at once: enough that each AutoAugment operation has several of them.

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gfml import distributed, program
 from gfml.attention import AttentionSettings, parameter_groups
-from gfml.cli import Options
-from gfml.distributed import World
-from gfml.images import ImageSet
+from gfml.data.images import ImageSet
+from gfml.engine import distributed
+from gfml.engine.distributed import World
+from gfml.engine.runs import Run
+from gfml.engine.train import Closure, Step, Terms, WeightAverage
 from gfml.longtail import class_loss, deferred_weights, rank_groups, shot_groups, use_cosine_head
 from gfml.metrics.classification import calibration_error, classification_metrics
-from gfml.program import build_step
-from gfml.runs import Run
-from gfml.train import Closure, Step, Terms, WeightAverage
+from gfml.program import steps as program
+from gfml.program.cli import Options
+from gfml.program.steps import build_step
 from vision.augment import normalize
 from vision.data import Batch, TrainBatches, VisionData, augmentation, class_weights
 from vision.models import build_model as network

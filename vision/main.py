@@ -24,12 +24,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gfml.base.toml import LOCATION_FLAGS
+from gfml.program.cli import Options, resolve_device, run_main, set_threads
 from vision.options import NOT_IDENTITY, for_model, parse
 
-from gfml.cli import LOCATION_FLAGS, Options, resolve_device, run_main, set_threads
-
 if TYPE_CHECKING:
-    from gfml.distributed import World
+    from gfml.engine.distributed import World
     from vision.data import VisionData
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Heavy imports wait until the flags are known to be good.
     import torch
 
-    from gfml import distributed
+    from gfml.engine import distributed
     from vision.data import load
     from vision.report import write_report
     from vision.results import label_of, print_results
@@ -63,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_one(options: Options, data: VisionData, world: World) -> tuple[Mapping[str, Any], Path]:
     """Train and judge one model, or show what its finished run found: (result, run directory)."""
-    from gfml.distributed import open_run
-    from gfml.runs import seed_everything
-    from gfml.tracking import Tracker
-    from gfml.train import fit
+    from gfml.engine.distributed import open_run
+    from gfml.engine.runs import seed_everything
+    from gfml.engine.tracking import Tracker
+    from gfml.engine.train import fit
     from vision import experiment
     from vision.experiment import Training
     from vision.results import judge, store

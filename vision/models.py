@@ -1,10 +1,10 @@
 """Networks by name: the vision transformer with and without gravity, CNN baselines, and everything timm knows.
 
-    vit            ViT-CIFAR with plain dot attention
-    vit_gra        the same with gravity attention in the layers that mass_pos selects
-    resnet18 densenet121 efficientnetb2 vgg19      torchvision's, without pretrained weights
-    NAME           any timm model, without pretrained weights
-    NAME_gra       a timm vision transformer whose attention is replaced by gravity attention
+vit            ViT-CIFAR with plain dot attention
+vit_gra        the same with gravity attention in the layers that mass_pos selects
+resnet18 densenet121 efficientnetb2 vgg19      torchvision's, without pretrained weights
+NAME           any timm model, without pretrained weights
+NAME_gra       a timm vision transformer whose attention is replaced by gravity attention
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from torch import nn
 
 from gfml.attention import AttentionSettings, replace_attention
-from gfml.errors import UserError, suggest
+from gfml.base.errors import UserError, suggest
 from vision.vit import ViT, ViTSettings
 
 VITS = ("vit", "vit_gra")

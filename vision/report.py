@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gfml.base.errors import UserError
+from gfml.program.cli import Options, Parser, run_main
 from vision.options import for_model, parse
-
-from gfml.cli import Options, Parser, run_main
-from gfml.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from gfml.report import Cell, Page
+    from gfml.report.page import Cell, Page
     from vision.data import VisionData
 
 COLUMNS = {
@@ -91,7 +90,7 @@ def write_report(
     out: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write the pages and pictures; the path of report.html. ``data`` None: read as the first run's flags say."""
-    from gfml.report import Page
+    from gfml.report.page import Page
     from vision.data import load
 
     runs = _read(paths, data_root)
@@ -123,8 +122,8 @@ def _beside(paths: Sequence[Path]) -> Path:
 def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
     import numpy as np
 
-    from gfml.report import COLORS
-    from gfml.runs import read_config, read_result
+    from gfml.engine.runs import read_config, read_result
+    from gfml.report.page import COLORS
     from vision.results import label_of
 
     runs: list[StoredRun] = []
@@ -164,7 +163,7 @@ def _results(page: Page, runs: Sequence[StoredRun]) -> None:
 
 
 def _cells(rows: Sequence[tuple[str, str, Mapping[str, float]]], names: Sequence[str]) -> list[list[Cell]]:
-    from gfml.report import Cell, best_rows, figure_of
+    from gfml.report.page import Cell, best_rows, figure_of
 
     best = {
         name: best_rows([test.get(name) for _, _, test in rows], higher=name not in LOWER_IS_BETTER) for name in names
@@ -186,7 +185,7 @@ def _caption(run: StoredRun) -> str:
 
 
 def _seconds(seconds: Mapping[str, float] | None) -> list[str]:
-    from gfml.report import figure_of
+    from gfml.report.page import figure_of
 
     return [figure_of(seconds["epoch"], 2), figure_of(seconds["images_per_second"])] if seconds else ["–", "–"]
 
@@ -197,8 +196,8 @@ def _seconds(seconds: Mapping[str, float] | None) -> list[str]:
 def _learning(page: Page, runs: Sequence[StoredRun]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    from gfml.report import Curves, panels, styled
-    from gfml.runs import read_metrics
+    from gfml.engine.runs import read_metrics
+    from gfml.report.page import Curves, panels, styled
 
     @styled
     def draw() -> Figure:
@@ -238,7 +237,7 @@ def _classes(page: Page, runs: Sequence[StoredRun], data: VisionData) -> None:
 
 def _class_table(runs: Sequence[StoredRun], data: VisionData) -> tuple[list[str], list[list[str]], str]:
     """Columns, rows and caption: train images, and of each run the accuracy and the share of answers of every class."""
-    from gfml.report import figure_of
+    from gfml.report.page import figure_of
 
     columns = [
         "class",
@@ -266,7 +265,7 @@ def _class_table(runs: Sequence[StoredRun], data: VisionData) -> tuple[list[str]
 def _class_bars(runs: Sequence[StoredRun], data: VisionData) -> Figure:
     import numpy as np
 
-    from gfml.report import GREYS, grouped_bars, legend_below, panels, styled
+    from gfml.report.page import GREYS, grouped_bars, legend_below, panels, styled
 
     @styled
     def draw() -> Figure:
@@ -296,7 +295,7 @@ def _short(name: str, num_classes: int) -> str:
 def _confusions(runs: Sequence[StoredRun], data: VisionData) -> Figure:
     import numpy as np
 
-    from gfml.report import panels, styled
+    from gfml.report.page import panels, styled
 
     @styled
     def draw() -> Figure:
@@ -351,7 +350,7 @@ def _name_classes(axis: Axes, classes: Sequence[str]) -> None:
 def _calibration(page: Page, runs: Sequence[StoredRun]) -> None:
     import numpy as np
 
-    from gfml.report import GREYS, panels, styled
+    from gfml.report.page import GREYS, panels, styled
 
     @styled
     def draw() -> Figure:
@@ -395,7 +394,7 @@ def _masses(page: Page, runs: Sequence[StoredRun]) -> None:
     if not found:
         return
 
-    from gfml.report import panels, styled
+    from gfml.report.page import panels, styled
 
     @styled
     def draw() -> Figure:
@@ -498,7 +497,7 @@ def _is_square(weights: Tensor) -> bool:
 
 
 def _attention_maps(found: Mapping[str, Mapping[str, Tensor]], data: VisionData) -> Figure:
-    from gfml.report import panels, styled
+    from gfml.report.page import panels, styled
 
     @styled
     def draw() -> Figure:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from gfml.attention import log_masses
-from gfml.cli import Options
-from gfml.distributed import World
-from gfml.files import atomic_open
+from gfml.base.checkpoints import save_state
+from gfml.base.files import atomic_open
+from gfml.engine.distributed import World
+from gfml.engine.runs import Run
+from gfml.engine.tracking import Tracker
+from gfml.engine.train import FitResult
 from gfml.longtail import without_prior
 from gfml.metrics.classification import confusion_matrix, recalls, sensitivity
-from gfml.program import selection_of
-from gfml.reporting import text_table
-from gfml.runs import Run, save_state
-from gfml.tracking import Tracker
-from gfml.train import FitResult
+from gfml.program.cli import Options
+from gfml.program.steps import selection_of
+from gfml.report.recommenders import text_table
 from vision import experiment
 from vision.data import VisionData
 from vision.experiment import Training

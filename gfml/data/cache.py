@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open
 from gfml.data.interactions import Interactions
-from gfml.errors import UserError
-from gfml.files import atomic_open
 
 logger = logging.getLogger("gfml.data")
 

@@ -11,8 +11,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from gfml.errors import UserError
-from gfml.files import atomic_open
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open
 
 _CHUNK = 1 << 20
 _TIMEOUT = 20.0

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import scipy.sparse as sp
 
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 
 def sorted_unique(keys: np.ndarray) -> np.ndarray:

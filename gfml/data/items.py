@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gfml.base.errors import UserError, suggest
 from gfml.data import registry
 from gfml.data.interactions import Interactions
 from gfml.data.readers import read_bytes
-from gfml.errors import UserError, suggest
 
 ID_NAMES = ("movie_id", "movieid", "item_id", "itemid", "item", "iid", "id", "ids", "item_ids")
 TITLE_NAMES = ("title", "movie_title", "name")
@@ -87,7 +87,9 @@ def read_item_features(
         place[name] = slice(start, start := start + block.shape[1])
     if not known.any():
         some = ", ".join(map(str, np.asarray(ids)[:3])) if ids is not None else ""
-        raise UserError(f"{path} knows none of the {data.num_items} items of {data.name} (its ids begin {some}): check --features")
+        raise UserError(
+            f"{path} knows none of the {data.num_items} items of {data.name} (its ids begin {some}): check --features"
+        )
     return FeatureTable(np.concatenate(parts, 1), known, place)
 
 
@@ -147,10 +149,16 @@ def _rows(path: Path, ids: Sequence | np.ndarray | None, data: Interactions, cou
 # -- arrays
 
 
-def _arrays(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray | None, dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _arrays(
+    path: Path, columns: Sequence[str] | None
+) -> tuple[np.ndarray | None, dict[str, np.ndarray], dict[str, np.ndarray]]:
     try:
         loaded = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
-        arrays = {name: loaded[name] for name in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else {"table": loaded}
+        arrays = (
+            {name: loaded[name] for name in loaded.files}
+            if isinstance(loaded, np.lib.npyio.NpzFile)
+            else {"table": loaded}
+        )
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path} as .npy or .npz ({error}): wanted plain arrays") from None
     ids = next((array for name, array in arrays.items() if name.lower() in ID_NAMES and array.ndim == 1), None)
@@ -164,12 +172,16 @@ def _arrays(path: Path, columns: Sequence[str] | None) -> tuple[np.ndarray | Non
     return ids, {name: table.astype(np.float32) for name, table in tables.items()}, filled
 
 
-def _chosen(path: Path, found: Mapping[str, np.ndarray], columns: Sequence[str] | None, wanted: str) -> dict[str, np.ndarray]:
+def _chosen(
+    path: Path, found: Mapping[str, np.ndarray], columns: Sequence[str] | None, wanted: str
+) -> dict[str, np.ndarray]:
     if not found:
         raise UserError(f"{path} holds no {wanted}: check --features, or name columns with --feature-columns")
     unknown = next((name for name in columns or () if name not in found), None)
     if unknown is not None:
-        raise UserError(f"{path} has no {unknown!r}, found {', '.join(found)}{suggest(unknown, found)}: mend --feature-columns")
+        raise UserError(
+            f"{path} has no {unknown!r}, found {', '.join(found)}{suggest(unknown, found)}: mend --feature-columns"
+        )
     return {name: found[name] for name in columns or found}
 
 
@@ -200,11 +212,17 @@ class _Table:
             head, *rows = [row for row in csv.reader(lines, delimiter=separator) if row]
         wrong = next((number for number, row in enumerate(rows) if len(row) != len(head)), None)
         if wrong is not None:
-            raise UserError(f"{path}, row {wrong + 1}: found {len(rows[wrong])} cells, wanted {len(head)}: mend the file")
+            raise UserError(
+                f"{path}, row {wrong + 1}: found {len(rows[wrong])} cells, wanted {len(head)}: mend the file"
+            )
         typed = [name.partition(":") for name in head]
         columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in head]
         names = [name.strip() for name, _, _ in typed]
-        return cls(path, dict(zip(names, columns, strict=True)), {name: kind for name, (_, _, kind) in zip(names, typed, strict=True)})
+        return cls(
+            path,
+            dict(zip(names, columns, strict=True)),
+            {name: kind for name, (_, _, kind) in zip(names, typed, strict=True)},
+        )
 
     @property
     def num_rows(self) -> int:
@@ -245,7 +263,9 @@ class _Table:
         return table
 
 
-def _columns(path: Path, columns: Sequence[str] | None) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _columns(
+    path: Path, columns: Sequence[str] | None
+) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
     table = _Table.read(path)
     ids = table.ids()
     found = {}
@@ -261,7 +281,9 @@ def _columns(path: Path, columns: Sequence[str] | None) -> tuple[list[str], dict
     known = dict.fromkeys(table.cells)
     unknown = next((name for name in columns or () if name not in known), None)
     if unknown is not None:
-        raise UserError(f"{path} has no column {unknown!r}, found {', '.join(known)}{suggest(unknown, known)}: mend --feature-columns")
+        raise UserError(
+            f"{path} has no column {unknown!r}, found {', '.join(known)}{suggest(unknown, known)}: mend --feature-columns"
+        )
     return ids, _chosen(path, found, None, f"column of numbers or genres (found {', '.join(known)})"), {}
 
 

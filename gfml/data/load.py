@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from gfml.base.errors import UserError, choice_error
 from gfml.data import cache, registry
 from gfml.data.interactions import Interactions, pairs_from_csr
 from gfml.data.readers import PARTS, Records, read_adjacency_parts, read_mcl_parts, read_table
 from gfml.data.registry import KnownDataset
 from gfml.data.splits import check_ratios, prepare
 from gfml.data.synthetic import generate
-from gfml.errors import UserError, choice_error
 
 USUAL_RATIOS = (0.8, 0.1, 0.1)
 

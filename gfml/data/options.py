@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 if TYPE_CHECKING:
     from gfml.data.interactions import Interactions

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gfml.errors import UserError, suggest
+from gfml.base.errors import UserError, suggest
 
 PARTS = ("train", "valid", "test")
 
@@ -427,7 +427,9 @@ def load_pickled(path: str | os.PathLike[str]) -> object:
         return _RestrictedUnpickler(io.BytesIO(raw)).load()
     except pickle.UnpicklingError as error:
         wanted = "only lists, dicts, numbers, strings and numpy arrays"
-        raise UserError(f"{path} was refused ({_short(error)}): wanted a pickle with {wanted}; convert it to text") from error
+        raise UserError(
+            f"{path} was refused ({_short(error)}): wanted a pickle with {wanted}; convert it to text"
+        ) from error
     except Exception as error:  # a damaged pickle fails in any way at all
         reason = f"{type(error).__name__}: {_short(error)}"
         raise UserError(f"{path} is no readable pickle ({reason}): fetch the file again") from error

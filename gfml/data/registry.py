@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from gfml.base.errors import UserError
 from gfml.data.download import download, file_hash, unpack
 from gfml.data.interactions import Interactions
 from gfml.data.readers import (
@@ -21,7 +22,6 @@ from gfml.data.readers import (
     read_pairs_npz,
     read_table,
 )
-from gfml.errors import UserError
 
 logger = logging.getLogger("gfml.data")
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from gfml.base.errors import UserError, choice_error
 from gfml.data.interactions import Interactions, csr_from_pairs, sorted_unique
 from gfml.data.readers import PARTS, Records, largest_table
-from gfml.errors import UserError, choice_error
 
 SPLITS = ("native", "per-user", "global", "leave-one-out", "time")
 TRAIN, VALID, TEST = range(3)

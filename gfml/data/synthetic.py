@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions
 from gfml.data.splits import assemble, split_per_user
-from gfml.errors import UserError
 
 _BLOCK = 256  # users per random stream: part of the definition of the data, not a tuning knob
 _ROUNDS = 12  # rejection rounds before a user's remaining draws are made exactly over the whole catalogue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
-from gfml.errors import choice_error
+from gfml.base.errors import choice_error
 from mirror_grad.models import settings
 
 
@@ -55,7 +55,7 @@ MODELS: dict[str, Entry] = {
 
 
 def load_model(name: str) -> type:
-    """The class of a model; :class:`gfml.errors.UserError` with a suggestion for an unknown name."""
+    """The class of a model; :class:`gfml.base.errors.UserError` with a suggestion for an unknown name."""
     if name not in MODELS:
         raise choice_error("model", name, MODELS)
     entry = MODELS[name]

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.encoders import Tables
-from gfml.sampling import Triples
-from gfml.topk import FactorScorer
+from gfml.ranking.encoders import Tables
+from gfml.ranking.sampling import Triples
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.features import distinct, projected
 from mirror_grad.parts.graphs import LightPropagation

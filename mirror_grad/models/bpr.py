@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gfml.encoders import Tables
-from gfml.sampling import Triples
-from gfml.topk import FactorScorer
+from gfml.ranking.encoders import Tables
+from gfml.ranking.sampling import Triples
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.losses import ranking_terms
 
@@ -39,9 +39,7 @@ class BPR(nn.Module):
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         rows = self.encoder(batch.users, torch.stack([batch.pos, batch.neg], 1))
         ego = (rows.ego_user, *rows.ego_items.unbind(1))
-        return ranking_terms(
-            rows.user, *rows.items.unbind(1), ego, self.settings.reg_weight, published=self.published
-        )
+        return ranking_terms(rows.user, *rows.items.unbind(1), ego, self.settings.reg_weight, published=self.published)
 
     def scorer(self) -> FactorScorer:
         user, item = self.encoder.vectors()

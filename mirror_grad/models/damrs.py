@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.encoders import Tables
-from gfml.sampling import Triples
-from gfml.sparse import SparseMatrix
-from gfml.topk import FactorScorer
+from gfml.ranking.encoders import Tables
+from gfml.ranking.sampling import Triples
+from gfml.ranking.sparse import SparseMatrix
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.layout import shared_items
 from mirror_grad.models import settings
 from mirror_grad.parts.blocks import sum_in_blocks

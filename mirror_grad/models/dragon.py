@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.sampling import Triples
-from gfml.sparse import SparseMatrix
-from gfml.topk import FactorScorer
+from gfml.ranking.sampling import Triples
+from gfml.ranking.sparse import SparseMatrix
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.branches import mixing_weights, modality_branches
 from mirror_grad.parts.graphs import LightPropagation, mixed_item_graph

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.sampling import Triples
-from gfml.sparse import SparseMatrix
-from gfml.topk import FactorScorer
+from gfml.ranking.sampling import Triples
+from gfml.ranking.sparse import SparseMatrix
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import bipartite

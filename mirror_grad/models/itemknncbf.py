@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from gfml.baselines import NeighbourScorer
-from gfml.neighbours import nearest_rows
+from gfml.ranking.baselines import NeighbourScorer
+from gfml.ranking.neighbours import nearest_rows
 from mirror_grad.models import settings
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml import losses
-from gfml.encoders import Tables
-from gfml.sampling import Triples
-from gfml.topk import FactorScorer
+from gfml.ranking.encoders import Tables
+from gfml.ranking.sampling import Triples
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.graphs import ThinnedGraph
 from mirror_grad.parts.losses import dot_bpr, half_square_sum

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gfml import encoders
-from gfml.graph import build_graph
+from gfml.ranking import encoders
+from gfml.ranking.graph import build_graph
 from mirror_grad.models import settings
 from mirror_grad.models.bpr import BPR
 

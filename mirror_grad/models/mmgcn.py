@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.sampling import Triples
-from gfml.sparse import SparseMatrix
-from gfml.topk import FactorScorer
+from gfml.ranking.sampling import Triples
+from gfml.ranking.sparse import SparseMatrix
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.features import keep
 from mirror_grad.parts.graphs import bipartite, row_mean
@@ -43,13 +43,20 @@ class MMGCN(nn.Module):
         start = nn.init.xavier_normal_(torch.empty(data.num_users + data.num_items, embedding_dim))
         keep(self, "id", start, frozen=published)
         layers, concat = (PUBLISHED_LAYERS, True) if published else (settings.n_layers, settings.concat)
-        self.branches = nn.ModuleDict({
-            name: Branch(
-                features, data.num_users, embedding_dim, settings.image_latent if name == "image" else None,
-                layers=layers, concat=concat, frozen=published,
-            )
-            for name, features in data.features.items()
-        })
+        self.branches = nn.ModuleDict(
+            {
+                name: Branch(
+                    features,
+                    data.num_users,
+                    embedding_dim,
+                    settings.image_latent if name == "image" else None,
+                    layers=layers,
+                    concat=concat,
+                    frozen=published,
+                )
+                for name, features in data.features.items()
+            }
+        )
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Final vectors of all users and all items."""

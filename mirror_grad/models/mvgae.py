@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml import losses
-from gfml.sampling import Triples
-from gfml.sparse import SparseMatrix
-from gfml.topk import FactorScorer
+from gfml.ranking.sampling import Triples
+from gfml.ranking.sparse import SparseMatrix
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.features import keep
 from mirror_grad.parts.gaussian import kl_to_standard, product_of_experts, sample
@@ -50,10 +50,14 @@ class MVGAE(nn.Module):
         self.mean = SparseMatrix.from_scipy(row_mean(with_itself(bipartite(data.interactions.train))))
         keep(self, "collab", nn.init.xavier_normal_(torch.empty(data.num_items, embedding_dim)), frozen=self.published)
         widths = {name: table.shape[1] for name, table in data.features.items()} | {"collab": embedding_dim}
-        self.experts = nn.ModuleDict({
-            name: Expert(width, data.num_users, settings.latent, embedding_dim, settings.dropout, frozen=self.published)
-            for name, width in widths.items()
-        })
+        self.experts = nn.ModuleDict(
+            {
+                name: Expert(
+                    width, data.num_users, settings.latent, embedding_dim, settings.dropout, frozen=self.published
+                )
+                for name, width in widths.items()
+            }
+        )
         for name, table in data.features.items():
             self.register_buffer(f"features_{name}", table.to(torch.get_default_dtype()), persistent=False)
 
@@ -94,8 +98,8 @@ class MVGAE(nn.Module):
 class Expert(nn.Module):
     """Encoder of one modality: x = n([P ; W F + b]), one layer, then mean and log-variance [U + I, D].
 
-        conv_k(x) = dropout(n(mean over neighbours and itself of (x W_k) + b_k));  x <- lrelu(g1 lrelu(conv_1 x))
-        mean = g4 lrelu(conv_4 x) + lrelu(l4 x);  log-variance = g5 lrelu(conv_5 x) + lrelu(l5 x)
+    conv_k(x) = dropout(n(mean over neighbours and itself of (x W_k) + b_k));  x <- lrelu(g1 lrelu(conv_1 x))
+    mean = g4 lrelu(conv_4 x) + lrelu(l4 x);  log-variance = g5 lrelu(conv_5 x) + lrelu(l5 x)
     """
 
     def __init__(self, width: int, num_users: int, latent: int, dim: int, dropout: float, *, frozen: bool) -> None:

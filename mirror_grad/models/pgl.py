@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
-from gfml.sampling import Triples, seeded_generator
-from gfml.sparse import SparseMatrix
-from gfml.topk import FactorScorer
+from gfml.ranking.sampling import Triples, seeded_generator
+from gfml.ranking.sparse import SparseMatrix
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import ThinnedGraph, bipartite, mixed_item_graph, symmetric

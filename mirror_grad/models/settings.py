@@ -76,9 +76,7 @@ class LayerGCN:
 
     n_layers: int = option(4, "propagation layers", grid=(4,))
     dropout: float = option(0.1, "share of edges left out in an epoch", grid=(0.0, 0.1, 0.2))
-    reg_weight: float = option(
-        1e-3, "weight of the L2 term of the batch's free vectors", grid=(1e-2, 1e-3, 1e-4, 1e-5)
-    )
+    reg_weight: float = option(1e-3, "weight of the L2 term of the batch's free vectors", grid=(1e-2, 1e-3, 1e-4, 1e-5))
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,8 @@ class SLMRec:
     ssl_temp: float = option(0.5, "temperature of the contrast between modalities", grid=(0.1, 0.2, 0.5, 1.0))
     ssl_alpha: float = option(0.1, "weight of the contrast between modalities", grid=(0.01, 0.05, 0.1, 0.5, 1.0))
     adj_type: str = option(
-        "pre", "normalisation of the graph: pre symmetric, norm mean with itself, gcmc mean, mean mean plus itself",
+        "pre",
+        "normalisation of the graph: pre symmetric, norm mean with itself, gcmc mean, mean mean plus itself",
         choices=("pre", "norm", "gcmc", "mean", "plain"),
     )
 
@@ -189,7 +188,9 @@ class MVGAE:
     """Variational graph auto-encoders per modality, joined by a product of experts."""
 
     beta: float = option(
-        1e-3, "weight of the KL divergences; the published grid is for a loss summed over the batch", grid=(0.01, 0.1, 1.0)
+        1e-3,
+        "weight of the KL divergences; the published grid is for a loss summed over the batch",
+        grid=(0.01, 0.1, 1.0),
     )
     batch_negatives: bool = option(False, "compare with the best of all negatives of the batch; published: always")
     latent: int = option(128, "width of the projected features and preferences")
@@ -220,8 +221,10 @@ class MMGCF:
         "mean", "how ids and features are joined", grid=("mean", "sum", "concat"), choices=("mean", "sum", "concat")
     )
     weighting: str = option(
-        "equal", "what they weigh: alike, by a learned share, or as rows of equal length",
-        grid=("equal", "alpha", "normalized"), choices=("equal", "alpha", "normalized"),
+        "equal",
+        "what they weigh: alike, by a learned share, or as rows of equal length",
+        grid=("equal", "alpha", "normalized"),
+        choices=("equal", "alpha", "normalized"),
     )
     reg_weight: float = option(1e-3, "weight of the L2 term of the batch's vectors", grid=(1e-1, 1e-2, 1e-3, 1e-4))
 

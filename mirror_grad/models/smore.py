@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml import losses
-from gfml.encoders import Tables
-from gfml.sampling import Triples
-from gfml.sparse import SparseMatrix
-from gfml.topk import FactorScorer
+from gfml.ranking.encoders import Tables
+from gfml.ranking.sampling import Triples
+from gfml.ranking.sparse import SparseMatrix
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import LightPropagation, user_block, weighted_item_graph
@@ -59,12 +59,16 @@ class SMORE(nn.Module):
         self.filter = nn.ParameterDict({name: nn.Parameter(torch.randn(bins, 2)) for name in graphs})
         self.gate = nn.ModuleDict({name: nn.Linear(embedding_dim, embedding_dim) for name in graphs})
         self.prefer = nn.ModuleDict({name: nn.Linear(embedding_dim, embedding_dim) for name in graphs})
-        self.query = nn.ModuleDict({
-            name: nn.Sequential(
-                nn.Linear(embedding_dim, embedding_dim), nn.Tanh(), nn.Linear(embedding_dim, embedding_dim, bias=False)
-            )
-            for name in data.features
-        })
+        self.query = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Linear(embedding_dim, embedding_dim),
+                    nn.Tanh(),
+                    nn.Linear(embedding_dim, embedding_dim, bias=False),
+                )
+                for name in data.features
+            }
+        )
 
     def filtered(self) -> dict[str, Tensor]:
         """Projected features of each modality, and their fusion, after the filters: [I, D] each."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.sampling import Triples
-from gfml.topk import FactorScorer
+from gfml.ranking.sampling import Triples
+from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
 from mirror_grad.parts.features import ProjectedFeatures, distinct
 from mirror_grad.parts.losses import ranking_terms

@@ -46,7 +46,10 @@ def batch_cross_entropy(first: Tensor, second: Tensor, place: Tensor, other: Ten
     of a batch element. Each x_b has to find its own y among those of the batch; repeated rows are false negatives of
     each other, as they are when written out, but cost nothing.
     """
-    weight, count = (rows.new_zeros(len(rows)).index_add(0, p, rows.new_ones(len(p))) for rows, p in ((first, place), (second, other)))
+    weight, count = (
+        rows.new_zeros(len(rows)).index_add(0, p, rows.new_ones(len(p)))
+        for rows, p in ((first, place), (second, other))
+    )
     own = (F.embedding(place, first) * F.embedding(other, second)).sum()
     return (log_sum_exps(first, second, scale, weight=weight, count=count) - scale * own) / len(place)
 

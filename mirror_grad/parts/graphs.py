@@ -1,6 +1,6 @@
 """Operators on users and items: normalisations of the train graph, its thinning, item graphs, the user-user graph.
 
-Matrices are scipy's until a model puts them into a :class:`gfml.sparse.SparseMatrix`; nothing here is dense in users or
+Matrices are scipy's until a model puts them into a :class:`gfml.ranking.sparse.SparseMatrix`; nothing here is dense in users or
 items twice. Repeated pairs of a train matrix that counts them weigh as often as they occur; the data of this project
 holds each pair once, and then symmetric() is LightGCN's A_hat.
 """
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml.data.interactions import csr_from_pairs, pairs_from_csr
-from gfml.graph import Graph, build_graph, propagate
-from gfml.neighbours import nearest_rows
-from gfml.sampling import seeded_generator
+from gfml.ranking.graph import Graph, build_graph, propagate
+from gfml.ranking.neighbours import nearest_rows
+from gfml.ranking.sampling import seeded_generator
 
 
 def bipartite(train: sp.csr_array) -> sp.csr_array:
@@ -58,7 +58,7 @@ def _power(sums: np.ndarray, exponent: float) -> np.ndarray:
 
 
 class LightPropagation(nn.Module):
-    """Propagation over A_hat of a train matrix, see :func:`gfml.graph.propagate`; moves with the model around it."""
+    """Propagation over A_hat of a train matrix, see :func:`gfml.ranking.graph.propagate`; moves with the model around it."""
 
     def __init__(self, train: sp.csr_array) -> None:
         super().__init__()

@@ -7,8 +7,8 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from gfml.sampling import seeded_generator
-from gfml.sparse import SparseMatrix
+from gfml.ranking.sampling import seeded_generator
+from gfml.ranking.sparse import SparseMatrix
 
 
 class UserGraph(nn.Module):

@@ -9,8 +9,8 @@ import torch
 
 from gfml import losses
 from gfml.cml import FeatureProjection, ItemFeatures, MetricLearner, MetricOptions
-from gfml.sampling import Triples
-from gfml.topk import FactorScorer
+from gfml.ranking.sampling import Triples
+from gfml.ranking.topk import FactorScorer
 
 PRECISIONS = (torch.float64, torch.float32)
 
@@ -33,12 +33,18 @@ def learner_of(golden, features=False, dtype=torch.float64, **options) -> Metric
 def features_of(golden) -> ItemFeatures:
     hidden, width = golden["mlp_W1"].shape
     projection = FeatureProjection(
-        width, len(golden["mlp_b2"]), hidden_dim=hidden, scale=float(golden["feature_scale"]), radius=float(golden["clip_norm"])
+        width,
+        len(golden["mlp_b2"]),
+        hidden_dim=hidden,
+        scale=float(golden["feature_scale"]),
+        radius=float(golden["clip_norm"]),
     ).double()
     for parameter, name in zip(projection.parameters(), ("mlp_W1", "mlp_b1", "mlp_W2", "mlp_b2"), strict=True):
         parameter.data.copy_(golden[name])
     count = len(golden["features"])
-    return ItemFeatures(projection, golden["features"], torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool))
+    return ItemFeatures(
+        projection, golden["features"], torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+    )
 
 
 def batch_of(golden) -> Triples:
@@ -118,7 +124,9 @@ def test_one_pair_with_four_negatives(device, dtype):
     assert parts["loss"].item() == pytest.approx(0.77 * math.log(51), abs=2e-6) == pytest.approx(3.0275057, abs=2e-6)
     (grad,) = torch.autograd.grad(parts["loss"], model.encoder.nodes)
     wanted = torch.zeros(101, 2, dtype=dtype)
-    wanted[0], wanted[1], wanted[4] = torch.tensor([[4.718191, 2.359095], [-4.718191, 0.0], [0.0, -2.359095]], dtype=dtype)
+    wanted[0], wanted[1], wanted[4] = torch.tensor(
+        [[4.718191, 2.359095], [-4.718191, 0.0], [0.0, -2.359095]], dtype=dtype
+    )
     torch.testing.assert_close(grad.cpu(), wanted, rtol=0, atol=2e-6)
 
 

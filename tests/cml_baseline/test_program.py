@@ -14,11 +14,12 @@ from cml_baseline import ann, report
 from cml_baseline.data import hide_items
 from cml_baseline.main import main
 from cml_baseline.options import parse
-from gfml.cli import run_main
+from gfml.base.checkpoints import load_state
+from gfml.base.errors import UserError
 from gfml.data.options import load_dataset
 from gfml.data.readers import read_counted_lists
-from gfml.errors import UserError
-from gfml.runs import load_state, read_metrics, read_result
+from gfml.engine.runs import read_metrics, read_result
+from gfml.program.cli import run_main
 
 TINY = ["--dataset", "demo", "--demo-users", "60", "--demo-items", "80", "--demo-interactions", "1500", "--dim", "8",
         "--topks", "5", "10", "--select-metric", "recall@10", "--batch-size", "200", "--epochs", "3", "--threads", "1",
@@ -39,7 +40,10 @@ def run(tmp_path):
 def items_file(tmp_path, num_items=80, name="items.csv"):
     """Titles, genres and two numbers for all but the last item."""
     rng = np.random.default_rng(0)
-    rows = [f"{i},Film {i},{'Drama|War' if i % 2 else 'Comedy'},{rng.random():.3f},{rng.random():.3f}" for i in range(num_items - 1)]
+    rows = [
+        f"{i},Film {i},{'Drama|War' if i % 2 else 'Comedy'},{rng.random():.3f},{rng.random():.3f}"
+        for i in range(num_items - 1)
+    ]
     (tmp_path / name).write_text("\n".join(["item,title,genres,a,b", *rows]) + "\n")
     return str(tmp_path / name)
 
@@ -67,7 +71,9 @@ def test_a_run_learns_prints_its_table_and_stores_it(run, capsys):
     result = read_result(path)
     assert result["epochs"] == rows and result["selection"]["protocol"] == "selected on validation"
     best = max(metrics, key=lambda row: row["val/recall@10"])
-    assert result["selection"]["epoch"] == best["epoch"] and result["val"]["recall@10"] == pytest.approx(best["val/recall@10"])
+    assert result["selection"]["epoch"] == best["epoch"] and result["val"]["recall@10"] == pytest.approx(
+        best["val/recall@10"]
+    )
     assert result["baselines"]["popularity"]["test"].keys() >= {"recall@10"}
     assert "popularity" in out and "q1_recall@10" in out
     nodes = load_state(path / "final.pt")["model"]["encoder.nodes"]
@@ -85,7 +91,9 @@ def test_eval_only_and_a_second_start_give_the_stored_numbers(run, capsys):
     assert shown[0] == shown[1]
 
 
-@pytest.mark.parametrize("flags", (["--optimizer", "adam", "--lr", "0.02"], ["--sampler", "two-stage", "--candidates", "30"], []))
+@pytest.mark.parametrize(
+    "flags", (["--optimizer", "adam", "--lr", "0.02"], ["--sampler", "two-stage", "--candidates", "30"], [])
+)
 def test_a_continued_run_repeats_the_uninterrupted_one(run, flags, tmp_path):
     features = ["--features", items_file(tmp_path)]
     whole = run(*flags, *features, "--epochs", "4", name="whole")
@@ -129,7 +137,10 @@ def test_every_option_runs_and_counts(run, flags):
 
 
 def test_the_mean_reduction_reports_the_same_kind_of_total(run):
-    rows = {name: epochs_of(run("--epochs", "1", "--lr", "1e-9", "--reduction", name, name=name)) for name in ("sum", "mean")}
+    rows = {
+        name: epochs_of(run("--epochs", "1", "--lr", "1e-9", "--reduction", name, name=name))
+        for name in ("sum", "mean")
+    }
     assert float(rows["mean"][0]["total loss"]) == pytest.approx(float(rows["sum"][0]["total loss"]), rel=0.02)
 
 
@@ -145,7 +156,18 @@ def test_refit_trains_on_validation_too(run):
 
 
 def test_features_place_items_that_train_never_shows(run, tmp_path, capsys):
-    flags = ["--features", items_file(tmp_path), "--feature-weight", "3", "--hide-items", "0.3", "--epochs", "4", "--patience", "none"]
+    flags = [
+        "--features",
+        items_file(tmp_path),
+        "--feature-weight",
+        "3",
+        "--hide-items",
+        "0.3",
+        "--epochs",
+        "4",
+        "--patience",
+        "none",
+    ]
     path = run(*flags)
     captured = capsys.readouterr()
     assert "4 columns for 79 of 80 items" not in captured.err  # a, b and three genres
@@ -174,7 +196,19 @@ def test_features_place_items_that_train_never_shows(run, tmp_path, capsys):
 
 
 def test_chosen_columns_and_no_scaling(run, tmp_path, capsys):
-    run("--features", items_file(tmp_path), "--feature-columns", "a", "b", "--feature-norm", "none", "--hidden", "4", "--dropout", "0")
+    run(
+        "--features",
+        items_file(tmp_path),
+        "--feature-columns",
+        "a",
+        "b",
+        "--feature-norm",
+        "none",
+        "--hidden",
+        "4",
+        "--dropout",
+        "0",
+    )
     assert "2 columns for 79" in capsys.readouterr().err
 
 
@@ -218,14 +252,24 @@ def test_a_bare_flag_picks_what_is_there_also_later(run, capsys):
 
 def test_overlap_counts_what_was_found():
     exact = np.array([[1, 2, 3], [4, 5, 6]])
-    assert ann.overlap(exact[:, ::-1], exact) == 1 and ann.overlap(np.array([[1, 2, 9], [9, 8, -1]]), exact) == pytest.approx(2 / 6)
+    assert ann.overlap(exact[:, ::-1], exact) == 1 and ann.overlap(
+        np.array([[1, 2, 9], [9, 8, -1]]), exact
+    ) == pytest.approx(2 / 6)
 
 
 def test_the_report_shows_map_and_neighbours(run, tmp_path):
     path = run("--report", "1", "--item-info", items_file(tmp_path), "--ann", "sklearn")
     text = (path / "report" / "report.md").read_text()
     assert (path / "report" / "map.png").stat().st_size > 10_000
-    for piece in ("Results on test", "total loss", "Film ", "share a genre", "t-SNE", "ball tree", "Nearest neighbours"):
+    for piece in (
+        "Results on test",
+        "total loss",
+        "Film ",
+        "share a genre",
+        "t-SNE",
+        "ball tree",
+        "Nearest neighbours",
+    ):
         assert piece in text
     written = report.write_report(path, tmp_path / "other", projection="pca", of=["Film 3"])
     text = (tmp_path / "other" / "report.md").read_text()
@@ -267,7 +311,18 @@ def test_stored_settings_parse(name):
 @pytest.mark.slow
 def test_five_epochs_of_movielens(shared_data, tmp_path):
     """Far above what the port that this follows ends at (0.2642), after a fifth of its epochs."""
-    flags = ["--data-root", str(shared_data), "--dim", "50", "--epochs", "5", "--report", "0", "--baselines", "popularity"]
+    flags = [
+        "--data-root",
+        str(shared_data),
+        "--dim",
+        "50",
+        "--epochs",
+        "5",
+        "--report",
+        "0",
+        "--baselines",
+        "popularity",
+    ]
     assert run_main(main, [*flags, "--out", str(tmp_path), "--run-name", "r", "--threads", "1"]) == 0
     result = read_result(tmp_path / "r")
     assert result["test"]["recall@50"] > 0.35 and result["test"]["recall@100"] > 0.48
@@ -329,7 +384,22 @@ def test_mistakes_are_one_line(tmp_path, capsys, flags, message):
 def test_features_of_another_width_do_not_load(run, tmp_path, capsys):
     path = run("--features", items_file(tmp_path))
     (tmp_path / "items.csv").write_text((tmp_path / "items.csv").read_text().replace("Comedy", "Drama"))
-    assert run_main(main, [*TINY, "--features", str(tmp_path / "items.csv"), "--out", str(tmp_path), "--run-name", "r", "--eval-only"]) == 2
+    assert (
+        run_main(
+            main,
+            [
+                *TINY,
+                "--features",
+                str(tmp_path / "items.csv"),
+                "--out",
+                str(tmp_path),
+                "--run-name",
+                "r",
+                "--eval-only",
+            ],
+        )
+        == 2
+    )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot use the checkpoint" in error and str(path / "final.pt") in error
 

@@ -10,11 +10,11 @@ import torch
 
 from gfml.cml import BLOCK, FeatureProjection, ItemFeatures, MetricLearner, MetricOptions, mined_hinge, sq_distances_to
 from gfml.data.interactions import csr_from_pairs
+from gfml.engine.train import plain_step
 from gfml.losses import covariance
-from gfml.program import ProjectedStep
-from gfml.sampling import Triples, TripleSampler
-from gfml.topk import topk_items
-from gfml.train import plain_step
+from gfml.program.steps import ProjectedStep
+from gfml.ranking.sampling import Triples, TripleSampler
+from gfml.ranking.topk import topk_items
 
 NUM_USERS, NUM_ITEMS, WIDTH = 12, 40, 6
 
@@ -62,13 +62,17 @@ def test_gradients_equal_differences():
 
 
 def test_rotation_and_reflection_change_nothing_but_the_covariance():
-    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    rotation = torch.linalg.qr(
+        torch.randn(WIDTH, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    )[0]
     before, batch = random_model(), random_batch()
     for turn in (rotation, -rotation):
         after = moved(random_model(), lambda nodes, turn=turn: nodes @ turn)
         torch.testing.assert_close(after.loss(batch)["loss"], before.loss(batch)["loss"])
         assert torch.equal(lists(after), lists(before))
-        assert not math.isclose(covariance(after.encoder.nodes).item(), covariance(before.encoder.nodes).item(), rel_tol=1e-3)
+        assert not math.isclose(
+            covariance(after.encoder.nodes).item(), covariance(before.encoder.nodes).item(), rel_tol=1e-3
+        )
 
 
 def test_translation_changes_nothing_at_all():
@@ -135,7 +139,9 @@ def test_weights_grow_with_imposters_and_have_no_gradient():
     # A margin that turns no negative into an imposter leaves the weights: the loss grows by their sum.
     wider = mined_hinge(model.encoder, batch.users, batch.pos, batch.neg, margin=0.7 + 1e-9).hinge
     assert torch.equal(wider.imposters, hinge.imposters)
-    torch.testing.assert_close((wider.loss - hinge.loss) / 1e-9, weight.nan_to_num()[hinge.pair_loss > 0].sum(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        (wider.loss - hinge.loss) / 1e-9, weight.nan_to_num()[hinge.pair_loss > 0].sum(), rtol=1e-4, atol=0
+    )
 
 
 def test_order_of_negatives_and_far_ones():
@@ -233,10 +239,14 @@ def test_cold_items_stand_at_their_projection_and_train_nothing():
     # One in ten of the 38 warm items is held out: it has features, starts at its projection and trains nothing.
     assert features.held.sum() == 4 and not (features.held & features.trained).any() and features.trained.sum() == 34
     assert features.loss(model.encoder, features.held.nonzero()[:, 0]) == 0
-    literal = MetricLearner(NUM_USERS, NUM_ITEMS, WIDTH, features=item_features(cold=[2, 9], unknown=[9], cold_offset=0.0))
+    literal = MetricLearner(
+        NUM_USERS, NUM_ITEMS, WIDTH, features=item_features(cold=[2, 9], unknown=[9], cold_offset=0.0)
+    )
     assert literal.offsets() is None and literal.features.trained.sum() == 38
     placed = literal.vectors()[1][2]
-    torch.testing.assert_close(literal.scorer().score(torch.arange(NUM_USERS))[:, 2], -(literal.vectors()[0] - placed).square().sum(1))
+    torch.testing.assert_close(
+        literal.scorer().score(torch.arange(NUM_USERS))[:, 2], -(literal.vectors()[0] - placed).square().sum(1)
+    )
     assert not item_features().held.any()
 
 
@@ -250,7 +260,9 @@ def test_the_feature_loss_pulls_each_item_of_the_batch_once():
     with torch.no_grad():
         wanted = torch.zeros_like(grad)
         rows = torch.tensor([3, 5, 6])
-        wanted[NUM_USERS + rows] = 2 * 0.3 * (model.encoder.nodes[NUM_USERS + rows] - features.projection(features.features[rows]))
+        wanted[NUM_USERS + rows] = (
+            2 * 0.3 * (model.encoder.nodes[NUM_USERS + rows] - features.projection(features.features[rows]))
+        )
     torch.testing.assert_close(grad, wanted)
 
 
@@ -263,7 +275,12 @@ def test_features_are_no_part_of_a_checkpoint():
 
 def test_features_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="wanted as many"):
-        ItemFeatures(FeatureProjection(3, 2), torch.zeros(4, 3), torch.ones(4, dtype=torch.bool), torch.zeros(5, dtype=torch.bool))
+        ItemFeatures(
+            FeatureProjection(3, 2),
+            torch.zeros(4, 3),
+            torch.ones(4, dtype=torch.bool),
+            torch.zeros(5, dtype=torch.bool),
+        )
 
 
 # ---------------------------------------------------------------- learning

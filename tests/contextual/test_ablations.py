@@ -9,7 +9,7 @@ import pytest
 from contextual import ablations
 from contextual.names import ABLATIONS
 from contextual.options import parse
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 
 def test_every_command_is_one_of_the_program(capsys: pytest.CaptureFixture[str]) -> None:

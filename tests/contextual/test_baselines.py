@@ -13,7 +13,7 @@ from contextual.baselines import LossOptions, RetrievalLoss, build_loss, paramet
 from contextual.losses import ContextualHybridLoss, cosine_similarities, similarity_regulariser
 from contextual.names import ABLATIONS, ALIASES, HAS_PROXIES, LOSSES, PIPELINES, canonical, describe_lam, known_names
 from contextual.options import parse
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "contextual"
 

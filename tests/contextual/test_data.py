@@ -12,7 +12,7 @@ from PIL import Image
 
 from contextual import data as datasets
 from contextual.data import Counts, Rows, hold_out, load, read_list, write_list
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 
 def picture(path: Path, shade: int = 0) -> None:
@@ -21,7 +21,10 @@ def picture(path: Path, shade: int = 0) -> None:
 
 
 def cub(root: Path, classes: Iterable[int] = (1, 2, 100, 101, 102, 200), each: int = 3) -> Path:
-    names = [(number, f"{label:03d}.Bird_{label}/{number}.jpg", label) for number, label in enumerate((c for c in classes for _ in range(each)), 1)]
+    names = [
+        (number, f"{label:03d}.Bird_{label}/{number}.jpg", label)
+        for number, label in enumerate((c for c in classes for _ in range(each)), 1)
+    ]
     for number, name, _ in names:
         picture(root / "images" / name, number)
     (root / "images.txt").write_text("".join(f"{number} {name}\n" for number, name, _ in names))
@@ -35,7 +38,10 @@ def cars(root: Path) -> Path:
     for number, name in enumerate(names):
         picture(root / name, number)
     fields = ["relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test"]
-    rows = np.array([(name, 0, 0, 1, 1, label, 0) for name, label in zip(names, labels, strict=True)], dtype=[(field, object) for field in fields])
+    rows = np.array(
+        [(name, 0, 0, 1, 1, label, 0) for name, label in zip(names, labels, strict=True)],
+        dtype=[(field, object) for field in fields],
+    )
     scipy.io.savemat(root / "cars_annos.mat", {"annotations": rows})
     return root
 
@@ -81,7 +87,13 @@ def test_the_official_layout_gives_the_split(name: str, tmp_path: Path, monkeypa
     BUILDERS[name](tmp_path)
     monkeypatch.setitem(datasets.COUNTS, name, SIZES[name])
     found = load(name, tmp_path)
-    counts = Counts(len(found.train), found.num_classes, len(found.test), len(found.test.classes), len(found.gallery) if found.gallery else None)
+    counts = Counts(
+        len(found.train),
+        found.num_classes,
+        len(found.test),
+        len(found.test.classes),
+        len(found.gallery) if found.gallery else None,
+    )
     assert counts == SIZES[name]
     assert sorted(set(found.train.labels.tolist())) == list(range(found.num_classes))
     assert not set(found.train.pictures.paths) & set(found.test.pictures.paths)
@@ -91,14 +103,21 @@ def test_the_official_layout_gives_the_split(name: str, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("name", list(BUILDERS))
 def test_other_counts_than_the_published_ones_stop_unless_allowed(name: str, tmp_path: Path) -> None:
     BUILDERS[name](tmp_path)
-    with pytest.raises(UserError, match=f"{name} differs from the published data: train {SIZES[name].train} .published"):
+    with pytest.raises(
+        UserError, match=f"{name} differs from the published data: train {SIZES[name].train} .published"
+    ):
         load(name, tmp_path)
     assert load(name, tmp_path, check_counts=False).name == name
 
 
 def test_published_counts() -> None:
     counts = datasets.COUNTS
-    assert (counts["cub"].train, counts["cub"].test, counts["cars"].train, counts["cars"].test) == (5_864, 5_924, 8_054, 8_131)
+    assert (counts["cub"].train, counts["cub"].test, counts["cars"].train, counts["cars"].test) == (
+        5_864,
+        5_924,
+        8_054,
+        8_131,
+    )
     assert (counts["sop"].train, counts["sop"].test, counts["sop"].train_classes) == (59_551, 60_502, 11_318)
     assert (counts["inshop"].train, counts["inshop"].test, counts["inshop"].gallery) == (25_882, 14_218, 12_612)
     assert counts["inat"].train_classes + counts["inat"].test_classes == 10_000
@@ -112,7 +131,9 @@ def test_class_names_and_halves_of_cub(tmp_path: Path) -> None:
 
 def test_gallery_of_inshop_shares_the_classes_of_its_queries(tmp_path: Path) -> None:
     found = load("inshop", inshop(tmp_path), check_counts=False)
-    item = {Path(path).parent.name: label for path, label in zip(found.test.pictures.paths, found.test.labels, strict=True)}
+    item = {
+        Path(path).parent.name: label for path, label in zip(found.test.pictures.paths, found.test.labels, strict=True)
+    }
     for path, label in zip(found.gallery.pictures.paths, found.gallery.labels, strict=True):
         assert item[Path(path).parent.name] == label
 
@@ -129,7 +150,9 @@ def test_lists_of_the_authors_split_inaturalist(tmp_path: Path) -> None:
     folder = inat(tmp_path)
     names = sorted(path.name for path in folder.iterdir())
     for part, own in (("train", names[:4]), ("test", names[4:])):
-        (folder / f"{part}.csv").write_text("".join(f"{name}/{image}.jpg,{int(name[:5]) % 2},{int(name[:5])}\n" for name in own for image in range(2)))
+        (folder / f"{part}.csv").write_text(
+            "".join(f"{name}/{image}.jpg,{int(name[:5]) % 2},{int(name[:5])}\n" for name in own for image in range(2))
+        )
     found = load("inat", folder, split_lists=(str(folder / "train.csv"), str(folder / "test.csv")), check_counts=False)
     assert (len(found.train), len(found.test), found.supers.tolist()) == (8, 6, [0, 1, 0, 1])
 
@@ -145,7 +168,9 @@ def test_list_files_stand_in_for_missing_annotations(tmp_path: Path) -> None:
     for number in range(4):
         picture(tmp_path / f"car_ims/{number}.jpg")
     for part, labels in (("train", [1, 1]), ("test", [99, 99])):
-        rows = Rows([f"car_ims/{i + 2 * (part == 'test')}.jpg" for i in range(2)], np.array(labels), np.ones(2, dtype=int))
+        rows = Rows(
+            [f"car_ims/{i + 2 * (part == 'test')}.jpg" for i in range(2)], np.array(labels), np.ones(2, dtype=int)
+        )
         write_list(tmp_path / f"cars196_{part}.txt", rows)
     assert len(load("cars", tmp_path, check_counts=False).test) == 2
 
@@ -159,7 +184,11 @@ def folder_of_classes(root: Path, number: int = 6, each: int = 3) -> Path:
 
 def test_a_folder_of_classes_trains_on_the_first_half(tmp_path: Path) -> None:
     found = load(str(folder_of_classes(tmp_path)), None)
-    assert found.train.classes == ("class0", "class1", "class2") and found.test.classes == ("class3", "class4", "class5")
+    assert found.train.classes == ("class0", "class1", "class2") and found.test.classes == (
+        "class3",
+        "class4",
+        "class5",
+    )
 
 
 def test_a_folder_with_train_and_test_keeps_them_apart(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ def test_data_that_is_there_is_left_alone_and_the_rest_is_explained(tmp_path: Pa
     place.mkdir()
     (place / "images.txt").write_text("")
     done = fetch(tmp_path, "cub", "inshop")
-    assert done.returncode == 2 and f"cub is in {tmp_path}" in done.stdout and "inshop: ask for DeepFashion" in done.stderr
+    assert (
+        done.returncode == 2 and f"cub is in {tmp_path}" in done.stdout and "inshop: ask for DeepFashion" in done.stderr
+    )
     assert "give CARS_URL" in fetch(tmp_path, "cars").stderr
     assert "unknown data sopp: choose cub, sop" in fetch(tmp_path, "sopp").stderr

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from contextual.network import EmbeddingNet, GeM, GlobalPool, Projector, SmallNet, batch_norms, build_backbone
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 
 def small(batch_norm: str = "train", **options: object) -> EmbeddingNet:
@@ -52,8 +52,13 @@ def test_layer_norm_has_no_parameters() -> None:
     assert not list(small(layer_norm=True).norm.parameters())
 
 
-@pytest.mark.parametrize(("batch_norm", "statistics_move", "affine_moves"), [("train", True, True), ("stats", False, True), ("frozen", False, False)])
-def test_what_batch_norm_does_in_training(batch_norm: str, statistics_move: bool, affine_moves: bool, pictures: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("batch_norm", "statistics_move", "affine_moves"),
+    [("train", True, True), ("stats", False, True), ("frozen", False, False)],
+)
+def test_what_batch_norm_does_in_training(
+    batch_norm: str, statistics_move: bool, affine_moves: bool, pictures: Tensor
+) -> None:
     net = small(batch_norm).train()
     layer = next(batch_norms(net))
     before = {"mean": layer.running_mean.clone(), "weight": layer.weight.detach().clone()}
@@ -106,5 +111,7 @@ def test_what_cannot_be_built_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr("timm.create_model", offline)
-    with pytest.raises(UserError, match="cannot get the pretrained weights of resnet50.tv_in1k .ConnectionError.*--pretrained 0"):
+    with pytest.raises(
+        UserError, match="cannot get the pretrained weights of resnet50.tv_in1k .ConnectionError.*--pretrained 0"
+    ):
         build_backbone("resnet50", pretrained=True, image_size=224)

@@ -25,19 +25,58 @@ ORIGINAL_224 = (
 
 def test_every_original_flag_is_accepted() -> None:
     options = parse("256", [*ORIGINAL_256])
-    assert (options.epochs, options.eval_every, options.pos_margin, options.neg_margin, options.reg_sim) == (80, 5, 0.75, 0.6, 0.25)
+    assert (options.epochs, options.eval_every, options.pos_margin, options.neg_margin, options.reg_sim) == (
+        80,
+        5,
+        0.75,
+        0.6,
+        0.25,
+    )
     assert parse("256", ["--dataset", "Cars", "--loss", "proxynca", "--loss_lr", "1e-3"]).loss_lr == 1e-3
     options = parse("224", ORIGINAL_224)
-    assert (options.pooling, options.batch_norm, options.eval_every, options.reg_sim, options.ipc, options.seed) == ("gem", "frozen", 10, 0.3, 4, 0)
+    assert (options.pooling, options.batch_norm, options.eval_every, options.reg_sim, options.ipc, options.seed) == (
+        "gem",
+        "frozen",
+        10,
+        0.3,
+        4,
+        0,
+    )
 
 
-@pytest.mark.parametrize("loss", ["hybrid", "roadmap", "triplet", "multisimilarity", "smoothap", "fastap", "contrastive", "ntxent", "proxynca", "normsoftmax"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "hybrid",
+        "roadmap",
+        "triplet",
+        "multisimilarity",
+        "smoothap",
+        "fastap",
+        "contrastive",
+        "ntxent",
+        "proxynca",
+        "normsoftmax",
+    ],
+)
 def test_losses_of_the_256_pipeline_by_name(loss: str) -> None:
     parse("256", ["--loss", loss])
 
 
 @pytest.mark.parametrize(
-    "loss", ["Hybrid", "Contrastive", "Roadmap", "Triplet", "MS", "MS+miner", "Proxy_Anchor", "Proxy_NCA", "NormalizedSoftmax", "CosFace"]
+    "loss",
+    [
+        "Hybrid",
+        "Contrastive",
+        "Roadmap",
+        "Triplet",
+        "MS",
+        "MS+miner",
+        "Proxy_Anchor",
+        "Proxy_NCA",
+        "NormalizedSoftmax",
+        "CosFace",
+    ],
 )
 def test_losses_of_the_224_pipeline_by_name(loss: str) -> None:
     parse("224", ["--loss", loss])
@@ -45,24 +84,45 @@ def test_losses_of_the_224_pipeline_by_name(loss: str) -> None:
 
 def test_the_published_networks_and_batches() -> None:
     cub, sop, inat = (parse("256", ["--dataset", name]) for name in ("CUB", "SOP", "iNat"))
-    assert (cub.pooling, cub.layer_norm, cub.batch_norm, cub.image_size, cub.ks) == ("max", 1, "stats", 256, (1, 2, 4, 8))
+    assert (cub.pooling, cub.layer_norm, cub.batch_norm, cub.image_size, cub.ks) == (
+        "max",
+        1,
+        "stats",
+        256,
+        (1, 2, 4, 8),
+    )
     assert (sop.pooling, sop.layer_norm, sop.hierarchical, sop.ks) == ("avg", 0, 1, (1, 10, 100))
     assert (inat.image_size, inat.batch_size, inat.hierarchical) == (224, 256, 1)
     cars = parse("224", ["--dataset", "cars"])
-    assert (cars.pooling, cars.batch_norm, cars.bottleneck, cars.regularise, cars.k, cars.full_map) == ("gem", "frozen", "linear", "additive", 4, 1)
+    assert (cars.pooling, cars.batch_norm, cars.bottleneck, cars.regularise, cars.k, cars.full_map) == (
+        "gem",
+        "frozen",
+        "linear",
+        "additive",
+        4,
+        1,
+    )
     assert parse("224", ["--dataset", "cars", "--IPC", "8"]).k == 8
     assert parse("256", ["--dataset", "CUB", "--pretrained", "0"]).batch_norm == "train"
 
 
 def test_small_data_start_from_scratch() -> None:
     options = parse("224", [])
-    assert (options.dataset, options.backbone, options.pretrained, options.batch_norm) == ("digits", "small", 0, "train")
+    assert (options.dataset, options.backbone, options.pretrained, options.batch_norm) == (
+        "digits",
+        "small",
+        0,
+        "train",
+    )
 
 
 def test_the_resolved_settings_are_settings(tmp_path: Path) -> None:
-    from gfml.cli import toml_text
+    from gfml.base.toml import toml_text
 
-    for pipeline, argv in (("256", ["--dataset", "SOP", "--root", "X"]), ("224", ["--dataset", "cub", "--bn-freeze", "1", "--loss", "Proxy_Anchor"])):
+    for pipeline, argv in (
+        ("256", ["--dataset", "SOP", "--root", "X"]),
+        ("224", ["--dataset", "cub", "--bn-freeze", "1", "--loss", "Proxy_Anchor"]),
+    ):
         first = parse(pipeline, argv)
         (tmp_path / "c.toml").write_text(toml_text(first.resolved))
         again = parse(pipeline, ["--config", str(tmp_path / "c.toml")])

@@ -14,8 +14,8 @@ from PIL import Image
 from contextual import data as datasets
 from contextual import main as program_256
 from contextual import train as program_224
-from gfml.cli import run_main
-from gfml.runs import load_state
+from gfml.base.checkpoints import load_state
+from gfml.program.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = {"256": program_256.main, "224": program_224.main}
@@ -25,11 +25,20 @@ TINY = (
 ).split()
 # The users' commands, word for word but for the script's path; the folder of the data follows.
 SEED_COMMANDS = {
-    ("224", "cub"): "--loss Hybrid --dataset cub --batch-size 128 --eps 0.04 --lam 0.05 --lr 0.00014 --warm 0 --bn-freeze 1 --gamma 0.1 --testfreq 10 "
+    (
+        "224",
+        "cub",
+    ): "--loss Hybrid --dataset cub --batch-size 128 --eps 0.04 --lam 0.05 --lr 0.00014 --warm 0 --bn-freeze 1 --gamma 0.1 --testfreq 10 "
     "--lr-decay-step 10 --epochs 60 --lr-decay-gamma 0.3 --xform_scale 0.16 --bottleneck linear --data_root",
-    ("224", "cars"): "--loss Hybrid --dataset cars --batch-size 64 --eps 0.05 --lam 0.2 --lr 8e-05 --warm 0 --bn-freeze 1 --gamma 0.1 --testfreq 10 "
+    (
+        "224",
+        "cars",
+    ): "--loss Hybrid --dataset cars --batch-size 64 --eps 0.05 --lam 0.2 --lr 8e-05 --warm 0 --bn-freeze 1 --gamma 0.1 --testfreq 10 "
     "--lr-decay-step 20 --epochs 160 --lr-decay-gamma 0.5 --xform_scale 0.12 --bottleneck linear --data_root",
-    ("224", "sop"): "--loss Hybrid --dataset SOP --batch-size 128 --eps 0.05 --lam 0.2 --lr 6e-05 --warm 0 --bn-freeze 1 --gamma 0.1 --testfreq 5 "
+    (
+        "224",
+        "sop",
+    ): "--loss Hybrid --dataset SOP --batch-size 128 --eps 0.05 --lam 0.2 --lr 6e-05 --warm 0 --bn-freeze 1 --gamma 0.1 --testfreq 5 "
     "--lr-decay-step 15 --epochs 80 --lr-decay-gamma 0.3 --xform_scale 0.08 --bottleneck identity --hierarchical 1 --data_root",
     ("256", "cub"): "--dataset CUB --loss hybrid --lr 8e-05 --root",
     ("256", "cars"): "--dataset Cars --loss hybrid --lr 0.00016 --root",
@@ -49,7 +58,12 @@ def folder(root: Path, number: int = 8, each: int = 4) -> Path:
         for image in range(each):
             place = root / f"class{label:02d}" / f"{image}.png"
             place.parent.mkdir(parents=True, exist_ok=True)
-            picture = 128 + 60 * np.sin(label) + 50 * np.cos(2 * label) * across[None, :, None] + rng.normal(0, 15, (18, 20, 3))
+            picture = (
+                128
+                + 60 * np.sin(label)
+                + 50 * np.cos(2 * label) * across[None, :, None]
+                + rng.normal(0, 15, (18, 20, 3))
+            )
             Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8)).save(place)
     return root
 
@@ -87,7 +101,9 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("pipeline", ["256", "224"])
-def test_the_loss_falls_and_everything_is_stored(run: Runs, pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loss_falls_and_everything_is_stored(
+    run: Runs, pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """On the embedded digits."""
     words = "--dataset digits --epochs 3 --batches-per-epoch 15 --width 16 --embedding-size 32 --batch-size 32 --IPC 8 --nmi 1 --pictures 2"
     code, (path,) = run(pipeline, tmp_path, *words.split(), "--baselines", "pixels", "start")
@@ -97,17 +113,28 @@ def test_the_loss_falls_and_everything_is_stored(run: Runs, pipeline: str, tmp_p
     assert rows[-1]["train/contextual"] < rows[0]["train/contextual"]
     assert {"recall@1", "recall@2", "map@r", "r_precision", "nmi"} <= result["test"].keys()
     assert ("map" in result["test"]) == ("train" in result) == (pipeline == "224")
-    assert result["selection"]["split"] == "val" and result["lam"].startswith("lam weighs the contextual" if pipeline == "256" else "lam weighs the contrastive")
+    assert result["selection"]["split"] == "val" and result["lam"].startswith(
+        "lam weighs the contextual" if pipeline == "256" else "lam weighs the contrastive"
+    )
     assert set(result["baselines"]) == {"pixels", "starting network"}
     assert {row["class"] for row in result["per_class"]} == set("6789")
-    for name in ("final.pt", "best.pt", "analysis.npz", "report/report.html", "report/neighbours.png", "report/errors.png"):
+    for name in (
+        "final.pt",
+        "best.pt",
+        "analysis.npz",
+        "report/report.html",
+        "report/neighbours.png",
+        "report/errors.png",
+    ):
         assert (path / name).stat().st_size > 0
     printed = capsys.readouterr()
     assert ("lam weighs the contextual term" if pipeline == "256" else "lam weighs the contrastive term") in printed.err
     assert "starting network, test" in printed.out
 
 
-@pytest.mark.parametrize("loss", ["contrastive", "Triplet", "MS+miner", "Proxy_Anchor", "Roadmap", "smooth-ap", "contextual", "normsoftmax"])
+@pytest.mark.parametrize(
+    "loss", ["contrastive", "Triplet", "MS+miner", "Proxy_Anchor", "Roadmap", "smooth-ap", "contextual", "normsoftmax"]
+)
 def test_losses_train(run: Runs, loss: str, tmp_path: Path) -> None:
     code, (path,) = run("256", tmp_path, "--loss", loss, "--epochs", 1, "--batches-per-epoch", 2)
     assert code == 0 and np.isfinite(rows_of(path)[0]["train/loss"])
@@ -131,7 +158,9 @@ def test_flags_reach_the_training(run: Runs, words: list, tmp_path: Path) -> Non
 
 
 def test_the_number_of_workers_does_not_matter(run: Runs, tmp_path: Path) -> None:
-    losses = [[row["train/loss"] for row in rows_of(run("256", tmp_path / str(n), "--workers", n)[1][0])] for n in (0, 2)]
+    losses = [
+        [row["train/loss"] for row in rows_of(run("256", tmp_path / str(n), "--workers", n)[1][0])] for n in (0, 2)
+    ]
     assert losses[0] == losses[1]
 
 
@@ -185,7 +214,18 @@ def test_rates_fall_as_published(tmp_path: Path) -> None:
     assert found[0] == pytest.approx([5e-5, 1e-4, 1e-3])
     for epoch, falls in ((14, 0), (15, 1), (29, 1), (30, 2), (45, 3)):
         assert found[epoch] == pytest.approx([5e-5 * 0.3**falls, 1e-4 * 0.3**falls, 1e-3])
-    words = ["--lr", "1e-4", "--loss", "Proxy_Anchor", "--lr-decay-step", "10", "--lr-decay-gamma", "0.3", "--bottleneck", "linear"]
+    words = [
+        "--lr",
+        "1e-4",
+        "--loss",
+        "Proxy_Anchor",
+        "--lr-decay-step",
+        "10",
+        "--lr-decay-gamma",
+        "0.3",
+        "--bottleneck",
+        "linear",
+    ]
     found = rates("224", words, 21)
     for epoch, falls in ((9, 0), (10, 1), (20, 2)):
         assert found[epoch] == pytest.approx([rate * 0.3**falls for rate in (1e-4, 1e-4, 2e-4, 1e-2)])
@@ -194,11 +234,13 @@ def test_rates_fall_as_published(tmp_path: Path) -> None:
 # -- continuing
 
 
-def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(
+    run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["--epochs", 4, "--loss", "Triplet", "--warm", 1, "--eval-every", 2]
     _, (whole,) = run("224", tmp_path / "whole", *words)
 
-    from gfml.runs import Run
+    from gfml.engine.runs import Run
 
     saved = Run.checkpoint
 
@@ -218,7 +260,9 @@ def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(run: Runs, tmp_
     assert result_of(whole)["test"] == result_of(parts)["test"]
 
 
-def test_a_finished_run_is_shown_and_judged_again(run: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_shown_and_judged_again(
+    run: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, (path,) = run("256", tmp_path)
     first = capsys.readouterr().out
     run("256", tmp_path)
@@ -229,14 +273,18 @@ def test_a_finished_run_is_shown_and_judged_again(run: Runs, tmp_path: Path, cap
     assert capsys.readouterr().out.splitlines()[-3:] == first.splitlines()[-3:]
 
 
-def test_two_processes_train_as_one(run: Runs, photos: Path, tmp_path: Path, processes: Callable[..., list[str]]) -> None:
+def test_two_processes_train_as_one(
+    run: Runs, photos: Path, tmp_path: Path, processes: Callable[..., list[str]]
+) -> None:
     """The batch is gathered: the losses and weights of both are those of one process with the whole batch."""
     words = [*TINY, "--dataset", photos, "--batch-norm", "frozen"]
     _, (one,) = run("256", tmp_path / "one", "--batch-norm", "frozen")
     printed = processes(2, ROOT / "contextual" / "main.py", *words, "--out", tmp_path / "two")
     (two,) = (tmp_path / "two").glob("contextual-*")
     assert "run directory" in printed[0] and "run directory" not in printed[1]
-    np.testing.assert_allclose([r["train/loss"] for r in rows_of(two)], [r["train/loss"] for r in rows_of(one)], rtol=1e-5)
+    np.testing.assert_allclose(
+        [r["train/loss"] for r in rows_of(two)], [r["train/loss"] for r in rows_of(one)], rtol=1e-5
+    )
     first, second = weights_of(one), weights_of(two)
     for key in first:
         torch.testing.assert_close(second[key], first[key], rtol=1e-4, atol=1e-5)
@@ -250,7 +298,10 @@ def test_two_processes_train_as_one(run: Runs, photos: Path, tmp_path: Path, pro
 def test_seed_commands_parse_and_ask_for_their_data_in_one_line(
     pipeline: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = run_main(PROGRAMS[pipeline], [*SEED_COMMANDS[pipeline, name].split(), str(tmp_path / "absent"), "--out", str(tmp_path / "runs")])
+    code = run_main(
+        PROGRAMS[pipeline],
+        [*SEED_COMMANDS[pipeline, name].split(), str(tmp_path / "absent"), "--out", str(tmp_path / "runs")],
+    )
     text = capsys.readouterr().err
     assert code == 2 and text.count("\n") == 1
     assert f"there is no folder {tmp_path / 'absent'}: give the folder of {name}" in text
@@ -261,7 +312,9 @@ SHORT = ("--pretrained 0 --backbone small --width 4 --image-size 16 --batches-pe
 
 
 @pytest.mark.parametrize(("pipeline", "name"), list(SEED_COMMANDS))
-def test_seed_commands_run_on_miniatures(pipeline: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seed_commands_run_on_miniatures(
+    pipeline: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Word for word, then flags that shorten: a small network, one epoch of one batch, and miniature data."""
     root = miniature(name, tmp_path / "data")
     words = [*SEED_COMMANDS[pipeline, name].split(), str(root), *SHORT, "--check-counts", "0", "--epochs", "1"]
@@ -282,22 +335,44 @@ def miniature(name: str, root: Path) -> Path:
         return path
 
     if name == "cub":
-        rows = [(label, picture(f"images/{label:03d}.X/{i}.png").removeprefix("images/")) for label in [*range(1, trained + 1), 150, 151] for i in range(each)]
+        rows = [
+            (label, picture(f"images/{label:03d}.X/{i}.png").removeprefix("images/"))
+            for label in [*range(1, trained + 1), 150, 151]
+            for i in range(each)
+        ]
         write(root / "images.txt", [f"{number} {path}" for number, (_, path) in enumerate(rows, 1)])
         write(root / "image_class_labels.txt", [f"{number} {label}" for number, (label, _) in enumerate(rows, 1)])
     elif name == "cars":
         for part, labels in (("train", range(1, trained + 1)), ("test", (150, 151))):
             paths = [(label, picture(f"car_ims/{label}_{i}.png")) for label in labels for i in range(each)]
             labels_of = np.array([label for label, _ in paths])
-            datasets.write_list(root / f"cars196_{part}.txt", datasets.Rows([path for _, path in paths], labels_of, np.ones(len(paths), dtype=int)))
+            datasets.write_list(
+                root / f"cars196_{part}.txt",
+                datasets.Rows([path for _, path in paths], labels_of, np.ones(len(paths), dtype=int)),
+            )
     elif name == "sop":
         for part, labels in (("train", range(1, trained + 1)), ("test", (90, 91))):
-            lines = [f"{label} {label} {1 + label % 2} {picture(f'chair_final/{label}_{i}.png')}" for label in labels for i in range(each)]
+            lines = [
+                f"{label} {label} {1 + label % 2} {picture(f'chair_final/{label}_{i}.png')}"
+                for label in labels
+                for i in range(each)
+            ]
             write(root / f"Ebay_{part}.txt", ["image_id class_id super_class_id path", *lines])
     elif name == "inshop":
-        rows = [(picture(f"img/{label}/{i}.png"), f"id_{label:03d}", "train") for label in range(trained) for i in range(each)]
-        rows += [(picture(f"img/{label}/{i}.png"), f"id_{label:03d}", "query" if i < 2 else "gallery") for label in (90, 91) for i in range(each)]
-        write(root / "list_eval_partition.txt", [str(len(rows)), "image_name item_id evaluation_status", *("  ".join(row) for row in rows)])
+        rows = [
+            (picture(f"img/{label}/{i}.png"), f"id_{label:03d}", "train")
+            for label in range(trained)
+            for i in range(each)
+        ]
+        rows += [
+            (picture(f"img/{label}/{i}.png"), f"id_{label:03d}", "query" if i < 2 else "gallery")
+            for label in (90, 91)
+            for i in range(each)
+        ]
+        write(
+            root / "list_eval_partition.txt",
+            [str(len(rows)), "image_name item_id evaluation_status", *("  ".join(row) for row in rows)],
+        )
     else:
         for label in range(2 * trained):
             for i in range(each):
@@ -331,23 +406,34 @@ def test_a_class_with_one_image_is_named(run: Runs, tmp_path: Path, capsys: pyte
 
 def test_too_few_classes_for_a_batch_are_named(run: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--batch-size", 64, "--IPC", 4]
-    assert "found 4 training classes, wanted 16 for --batch-size 64 and --IPC 4: give --batch-size 16 or less" in failure(run, words, tmp_path, capsys)
+    assert (
+        "found 4 training classes, wanted 16 for --batch-size 64 and --IPC 4: give --batch-size 16 or less"
+        in failure(run, words, tmp_path, capsys)
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_image_is_named_and_skipped_only_when_asked(run: Runs, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_image_is_named_and_skipped_only_when_asked(
+    run: Runs, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = folder(tmp_path / "data")
     for label in range(8):
         (root / f"class{label:02d}" / "2.png").write_bytes(b"\x89PNG no picture")
     words = ["--dataset", root, "--batch-size", 8, "--workers", workers]
     text = failure(run, words, tmp_path, capsys)
-    assert "cannot read the image" in text and "2.png" in text and text.endswith("or skip such images with --skip-bad-images")
+    assert (
+        "cannot read the image" in text
+        and "2.png" in text
+        and text.endswith("or skip such images with --skip-bad-images")
+    )
     code, _ = run("256", tmp_path / "skipped", *words, "--skip-bad-images")
     notes = capsys.readouterr().err
     assert code == 0 and "4 images of" in notes and "cannot be read and are left out" in notes
 
 
-def test_weights_that_cannot_be_fetched_are_one_line(run: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_fetched_are_one_line(
+    run: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import timm
 
     def offline(*args: object, **options: object) -> None:
@@ -358,8 +444,12 @@ def test_weights_that_cannot_be_fetched_are_one_line(run: Runs, tmp_path: Path, 
     assert "cannot get the pretrained weights of resnet50.tv_in1k" in text and "--pretrained 0" in text
 
 
-def test_a_checkpoint_of_another_network_is_named(run: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_another_network_is_named(
+    run: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, (first,) = run("256", tmp_path / "a")
     capsys.readouterr()
-    assert "cannot use the checkpoint" in failure(run, ["--checkpoint", first / "final.pt", "--width", 8], tmp_path, capsys)
+    assert "cannot use the checkpoint" in failure(
+        run, ["--checkpoint", first / "final.pt", "--width", 8], tmp_path, capsys
+    )
     assert "there is no" in failure(run, ["--checkpoint", tmp_path / "none.pt"], tmp_path, capsys)

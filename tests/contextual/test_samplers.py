@@ -15,7 +15,7 @@ from contextual.samplers import (
     hierarchical,
     paired,
 )
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 LABELS = np.repeat(np.arange(12), [4, 5, 6, 7, 8, 9, 10, 4, 4, 3, 2, 30])
 
@@ -27,7 +27,7 @@ def test_a_batch_has_whole_classes_and_no_picture_twice_where_there_are_enough()
         groups = LABELS[batch].reshape(4, 4)
         assert (groups == groups[:, :1]).all() and len(set(groups[:, 0])) == 4
         for group in batch.reshape(4, 4):
-            if (LABELS == LABELS[group[0]]).sum() >= 4:
+            if (LABELS[group[0]] == LABELS).sum() >= 4:
                 assert len(set(group.tolist())) == 4
 
 

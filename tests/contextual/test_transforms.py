@@ -10,7 +10,7 @@ from torch import Tensor
 from contextual.report import one_per_class
 from contextual.transforms import MEAN, STD, Pictures, in_order, normalised, train_transform
 from contextual.transforms import test_transform as plain_transform
-from gfml.images import ArrayPictures, ImageSet
+from gfml.data.images import ArrayPictures, ImageSet
 
 
 @pytest.fixture
@@ -54,7 +54,9 @@ def test_pictures_come_in_order_and_normalised() -> None:
     assert [len(labels) for _, labels in batches] == [2, 2, 1]
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(5))
     shades = torch.cat([batch for batch, _ in batches])[:, :, 0, 0]
-    torch.testing.assert_close(shades * torch.tensor(STD) + torch.tensor(MEAN), (10 * torch.arange(5.0) / 255)[:, None].expand(5, 3))
+    torch.testing.assert_close(
+        shades * torch.tensor(STD) + torch.tensor(MEAN), (10 * torch.arange(5.0) / 255)[:, None].expand(5, 3)
+    )
     assert normalised(torch.zeros(1, 3, 4, 4, dtype=torch.uint8)).is_contiguous(memory_format=torch.channels_last)
 
 

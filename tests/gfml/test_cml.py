@@ -3,16 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gfml.cml import (
-    FeatureProjection,
-    SquaredDistanceScorer,
-    covariance_rows,
-    feature_loss,
-    mined_hinge,
-)
-from gfml.encoders import Tables
+from gfml.cml import FeatureProjection, SquaredDistanceScorer, covariance_rows, feature_loss, mined_hinge
 from gfml.losses import covariance, project_to_ball_, warp_hinge
-from gfml.topk import topk_items
+from gfml.ranking.encoders import Tables
+from gfml.ranking.topk import topk_items
 
 WEIGHTS = {"floor": {}, "nofloor": {"rank_floor": False}, "noweight": {"use_rank_weight": False}}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gfml.gravity import MASS_MODES, MASS_PARAMS, Gravity, GravityScorer, Mass, log_mass, unit_rows
-from gfml.topk import Scorer, topk_items
+from gfml.ranking.topk import Scorer, topk_items
 
 DISTS = ("l2", "l1", "emd", "kl")
 KINDS = (*DISTS, "emd_softmax", "emd_power2", "kl_softmax", "kl_compat")
@@ -28,9 +28,9 @@ def make_gravity(distance, mode="both_sum", a_user=None, a_item=None, dtype=torc
     mass, _, combine = mode.partition("_")
     a_user = rows(5, 1, 90)[:, 0] if a_user is None else a_user
     a_item = rows(7, 1, 91)[:, 0] if a_item is None else a_item
-    gravity = Gravity(
-        len(a_user), len(a_item), distance=distance, mass=mass, combine=combine or "sum", **options
-    ).to(dtype)
+    gravity = Gravity(len(a_user), len(a_item), distance=distance, mass=mass, combine=combine or "sum", **options).to(
+        dtype
+    )
     for table, raw in ((gravity.mass.user, a_user), (gravity.mass.item, a_item)):
         if table is not None:
             table.data.copy_(raw)

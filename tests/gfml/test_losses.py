@@ -206,9 +206,9 @@ GRADIENT_CASES = {
     },
     **{
         f"warp_hinge_{weight}_{reduction}": (
-            lambda pos, neg, weight=weight, reduction=reduction: losses.warp_hinge(
-                pos, neg, margin=0.5, num_items=100, use_rank_weight=weight, reduction=reduction
-            ).loss,
+            lambda pos, neg, weight=weight, reduction=reduction: (
+                losses.warp_hinge(pos, neg, margin=0.5, num_items=100, use_rank_weight=weight, reduction=reduction).loss
+            ),
             squares(),
         )
         for weight in (False, True)
@@ -217,8 +217,15 @@ GRADIENT_CASES = {
     **{
         f"pair_loss_{mode}_{compat}": (
             lambda dp, dn, gp, gn, mode=mode, compat=compat: losses.pair_loss(
-                mode, dot=(dp, dn), gravity=(gp, gn), emb_reg=dp.square().sum(), mass=gn.square().sum(), decay=0.1,
-                mass_decay=0.2, mix_ratio=0.3, compat=compat,
+                mode,
+                dot=(dp, dn),
+                gravity=(gp, gn),
+                emb_reg=dp.square().sum(),
+                mass=gn.square().sum(),
+                decay=0.1,
+                mass_decay=0.2,
+                mix_ratio=0.3,
+                compat=compat,
             )["loss"],
             (randn(4), randn(4, 3, seed=1), randn(4, seed=2), randn(4, 3, seed=3)),
         )
@@ -305,7 +312,7 @@ def test_regularisers_do_not_depend_on_repetition(close, missing, width):
 
 
 def test_published_masses_weigh_more_with_the_batch(close):
-    masses = mass_arguments()[:2] + (randn(4, seed=2),)
+    masses = (*mass_arguments()[:2], randn(4, seed=2))
     user, pos, neg = masses
     close(losses.mass_reg_compat(*masses), 0.5 * (user.square().sum() + pos.square().sum() + neg.square().sum() / 4))
     close(losses.mass_reg_compat(user, None, None), user.square().sum() / 8)
@@ -368,18 +375,21 @@ def test_many_negatives_are_averaged(close, loss):
     close(loss(pos, neg[:, :1]), loss(pos, neg[:, 0]))
 
 
-@pytest.mark.parametrize("call", (
-    lambda: losses.warp_hinge(randn(4), randn(4), margin=1, num_items=9),
-    lambda: losses.warp_hinge(randn(4), randn(3, 2), margin=1, num_items=9),
-    lambda: losses.warp_hinge(randn(4, 1), randn(4, 2), margin=1, num_items=9),
-    lambda: losses.warp_hinge(randn(4), randn(4, 2), margin=1, num_items=9, reduction="max"),
-    lambda: losses.covariance(randn(4, 2), "diagonal"),
-    lambda: losses.half_mean_square(),
-    lambda: losses.pair_loss("cml", dot=(randn(1), randn(1))),
-    lambda: losses.pair_loss("mx", dot=(randn(1), randn(1))),
-    lambda: losses.pair_loss("mix", dot=(randn(1), randn(1))),
-    lambda: losses.pair_loss("bpr", gravity=(randn(1), randn(1))),
-))
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda: losses.warp_hinge(randn(4), randn(4), margin=1, num_items=9),
+        lambda: losses.warp_hinge(randn(4), randn(3, 2), margin=1, num_items=9),
+        lambda: losses.warp_hinge(randn(4, 1), randn(4, 2), margin=1, num_items=9),
+        lambda: losses.warp_hinge(randn(4), randn(4, 2), margin=1, num_items=9, reduction="max"),
+        lambda: losses.covariance(randn(4, 2), "diagonal"),
+        lambda: losses.half_mean_square(),
+        lambda: losses.pair_loss("cml", dot=(randn(1), randn(1))),
+        lambda: losses.pair_loss("mx", dot=(randn(1), randn(1))),
+        lambda: losses.pair_loss("mix", dot=(randn(1), randn(1))),
+        lambda: losses.pair_loss("bpr", gravity=(randn(1), randn(1))),
+    ),
+)
 def test_wrong_arguments_are_refused(call):
     with pytest.raises(ValueError, match="wanted|choose|needs|no rows"):
         call()

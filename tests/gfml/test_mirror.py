@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.engine.train import fit
 from gfml.mirror import MODES, MirrorGradient, mirror_step
-from gfml.train import fit
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RTOL, ATOL = 1e-7, 1e-11
@@ -459,8 +459,15 @@ def test_fit_with_the_mirror_step_equals_a_hand_written_loop():
                 losses = [mirror.step(lambda x=x, m=model: batch_loss(m, x)).loss.item() for x in batches]
         else:
             result = fit(
-                model, optimizer, batches=lambda epoch: mirror.new_epoch() or batches, run=None, epochs=2, step=mirror,
-                loss_fn=lambda x: {"loss": batch_loss(model, x)}, select="val/epoch", progress=False,
+                model,
+                optimizer,
+                batches=lambda epoch: mirror.new_epoch() or batches,
+                run=None,
+                epochs=2,
+                step=mirror,
+                loss_fn=lambda x: {"loss": batch_loss(model, x)},
+                select="val/epoch",
+                progress=False,
                 evaluate=lambda split: {"epoch": float(optimizer.state[model[0].weight]["step"])},
             )
         ends.append(flat(list(model.parameters())))
@@ -579,8 +586,7 @@ def test_clipped_fused_is_clipped_two_step_under_sgd():
 
 
 @pytest.mark.parametrize(
-    "kind, mode",
-    [(torch.optim.AdamW, m) for m in MODES] + [(torch.optim.SGD, m) for m in MODES if m != "precond"],
+    "kind, mode", [(torch.optim.AdamW, m) for m in MODES] + [(torch.optim.SGD, m) for m in MODES if m != "precond"]
 )
 def test_weight_decay_per_mirrored_batch(kind, mode):
     """A parameter with zero gradient moves by the decay alone: (1 - lr wd)^n, n = decaying steps."""

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfml.sampling import seeded_generator
+from gfml.ranking.sampling import seeded_generator
 from hlrm.data import HISTORY_KINDS, Histories, PairSampler, fixed_histories
 
 

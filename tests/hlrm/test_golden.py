@@ -7,8 +7,8 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from gfml.encoders import Tables
 from gfml.metrics.ranking import means, ranking_metrics
+from gfml.ranking.encoders import Tables
 from hlrm.data import History, PairBatch
 from hlrm.metrics import paper_metrics
 from hlrm.model import HingeOptions, RelationModel, clip_rows_

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from gfml.errors import UserError
-from gfml.runs import load_state, save_state
+from gfml.base.checkpoints import load_state, save_state
+from gfml.base.errors import UserError
 from hlrm import eval as evaluation
 from hlrm import experiment, options, train
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfml.encoders import Tables
+from gfml.ranking.encoders import Tables
 from hlrm.data import History, PairBatch
 from hlrm.model import HingeOptions, RelationModel, TranslatedModel
 from hlrm.relations import DiagonalRelation, MemoryRelation, lram, slot_weights
@@ -78,7 +78,7 @@ def test_gradients(relation):
     user, items, history, mask = case(batch=2, items=2, width=3)
     for tensor in (user, items, history):
         tensor.requires_grad_()
-    parameters = [p for p in relation.parameters()]
+    parameters = list(relation.parameters())
     assert torch.autograd.gradcheck(lambda *args: relation(*args[:3], mask).vector, (user, items, history, *parameters))
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from gfml.encoders import Tables
+from gfml.ranking.encoders import Tables
 from hlrm.data import History
 from hlrm.model import RelationModel
 from hlrm.relations import MemoryRelation

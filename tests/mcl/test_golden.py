@@ -9,9 +9,9 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from gfml.encoders import LightGCN, Tables
-from gfml.graph import build_graph
 from gfml.gravity import Gravity
+from gfml.ranking.encoders import LightGCN, Tables
+from gfml.ranking.graph import build_graph
 from mcl import losses
 from mcl.model import GravityOptions, MetricRecommender, MixedCentricOptions
 from mcl.sampler import UserBatch
@@ -48,7 +48,9 @@ def encoder_of(golden, tag, dtype):
     else:
         edges = golden["train_edges"].numpy()
         matrix = sp.csr_array((np.ones(len(edges), np.float32), edges.T), shape=(len(user), len(item)))
-        encoder = LightGCN(build_graph(matrix, dtype=torch.float64), user.shape[1], int(golden["num_layers"]), combine=tag[3:])
+        encoder = LightGCN(
+            build_graph(matrix, dtype=torch.float64), user.shape[1], int(golden["num_layers"]), combine=tag[3:]
+        )
     encoder = encoder.to(dtype)
     with torch.no_grad():
         encoder.nodes.copy_(torch.cat([user, item]))
@@ -61,18 +63,29 @@ def model_of(golden, name, tag="L0_sum", dtype=torch.float64, decay=None, margin
     gravity = None
     if mode != "mcl":
         gravity = Gravity(
-            len(golden["a_user"]), len(golden["a_item"]), mass_param="relu", lamb=number("grav_lambda"), eps=1.0, emb_norm=False
+            len(golden["a_user"]),
+            len(golden["a_item"]),
+            mass_param="relu",
+            lamb=number("grav_lambda"),
+            eps=1.0,
+            emb_norm=False,
         ).to(dtype)
         with torch.no_grad():
             gravity.mass.user.copy_(golden["a_user"])
             gravity.mass.item.copy_(golden["a_item"])
     mixed = MixedCentricOptions(
-        int(golden["batch_size_nominal"]), number("alpha"), number("beta"), number("mcl_lambda_p"),
-        number("mcl_lambda_n"), number("margin") if margin is None else margin,
+        int(golden["batch_size_nominal"]),
+        number("alpha"),
+        number("beta"),
+        number("mcl_lambda_p"),
+        number("mcl_lambda_n"),
+        number("margin") if margin is None else margin,
     )
     attraction = GravityOptions(number("grav_weight_pos"), number("grav_weight_neg"), pull_only, number("mix_ratio"))
     decay = number("decay") if decay is None else decay
-    return MetricRecommender(encoder_of(golden, tag, dtype), gravity, mode, mixed=mixed, attraction=attraction, decay=decay)
+    return MetricRecommender(
+        encoder_of(golden, tag, dtype), gravity, mode, mixed=mixed, attraction=attraction, decay=decay
+    )
 
 
 def mixed_centric_of(golden, sq_pos, sq_neg, margin=None):
@@ -80,8 +93,14 @@ def mixed_centric_of(golden, sq_pos, sq_neg, margin=None):
     options = model.mixed
     kept = losses.mine(sq_pos, sq_neg, batch.segment, len(batch.users), options.margin)
     found = losses.mixed_centric(
-        sq_pos, sq_neg, kept, alpha=options.alpha, beta=options.beta, offset_pos=options.lambda_p,
-        offset_neg=options.lambda_n, batch_size=options.batch_size,
+        sq_pos,
+        sq_neg,
+        kept,
+        alpha=options.alpha,
+        beta=options.beta,
+        offset_pos=options.lambda_p,
+        offset_neg=options.lambda_n,
+        batch_size=options.batch_size,
     )
     return kept, found
 

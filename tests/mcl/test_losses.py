@@ -64,7 +64,9 @@ def test_the_worked_example(worked, close, dtype):
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 10**6), st.floats(-3, 3))
 def test_mining_and_loss_equal_the_loops(counts, width, seed, margin):
     sq_pos, sq_neg, segment = ragged(counts, width, seed)
-    assert total(sq_pos, sq_neg, segment, margin).item() == pytest.approx(naive(sq_pos, sq_neg, segment, margin), rel=1e-9)
+    assert total(sq_pos, sq_neg, segment, margin).item() == pytest.approx(
+        naive(sq_pos, sq_neg, segment, margin), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("largest", [65.0, 90.0, 1e3, 1e4])
@@ -163,7 +165,7 @@ def test_the_gravity_example(close):
     with torch.no_grad():
         gravity.mass.user.copy_(torch.tensor([0.5, -0.3]))
         gravity.mass.item.copy_(torch.tensor([1.0, 0.2, 0.4, -1.0]))
-    users, E = torch.tensor([0, 1]), lambda *values: torch.tensor(values, dtype=torch.float64)  # noqa: N806
+    users, E = torch.tensor([0, 1]), lambda *values: torch.tensor(values, dtype=torch.float64)
     pos = gravity.from_sq_distance(E(0.5, 2.0), gravity.mass(users, torch.tensor([0, 1])))
     hard = gravity.from_sq_distance(E(1.0, 3.0), gravity.mass(users, torch.tensor([2, 3])))
     torch.testing.assert_close(-pos, E(-0.287682, 2.014903), atol=1e-6, rtol=0)

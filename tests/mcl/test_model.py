@@ -11,10 +11,10 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from gfml.encoders import LightGCN, Tables
-from gfml.graph import build_graph
 from gfml.gravity import Gravity
-from gfml.topk import topk_items
+from gfml.ranking.encoders import LightGCN, Tables
+from gfml.ranking.graph import build_graph
+from gfml.ranking.topk import topk_items
 from mcl.model import GravityOptions, MetricRecommender, MixedCentricOptions
 from mcl.sampler import UserBatchSampler
 
@@ -34,7 +34,9 @@ def make(train, mode="gfml", *, layers=3, dtype=torch.float64, decay=0.0, lamb=1
         encoder = Tables(NUM_USERS, NUM_ITEMS, DIM)
     gravity = None
     if mode != "mcl":
-        gravity = Gravity(NUM_USERS, NUM_ITEMS, mass_param="relu", mass_init="xavier", lamb=lamb, eps=1.0, emb_norm=False)
+        gravity = Gravity(
+            NUM_USERS, NUM_ITEMS, mass_param="relu", mass_init="xavier", lamb=lamb, eps=1.0, emb_norm=False
+        )
         if mass is not None:
             torch.nn.init.normal_(gravity.mass.user, std=mass), torch.nn.init.normal_(gravity.mass.item, std=mass)
     mixed, attraction = MixedCentricOptions(NUM_USERS, margin=0.3), GravityOptions(**options)
@@ -70,7 +72,9 @@ def test_finite_differences_through_three_layers(train, mode):
     parameters = dict(model.named_parameters())
 
     def loss(*values):
-        return torch.func.functional_call(_Loss(model), {f"model.{k}": v for k, v in zip(parameters, values, strict=True)}, (batch,))
+        return torch.func.functional_call(
+            _Loss(model), {f"model.{k}": v for k, v in zip(parameters, values, strict=True)}, (batch,)
+        )
 
     values = tuple(p.detach().clone().requires_grad_() for p in parameters.values())
     assert torch.autograd.gradcheck(loss, values, eps=1e-7, atol=1e-5)
@@ -87,8 +91,13 @@ def test_a_batch_equals_the_plain_form(train):
         ours = gradients(model, batch)["encoder.nodes"].clone()
         model.zero_grad()
         wanted = plain.plain_loss(
-            model.encoder.outputs(), batch.users, batch.counts, batch.pos + NUM_USERS, batch.neg + NUM_USERS,
-            batch_size=NUM_USERS, margin=0.3,
+            model.encoder.outputs(),
+            batch.users,
+            batch.counts,
+            batch.pos + NUM_USERS,
+            batch.neg + NUM_USERS,
+            batch_size=NUM_USERS,
+            margin=0.3,
         )
         wanted.backward()
         torch.testing.assert_close(model.loss(batch)["loss"], wanted)
@@ -117,7 +126,10 @@ def test_masses_cannot_influence_a_distance_ranking(train):
         trained(model, train)
     assert torch.equal(one.encoder.nodes, other.encoder.nodes) and torch.equal(one.encoder.nodes, frozen.encoder.nodes)
     users = torch.arange(NUM_USERS)
-    lists = {score: [topk_items(m.scorer(score), users, 10, seen=train) for m in (one, other, frozen)] for score in ("distance", "gravity")}
+    lists = {
+        score: [topk_items(m.scorer(score), users, 10, seen=train) for m in (one, other, frozen)]
+        for score in ("distance", "gravity")
+    }
     assert all(torch.equal(lists["distance"][0], other) for other in lists["distance"][1:])
     assert not torch.equal(lists["gravity"][0], lists["gravity"][1])
 

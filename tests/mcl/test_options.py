@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from gfml.cli import toml_text
+from gfml.base.toml import toml_text
 from mcl.options import parse
 
 SEED = "--gfml --dataset $DATA --gpu_id $GPU --lr $LR --lambd $LAM --lamb_p $lamP --lamb_n $lamN"
@@ -21,7 +21,14 @@ def refused(line, capsys):
 
 def test_the_seed_command():
     line = SEED
-    for name, value in {"$DATA": "demo", "$GPU": "0", "$LR": "1e-2", "$LAM": "0.01", "$lamP": "1.5", "$lamN": "0.9"}.items():
+    for name, value in {
+        "$DATA": "demo",
+        "$GPU": "0",
+        "$LR": "1e-2",
+        "$LAM": "0.01",
+        "$lamP": "1.5",
+        "$lamN": "0.9",
+    }.items():
         line = line.replace(name, value)
     options = parse(line.split())
     assert (options.mode, options.lr, options.grav_lambda) == ("gfml", 1e-2, 0.01)
@@ -59,13 +66,22 @@ def test_every_flag_of_the_fork(capsys):
     }  # fmt: skip
     assert {name: getattr(options, name) for name in wanted} == wanted
     notes = capsys.readouterr().err
-    assert all(f"--{name} has no effect" in notes for name in ("adjacency_split", "folds", "testbatch", "multicore", "pretrain"))
+    assert all(
+        f"--{name} has no effect" in notes
+        for name in ("adjacency_split", "folds", "testbatch", "multicore", "pretrain")
+    )
 
 
 def test_plain_names_mean_the_same():
-    old = parse(shlex.split("--mix --lambp 8 --lambn -1 --lamb_p 2 --lamb_n 0.9 --lambd 5 --dim 8 --layer 2 --comb_method mean"))
-    new = parse(shlex.split("--mode mix --mcl-lambda-p 8 --mcl-lambda-n -1 --grav-weight-pos 2 --grav-weight-neg 0.9 "
-                            "--grav-lambda 5 --embedding-dim 8 --num-layers 2 --combine mean"))
+    old = parse(
+        shlex.split("--mix --lambp 8 --lambn -1 --lamb_p 2 --lamb_n 0.9 --lambd 5 --dim 8 --layer 2 --comb_method mean")
+    )
+    new = parse(
+        shlex.split(
+            "--mode mix --mcl-lambda-p 8 --mcl-lambda-n -1 --grav-weight-pos 2 --grav-weight-neg 0.9 "
+            "--grav-lambda 5 --embedding-dim 8 --num-layers 2 --combine mean"
+        )
+    )
     assert old.resolved == new.resolved
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from gfml.cli import run_main
-from gfml.runs import load_state
+from gfml.base.checkpoints import load_state
+from gfml.program.cli import run_main
 from mcl.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,9 @@ def test_every_mode_trains_and_reports(name, tmp_path, capsys):
     # Batches differ between epochs, so the last loss need not be the lowest.
     assert len(rows) == 4 and min(row["train/loss"] for row in rows[1:]) < rows[0]["train/loss"]
     assert 0 < result["test"]["recall@10"] < 1 and "val/sum" in rows[-1]
-    assert result["selection"]["epoch"] in (2, 4) and result["selection"]["protocol"].startswith("selected on validation")
+    assert result["selection"]["epoch"] in (2, 4) and result["selection"]["protocol"].startswith(
+        "selected on validation"
+    )
     has_masses = "mcl" not in result["model"].split()
     assert set(result.get("scores", ())) == ({"distance", "gravity"} if has_masses else set())
     if has_masses:
@@ -97,7 +99,11 @@ def test_a_finished_run_is_shown_not_repeated(tmp_path, capsys):
 def test_equal_seeds_and_other_masses_give_equal_lists(tmp_path):
     """Frozen, trained and averaged masses: the published ranking by distance is the same list for list."""
     lists = {}
-    for name, words in {"trained": [], "frozen": ["--ema"], "other start": ["--mass-param", "softplus", "--mass-init", "default"]}.items():
+    for name, words in {
+        "trained": [],
+        "frozen": ["--ema"],
+        "other start": ["--mass-param", "softplus", "--mass-init", "default"],
+    }.items():
         _, (path,) = run(tmp_path / name.replace(" ", "-"), "--gfml", "--lamb_p", "1.5", *words)
         with np.load(path / "analysis.npz", allow_pickle=False) as file:
             lists[name] = file["top"]
@@ -139,7 +145,9 @@ def test_mistakes_against_the_data(words, wanted, tmp_path, capsys):
 
 
 def test_help_from_another_directory(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "mcl" / "main.py"), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "mcl" / "main.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--grav-lambda" in done.stdout
 
 
@@ -175,7 +183,9 @@ def test_a_sweep_prints_its_grid(name, tmp_path):
 def drive(commands, *words):
     script = str(ROOT / "scripts" / "run_commands.py")
     text = "\n".join(commands)
-    return subprocess.run([sys.executable, script, *map(str, words)], input=text, capture_output=True, text=True, cwd=ROOT.parent)
+    return subprocess.run(
+        [sys.executable, script, *map(str, words)], input=text, capture_output=True, text=True, cwd=ROOT.parent
+    )
 
 
 def test_a_sweep_runs_skips_and_counts_failures(tmp_path):
@@ -207,9 +217,9 @@ def test_a_sweep_with_a_mistake_starts_nothing(command, wanted, tmp_path):
     ],
 )
 def test_real_data_and_its_popularity_anchor(shared_data, dataset, sizes, recall, ndcg):
-    from gfml import baselines
     from gfml.data.options import load_dataset
-    from gfml.evaluation import evaluate
+    from gfml.ranking import baselines
+    from gfml.ranking.evaluation import evaluate
 
     data = load_dataset(dataset, data_root=shared_data, val_ratio=0, cache=False)
     judged = evaluate(baselines.popularity(data), data, "test", [20])

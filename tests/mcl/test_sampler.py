@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 from mcl.sampler import UserBatchSampler
 
 NUM_USERS, NUM_ITEMS = 23, 12

@@ -29,7 +29,9 @@ def write_planted(folder: Path, seed: int = 0) -> Path:
     layout.write_inter(folder / f"{folder.name}.inter", users, items, labels, ratings, times)
     for name, width in (("image", 24), ("text", 10)):
         centres = rng.standard_normal((GROUPS, width))
-        layout.write_feature_file(folder / f"{name}_feat.npy", centres[group] + 0.3 * rng.standard_normal((ITEMS, width)))
+        layout.write_feature_file(
+            folder / f"{name}_feat.npy", centres[group] + 0.3 * rng.standard_normal((ITEMS, width))
+        )
     return folder
 
 

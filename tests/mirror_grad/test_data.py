@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from gfml.base.errors import UserError
 from gfml.data.interactions import csr_from_pairs, pairs_from_csr
-from gfml.errors import UserError
 from mirror_grad import features, layout
 from mirror_grad.data import MultimodalData, load, without_cold_users
 from mirror_grad.options import parse
@@ -32,7 +32,11 @@ def test_a_folder_is_read_whole(planted):
     assert [(name, tuple(table.shape), table.dtype) for name, table in data.features.items()] == [
         ("image", (60, 24), torch.float32), ("text", (60, 10), torch.float32)]  # fmt: skip
     assert data.interactions.train.nnz == 80 * 8 and data.interactions.test.nnz == 80 * 2
-    assert data.fingerprint == read("-d", planted / "planted.inter").fingerprint == read("-d", "planted", "--data-root", planted.parent).fingerprint
+    assert (
+        data.fingerprint
+        == read("-d", planted / "planted.inter").fingerprint
+        == read("-d", "planted", "--data-root", planted.parent).fingerprint
+    )
     assert data.fingerprint != read("-d", planted, "--modalities", "text").fingerprint
 
 
@@ -66,7 +70,9 @@ def test_stored_vectors_of_the_loader(tmp_path, numbers):
 def test_cold_users_are_dropped_and_counted(planted):
     inter = read("-d", planted, model="BPR", needs=False).interactions
     users, items = pairs_from_csr(inter.train)
-    cold = without_cold_users(type(inter)("cold", csr_from_pairs(users[users != 3], items[users != 3], 80, 60), inter.valid, inter.test))
+    cold = without_cold_users(
+        type(inter)("cold", csr_from_pairs(users[users != 3], items[users != 3], 80, 60), inter.valid, inter.test)
+    )
     assert cold.valid[[3]].nnz == cold.test[[3]].nnz == 0 and cold.test.nnz == inter.test.nnz - 2
     assert cold.notes["pairs of users without train pairs, dropped"] == 4
 
@@ -91,7 +97,9 @@ def test_missing_features_say_every_way_out(folder):
     with pytest.raises(UserError) as error:
         read("-d", folder)
     text = str(error.value)
-    assert "\n" not in text and all(word in text for word in ("image_feat.npy", "tfidf-svd", "hashing", "BPR", "--features random"))
+    assert "\n" not in text and all(
+        word in text for word in ("image_feat.npy", "tfidf-svd", "hashing", "BPR", "--features random")
+    )
     assert read("-d", folder, "--features", "random").feature_source == "random"
 
 
@@ -105,7 +113,13 @@ def test_random_features_only_by_name_and_as_wide_as_published(folder):
 
 @pytest.mark.parametrize("encoder", ["tfidf-svd", "hashing"])
 def test_titles_become_features(folder, encoder):
-    texts = ["red ball for dogs", "red ball for cats", "blue kettle", "blue steel kettle", *(f"item number {n}" for n in range(56))]
+    texts = [
+        "red ball for dogs",
+        "red ball for cats",
+        "blue kettle",
+        "blue steel kettle",
+        *(f"item number {n}" for n in range(56)),
+    ]
     layout.write_texts(folder / "item_text.csv", [str(n) for n in range(60)], texts)
     data = read("-d", folder, "--features", encoder, "--text-width", 16)
     [(name, table)] = data.features.items()
@@ -119,13 +133,17 @@ def test_titles_are_matched_by_the_sources_ids(folder):
     layout.write_map(folder / "i_id_mapping.csv", ("asin", "itemID"), [f"B{n:03d}" for n in range(60)])
     layout.write_texts(folder / "item_text.csv", ["B004", "B001", "B000"], ["kettle kettle", "ball", "ball"])
     data = read("-d", folder, "--features", "hashing", "--text-width", 32, "--fill-missing", "zero")
-    assert torch.equal(data.features["text"][0], data.features["text"][1]) and torch.nonzero(data.known["text"])[:, 0].tolist() == [0, 1, 4]
+    assert torch.equal(data.features["text"][0], data.features["text"][1]) and torch.nonzero(data.known["text"])[
+        :, 0
+    ].tolist() == [0, 1, 4]
     assert data.interactions.item_ids[4] == "B004"
 
 
 def test_raw_metadata_is_a_source_of_titles(folder):
     layout.write_map(folder / "i_id_mapping.csv", ("asin", "itemID"), [f"B{n:03d}" for n in range(60)])
-    (folder / "meta.json").write_text("{'asin': 'B002', 'title': 'kettle', 'categories': [['Home', 'Kitchen']]}\n{\"asin\": \"B003\", \"title\": \"ball\"}\n")
+    (folder / "meta.json").write_text(
+        "{'asin': 'B002', 'title': 'kettle', 'categories': [['Home', 'Kitchen']]}\n{\"asin\": \"B003\", \"title\": \"ball\"}\n"
+    )
     data = read("-d", folder, "--features", "hashing", "--item-text", folder / "meta.json")
     assert torch.nonzero(data.known["text"])[:, 0].tolist() == [2, 3]
 
@@ -190,7 +208,10 @@ def test_a_split_of_ones_own_needs_no_label(folder):
     assert read("-d", folder, "--split", "per-user").interactions.test.nnz > 0
 
 
-@pytest.mark.parametrize(("words", "said"), [(("-d", "babi"), "did you mean 'baby'"), (("-d", "baby", "--features", "tfidf"), "did you mean 'tfidf-svd'")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("-d", "babi"), "did you mean 'baby'"), (("-d", "baby", "--features", "tfidf"), "did you mean 'tfidf-svd'")],
+)
 def test_unknown_names_are_answered_with_the_nearest(words, said, planted, tmp_path):
     shutil.copytree(planted, tmp_path / "baby")
     (tmp_path / "baby" / "planted.inter").rename(tmp_path / "baby" / "baby.inter")
@@ -246,7 +267,11 @@ def test_user_graph_is_kept_beside_and_checked(folder, tmp_path):
 
 
 def test_published_amazon_sets_and_what_they_lack(shared_data):
-    sizes = {"baby": (19_445, 7_050, 118_551), "sports": (35_598, 18_357, 218_409), "clothing": (39_387, 23_033, 197_338)}
+    sizes = {
+        "baby": (19_445, 7_050, 118_551),
+        "sports": (35_598, 18_357, 218_409),
+        "clothing": (39_387, 23_033, 197_338),
+    }
     for name, size in sizes.items():
         data = read("-d", name, "--data-root", shared_data, model="BPR", needs=False)
         assert (data.num_users, data.num_items, data.interactions.train.nnz) == size
@@ -261,7 +286,10 @@ def test_movielens_features_belong_to_their_movies(shared_data, name):
     with np.load(shared_data / "ml-1m" / "features.npz") as file:
         source = {str(movie): row for row, movie in enumerate(file["movie_id"].tolist())}
         tables = {"text": file["text"].astype(np.float32), "image": file["image"].astype(np.float32)}
-    assert data.feature_source == "npz" and {k: t.shape[1] for k, t in data.features.items()} == {"image": 128, "text": 128}
+    assert data.feature_source == "npz" and {k: t.shape[1] for k, t in data.features.items()} == {
+        "image": 128,
+        "text": 128,
+    }
     ids = [str(name) for name in data.interactions.item_ids.tolist()]
     checked = 0
     for kind, table in data.features.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gfml.cli import run_main
+from gfml.program.cli import run_main
 from mirror_grad import diagnostics, experiment
 from mirror_grad.data import load
 from mirror_grad.main import main
@@ -27,7 +27,10 @@ def quadratic(eigenvalues):
     basis, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
     hessian = basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
     b = torch.randn(n, generator=generator, dtype=torch.float64)
-    parts = [nn.Parameter(torch.randn(2, generator=generator, dtype=torch.float64)), nn.Parameter(torch.randn(n - 2, generator=generator, dtype=torch.float64))]
+    parts = [
+        nn.Parameter(torch.randn(2, generator=generator, dtype=torch.float64)),
+        nn.Parameter(torch.randn(n - 2, generator=generator, dtype=torch.float64)),
+    ]
 
     def loss():
         x = torch.cat(parts)
@@ -64,16 +67,22 @@ def test_half_steps_on_a_quadratic():
     first = hessian @ x + b
     second = hessian @ (x - 1.5 * 0.1 * first) + b
     found = diagnostics.half_steps(loss, parts, 0.1, 1.5)
-    assert found["grad_norm"] == pytest.approx(float(first.norm())) and found["mirror_grad_norm"] == pytest.approx(float(second.norm()))
+    assert found["grad_norm"] == pytest.approx(float(first.norm())) and found["mirror_grad_norm"] == pytest.approx(
+        float(second.norm())
+    )
     assert found["cosine"] == pytest.approx(float(first @ second / first.norm() / second.norm()))
 
 
 def test_random_draws_are_equal_and_leave_no_trace():
     parts = [nn.Parameter(torch.ones(50))]
     before = torch.get_rng_state()
-    one, other = (diagnostics.gradients(lambda: nn.functional.dropout(parts[0], 0.5).sum(), parts, seed) for seed in (1, 1))
+    one, other = (
+        diagnostics.gradients(lambda: nn.functional.dropout(parts[0], 0.5).sum(), parts, seed) for seed in (1, 1)
+    )
     assert torch.equal(one[0], other[0]) and torch.equal(before, torch.get_rng_state())
-    assert not torch.equal(one[0], diagnostics.gradients(lambda: nn.functional.dropout(parts[0], 0.5).sum(), parts, 2)[0])
+    assert not torch.equal(
+        one[0], diagnostics.gradients(lambda: nn.functional.dropout(parts[0], 0.5).sum(), parts, 2)[0]
+    )
 
 
 # -- changed features
@@ -102,7 +111,7 @@ def test_swap_moves_exactly_its_share(share):
 @pytest.fixture(scope="module")
 def trained(planted):
     """trained(model) -> (options, data, model, build): two epochs on the planted data."""
-    from gfml.runs import seed_everything
+    from gfml.engine.runs import seed_everything
 
     kept = {}
 
@@ -167,15 +176,38 @@ def test_robustness_of_two_runs(planted, tmp_path, capsys):
     for words in ([], ["--not_mg"]):
         assert run_main(main, [*SHORT, "-d", str(planted), "-m", "VBPR", "--out", out, *words]) == 0
     paths = sorted(map(str, (tmp_path / "runs").glob("mirror-*")))
-    words = ["--noise", "0", "2", "--swap", "1", "--draws", "2", "--metric", "recall@5", "--curvature-batches", "2", "--iterations", "3", "--csv", str(tmp_path / "t.csv")]
+    words = [
+        "--noise",
+        "0",
+        "2",
+        "--swap",
+        "1",
+        "--draws",
+        "2",
+        "--metric",
+        "recall@5",
+        "--curvature-batches",
+        "2",
+        "--iterations",
+        "3",
+        "--csv",
+        str(tmp_path / "t.csv"),
+    ]
     assert run_main(robustness, [*paths, *words]) == 0
     shown = capsys.readouterr().out
     for path in paths:
         found = json.loads((tmp_path / "runs" / path / "robustness.json").read_text())
         stored = json.loads((tmp_path / "runs" / path / "result.json").read_text())
         assert found["clean"]["recall@5"] == stored["test"]["recall@5"] == found["noise"]["0"]["recall@5"]
-        assert found["noise"]["2"]["recall@20"] < found["clean"]["recall@20"] and found["swap"]["1"]["recall@20"] < found["clean"]["recall@20"]
-        assert found["curvature"]["grad_norm"] > 0 and -1 <= found["curvature"]["cosine"] <= 1 and found["curvature"]["batches"] == 2
+        assert (
+            found["noise"]["2"]["recall@20"] < found["clean"]["recall@20"]
+            and found["swap"]["1"]["recall@20"] < found["clean"]["recall@20"]
+        )
+        assert (
+            found["curvature"]["grad_norm"] > 0
+            and -1 <= found["curvature"]["cosine"] <= 1
+            and found["curvature"]["batches"] == 2
+        )
         assert f"VBPR, {found['arm']}" in shown
     head, *lines = (tmp_path / "t.csv").read_text().splitlines()
     assert head.startswith("method,protocol,n,epoch,train_seconds,clean,noise 0") and len(lines) == 2

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from gfml.cli import run_main
-from gfml.evaluation import evaluate
-from gfml.metrics.ranking import find_hits, ranking_metrics
+from gfml.base.checkpoints import load_state
 from gfml.data.interactions import Interactions, csr_from_pairs
-from gfml.runs import load_state
-from gfml.topk import DenseScorer, topk_items
-from gfml.train import EarlyStopping
+from gfml.engine.train import EarlyStopping
+from gfml.metrics.ranking import find_hits, ranking_metrics
+from gfml.program.cli import run_main
+from gfml.ranking.evaluation import evaluate
+from gfml.ranking.topk import DenseScorer, topk_items
 from mirror_grad.experiment import arm_factor
 from mirror_grad.main import main
 from mirror_grad.models import MODELS
@@ -31,7 +31,9 @@ def run(planted, tmp_path):
 
     def start(*words, out="runs"):
         code = run_main(main, [*SHORT, "-d", str(planted), "--out", str(tmp_path / out), *map(str, words)])
-        return code, sorted(path for path in (tmp_path / out).glob("mirror-*") if path.is_dir() and "~" not in path.name)
+        return code, sorted(
+            path for path in (tmp_path / out).glob("mirror-*") if path.is_dir() and "~" not in path.name
+        )
 
     return start
 
@@ -63,7 +65,14 @@ def test_every_model_runs_with_the_mirror(model, run, capsys):
     if MODELS[model].trains:
         rows = rows_of(path)
         assert len(rows) == 3 and all("train/mirror_loss" in row and "val/recall@5" in row for row in rows)
-        assert result["arm"] == "mg" and result["mirror"] == {"mode": "two_step", "alpha1": 1.0, "alpha2": 0.2, "every": 3, "counter": "epoch", "phase": 0}
+        assert result["arm"] == "mg" and result["mirror"] == {
+            "mode": "two_step",
+            "alpha1": 1.0,
+            "alpha2": 0.2,
+            "every": 3,
+            "counter": "epoch",
+            "phase": 0,
+        }
     else:
         assert result["arm"] == "plain" and result["selection"]["protocol"] == "no training"
 
@@ -80,10 +89,9 @@ def test_published_behaviour_runs(model, run):
 @pytest.mark.parametrize("model", ["BPR", "SELFCFED_LGN"])
 def test_off_is_plain_training_bit_for_bit(model, run, planted, tmp_path):
     """--not_mg equals a loop of one's own: backward and Adam, on the sampler's batches."""
+    from gfml.engine.runs import seed_everything
     from mirror_grad import experiment
     from mirror_grad.data import load
-
-    from gfml.runs import seed_everything
 
     _, [path] = run("-m", model, "--not_mg")
     assert result_of(path)["mirror"] == {"mode": "off"}
@@ -104,10 +112,9 @@ def test_off_is_plain_training_bit_for_bit(model, run, planted, tmp_path):
 
 def test_two_step_on_every_third_batch_as_published(run, planted):
     """Seven batches an epoch: 0, 3 and 6 take two optimizer steps, with +g and -alpha2 g of the same batch."""
+    from gfml.engine.runs import seed_everything
     from mirror_grad import experiment
     from mirror_grad.data import load
-
-    from gfml.runs import seed_everything
 
     _, [path] = run("-m", "BPR", "--alpha2", 0.3)
     options = parse([*SHORT, "-d", str(planted), "-m", "BPR", "--alpha2", "0.3"])
@@ -146,10 +153,16 @@ def test_control_arms(run, capsys):
     """equal-lr is plain training at another rate; equal-grid is a search of as many rates; the labels are theirs."""
     factor = arm_factor(parse(["-m", "BPR", "--mirror-arm", "equal-lr", "--alpha2", "0.3"]))
     assert factor == pytest.approx(1.024, abs=5e-4)
-    assert arm_factor(parse(["-m", "BPR", "--mirror-arm", "equal-lr", "--alpha2", "0.1"])) == pytest.approx(1.114, abs=5e-4)
+    assert arm_factor(parse(["-m", "BPR", "--mirror-arm", "equal-lr", "--alpha2", "0.1"])) == pytest.approx(
+        1.114, abs=5e-4
+    )
     _, [path] = run("-m", "BPR", "--mirror-arm", "equal-lr", "--alpha2", 0.3, out="lr")
     _, [plain] = run("-m", "BPR", "--not_mg", "--lr", 0.02 * factor, out="plain")
-    assert result_of(path)["arm"] == "equal-lr" and result_of(plain)["arm"] == "plain" and same(weights_of(path), weights_of(plain))
+    assert (
+        result_of(path)["arm"] == "equal-lr"
+        and result_of(plain)["arm"] == "plain"
+        and same(weights_of(path), weights_of(plain))
+    )
     code, paths = run("-m", "BPR", "--mirror-arm", "equal-grid", out="grid")
     assert code == 0 and run_main(main, ["--resume", str(paths[0]), "--epochs", "4"]) == 0
     assert len(paths) == 3 and {result_of(path)["arm"] for path in paths} == {"equal-grid"}
@@ -159,14 +172,26 @@ def test_control_arms(run, capsys):
 # -- continuing and stored weights
 
 
-@pytest.mark.parametrize(("model", "words"), [("BPR", []), ("FREEDOM", ["--learning-rate-scheduler", 0.9, 1]), ("SELFCFED_LGN", ["--mirror-counter", "global"]), ("LayerGCN", [])])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("BPR", []),
+        ("FREEDOM", ["--learning-rate-scheduler", 0.9, 1]),
+        ("SELFCFED_LGN", ["--mirror-counter", "global"]),
+        ("LayerGCN", []),
+    ],
+)
 def test_a_stopped_run_goes_on_exactly(model, words, run, tmp_path):
     """Dropout, thinned graphs, the mirror's counter and the schedule of the rate included."""
     words = ["-m", model, *words]
     _, [whole] = run(*words, out="whole")
     _, [path] = run(*words, "--epochs", 1, out="parts")
     code, _ = run("--resume", path, "--epochs", 3, out="parts")
-    assert code == 0 and same(weights_of(whole), weights_of(path)) and same(weights_of(whole, "best.pt"), weights_of(path, "best.pt"))
+    assert (
+        code == 0
+        and same(weights_of(whole), weights_of(path))
+        and same(weights_of(whole, "best.pt"), weights_of(path, "best.pt"))
+    )
     assert rows_of(whole) == rows_of(path) and result_of(whole)["test"] == result_of(path)["test"]
 
 
@@ -194,7 +219,17 @@ def test_resume_of_a_file_judges_its_weights(run, planted, tmp_path, capsys):
     assert run_main(main, ["--resume", str(path / "best.pt")]) == 0
     assert recall in capsys.readouterr().out and before == {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     torch.save(weights_of(path, "best.pt"), tmp_path / "VBPR-planted.pth")
-    words = ["--model", "VBPR", "--dataset", str(planted), "--resume", str(tmp_path / "VBPR-planted.pth"), "--topks", "5", "10"]
+    words = [
+        "--model",
+        "VBPR",
+        "--dataset",
+        str(planted),
+        "--resume",
+        str(tmp_path / "VBPR-planted.pth"),
+        "--topks",
+        "5",
+        "10",
+    ]
     assert run_main(main, [*words, "--embedding-dim", "8"]) == 0
     assert recall in capsys.readouterr().out
 
@@ -271,7 +306,9 @@ def test_published_masking_is_offered_and_labelled(run, planted):
     """The same model; validation items are in the published lists and in no other."""
     from mirror_grad.data import load
 
-    valid = load(parse(["-d", str(planted), "-m", "BPR", "--no-cache"]), needs_features=False).interactions.valid.toarray()
+    valid = load(
+        parse(["-d", str(planted), "-m", "BPR", "--no-cache"]), needs_features=False
+    ).interactions.valid.toarray()
     _, [path] = run("-m", "BPR", out="ours")
     _, [loose] = run("-m", "BPR", "--test-mask", "train", out="theirs")
     ours, theirs = result_of(path), result_of(loose)
@@ -287,11 +324,18 @@ def test_evaluation_equals_the_stored_vectors(numbers):
     """All four metrics at all cut-offs, both maskings, for users without repeated or overlapping rows; those by lists alone."""
     golden = numbers("mm_eval")
     shape = int(golden["n_users"]), int(golden["n_items"])
-    parts = [(golden["inter_user"][golden["inter_label"] == k], golden["inter_item"][golden["inter_label"] == k]) for k in range(3)]
+    parts = [
+        (golden["inter_user"][golden["inter_label"] == k], golden["inter_item"][golden["inter_label"] == k])
+        for k in range(3)
+    ]
     matrices = [csr_from_pairs(users, items, *shape) for users, items in parts]
     names, ks = golden["metric_names"].tolist(), golden["topk"].tolist()
     data = Interactions("stored", *matrices)
-    for split, stored, mask in (("valid", "valid", False), ("test", "test", False), ("test", "fixed_test_maskvalid", True)):
+    for split, stored, mask in (
+        ("valid", "valid", False),
+        ("test", "test", False),
+        ("test", "fixed_test_maskvalid", True),
+    ):
         found = evaluate(DenseScorer(torch.from_numpy(golden["scores"])), data, split, ks, mask_valid=mask)
         users, items = parts[("train", "valid", "test").index(split)]
         order = golden[f"{split}_users"].tolist()
@@ -302,12 +346,18 @@ def test_evaluation_equals_the_stored_vectors(numbers):
             row = found.users.tolist().index(u)
             for m, name in enumerate(names):
                 for k, cut in enumerate(ks):
-                    assert found.per_user[f"{name}@{cut}"][row] == pytest.approx(golden[f"{stored}_per_user"][order.index(u), m, k], abs=1e-12)
+                    assert found.per_user[f"{name}@{cut}"][row] == pytest.approx(
+                        golden[f"{stored}_per_user"][order.index(u), m, k], abs=1e-12
+                    )
         if stored != "fixed_test_maskvalid":
             assert (found.top[[found.users.tolist().index(u) for u in order]] == golden[f"{split}_top50"]).all()
-    top = topk_items(DenseScorer(torch.from_numpy(golden["scores"])), torch.from_numpy(golden["valid_users"]), 50, seen=matrices[0])
+    top = topk_items(
+        DenseScorer(torch.from_numpy(golden["scores"])), torch.from_numpy(golden["valid_users"]), 50, seen=matrices[0]
+    )
     relevant = matrices[1][golden["valid_users"]]
-    assert (find_hits(top.numpy(), relevant) == golden["valid_hits"]).all() and "map@50" in ranking_metrics(top.numpy(), relevant, ks)
+    assert (find_hits(top.numpy(), relevant) == golden["valid_hits"]).all() and "map@50" in ranking_metrics(
+        top.numpy(), relevant, ks
+    )
 
 
 @pytest.mark.parametrize("patience", [3, 8])
@@ -340,7 +390,11 @@ def test_batches_are_a_function_of_seed_and_epoch_not_of_the_model(planted):
     from mirror_grad.data import load
 
     drawn = {}
-    for name, words in {"narrow": ["--embedding-dim", "4"], "wide": ["--embedding-dim", "32"], "seed": ["--seed", "1"]}.items():
+    for name, words in {
+        "narrow": ["--embedding-dim", "4"],
+        "wide": ["--embedding-dim", "32"],
+        "seed": ["--seed", "1"],
+    }.items():
         options = parse([*SHORT, "-d", str(planted), "-m", "BPR", *words])
         data = load(options, needs_features=False)
         model = experiment.build_model(options, data, torch.device("cpu"))
@@ -349,7 +403,9 @@ def test_batches_are_a_function_of_seed_and_epoch_not_of_the_model(planted):
     train = data.interactions.train.toarray()
     assert torch.equal(drawn["narrow"], drawn["wide"]) and not torch.equal(drawn["wide"], drawn["seed"])
     users, pos, neg = drawn["wide"].numpy()
-    assert sorted(zip(users.tolist(), pos.tolist(), strict=True)) == sorted(zip(*(side.tolist() for side in np.nonzero(train)), strict=True))
+    assert sorted(zip(users.tolist(), pos.tolist(), strict=True)) == sorted(
+        zip(*(side.tolist() for side in np.nonzero(train)), strict=True)
+    )
     assert (train[users, neg] == 0).all() and (train.sum(0)[neg] > 0).all()
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import gfml.graph
-from gfml.sampling import Triples
+import gfml.ranking.graph
+from gfml.ranking.sampling import Triples
 from mirror_grad.models import MODELS, bm3, damrs, freedom, vbpr
 from mirror_grad.parts import features
 from mirror_grad.parts.graphs import LightPropagation
@@ -30,7 +30,7 @@ def data(stored):
 
 def model_and_batch(name, data, toy):
     torch.manual_seed(0)
-    known = {field for field in MODELS[name].settings.__dataclass_fields__}
+    known = set(MODELS[name].settings.__dataclass_fields__)
     model = kit.build(name, data, **{key: value for key, value in QUIET.items() if key in known}).train()
     batch = kit.toy_batch(toy)
     return model, batch if MODELS[name].needs_negatives else Triples(batch.users, batch.pos, batch.neg[:, None][:, :0])
@@ -50,9 +50,11 @@ def test_the_general_branches_give_the_numbers_of_the_cpus_own(name, data, store
     for module in (vbpr, bm3, freedom, damrs):
         monkeypatch.setattr(module, "distinct", lambda ids: (ids, torch.arange(len(ids))))
     monkeypatch.setattr(features, "project_rows", lambda table, weight, rows: F.embedding(rows, table) @ weight.T)
-    monkeypatch.setattr(LightPropagation, "at", lambda light, ids, nodes, layers: F.embedding(ids, light(nodes, layers)))
-    monkeypatch.setattr(gfml.graph, "csr_times_dense", csr_product)
-    monkeypatch.setattr("gfml.sparse.csr_times_dense", csr_product)
+    monkeypatch.setattr(
+        LightPropagation, "at", lambda light, ids, nodes, layers: F.embedding(ids, light(nodes, layers))
+    )
+    monkeypatch.setattr(gfml.ranking.graph, "csr_times_dense", csr_product)
+    monkeypatch.setattr("gfml.ranking.sparse.csr_times_dense", csr_product)
     found = model.loss(batch)["loss"]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     for key, grad in kit.gradients(found, model).items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gfml.cli import run_main
+from gfml.program.cli import run_main
 from mirror_grad.main import main
 from mirror_grad.models import MODELS, Entry, load_model
 

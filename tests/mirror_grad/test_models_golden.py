@@ -13,6 +13,7 @@ kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toy.py"))))
 # The published degrees carry a guard of 1e-7, ours do not.
 GUARD = {"rtol": 1e-7, "atol": 1e-7}
 
+
 @pytest.fixture(autouse=True)
 def double():
     """Golden vectors are float64; models take torch's default type."""
@@ -79,7 +80,9 @@ def tables(golden, modalities=("image", "text")):
 
 def load(model, golden, names):
     """Fill ``tables.nodes`` and the parameters ``names`` (ours -> stored)."""
-    return kit.fill(model, {"tables.nodes": kit.nodes(golden)} | {ours: golden[f"p_{name}"] for ours, name in names.items()})
+    return kit.fill(
+        model, {"tables.nodes": kit.nodes(golden)} | {ours: golden[f"p_{name}"] for ours, name in names.items()}
+    )
 
 
 def grads_of(golden, prefix, names):
@@ -98,7 +101,9 @@ def test_vbpr(stored, toy, data, check, behaviour, prefix):
     check(model, kit.toy_batch(toy), golden, prefix, {"bpr": "bpr", "reg": "reg"}, grads, guard=False)
 
 
-BM3_PARTS = {"ui": "ui", "iu": "iu", "reg": "reg"} | {f"{m}_{t}": f"{m}_{t}" for m in ("image", "text") for t in ("item", m)}
+BM3_PARTS = {"ui": "ui", "iu": "iu", "reg": "reg"} | {
+    f"{m}_{t}": f"{m}_{t}" for m in ("image", "text") for t in ("item", m)
+}
 BM3_NAMES = tables(None) | {"predictor.weight": "Q_w", "predictor.bias": "Q_b"}
 
 
@@ -129,14 +134,19 @@ def test_freedom(stored, toy, data, check):
     check(model, kit.toy_batch(toy), golden, "orig_", parts, grads_of(golden, "orig_", names))
     for epoch in ("epoch1", "epoch2"):
         model.graph.set_part(kit.pairs_to_csr(golden[f"in_{epoch}_kept_user"], golden[f"in_{epoch}_kept_item"]))
-        torch.testing.assert_close(model.graph.part(torch.eye(54), 1, combine="final"), golden[f"graph_{epoch}_ui"], **GUARD)
+        torch.testing.assert_close(
+            model.graph.part(torch.eye(54), 1, combine="final"), golden[f"graph_{epoch}_ui"], **GUARD
+        )
         check(model, kit.toy_batch(toy), golden, f"orig_{epoch}_", parts, grads_of(golden, f"orig_{epoch}_", names))
 
 
-@pytest.mark.parametrize("behaviour, prefix, parts", [
-    ("published", "orig_", {"bpr": "bpr_sum", "reg": "l2_sum"}),
-    ("fixed", "fixed_mean_", {"bpr": "bpr_mean", "reg": "l2_mean"}),
-])
+@pytest.mark.parametrize(
+    "behaviour, prefix, parts",
+    [
+        ("published", "orig_", {"bpr": "bpr_sum", "reg": "l2_sum"}),
+        ("fixed", "fixed_mean_", {"bpr": "bpr_mean", "reg": "l2_mean"}),
+    ],
+)
 def test_layergcn(stored, toy, data, check, behaviour, prefix, parts):
     golden = stored("mm_layergcn")
     model = load(kit.build("LayerGCN", data, behaviour=behaviour, n_layers=4, dropout=0.0, reg_weight=0.1), golden, {})
@@ -150,7 +160,9 @@ SELFCF = {"n_layers": 2, "reg_weight": 0.01}
 SELFCF_NAMES = {"predictor.weight": "Q_w", "predictor.bias": "Q_b"}
 
 
-@pytest.mark.parametrize("behaviour, prefix, reg", [("published", "orig_", "l2_sum"), ("fixed", "fixed_mean_", "l2_mean")])
+@pytest.mark.parametrize(
+    "behaviour, prefix, reg", [("published", "orig_", "l2_sum"), ("fixed", "fixed_mean_", "l2_mean")]
+)
 def test_selfcf(stored, toy, data, check, monkeypatch, behaviour, prefix, reg):
     golden = stored("mm_selfcfed_lgn")
     model = load(kit.build("SELFCFED_LGN", data, behaviour=behaviour, dropout=0.0, **SELFCF), golden, SELFCF_NAMES)
@@ -182,8 +194,17 @@ def test_itemknncbf(stored, data):
 
 # The published L2 term is divided by the configured batch size, ours by the rows: 20 of 32 here.
 L2_SHARE = 20 / 32
-MGCN_NAMES = tables(None) | {f"{kind}.{m}.{p}": f"{kind}_{m}_{p[0]}" for kind in ("gate", "prefer") for m in ("image", "text") for p in ("weight", "bias")}
-MGCN_NAMES |= {"fusion.query.0.weight": "query1_w", "fusion.query.0.bias": "query1_b", "fusion.query.2.weight": "query2_w"}
+MGCN_NAMES = tables(None) | {
+    f"{kind}.{m}.{p}": f"{kind}_{m}_{p[0]}"
+    for kind in ("gate", "prefer")
+    for m in ("image", "text")
+    for p in ("weight", "bias")
+}
+MGCN_NAMES |= {
+    "fusion.query.0.weight": "query1_w",
+    "fusion.query.0.bias": "query1_b",
+    "fusion.query.2.weight": "query2_w",
+}
 
 
 def test_mgcn(stored, toy, data, check):
@@ -196,15 +217,29 @@ def test_mgcn(stored, toy, data, check):
     side, content = model.outputs()
     torch.testing.assert_close(side, golden["orig_mid_side"], **GUARD)
     torch.testing.assert_close(content, golden["orig_mid_content"], **GUARD)
-    torch.testing.assert_close(model.fusion(model.view("image"), model.view("text"))[1], golden["orig_mid_attention"], **GUARD)
+    torch.testing.assert_close(
+        model.fusion(model.view("image"), model.view("text"))[1], golden["orig_mid_attention"], **GUARD
+    )
     torch.testing.assert_close(model.to_users(torch.eye(24)), golden["graph_R_hat"], **GUARD)
     for name in ("image", "text"):
         torch.testing.assert_close(model.item_graphs[name](torch.eye(24)), golden[f"graph_{name}"], **GUARD)
 
 
-LATTICE = {"n_layers": 1, "n_ui_layers": 2, "feat_embed_dim": 6, "knn_k": 5, "reg_weight": 0.1 * L2_SHARE, "mess_dropout": 0.0}
+LATTICE = {
+    "n_layers": 1,
+    "n_ui_layers": 2,
+    "feat_embed_dim": 6,
+    "knn_k": 5,
+    "reg_weight": 0.1 * L2_SHARE,
+    "mess_dropout": 0.0,
+}
 LATTICE_NAMES = tables(None) | {"modal_weight": "modal_weight"}
-NGCF_NAMES = {f"{ours}.{d}.{p}": f"{name}{d}_{p[0]}" for ours, name in (("sums", "gc"), ("products", "bi")) for d in (0, 1) for p in ("weight", "bias")}
+NGCF_NAMES = {
+    f"{ours}.{d}.{p}": f"{name}{d}_{p[0]}"
+    for ours, name in (("sums", "gc"), ("products", "bi"))
+    for d in (0, 1)
+    for p in ("weight", "bias")
+}
 
 
 def test_lattice(stored, toy, data, check):
@@ -231,10 +266,15 @@ def test_lattice_fixed_learns_the_graph_in_every_batch(stored, toy, data, check)
         check(model, kit.toy_batch(toy), golden, "orig_", {"bpr": "bpr"}, grads_of(golden, "orig_", LATTICE_NAMES))
 
 
-@pytest.mark.parametrize("prefix, options", [
-    ("orig_lambda0_", {"lambda_coeff": 0.0}), ("orig_lambda1_", {"lambda_coeff": 1.0}),
-    ("orig_mf_", {"cf_model": "mf"}), ("orig_ngcf_", {"cf_model": "ngcf"}),
-])
+@pytest.mark.parametrize(
+    "prefix, options",
+    [
+        ("orig_lambda0_", {"lambda_coeff": 0.0}),
+        ("orig_lambda1_", {"lambda_coeff": 1.0}),
+        ("orig_mf_", {"cf_model": "mf"}),
+        ("orig_ngcf_", {"cf_model": "ngcf"}),
+    ],
+)
 def test_lattice_variants(stored, toy, data, check, prefix, options):
     golden, names = stored("mm_lattice"), LATTICE_NAMES | (NGCF_NAMES if "ngcf" in prefix else {})
     model = load(kit.build("LATTICE", data, **LATTICE | options), golden, names)

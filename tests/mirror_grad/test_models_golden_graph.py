@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gfml.sparse import SparseMatrix
+from gfml.ranking.sparse import SparseMatrix
 
 kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toy.py"))))
 # The published degrees carry a guard of 1e-7, ours do not; the loss terms pass it on.
@@ -108,12 +108,26 @@ def test_dualgnn_fixed(stored, toy, data):
     same(kit.scores(model), golden["fixed_mix_ln_score"])
 
 
-@pytest.mark.parametrize("behaviour, variant, prefix, bpr", [
-    ("published", "in_", "orig_", "bpr_log2"), ("published", "in_k6_", "orig_k6_", "bpr_log2"), ("fixed", "in_", "fixed_ln_", "bpr_ln"),
-])
+@pytest.mark.parametrize(
+    "behaviour, variant, prefix, bpr",
+    [
+        ("published", "in_", "orig_", "bpr_log2"),
+        ("published", "in_k6_", "orig_k6_", "bpr_log2"),
+        ("fixed", "in_", "fixed_ln_", "bpr_ln"),
+    ],
+)
 def test_dragon(stored, toy, data, behaviour, variant, prefix, bpr):
     golden, names = stored("mm_dragon"), branch_names()
-    model = kit.build("DRAGON", data, behaviour=behaviour, embedding_dim=64, reg_weight=0.1, knn_k=5, n_mm_layers=1, mm_image_weight=0.1)
+    model = kit.build(
+        "DRAGON",
+        data,
+        behaviour=behaviour,
+        embedding_dim=64,
+        reg_weight=0.1,
+        knn_k=5,
+        n_mm_layers=1,
+        mm_image_weight=0.1,
+    )
     load(model, golden, names)
     set_user_graph(model, golden, variant)
     check(model, kit.toy_batch(toy), golden, prefix, {"bpr": bpr} | BRANCH_PARTS, names)
@@ -129,10 +143,22 @@ def test_slmrec(stored, toy, data):
     kit.fill(model, {"tables.nodes": kit.nodes(golden)} | {ours: golden[f"p_{name}"] for ours, name in names.items()})
     parts = {name: name for name in ("main", "fac_image", "fac_text")}
     check(model, kit.toy_batch(toy), golden, "orig_", parts, names, score=torch.sigmoid)
-    same(kit.gradients(model.train().loss(kit.toy_batch(toy))["loss"], model)["tables.nodes"], kit.nodes(golden, "orig_grad_"))
+    same(
+        kit.gradients(model.train().loss(kit.toy_batch(toy))["loss"], model)["tables.nodes"],
+        kit.nodes(golden, "orig_grad_"),
+    )
 
 
-@pytest.mark.parametrize("adj_type, key", [("pre", "graph_ui"), ("plain", "graph_ui_plain"), ("norm", "graph_ui_norm"), ("gcmc", "graph_ui_gcmc"), ("mean", "graph_ui_mean")])
+@pytest.mark.parametrize(
+    "adj_type, key",
+    [
+        ("pre", "graph_ui"),
+        ("plain", "graph_ui_plain"),
+        ("norm", "graph_ui_norm"),
+        ("gcmc", "graph_ui_gcmc"),
+        ("mean", "graph_ui_mean"),
+    ],
+)
 def test_slmrec_graphs(stored, data, adj_type, key):
     same(kit.build("SLMRec", data, adj_type=adj_type).graph(torch.eye(54)), stored("mm_slmrec")[key])
 
@@ -142,14 +168,20 @@ def test_grcn(stored, toy, data, behaviour, prefix):
     golden = stored("mm_grcn")
     names = {"id": "id", "confidence": "conf"} | {f"preference.{m}": f"{m}_pref" for m in MODALITIES}
     names |= {key: value for m in MODALITIES for key, value in linear(f"features.{m}.linear", f"{m}_proj").items()}
-    model = load(kit.build("GRCN", data, behaviour=behaviour, latent_embedding=6, n_layers=3, reg_weight=0.1), golden, names)
-    parts = {"bpr": "bpr", "reg_id": "reg_id", "reg_all": "reg_pref_image_all"} | {f"reg_{m}": f"reg_pref_{m}_batch" for m in MODALITIES}
+    model = load(
+        kit.build("GRCN", data, behaviour=behaviour, latent_embedding=6, n_layers=3, reg_weight=0.1), golden, names
+    )
+    parts = {"bpr": "bpr", "reg_id": "reg_id", "reg_all": "reg_pref_image_all"} | {
+        f"reg_{m}": f"reg_pref_{m}_batch" for m in MODALITIES
+    }
     check(model, kit.toy_batch(toy), golden, prefix, parts, names)
     # Stored edges: every train pair as user -> item, then as item -> user; ours stand by target, then source.
     users, items = toy["train_user"], toy["train_item"] + 30
     target, source = torch.cat([items, users]), torch.cat([users, items])
     order = torch.from_numpy(np.lexsort((source, target)))
-    assert torch.equal(model.edges.row_of.long(), target[order]) and torch.equal(model.edges.indices.long(), source[order])
+    assert torch.equal(model.edges.row_of.long(), target[order]) and torch.equal(
+        model.edges.indices.long(), source[order]
+    )
     shares = []
     for name in MODALITIES:
         same(model.routed(name)[0], golden[f"{prefix}mid_pref_{name}"])
@@ -167,7 +199,9 @@ def mmgcn_names():
         found |= {f"branches.{m}.preference": f"{m}_pref"}
         for n in range(3):
             found |= {f"branches.{m}.message.{n}.weight": f"{m}_conv{n + 1}"}
-            found |= linear(f"branches.{m}.own.{n}", f"{m}_lin{n + 1}") | linear(f"branches.{m}.join.{n}", f"{m}_g{n + 1}")
+            found |= linear(f"branches.{m}.own.{n}", f"{m}_lin{n + 1}") | linear(
+                f"branches.{m}.join.{n}", f"{m}_g{n + 1}"
+            )
     return found | linear("branches.image.project", "image_proj")
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gfml.graph import build_graph
-from gfml.sampling import Triples
+from gfml.ranking.graph import build_graph
+from gfml.ranking.sampling import Triples
 from mirror_grad.data import MultimodalData
 from mirror_grad.models import damrs, lgmrec, smore
 
@@ -141,7 +141,9 @@ def test_selfcf_drops_directed_edges_and_keeps_their_mean(data):
     assert shares.mean() == pytest.approx(0.5, abs=0.03) and shares.std() == pytest.approx(12**-0.5, abs=0.03)
     one = draws[int((shares - 0.5).abs().argmin())]
     kept = one > 0
-    torch.testing.assert_close(one[kept] / model.light.values[kept], torch.full((int(kept.sum()),), 2.0), rtol=0.2, atol=0)
+    torch.testing.assert_close(
+        one[kept] / model.light.values[kept], torch.full((int(kept.sum()),), 2.0), rtol=0.2, atol=0
+    )
     assert not torch.equal(kept, kept[model.light.transposed])
 
 
@@ -239,7 +241,11 @@ def test_lonely_users_get_no_message(name, data, toy):
     user = model.outputs()[0]
     weight = model.user_weight[lonely]
     own = [model.light.split(branch(model.light))[0][lonely] for branch in model.branches.values()]
-    wanted = sum(w * part for w, part in zip(weight, own)) if name == "DualGNN" else torch.cat([w * p for w, p in zip(weight, own)])
+    wanted = (
+        sum(w * part for w, part in zip(weight, own))
+        if name == "DualGNN"
+        else torch.cat([w * p for w, p in zip(weight, own)])
+    )
     torch.testing.assert_close(user[lonely], wanted)
 
 
@@ -300,7 +306,11 @@ def test_mmgcf_item_inputs(fusion, weighting, data, batch):
     else:
         modal = {"mean": (v + t) / 2, "sum": v + t, "concat": torch.cat([v, t], 1)}[fusion]
         own, modal = (e, modal) if weighting == "equal" else (e / 2, modal / 2)
-        wanted = {"concat": torch.cat([own, modal], 1)} if fusion == "concat" else {"mean": (own + modal) / 2, "sum": own + modal}
+        wanted = (
+            {"concat": torch.cat([own, modal], 1)}
+            if fusion == "concat"
+            else {"mean": (own + modal) / 2, "sum": own + modal}
+        )
     torch.testing.assert_close(items, wanted[fusion])
     assert model.loss(batch)["loss"].isfinite() and kit.scores(model).shape == (30, 24)
 
@@ -413,7 +423,9 @@ def test_preference_divergence():
     user, first, second = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5, 4)
     p, q = ((user @ F.normalize(x, dim=1).T).sigmoid() for x in (first, second))
     bernoulli = torch.distributions.Bernoulli
-    both = torch.distributions.kl_divergence(bernoulli(p), bernoulli(q)) + torch.distributions.kl_divergence(bernoulli(q), bernoulli(p))
+    both = torch.distributions.kl_divergence(bernoulli(p), bernoulli(q)) + torch.distributions.kl_divergence(
+        bernoulli(q), bernoulli(p)
+    )
     torch.testing.assert_close(damrs.preference_divergence(user, first, second), both.mean())
     assert damrs.preference_divergence(user, first, first) == 0
     assert damrs.preference_divergence(1e4 * user, first, -first).isfinite()

@@ -13,19 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from gfml.baselines import popularity
+from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions, csr_from_pairs
-from gfml.errors import UserError
-from gfml.evaluation import evaluate
+from gfml.engine.train import plain_step
 from gfml.mirror import MirrorGradient
-from gfml.sampling import TripleSampler, Triples
-from gfml.train import plain_step
+from gfml.ranking.baselines import popularity
+from gfml.ranking.evaluation import evaluate
+from gfml.ranking.sampling import Triples, TripleSampler
 from mirror_grad.data import MultimodalData
 from mirror_grad.models import MODELS, load_model
 
 kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toy.py"))))
 TRAINED = [name for name, entry in MODELS.items() if entry.trains]
-BEHAVIOURS = [(name, b) for name in TRAINED for b in (("fixed", "published") if MODELS[name].has_published else ("fixed",))]
+BEHAVIOURS = [
+    (name, b) for name in TRAINED for b in (("fixed", "published") if MODELS[name].has_published else ("fixed",))
+]
 # Parameters that the loss does not reach.
 UNREACHED: dict[tuple[str, str], set[str]] = {}
 # Their targets or weights are constants to the gradient but not to the loss; see the stored gradients of the first two.
@@ -82,7 +84,7 @@ def test_gradient_is_the_slope_of_the_loss(name, behaviour, data, toy):
     """Central differences along a random direction in float64, with equal random draws."""
     torch.manual_seed(1)
     model, batch = kit.build(name, data, behaviour=behaviour).double().train(), batch_for(name, toy)
-    parameters = [p for p in model.parameters()]
+    parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(2)
     direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
 
@@ -96,7 +98,11 @@ def test_gradient_is_the_slope_of_the_loss(name, behaviour, data, toy):
         return model.loss(batch)["loss"]
 
     found = value(0.0)
-    slope = sum((g * d).sum() for g, d in zip(torch.autograd.grad(found, parameters, allow_unused=True), direction) if g is not None)
+    slope = sum(
+        (g * d).sum()
+        for g, d in zip(torch.autograd.grad(found, parameters, allow_unused=True), direction)
+        if g is not None
+    )
     step = 1e-6
     upper, lower = value(step).item(), value(-2 * step).item()
     assert slope.item() == pytest.approx((upper - lower) / (2 * step), rel=2e-5, abs=1e-7)
@@ -190,7 +196,10 @@ COUNTS = {
 
 def mmgcn_network(image, text):
     """Weights of the published MMGCN, whose tables are no parameters."""
-    branch = lambda w: w * w + 64 * w + 64 + 64 * (w + 64) + 64 + 2 * (4096 + 4160 + 64 * 128 + 64)
+
+    def branch(w):
+        return w * w + 64 * w + 64 + 64 * (w + 64) + 64 + 2 * (4096 + 4160 + 64 * 128 + 64)
+
     return 256 * image + 256 + branch(256) + branch(text)
 
 

@@ -35,7 +35,12 @@ def test_nothing_heavy_for_help_and_wrong_flags():
 
 def test_defaults_are_the_published_programs():
     options = parse([])
-    assert (options.model, options.dataset, options.mirror, options.seed) == ("SELFCFED_LGN", "amazon-baby", "two_step", 999)
+    assert (options.model, options.dataset, options.mirror, options.seed) == (
+        "SELFCFED_LGN",
+        "amazon-baby",
+        "two_step",
+        999,
+    )
     assert (options.learning_rate, options.batch_size, options.epochs, options.patience) == (1e-3, 2048, 1000, 20)
     assert (options.mirror_alpha1, options.mirror_every, options.mirror_counter) == (1.0, 3, "epoch")
     assert options.topks == (5, 10, 20, 50) and options.select_on == "val" and arm_of(options) == "mg"
@@ -43,7 +48,13 @@ def test_defaults_are_the_published_programs():
 
 @pytest.mark.parametrize(
     "words",
-    ["", "--model LayerGCN --dataset sports", "--not_mg", "-m FREEDOM -d baby --not_mg", "--model=VBPR --dataset=clothing"],
+    [
+        "",
+        "--model LayerGCN --dataset sports",
+        "--not_mg",
+        "-m FREEDOM -d baby --not_mg",
+        "--model=VBPR --dataset=clothing",
+    ],
 )
 def test_commands_of_the_published_program(words):
     options = parse(words.split())
@@ -54,7 +65,11 @@ def test_commands_of_the_published_program(words):
 def test_every_hyper_parameter_is_a_flag(model, capsys):
     for field in dataclasses.fields(MODELS[model].settings):
         kind, default = type(field.default), field.default
-        new = {"int": 7, "float": 0.125, "bool": not default}.get(kind.__name__) if kind is not str else field.metadata["choices"][-1]
+        new = (
+            {"int": 7, "float": 0.125, "bool": not default}.get(kind.__name__)
+            if kind is not str
+            else field.metadata["choices"][-1]
+        )
         spellings = [f"--{field.name}", f"--{field.name.replace('_', '-')}"]
         for flag in spellings:
             words = [flag if new else f"--no-{flag[2:]}"] if kind is bool else [f"{flag}={new}"]
@@ -65,7 +80,9 @@ def test_every_hyper_parameter_is_a_flag(model, capsys):
 
 def test_unknown_model_and_flags_of_another(capsys):
     assert "did you mean 'FREEDOM'" in refused(capsys, "-m", "FREDOM")
-    assert re.search("--knn-k is a hyper-parameter of .*FREEDOM.*, not of BPR", refused(capsys, "-m", "BPR", "--knn_k", 3))
+    assert re.search(
+        "--knn-k is a hyper-parameter of .*FREEDOM.*, not of BPR", refused(capsys, "-m", "BPR", "--knn_k", 3)
+    )
     assert "did you mean" in refused(capsys, "--mirror-alpa2", 0.1)
     assert "wanted a whole number" in refused(capsys, "-m", "LightGCN", "--n_layers", "2.5")
 
@@ -92,7 +109,13 @@ def test_later_layers_win(stored, tmp_path):
            dataset__baby="batch-size = 20\nepochs = 2\npatience = 3\nseed = 5", model__VBPR="epochs = 3\npatience = 4\nreg-weight = 0.5\nseed = 6",
            mirror="patience = 5\nseed = 7", own="seed = 8")  # fmt: skip
     options = parse(["-m", "VBPR", "--config", str(tmp_path / "own.toml")])
-    assert (options.learning_rate, options.batch_size, options.epochs, options.patience, options.seed) == (0.1, 20, 3, 5, 8)
+    assert (options.learning_rate, options.batch_size, options.epochs, options.patience, options.seed) == (
+        0.1,
+        20,
+        3,
+        5,
+        8,
+    )
     assert options.settings.reg_weight == 0.5
     assert parse(["-m", "VBPR", "--config", str(tmp_path / "own.toml"), "--seed", "9"]).seed == 9
     plain = parse(["-m", "VBPR", "--not_mg"])
@@ -120,9 +143,13 @@ def test_unknown_keys_in_a_layer_are_named(stored, capsys):
 
 
 def test_a_resolved_config_gives_the_same_run_back(tmp_path):
-    from gfml.cli import toml_text
+    from gfml.base.toml import toml_text
 
-    for words in (["-m", "FREEDOM", "--mirror-arm", "equal-steps"], ["-m", "VBPR", "--not_mg", "--lr", "0.01"], ["-m", "BPR", "--mirror-arm", "true-ascent"]):
+    for words in (
+        ["-m", "FREEDOM", "--mirror-arm", "equal-steps"],
+        ["-m", "VBPR", "--not_mg", "--lr", "0.01"],
+        ["-m", "BPR", "--mirror-arm", "true-ascent"],
+    ):
         options = parse(words)
         (tmp_path / "config.toml").write_text(toml_text(options.resolved))
         assert parse(["--config", str(tmp_path / "config.toml")]).resolved == options.resolved
@@ -153,7 +180,9 @@ def test_arms():
 
 
 def test_published_names_of_the_mirror():
-    options = parse(["--alpha1", "1.5", "--alpha2", "0.3", "--beta", "4", "--stopping_step", "7", "--valid_metric", "Recall@10"])
+    options = parse(
+        ["--alpha1", "1.5", "--alpha2", "0.3", "--beta", "4", "--stopping_step", "7", "--valid_metric", "Recall@10"]
+    )
     assert (options.mirror_alpha1, options.mirror_alpha2, options.mirror_every, options.patience) == (1.5, 0.3, 4, 7)
     assert options.select_metric == "recall@10"
 

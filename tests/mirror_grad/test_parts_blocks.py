@@ -26,7 +26,9 @@ def test_weighted_log_sum_exps_are_those_of_the_whole_matrix(three_rows_a_block)
     ours = log_sum_exps(first, second, 3.0, weight=weight, count=count)
     plain = (weight * (count * (3.0 * first @ second.T).exp()).sum(1).log()).sum()
     torch.testing.assert_close(ours, plain)
-    for found, wanted in zip(torch.autograd.grad(2 * ours, (first, second)), torch.autograd.grad(2 * plain, (first, second))):
+    for found, wanted in zip(
+        torch.autograd.grad(2 * ours, (first, second)), torch.autograd.grad(2 * plain, (first, second))
+    ):
         torch.testing.assert_close(found, wanted)
 
 

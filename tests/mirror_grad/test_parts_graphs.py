@@ -9,12 +9,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from gfml.baselines import NeighbourScorer
+from gfml.base.errors import UserError
 from gfml.data.interactions import csr_from_pairs
-from gfml.errors import UserError
-from gfml.graph import build_graph
-from gfml.neighbours import nearest_ids, nearest_rows
-from gfml.sampling import seeded_generator
+from gfml.ranking.baselines import NeighbourScorer
+from gfml.ranking.graph import build_graph
+from gfml.ranking.neighbours import nearest_ids, nearest_rows
+from gfml.ranking.sampling import seeded_generator
 from mirror_grad.parts import graphs
 from mirror_grad.parts.user_graph import UserGraph, filled_positions
 
@@ -134,7 +134,7 @@ def test_neighbours_are_kept_by_content(tmp_path, caplog):
         nearest_rows(other[0], other[1], shrink=other[2], cache_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
     path.write_bytes(b"not an archive")
-    with caplog.at_level(logging.WARNING, "gfml.neighbours"):
+    with caplog.at_level(logging.WARNING, "gfml.ranking.neighbours"):
         assert (nearest_rows(features, 3, cache_dir=tmp_path) != first).nnz == 0
     assert "damaged" in caplog.text and "damaged" not in repr(nearest_rows(features, 3, cache_dir=tmp_path))
 

@@ -24,7 +24,9 @@ def test_guarded_bpr_is_bpr_for_moderate_scores_and_fades_for_hopeless_ones():
     torch.testing.assert_close(losses.guarded_bpr(pos, neg), core.bpr(pos, neg), rtol=1e-8, atol=0)
     hopeless = torch.tensor([-60.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.grad(losses.guarded_bpr(hopeless, torch.zeros(1)), hopeless)[0].abs() < 1e-10
-    assert torch.autograd.grad(core.bpr(hopeless, torch.zeros(1, dtype=torch.float64)), hopeless)[0] == pytest.approx(-1)
+    assert torch.autograd.grad(core.bpr(hopeless, torch.zeros(1, dtype=torch.float64)), hopeless)[0] == pytest.approx(
+        -1
+    )
 
 
 def test_dot_bpr_by_loop():

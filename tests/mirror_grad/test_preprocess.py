@@ -9,8 +9,8 @@ import re
 import numpy as np
 import pytest
 
-from gfml.cli import run_main
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.cli import run_main
 from mirror_grad import features, preprocess
 from mirror_grad.data import load
 from mirror_grad.options import parse
@@ -35,7 +35,10 @@ def core(golden, tmp_path_factory):
 
 def test_core_is_the_stored_one(golden, core):
     kept = golden["core_rows"]
-    assert core.users.tolist() == golden["raw_user"][kept].tolist() and core.items.tolist() == golden["raw_item"][kept].tolist()
+    assert (
+        core.users.tolist() == golden["raw_user"][kept].tolist()
+        and core.items.tolist() == golden["raw_item"][kept].tolist()
+    )
     assert preprocess.k_core_rows(core, int(golden["kcore"])).all()
 
 
@@ -50,7 +53,14 @@ def test_sizes_of_the_random_split_are_the_stored_ones(golden):
     assert [found_of for n, found_of in zip(golden["split_n"], found, strict=True) if n >= 3] == [
         tuple(row) for n, row in zip(golden["split_n"], golden["split_counts"].tolist(), strict=True) if n >= 3
     ]
-    assert [preprocess.split_sizes(n) for n in (5, 9, 10, 15, 20, 37)] == [(3, 1, 1), (7, 1, 1), (8, 1, 1), (12, 1, 2), (16, 2, 2), (30, 3, 4)]
+    assert [preprocess.split_sizes(n) for n in (5, 9, 10, 15, 20, 37)] == [
+        (3, 1, 1),
+        (7, 1, 1),
+        (8, 1, 1),
+        (12, 1, 2),
+        (16, 2, 2),
+        (30, 3, 4),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["mg", "mmrec"])
@@ -69,7 +79,9 @@ def test_splits_of_each_user(how):
     labels = preprocess.split_rows(how, users, times, (0.8, 0.1, 0.1), 5)
     for user, count in enumerate(counts):
         own, when = labels[users == user], times[users == user]
-        sizes = preprocess.split_sizes(count) if how != "leave-last" else (count, 0, 0) if count < 3 else (count - 2, 1, 1)
+        sizes = (
+            preprocess.split_sizes(count) if how != "leave-last" else (count, 0, 0) if count < 3 else (count - 2, 1, 1)
+        )
         assert tuple(np.bincount(own, minlength=3)) == sizes
         if how != "random":
             assert (np.diff(own[np.argsort(when)]) >= 0).all()
@@ -79,15 +91,25 @@ def test_splits_of_each_user(how):
 
 
 def test_repeats_of_a_pair():
-    rows = preprocess.Reviews(np.array(["a", "a", "a", "b"]), np.array(["x", "x", "x", "x"]), np.ones(4), np.array([5.0, 2.0, 5.0, 1.0]))
+    rows = preprocess.Reviews(
+        np.array(["a", "a", "a", "b"]), np.array(["x", "x", "x", "x"]), np.ones(4), np.array([5.0, 2.0, 5.0, 1.0])
+    )
     assert rows.deduplicated("times").times.tolist() == [5.0, 2.0, 1.0]
     assert rows.deduplicated("first").times.tolist() == [2.0, 1.0]
 
 
 def test_text_of_an_item():
-    row = {"title": "A\nkettle", "brand": "Acme", "categories": [["Home", "Kitchen"], ["Other"]], "description": "boils  water"}
+    row = {
+        "title": "A\nkettle",
+        "brand": "Acme",
+        "categories": [["Home", "Kitchen"], ["Other"]],
+        "description": "boils  water",
+    }
     assert preprocess.item_text(row) == "A kettle Acme Home Kitchen boils water"
-    assert preprocess.item_text({"asin": "x", "title": None, "description": ["one", "two"]}) == "one two" and preprocess.item_text({}) == ""
+    assert (
+        preprocess.item_text({"asin": "x", "title": None, "description": ["one", "two"]}) == "one two"
+        and preprocess.item_text({}) == ""
+    )
 
 
 def test_metadata_is_never_run(tmp_path):
@@ -107,13 +129,23 @@ def raw_release(folder):
     with gzip.open(folder / "reviews.json.gz", "wt") as stream:
         for user in range(40):
             for item in rng.choice(30, 12, replace=False):
-                row = {"reviewerID": f"U{user}", "asin": names[item], "overall": 4.0, "unixReviewTime": int(rng.integers(1e6))}
+                row = {
+                    "reviewerID": f"U{user}",
+                    "asin": names[item],
+                    "overall": 4.0,
+                    "unixReviewTime": int(rng.integers(1e6)),
+                }
                 stream.write(json.dumps(row) + "\n")
         stream.write(json.dumps({"reviewerID": "lonely", "asin": names[0], "overall": 1.0, "unixReviewTime": 3}) + "\n")
         stream.write(json.dumps({"reviewerID": "U1", "asin": None, "overall": 1.0, "unixReviewTime": 3}) + "\n")
     with gzip.open(folder / "meta.json.gz", "wt") as stream:
         for number, name in enumerate(names[1:], start=1):
-            stream.write(repr({"asin": name, "title": f"thing {number} 'quoted'", "categories": [["Baby", f"kind {number % 3}"]]}) + "\n")
+            stream.write(
+                repr(
+                    {"asin": name, "title": f"thing {number} 'quoted'", "categories": [["Baby", f"kind {number % 3}"]]}
+                )
+                + "\n"
+            )
     with open(folder / "images.b", "wb") as stream:
         for number, name in enumerate(names[:-1]):
             stream.write(name.encode() + np.full(4096, number + 1, dtype="<f4").tobytes())
@@ -122,20 +154,35 @@ def raw_release(folder):
 
 def test_one_command_from_raw_files_to_a_run(tmp_path, capsys):
     names = raw_release(tmp_path)
-    words = ["--reviews", tmp_path / "reviews.json.gz", "--meta", tmp_path / "meta.json.gz", "--images", tmp_path / "images.b", "--text-width", 8]
+    words = [
+        "--reviews",
+        tmp_path / "reviews.json.gz",
+        "--meta",
+        tmp_path / "meta.json.gz",
+        "--images",
+        tmp_path / "images.b",
+        "--text-width",
+        8,
+    ]
     for out in ("toys", "again/toys"):
         assert run_main(preprocess.main, [*map(str, words), "--out", str(tmp_path / out)]) == 0
     assert "40 users, 30 items, 480 rows" in capsys.readouterr().out
     data = load(parse(["-m", "VBPR", "--no-cache", "-d", str(tmp_path / "toys")]), needs_features=True)
     assert {name: tuple(table.shape) for name, table in data.features.items()} == {"image": (30, 4096), "text": (30, 8)}
-    assert (data.interactions.user_activity == 10).all() and data.interactions.valid.nnz == 40 and data.interactions.test.nnz == 40
+    assert (
+        (data.interactions.user_activity == 10).all()
+        and data.interactions.valid.nnz == 40
+        and data.interactions.test.nnz == 40
+    )
     ids = data.interactions.item_ids.tolist()
     assert sorted(ids) == names
     for row, name in enumerate(ids):
         number = names.index(name)
         assert data.features["image"][row, 0] == pytest.approx(number + 1 if number < 29 else np.arange(1, 30).mean())
     manifest = json.loads((tmp_path / "toys" / "manifest.json").read_text())
-    assert manifest["features"]["image"]["missing"] == [names[29]] and manifest["features"]["text"]["missing"] == [names[0]]
+    assert manifest["features"]["image"]["missing"] == [names[29]] and manifest["features"]["text"]["missing"] == [
+        names[0]
+    ]
     assert manifest["sha256"] == json.loads((tmp_path / "again/toys/manifest.json").read_text())["sha256"]
 
 
@@ -167,7 +214,10 @@ def test_pictures_are_encoded_by_a_timm_backbone(tmp_path):
         (["--reviews", "reviews.json.gz"], "items would have no features"),
         (["--reviews", "reviews.json.gz", "--images", "short.b"], "bytes, wanted a multiple"),
         (["--reviews", "reviews.json.gz", "--meta", "meta.json.gz", "--kcore", "99"], "99-core of .* is empty"),
-        (["--reviews", "reviews.json.gz", "--meta", "meta.json.gz", "--text-encoder", "tfidf"], "needs sentence-transformers|cannot load"),
+        (
+            ["--reviews", "reviews.json.gz", "--meta", "meta.json.gz", "--text-encoder", "tfidf"],
+            "needs sentence-transformers|cannot load",
+        ),
         (["--reviews", "bad.csv", "--meta", "meta.json.gz"], "not numbers"),
     ],
 )

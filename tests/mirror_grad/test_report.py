@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from gfml.cli import run_main
+from gfml.program.cli import run_main
 from mirror_grad.main import main
 from mirror_grad.report import main as report
 from mirror_grad.robustness import main as robustness
@@ -13,10 +13,33 @@ SHORT = "--epochs 2 --batch-size 100 --lr 0.02 --embedding-dim 8 --topks 5 20 --
 
 
 def test_a_report_of_arms_and_seeds(planted, tmp_path, capsys):
-    names = {"a": [], "b": ["--not_mg"], "c": ["--not_mg", "--seed", "3"], "d": ["--select-on", "test", "--features", "random"]}
+    names = {
+        "a": [],
+        "b": ["--not_mg"],
+        "c": ["--not_mg", "--seed", "3"],
+        "d": ["--select-on", "test", "--features", "random"],
+    }
     for name, words in names.items():
         assert run_main(main, [*SHORT, "-d", str(planted), "--out", str(tmp_path), "--run-name", name, *words]) == 0
-    assert run_main(robustness, [str(tmp_path / "a"), "--noise", "1", "--swap", "1", "--draws", "1", "--curvature-batches", "1", "--iterations", "1"]) == 0
+    assert (
+        run_main(
+            robustness,
+            [
+                str(tmp_path / "a"),
+                "--noise",
+                "1",
+                "--swap",
+                "1",
+                "--draws",
+                "1",
+                "--curvature-batches",
+                "1",
+                "--iterations",
+                "1",
+            ],
+        )
+        == 0
+    )
     assert run_main(report, [*(str(tmp_path / name) for name in names), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     stored = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in names}

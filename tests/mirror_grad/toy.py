@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gfml.data.interactions import Interactions, csr_from_pairs
-from gfml.sampling import Triples
+from gfml.ranking.sampling import Triples
 from mirror_grad.data import MultimodalData
 from mirror_grad.models import MODELS, load_model
 
@@ -27,7 +27,9 @@ def toy_batch(toy: Mapping[str, Tensor]) -> Triples:
     return Triples(toy["batch_user"], toy["batch_pos"], toy["batch_neg"])
 
 
-def build(name: str, data: MultimodalData, *, behaviour: str = "fixed", embedding_dim: int = 8, seed: int = 0, **options: Any) -> nn.Module:
+def build(
+    name: str, data: MultimodalData, *, behaviour: str = "fixed", embedding_dim: int = 8, seed: int = 0, **options: Any
+) -> nn.Module:
     settings = MODELS[name].settings(**options)
     return load_model(name)(data, settings, behaviour=behaviour, embedding_dim=embedding_dim, seed=seed)
 

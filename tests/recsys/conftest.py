@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gfml.cli import run_main
+from gfml.program.cli import run_main
 from recsys.main import main
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,8 +16,9 @@ import torch
 
 import recsys.experiment as experiment
 import recsys.results as results
-from gfml.cli import run_main
-from gfml.runs import load_state, read_metrics, read_result
+from gfml.base.checkpoints import load_state
+from gfml.engine.runs import read_metrics, read_result
+from gfml.program.cli import run_main
 from recsys.main import main
 from recsys.options import DEMO_DEFAULTS, LOSSES, MODELS, build_parser, parse
 
@@ -27,7 +28,17 @@ GRAVITY_LOSSES = ("gravity", "mix", "bpr_gra", "mix_bpr")
 PLAIN_CELLS = [(model, loss, "l2", "both") for model in MODELS for loss in LOSSES if loss not in GRAVITY_LOSSES]
 GRAVITY_CELLS = [(m, loss, d, mass) for m in MODELS for loss in GRAVITY_LOSSES for d in DISTS for mass in MASSES]
 CELLS = PLAIN_CELLS + GRAVITY_CELLS
-RUN_FILES = {"config.toml", "run.json", "metrics.jsonl", "last.pt", "best.pt", "final.pt", "result.json", "analysis.npz", "done"}
+RUN_FILES = {
+    "config.toml",
+    "run.json",
+    "metrics.jsonl",
+    "last.pt",
+    "best.pt",
+    "final.pt",
+    "result.json",
+    "analysis.npz",
+    "done",
+}
 # Every flag of the published recommender with its default.
 PUBLISHED = {
     "bpr_batch": 2048, "recdim": 64, "layer": 3, "lr": 0.001, "decay": 1e-4, "dropout": 0, "keepprob": 0.6, "a_fold": 100,
@@ -74,7 +85,20 @@ def test_every_cell_runs(train, tmp_path, model, loss, dist, mass):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_falls(train, tmp_path, model, loss):
-    run = train(tmp_path, "longer", "--model", model, "--loss_mode", loss, "--epochs", "20", "--lr", "3e-2", "--eval-every", "20")
+    run = train(
+        tmp_path,
+        "longer",
+        "--model",
+        model,
+        "--loss_mode",
+        loss,
+        "--epochs",
+        "20",
+        "--lr",
+        "3e-2",
+        "--eval-every",
+        "20",
+    )
     found = losses(run)
     assert len(found) == 20 and all(map(math.isfinite, found))
     assert np.mean(found[-3:]) < 0.98 * found[0]
@@ -113,7 +137,9 @@ def test_tables_start_from_an_earlier_run(train, tmp_path):
 
 def test_item_features_are_regularised(train, tmp_path):
     np.save(tmp_path / "features.npy", np.random.default_rng(0).random((40, 5), dtype=np.float32))
-    run = train(tmp_path, "features", "--model", "cml", "--loss_mode", "cml", "--features", str(tmp_path / "features.npy"))
+    run = train(
+        tmp_path, "features", "--model", "cml", "--loss_mode", "cml", "--features", str(tmp_path / "features.npy")
+    )
     assert all(row["train/features"] > 0 for row in read_metrics(run))
 
 
@@ -218,7 +244,19 @@ def test_bad_flags(fail, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     tiny = ["--dataset", "synthetic", "--demo-users", "60", "--demo-items", "40", "--demo-interactions", "900"]
     tiny = tiny if "--dataset" not in flags else []
-    rest = ["--epochs", "2", "--embedding-dim", "8", "--topks", "5", "--es_metric", "ndcg@5", "--baselines", "none", "--no-progress"]
+    rest = [
+        "--epochs",
+        "2",
+        "--embedding-dim",
+        "8",
+        "--topks",
+        "5",
+        "--es_metric",
+        "ndcg@5",
+        "--baselines",
+        "none",
+        "--no-progress",
+    ]
     line = fail(main, *tiny, *rest, "--out", str(tmp_path / "runs"), *flags)
     for word in words:
         assert word in line, line
@@ -260,8 +298,22 @@ def test_doubtful_data_is_used_with_notes(train, tmp_path, capsys):
     """A user without items, a test pair that train has, and a repeated pair."""
     (tmp_path / "train.txt").write_text("0 1 2 3 4 5 6 6\n1\n2 1 2 3 7 8 9\n")
     (tmp_path / "test.txt").write_text("0 7 1\n1 3\n2 5\n")
-    flags = ["--out", str(tmp_path), "--run-name", "run", "--baselines", "popularity", "--report", "0", "--no-cache", "--no-progress"]
-    assert run_main(main, ["--dataset", str(tmp_path), "--epochs", "1", "--topks", "2", "--es_metric", "ndcg@2", *flags]) == 0
+    flags = [
+        "--out",
+        str(tmp_path),
+        "--run-name",
+        "run",
+        "--baselines",
+        "popularity",
+        "--report",
+        "0",
+        "--no-cache",
+        "--no-progress",
+    ]
+    assert (
+        run_main(main, ["--dataset", str(tmp_path), "--epochs", "1", "--topks", "2", "--es_metric", "ndcg@2", *flags])
+        == 0
+    )
     notes = capsys.readouterr().err
     assert "users without train pairs: 1" in notes and "test pairs also in train or valid, dropped: 1" in notes
     assert read_result(tmp_path / "run")["cold_users"] == 1
@@ -365,7 +417,9 @@ def test_a_longer_run_with_refit_has_a_new_refit(train, tmp_path):
     assert same_state(trained(whole), trained(parts))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"not a checkpoint"])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"not a checkpoint"]
+)
 def test_a_corrupted_checkpoint(train, fail, tmp_path, monkeypatch, damage):
     with monkeypatch.context() as patch:
         stop_at_evaluation(patch, 3)
@@ -439,7 +493,9 @@ def test_selection_on_validation_never_reads_test(train, tmp_path, monkeypatch):
     assert selection["value"] == max(row["val/ndcg@10"] for row in rows) == read_result(run)["val"]["ndcg@10"]
 
 
-@pytest.mark.parametrize("flags", ["--loss_mode mix", "--model lgn --loss_mode gravity --ema-scope all", "--refit", "--es_on test"])
+@pytest.mark.parametrize(
+    "flags", ["--loss_mode mix", "--model lgn --loss_mode gravity --ema-scope all", "--refit", "--es_on test"]
+)
 def test_eval_only_repeats_the_stored_numbers(train, tmp_path, monkeypatch, flags):
     words = [*flags.split(), "--epochs", "5", "--lr", "2e-2"]
     run = train(tmp_path, "run", *words)

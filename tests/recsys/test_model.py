@@ -9,13 +9,13 @@ import torch
 
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.data.interactions import Interactions, csr_from_pairs
-from gfml.encoders import LightGCN, Tables
-from gfml.evaluation import evaluate
-from gfml.graph import build_graph
 from gfml.gravity import Gravity
 from gfml.losses import LOSS_MODES
-from gfml.sampling import Triples, TripleSampler
-from gfml.topk import topk_items
+from gfml.ranking.encoders import LightGCN, Tables
+from gfml.ranking.evaluation import evaluate
+from gfml.ranking.graph import build_graph
+from gfml.ranking.sampling import Triples, TripleSampler
+from gfml.ranking.topk import topk_items
 from recsys.model import INFER_MODES, MODELS, PairOptions, Recommender
 
 NUM_USERS, NUM_ITEMS, DIM = 6, 9, 5
@@ -40,7 +40,15 @@ def random_train(seed=0):
     return sp.csr_array((np.random.default_rng(seed).random((NUM_USERS, NUM_ITEMS)) < 0.4).astype(np.float32))
 
 
-def make_model(model="mf", loss="gravity", mode="both_sum", pair=PairOptions(), metric=MetricOptions(margin=1.9, use_rank_weight=False), radius=None, **options):
+def make_model(
+    model="mf",
+    loss="gravity",
+    mode="both_sum",
+    pair=PairOptions(),
+    metric=MetricOptions(margin=1.9, use_rank_weight=False),
+    radius=None,
+    **options,
+):
     torch.manual_seed(0)
     encoder = make_encoder(model, random_train(), DIM)
     encoder.nodes.data.normal_()
@@ -218,11 +226,14 @@ def test_infer_modes(close):
     assert set(INFER_MODES) == {"dot", "gravity", "mat", "original"}
 
 
-@pytest.mark.parametrize("call", (
-    lambda: make_model(loss="bpr_grav"),
-    lambda: make_model().scorer("matrix"),
-    lambda: Recommender(Tables(2, 3, 4), Gravity(2, 3), "hinge"),
-))
+@pytest.mark.parametrize(
+    "call",
+    (
+        lambda: make_model(loss="bpr_grav"),
+        lambda: make_model().scorer("matrix"),
+        lambda: Recommender(Tables(2, 3, 4), Gravity(2, 3), "hinge"),
+    ),
+)
 def test_unknown_choices_are_refused(call):
     with pytest.raises(ValueError, match="choose one of"):
         call()
@@ -238,8 +249,12 @@ def test_parts_of_the_metric_loss(close):
     metric = MetricOptions(margin=0.7, use_rank_weight=True, cov_weight=2.0, feature_weight=0.4)
     every = torch.ones(NUM_ITEMS, dtype=torch.bool)
     module = Recommender(
-        make_encoder("cml", random_train(), DIM), make_gravity((NUM_USERS, NUM_ITEMS), "none"), "cml", metric=metric,
-        radius=0.9, features=ItemFeatures(projection, features, every, ~every, cold_offset=0.0),
+        make_encoder("cml", random_train(), DIM),
+        make_gravity((NUM_USERS, NUM_ITEMS), "none"),
+        "cml",
+        metric=metric,
+        radius=0.9,
+        features=ItemFeatures(projection, features, every, ~every, cold_offset=0.0),
     ).double()
     users, pos, neg = torch.tensor([0, 5, 0]), torch.tensor([1, 2, 3]), torch.tensor([[4, 1], [7, 7], [4, 8]])
     parts = module.loss(Triples(users, pos, neg))
@@ -336,8 +351,11 @@ def test_metric_learning_gathers_the_items_of_a_block():
     torch.manual_seed(0)
     train = blocks(20, 30, 15)
     module = Recommender(
-        make_encoder("cml", train, 8), make_gravity(train.shape, "none"), "cml",
-        metric=MetricOptions(margin=0.5, use_rank_weight=True), radius=1.0,
+        make_encoder("cml", train, 8),
+        make_gravity(train.shape, "none"),
+        "cml",
+        metric=MetricOptions(margin=0.5, use_rank_weight=True),
+        radius=1.0,
     )
     train_model(module, train, 100, 0.05, num_negatives=5)
     top = topk_items(module.scorer(), torch.arange(20), 5, seen=None)

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from gfml.base.checkpoints import load_state
+from gfml.base.errors import UserError
+from gfml.data.synthetic import generate
+from gfml.engine.distributed import World
+from gfml.engine.runs import read_result
+from gfml.program.steps import shared_loss
 from recsys import experiment
 from recsys.options import parse
-
-from gfml.data.synthetic import generate
-from gfml.distributed import World
-from gfml.errors import UserError
-from gfml.program import shared_loss
-from gfml.runs import load_state, read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--dataset", "synthetic", "--demo-users", "301", "--demo-items", "120", "--demo-interactions", "5000", "--epochs", "2",
@@ -25,7 +26,9 @@ TINY = ["--dataset", "synthetic", "--demo-users", "301", "--demo-items", "120", 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("flags", (["--model", "lgn", "--loss_mode", "mix_bpr"], ["--model", "cml", "--loss_mode", "cml", "--num-neg", "3"]))
+@pytest.mark.parametrize(
+    "flags", (["--model", "lgn", "--loss_mode", "mix_bpr"], ["--model", "cml", "--loss_mode", "cml", "--num-neg", "3"])
+)
 @pytest.mark.parametrize("size", (2, 3))
 @pytest.mark.parametrize("rows", (50, 2))
 def test_the_mean_over_processes_is_the_gradient_of_the_batch(flags: list[str], size: int, rows: int) -> None:
@@ -54,7 +57,9 @@ def test_the_mean_over_processes_is_the_gradient_of_the_batch(flags: list[str], 
 def test_losses_of_whole_batches_are_not_shared(flags: list[str]) -> None:
     options = parse([*TINY[:-1], *flags])
     with pytest.raises(UserError, match="several processes"):
-        experiment.loss_of(options, experiment.build_model(options, generate(30, 40, 400, seed=0), CPU), World(0, 2, CPU))
+        experiment.loss_of(
+            options, experiment.build_model(options, generate(30, 40, 400, seed=0), CPU), World(0, 2, CPU)
+        )
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -63,7 +68,13 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     said = {}
     for name, start in (("one", [sys.executable]), ("two", two)):
-        done = subprocess.run([*start, *program, "--out", str(tmp_path / name)], env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [*start, *program, "--out", str(tmp_path / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         said[name] = done.stdout
     [one], [two] = ([run for run in (tmp_path / name).iterdir() if (run / "done").exists()] for name in ("one", "two"))

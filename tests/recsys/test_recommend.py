@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from gfml.cli import run_main
-from gfml.runs import read_result
+from gfml.engine.runs import read_result
+from gfml.program.cli import run_main
 from recsys.main import main as train_main
 from recsys.recommend import Lists, is_logit, load_run, main, recommend, similar_items, write_csv, write_json
 
@@ -34,7 +34,9 @@ def named(tmp_path_factory):
     """A run on a file in which users are u0, u1, ... and items 1000, 1007, ..., and the file."""
     folder = tmp_path_factory.mktemp("named")
     drawn = np.random.default_rng(5)
-    pairs = {(int(user), int(item)) for user, item in zip(drawn.integers(0, 25, 500), drawn.zipf(1.3, 500) % 30, strict=True)}
+    pairs = {
+        (int(user), int(item)) for user, item in zip(drawn.integers(0, 25, 500), drawn.zipf(1.3, 500) % 30, strict=True)
+    }
     lines = ["user,item", *(f"u{user},{1000 + 7 * item}" for user, item in sorted(pairs))]
     (folder / "mine.csv").write_text("\n".join(lines) + "\n")
     flags = ["--dataset", str(folder / "mine.csv"), "--no-cache", "--out", str(folder), "--run-name", "run", "--epochs", "3",
@@ -70,7 +72,9 @@ def test_scores_and_probabilities_are_those_of_the_formula(finished):
     for row, user in enumerate((3, 0)):
         for rank, item in enumerate(lists.items[row].tolist()):
             sq_distance = (vectors[user] - vectors[60 + item]).square().sum()
-            mass = sum(math.log1p(math.exp(state[f"gravity.mass.{side}"][at])) for side, at in (("user", user), ("item", item)))
+            mass = sum(
+                math.log1p(math.exp(state[f"gravity.mass.{side}"][at])) for side, at in (("user", user), ("item", item))
+            )
             score = mass - math.log(sq_distance + 0.01)
             assert lists.columns["score"][row, rank] == pytest.approx(score, abs=2e-5)
             assert lists.columns["probability"][row, rank] == pytest.approx(1 / (1 + math.exp(-score)), abs=1e-5)
@@ -119,8 +123,24 @@ def test_scores_come_block_by_block(finished, monkeypatch):
 def test_users_without_history_are_counted(train, tmp_path, capsys):
     (tmp_path / "train.txt").write_text("0 1 2 3 4 5 6\n1\n2 1 2 3 7 8 9\n")
     (tmp_path / "test.txt").write_text("0 7\n1 3\n2 5\n")
-    flags = ["--out", str(tmp_path), "--run-name", "run", "--baselines", "none", "--report", "0", "--no-cache", "--no-progress"]
-    assert run_main(train_main, ["--dataset", str(tmp_path), "--epochs", "1", "--topks", "2", "--es_metric", "ndcg@2", *flags]) == 0
+    flags = [
+        "--out",
+        str(tmp_path),
+        "--run-name",
+        "run",
+        "--baselines",
+        "none",
+        "--report",
+        "0",
+        "--no-cache",
+        "--no-progress",
+    ]
+    assert (
+        run_main(
+            train_main, ["--dataset", str(tmp_path), "--epochs", "1", "--topks", "2", "--es_metric", "ndcg@2", *flags]
+        )
+        == 0
+    )
     rows = rows_of(capsys, tmp_path / "run", "--user", "1", "--top", "3")
     assert len(rows) == 3
     assert run_main(main, [str(tmp_path / "run"), "--all-users"]) == 0
@@ -144,7 +164,9 @@ def test_nearest_items_by_brute_force(train, tmp_path, flags, unit):
         distances = [math.fsum((a - b) ** 2 for a, b in zip(vectors[item], other, strict=True)) for other in vectors]
         expected = sorted((other for other in range(40) if other != item), key=distances.__getitem__)[:6]
         assert found.items[row].tolist() == expected
-        np.testing.assert_allclose(found.columns["sq_distance"][row], [distances[other] for other in expected], atol=2e-6)
+        np.testing.assert_allclose(
+            found.columns["sq_distance"][row], [distances[other] for other in expected], atol=2e-6
+        )
 
 
 def test_nearest_items_under_kl_start_from_the_given_item(train, tmp_path):
@@ -170,7 +192,9 @@ def test_users_and_items_go_by_the_names_of_the_source(named, capsys):
     assert all((int(row["item"]) - 1000) % 7 == 0 for row in rows)
     taken = {tuple(line.split(",")) for line in (named / "mine.csv").read_text().split()[1:]}
     run = load_run(named / "run")
-    held_out = {(str(run.data.user_ids[u]), str(run.data.item_ids[i])) for u, i in zip(*run.data.test.nonzero(), strict=True)}
+    held_out = {
+        (str(run.data.user_ids[u]), str(run.data.item_ids[i])) for u, i in zip(*run.data.test.nonzero(), strict=True)
+    }
     assert not {(row["user"], row["item"]) for row in rows} & (taken - held_out)
 
 
@@ -190,7 +214,9 @@ def test_all_users(named, capsys):
 def test_json_says_the_same_as_csv(named, tmp_path, capsys):
     rows = rows_of(capsys, named / "run", "--user", "u3", "u4", "--top", "5")
     output = tmp_path / "deep" / "lists.json"
-    assert main([str(named / "run"), "--user", "u3", "u4", "--top", "5", "--format", "json", "--output", str(output)]) == 0
+    assert (
+        main([str(named / "run"), "--user", "u3", "u4", "--top", "5", "--format", "json", "--output", str(output)]) == 0
+    )
     assert capsys.readouterr().out == ""
     flat = [{"user": entry["user"], **item} for entry in json.loads(output.read_text()) for item in entry["items"]]
     assert [{key: str(value) for key, value in row.items()} for row in flat] == rows
@@ -198,7 +224,9 @@ def test_json_says_the_same_as_csv(named, tmp_path, capsys):
 
 
 def test_titles_become_a_column(named, tmp_path, capsys):
-    (tmp_path / "titles.csv").write_text('id,year,title\n1007,1995,"Heat, the film"\n5,1999,Not there\n', encoding="utf-8")
+    (tmp_path / "titles.csv").write_text(
+        'id,year,title\n1007,1995,"Heat, the film"\n5,1999,Not there\n', encoding="utf-8"
+    )
     rows = rows_of(capsys, named / "run", "--similar-items", "1000", "--top", "29", "--titles", tmp_path / "titles.csv")
     assert {row["item"]: row["title"] for row in rows if row["title"]} == {"1007": "Heat, the film"}
 
@@ -224,7 +252,9 @@ def test_names_of_any_kind_survive_csv():
     lists = Lists("user", ['a,"b"'], np.array([[0]]), {}, ["x\ny"])
     stream = io.StringIO()
     write_csv(lists, stream, ["é, ö"])
-    assert list(csv.DictReader(io.StringIO(stream.getvalue(), newline=""))) == [{"user": 'a,"b"', "rank": "1", "item": "x\ny", "title": "é, ö"}]
+    assert list(csv.DictReader(io.StringIO(stream.getvalue(), newline=""))) == [
+        {"user": 'a,"b"', "rank": "1", "item": "x\ny", "title": "é, ö"}
+    ]
 
 
 def test_a_reader_that_leaves_early_is_no_error(finished):
@@ -275,7 +305,9 @@ def test_unknown_ids(named, fail):
 
 
 def test_rows_that_do_not_exist(finished, fail):
-    assert "unknown user '60', wanted one of the 60 users of synthetic, such as 0, 1, 2" in fail(main, str(finished["bpr"]), "--user", "60")
+    assert "unknown user '60', wanted one of the 60 users of synthetic, such as 0, 1, 2" in fail(
+        main, str(finished["bpr"]), "--user", "60"
+    )
     assert "unknown user '-1'" in fail(main, str(finished["bpr"]), "--user", "-1")
 
 
@@ -322,7 +354,13 @@ def test_bad_flags(finished, fail, argv, words):
 
 def test_bad_titles_and_output(finished, fail, tmp_path):
     (tmp_path / "titles.csv").write_text("number,name\n1,x\n")
-    assert "titles.csv has no id" in fail(main, str(finished["bpr"]), "--user", "0", "--titles", str(tmp_path / "titles.csv"))
+    assert "titles.csv has no id" in fail(
+        main, str(finished["bpr"]), "--user", "0", "--titles", str(tmp_path / "titles.csv")
+    )
     (tmp_path / "others.csv").write_text("id,title\n99,x\n")
-    assert "no title for any of the 40 items" in fail(main, str(finished["bpr"]), "--user", "0", "--titles", str(tmp_path / "others.csv"))
-    assert "cannot write" in fail(main, str(finished["bpr"]), "--user", "0", "--output", str(tmp_path / "titles.csv" / "x"))
+    assert "no title for any of the 40 items" in fail(
+        main, str(finished["bpr"]), "--user", "0", "--titles", str(tmp_path / "others.csv")
+    )
+    assert "cannot write" in fail(
+        main, str(finished["bpr"]), "--user", "0", "--output", str(tmp_path / "titles.csv" / "x")
+    )

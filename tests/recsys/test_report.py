@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gfml import report
+from gfml.engine.runs import read_result
 from gfml.metrics.compare import bootstrap_mean
-from gfml.reporting import GLOSSARY, TABLE_METRICS
-from gfml.runs import read_result
+from gfml.report import page as report
+from gfml.report.recommenders import GLOSSARY, TABLE_METRICS
 from recsys.report import main, write_report
 
 PLOTS = {"learning.png", "groups.png", "mass.png", "mass-curve.png"}
@@ -93,7 +93,12 @@ def test_one_run(gravity):
     data = result["data"]
     for part in ("train", "test"):
         assert f"{part} {data[part]:,}" in page.text
-    for words in ("60 users × 40 items", "selected on validation", "ndcg@10 on validation", f"epoch {result['selection']['epoch']} of 6"):
+    for words in (
+        "60 users × 40 items",
+        "selected on validation",
+        "ndcg@10 on validation",
+        f"epoch {result['selection']['epoch']} of 6",
+    ):
         assert words in page.text
     assert "\n2020\n" not in page.text and "\n7\n" in page.text, "the seed"
 
@@ -105,7 +110,9 @@ def test_the_metrics_table(finished, gravity):
     assert [row[0] for row in rows] == ["mf gravity", "popularity", "item-knn"]
     stored = np.load(finished["gravity"] / "analysis.npz")
     for name, cell in list(zip(header, rows[0], strict=True))[1:]:
-        assert cell.startswith(f"{result['test'][name]:.4f}" if result["test"][name] < 10 else f"{result['test'][name]:,.1f}")
+        assert cell.startswith(
+            f"{result['test'][name]:.4f}" if result["test"][name] < 10 else f"{result['test'][name]:,.1f}"
+        )
         if name in ("recall@5", "ndcg@10", "tail_recall@10"):
             interval = bootstrap_mean(stored[f"per_user/{name}"], resamples=1000)
             assert interval.low < result["test"][name] < interval.high
@@ -169,7 +176,10 @@ def test_selection_on_test_is_a_warning(finished, tmp_path):
 
 
 @pytest.mark.usefixtures("words_only")
-@pytest.mark.parametrize(("value", "kind", "words"), [(0.91, "good", "is recovered: Spearman 0.910"), (0.42, "warning", "is not recovered: Spearman 0.420")])
+@pytest.mark.parametrize(
+    ("value", "kind", "words"),
+    [(0.91, "good", "is recovered: Spearman 0.910"), (0.42, "warning", "is not recovered: Spearman 0.420")],
+)
 def test_it_says_whether_the_true_mass_is_recovered(copy, tmp_path, value, kind, words):
     run = copy("gravity", lambda result: result["mass"].update(item_spearman_true=value))
     write_report([run], tmp_path / "out")
@@ -209,11 +219,23 @@ def test_a_run_with_user_masses_only(train, tmp_path):
     assert any("user mass ~ activity" in table[0] for table in page.tables)
 
 
-@pytest.mark.parametrize("flags", ["--epochs 0", "--topks 3", "--dist_mode kl --model cml", "--refit", "--mass_init xavier --mass_param relu --epochs 1"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--epochs 0",
+        "--topks 3",
+        "--dist_mode kl --model cml",
+        "--refit",
+        "--mass_init xavier --mass_param relu --epochs 1",
+    ],
+)
 def test_unusual_runs(train, tmp_path, flags):
     run = train(tmp_path, "run", *flags.split(), "--report", "1")
     assert (run / "report" / "report.html").stat().st_size > 50_000
-    assert f"{read_result(run)['test']['recall@10']:.4f}" in (run / "report" / "report.md").read_text() or flags == "--topks 3"
+    assert (
+        f"{read_result(run)['test']['recall@10']:.4f}" in (run / "report" / "report.md").read_text()
+        or flags == "--topks 3"
+    )
 
 
 def test_every_column_is_explained(gravity):

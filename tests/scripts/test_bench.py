@@ -37,17 +37,19 @@ def test_the_plain_lightgcn_step_is_the_same_step(bench: dict) -> None:
     import torch
 
     from gfml.data.interactions import csr_from_pairs
-    from gfml.encoders import LightGCN
-    from gfml.graph import build_graph
+    from gfml.engine.train import plain_step
     from gfml.gravity import Gravity
-    from gfml.sampling import Triples
-    from gfml.train import plain_step
+    from gfml.ranking.encoders import LightGCN
+    from gfml.ranking.graph import build_graph
+    from gfml.ranking.sampling import Triples
     from recsys.model import PairOptions, Recommender
 
     rng = np.random.default_rng(0)
     train = csr_from_pairs(rng.integers(0, 12, 60), rng.integers(0, 9, 60), 12, 9)
     torch.manual_seed(0)
-    model = Recommender(LightGCN(build_graph(train), 8, 3), Gravity(12, 9, mass="none"), "bpr", pair=PairOptions(decay=1e-2))
+    model = Recommender(
+        LightGCN(build_graph(train), 8, 3), Gravity(12, 9, mass="none"), "bpr", pair=PairOptions(decay=1e-2)
+    )
     plain = bench["reference"]("lightgcn")
     nodes = torch.nn.Parameter(model.encoder.nodes.detach().clone())
     triple = tuple(torch.from_numpy(rng.integers(0, n, 16)) for n in (12, 9, 9))

@@ -9,20 +9,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gfml.cli import run_main
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = runpy.run_path(str(ROOT / "scripts" / "report.py"))
 
 
-def store(out: Path, number: int, values: list[float], *, done: bool = True, split: str = "val", family: str = "toy", **flags: object) -> Path:
+def store(
+    out: Path,
+    number: int,
+    values: list[float],
+    *,
+    done: bool = True,
+    split: str = "val",
+    family: str = "toy",
+    **flags: object,
+) -> Path:
     """A run with one evaluation an epoch."""
     path = out / f"{family}-x-{number:08d}"
     path.mkdir(parents=True)
     flags = {"kind": "a", **flags}
-    (path / "config.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in flags.items()) + "out = 'there'\ndata-root = 'D'\n")
-    rows = [{"epoch": epoch, "train/loss": 1 / epoch, f"{split}/score": value} for epoch, value in enumerate(values, start=1)]
+    (path / "config.toml").write_text(
+        "".join(f"{key} = {json.dumps(value)}\n" for key, value in flags.items()) + "out = 'there'\ndata-root = 'D'\n"
+    )
+    rows = [
+        {"epoch": epoch, "train/loss": 1 / epoch, f"{split}/score": value}
+        for epoch, value in enumerate(values, start=1)
+    ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if done:
         selection = {"epoch": 1, "metric": "score", "split": split, "protocol": f"selected on {split}"}
@@ -37,11 +51,15 @@ def store_sweep(root: Path, mode: str = "max") -> Path:
     out, trials = root / "runs", []
     for number, lr in enumerate((0.001, 0.004, 0.02, 0.05, 0.1, 0.5, 0.9), start=1):
         path = store(out, number, [lr / 2, lr, lr * 0.9], lr=lr, kind="ab"[number % 2], done=number != 7)
-        trials.append({"trial": number, "run": f"toy-*-{path.name[-8:]}", "state": "stopped" if number == 7 else "done"})
+        trials.append(
+            {"trial": number, "run": f"toy-*-{path.name[-8:]}", "state": "stopped" if number == 7 else "done"}
+        )
     trials.append({"trial": 8, "run": "toy-*-none", "state": "waiting"})
     folder = out / "sweeps" / "toy-1"
     folder.mkdir(parents=True)
-    (folder / "trials.json").write_text(json.dumps({"metric": "val/score", "mode": mode, "search": "random", "trials": trials}))
+    (folder / "trials.json").write_text(
+        json.dumps({"metric": "val/score", "mode": mode, "search": "random", "trials": trials})
+    )
     return folder
 
 
@@ -116,7 +134,15 @@ def test_what_cannot_be_reported_is_said_in_one_line(tmp_path: Path, case: str) 
     elif case == "no metric":
         metric = "val/none"
     elif case == "nothing launched":
-        (sweep / "trials.json").write_text(json.dumps({"metric": "val/score", "mode": "max", "trials": [{"trial": 1, "run": "toy-*-none", "state": "waiting"}]}))
+        (sweep / "trials.json").write_text(
+            json.dumps(
+                {
+                    "metric": "val/score",
+                    "mode": "max",
+                    "trials": [{"trial": 1, "run": "toy-*-none", "state": "waiting"}],
+                }
+            )
+        )
         paths = [sweep]
     elif case == "sweep and run":
         paths = [sweep, run]

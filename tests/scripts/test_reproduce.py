@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from scipy.stats import wilcoxon
 
-from gfml.cli import run_main
-from gfml.commands import read_command
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.cli import run_main
+from gfml.program.commands import read_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -34,7 +34,7 @@ paper = "theirs"
 
 [[cell]]
 label = "from lambda 1"
-command = "{TINY.replace('{lamb}', '2')} --pretrain 1 --pretrain-file '{{run:lambda 1}}'"
+command = "{TINY.replace("{lamb}", "2")} --pretrain 1 --pretrain-file '{{run:lambda 1}}'"
 seeds = [1]
 
 [[cell]]
@@ -128,7 +128,13 @@ def pairs(script: ModuleType, toy: Path) -> Path:
     return toy
 
 
-def finish(script: ModuleType, out: Path, name: str, gains: dict[tuple[str, int], float], protocol: str = "selected on validation") -> None:
+def finish(
+    script: ModuleType,
+    out: Path,
+    name: str,
+    gains: dict[tuple[str, int], float],
+    protocol: str = "selected on validation",
+) -> None:
     """Finished runs of cells (label, seed), as programs leave them: user i gains ``gain`` times i mod 3, in the mean ``gain``."""
     for cell in script.expand(script.load_table(name), str(out)):
         if (cell.label, cell.seed) not in gains:
@@ -140,22 +146,35 @@ def finish(script: ModuleType, out: Path, name: str, gains: dict[tuple[str, int]
             (path / "config.toml").write_text(f"seed = {cell.seed}\nlabel = {cell.label!r}\n")
             data = {"name": "toy", "test_fingerprint": "t", "fingerprint": "f"}
             selection = {"epoch": 1, "protocol": protocol, "value": 1 - (number - 1) ** 2}
-            result = {"data": data, "selection": selection, "test": {"ndcg@5": float(values.mean()) + number, "ndcg@10": 0.7}, "seconds": {}}
+            result = {
+                "data": data,
+                "selection": selection,
+                "test": {"ndcg@5": float(values.mean()) + number, "ndcg@10": 0.7},
+                "seconds": {},
+            }
             (path / "result.json").write_text(json.dumps(result))
             (path / "done").write_text("")
             arrays = {"per_user/ndcg@5": values, "per_user/ndcg@10": values}
             np.savez(path / "analysis.npz", test_users=np.arange(len(values)), **arrays)
 
 
-def collect(script: ModuleType, folder: Path, out: str = "runs", name: str = "pairs") -> dict[tuple[str, str, str], dict[str, str]]:
+def collect(
+    script: ModuleType, folder: Path, out: str = "runs", name: str = "pairs"
+) -> dict[tuple[str, str, str], dict[str, str]]:
     """What --collect stores of paired tests, by row, the row it is compared with, and seed."""
     assert run_main(script.main, [name, "--out", str(folder / out), "--collect"]) == 0
-    return {(row["row"], row["against"], row["seed"]): row for row in script.stored_rows(folder / "paper", f"{name}-paired")}
+    return {
+        (row["row"], row["against"], row["seed"]): row for row in script.stored_rows(folder / "paper", f"{name}-paired")
+    }
 
 
 def table_names() -> list[str]:
     """Tables with cells; the others are only filled from runs named by hand."""
-    return sorted(path.stem for path in (ROOT / "configs" / "tables").glob("*.toml") if "[[cell]]" in path.read_text(encoding="utf-8"))
+    return sorted(
+        path.stem
+        for path in (ROOT / "configs" / "tables").glob("*.toml")
+        if "[[cell]]" in path.read_text(encoding="utf-8")
+    )
 
 
 @pytest.mark.parametrize("name", table_names())
@@ -170,7 +189,9 @@ def test_stored_tables_are_understood(script: ModuleType, tmp_path: Path, name: 
         assert one.reason or not one.cell.needs, "nothing is below an empty folder"
 
 
-def test_a_small_table_from_nothing_to_numbers(script: ModuleType, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_table_from_nothing_to_numbers(
+    script: ModuleType, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = ["--out", str(toy / "runs")]
     assert run_main(script.main, ["toy", *out]) == 0
     said = capsys.readouterr().out
@@ -199,7 +220,9 @@ def test_a_small_table_from_nothing_to_numbers(script: ModuleType, toy: Path, ca
     assert run_main(script.main, ["toy", "--check"]) == 0
     ours = float(rows["lambda 1"]["recall@5"])
     said = capsys.readouterr().out
-    assert f"paper 0.5000  ours {ours:.4f}  difference {ours - 0.5:+.4f}" in said and "n 2, selected on validation" in said
+    assert (
+        f"paper 0.5000  ours {ours:.4f}  difference {ours - 0.5:+.4f}" in said and "n 2, selected on validation" in said
+    )
     (toy / "paper" / "README.md").write_text("<!-- results:toy -->\nsomething else\n<!-- end:toy -->\n")
     assert run_main(script.main, ["toy", "--check"]) == 2
 
@@ -221,7 +244,9 @@ def test_the_list_names_every_table(script: ModuleType, tmp_path: Path, capsys: 
         (("{run:lambda 1}", "{run:lambda 7}"), "starts from 'lambda 7'"),
     ),
 )
-def test_mistakes_in_a_table_are_one_line(script: ModuleType, toy: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], message: str) -> None:
+def test_mistakes_in_a_table_are_one_line(
+    script: ModuleType, toy: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], message: str
+) -> None:
     file = toy / "tables" / "toy.toml"
     assert change[0] in file.read_text()
     file.write_text(file.read_text().replace(*change))
@@ -231,9 +256,16 @@ def test_mistakes_in_a_table_are_one_line(script: ModuleType, toy: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), ((["tyo"], "did you mean 'toy'"), (["toy", "--only", "nothing"], "no row of toy"), (["toy", "--collect", "--only", "1"], "whole table"))
+    ("flags", "message"),
+    (
+        (["tyo"], "did you mean 'toy'"),
+        (["toy", "--only", "nothing"], "no row of toy"),
+        (["toy", "--collect", "--only", "1"], "whole table"),
+    ),
 )
-def test_wrong_calls_are_one_line(script: ModuleType, toy: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+def test_wrong_calls_are_one_line(
+    script: ModuleType, toy: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
     assert run_main(script.main, [*flags, "--out", str(toy / "runs")]) == 2
     assert message in capsys.readouterr().err
 
@@ -252,16 +284,34 @@ def test_over_outside_cells_repeats_them_together(script: ModuleType, pairs: Pat
     by_label = {cell.label: cell for cell in cells}
     # A table of values gives its keys to labels and its values to commands.
     assert "recsys/main.py --dataset synthetic --lamb 3 --lr 0.3 --out" in by_label["B + steps"].command
-    assert by_label["B + MG"].against == ("B", "B + steps") and by_label["B + steps"].against == ("B",) and by_label["B"].against == ()
+    assert (
+        by_label["B + MG"].against == ("B", "B + steps")
+        and by_label["B + steps"].against == ("B",)
+        and by_label["B"].against == ()
+    )
     assert by_label["A + MG"].paper == "A (paper)" and by_label["A"].paper is None
 
 
 def test_pairs_are_tested_over_users_and_over_seeds(script: ModuleType, pairs: Path) -> None:
-    gains = {("A", 1): 0.0, ("A", 2): 0.0, ("A + MG", 1): 0.1, ("A + MG", 2): 0.2, ("B", 1): 0.0, ("B + MG", 1): -0.1, ("B + MG", 2): 0.3}
+    gains = {
+        ("A", 1): 0.0,
+        ("A", 2): 0.0,
+        ("A + MG", 1): 0.1,
+        ("A + MG", 2): 0.2,
+        ("B", 1): 0.0,
+        ("B + MG", 1): -0.1,
+        ("B + MG", 2): 0.3,
+    }
     finish(script, pairs / "runs", "pairs", gains)
     tests = collect(script, pairs)
     # Of B only seed 1 has both rows, and the control of A never ran.
-    assert list(tests) == [("A + MG", "A", "1"), ("A + MG", "A", "2"), ("A + MG", "A", ""), ("B + MG", "B", "1"), ("B + MG", "B", "")]
+    assert list(tests) == [
+        ("A + MG", "A", "1"),
+        ("A + MG", "A", "2"),
+        ("A + MG", "A", ""),
+        ("B + MG", "B", "1"),
+        ("B + MG", "B", ""),
+    ]
     steps = np.arange(40) % 3
     for seed, gain in (("1", 0.1), ("2", 0.2)):
         row = tests["A + MG", "A", seed]
@@ -284,7 +334,10 @@ def test_pairs_are_tested_over_users_and_over_seeds(script: ModuleType, pairs: P
 
     text = (pairs / "paper" / "README.md").read_text()
     assert "| B + MG | B | ndcg@5 | 1 | −0.0975 | no test: one seed | −0." in text
-    assert "| A + MG | A | ndcg@5 | 2 | +0.1462 ± 0.0689 | p = 0.205, Holm p = 0.205 | better in 2, worse in 0 of 2 |" in text
+    assert (
+        "| A + MG | A | ndcg@5 | 2 | +0.1462 ± 0.0689 | p = 0.205, Holm p = 0.205 | better in 2, worse in 0 of 2 |"
+        in text
+    )
 
 
 def test_stored_tests_stay_until_there_are_as_many_runs(script: ModuleType, pairs: Path) -> None:
@@ -319,7 +372,9 @@ def test_check_also_reads_the_paired_tests(script: ModuleType, pairs: Path, caps
     assert run_main(script.main, ["pairs", "--check"]) == 0
 
 
-def test_every_row_stands_beside_its_published_one(script: ModuleType, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_row_stands_beside_its_published_one(
+    script: ModuleType, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also one whose label is part of another's, which comes first."""
     file = pairs / "tables" / "pairs.toml"
     file.write_text(PAIRS.replace('label = "{model}"\n', 'label = "{model}"\npaper = "{model} (paper)"\n'))
@@ -331,7 +386,9 @@ def test_every_row_stands_beside_its_published_one(script: ModuleType, pairs: Pa
     assert "A + MG beside A (paper)" in said and "\nA beside A (paper)" in said
 
 
-def test_runs_that_judged_others_are_not_compared(script: ModuleType, pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_that_judged_others_are_not_compared(
+    script: ModuleType, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     finish(script, pairs / "runs", "pairs", {("A", 1): 0.0, ("A + MG", 1): 0.1})
     path = next(path for path in (pairs / "runs").glob("*/config.toml") if "MG" in path.read_text()).parent
     result = json.loads((path / "result.json").read_text())
@@ -354,7 +411,9 @@ command = "mirror_grad/main.py --model BPR --dataset baby --mirror-arm equal-gri
 """
 
 
-def test_of_a_command_with_several_runs_the_best_counts(script: ModuleType, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_of_a_command_with_several_runs_the_best_counts(
+    script: ModuleType, toy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (toy / "tables" / "grid.toml").write_text(GRID)
     (toy / "paper" / "README.md").write_text("<!-- results:grid -->\n<!-- end:grid -->\n")
     finish(script, toy / "runs", "grid", {("best of three", 1): 0.0}, "no training")
@@ -383,7 +442,9 @@ def test_of_a_command_with_several_runs_the_best_counts(script: ModuleType, toy:
         (('paper = "{model} (paper)"', 'paper = "{model}"'), "names the published row 'A'"),
     ),
 )
-def test_wrong_references_are_one_line(script: ModuleType, pairs: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], message: str) -> None:
+def test_wrong_references_are_one_line(
+    script: ModuleType, pairs: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], message: str
+) -> None:
     assert change[0] in PAIRS
     (pairs / "tables" / "pairs.toml").write_text(PAIRS.replace(*change))
     assert run_main(script.main, ["pairs"]) == 2
@@ -395,7 +456,14 @@ def test_wrong_references_are_one_line(script: ModuleType, pairs: Path, capsys: 
 
 
 def test_the_figure_shows_rows_published_values_and_changes(script: ModuleType, pairs: Path) -> None:
-    gains = {("A", 1): 0.0, ("A", 2): 0.0, ("A + MG", 1): 0.1, ("A + MG", 2): 0.2, ("A + steps", 1): 0.1, ("alone", 1): 0.0}
+    gains = {
+        ("A", 1): 0.0,
+        ("A", 2): 0.0,
+        ("A + MG", 1): 0.1,
+        ("A + MG", 2): 0.2,
+        ("A + steps", 1): 0.1,
+        ("alone", 1): 0.0,
+    }
     finish(script, pairs / "runs", "pairs", gains)
     tests = collect(script, pairs)
     picture = (pairs / "paper" / "results" / "pairs.png").read_bytes()
@@ -411,14 +479,22 @@ def test_the_figure_shows_rows_published_values_and_changes(script: ModuleType, 
     single = [line for line in left.lines if line.get_marker() in ("o", "D") and len(line.get_xdata()) == 1]
     points = {(line.get_marker(), float(line.get_ydata()[0])): float(line.get_xdata()[0]) for line in single}
     # B has no run: its published value is all there is, and its other rows take no place.
-    assert points["o", 1.0] == pytest.approx(BASE.mean(), rel=1e-4) and points["D", 0.0] == 0.5 and points["D", 4.0] == 0.6
+    assert (
+        points["o", 1.0] == pytest.approx(BASE.mean(), rel=1e-4) and points["D", 0.0] == 0.5 and points["D", 4.0] == 0.6
+    )
     assert sorted(points) == [("D", 0.0), ("D", 4.0), ("o", 0.0), ("o", 1.0), ("o", 2.0), ("o", 6.0)]
-    bars = {line.get_ydata()[0]: line.get_xdata() for line in right.lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] == line.get_ydata()[1]}
+    bars = {
+        line.get_ydata()[0]: line.get_xdata()
+        for line in right.lines
+        if len(line.get_xdata()) == 2 and line.get_ydata()[0] == line.get_ydata()[1]
+    }
     seeds = tests["A + MG", "A", ""]
     middle, spread = (100 * float(seeds[name]) / BASE.mean() for name in ("difference", "std"))
     assert list(bars[0.0]) == pytest.approx([middle - spread, middle + spread], rel=1e-4)
     users = tests["A + steps", "A", "1"]
-    assert list(bars[2.0]) == pytest.approx([100 * float(users[name]) / BASE.mean() for name in ("low", "high")], rel=1e-4)
+    assert list(bars[2.0]) == pytest.approx(
+        [100 * float(users[name]) / BASE.mean() for name in ("low", "high")], rel=1e-4
+    )
     assert right.get_title(loc="left") == "Change to plain"
 
 
@@ -427,13 +503,19 @@ def test_labels_are_grouped_and_named_by_what_they_share(script: ModuleType) -> 
     first = {"A + MG": "A", "B, mg": "B, plain", "B, lr": "B, plain"}
     groups = figure.groups_of(["A", "B, plain", "A + MG", "B, mg", "C", "B, lr"], first)
     assert groups == [["A", "A + MG"], ["B, plain", "B, mg", "B, lr"], ["C"]]
-    assert [figure.names_of(group) for group in groups] == [("A", ["plain", "MG"]), ("B", ["plain", "mg", "lr"]), ("C", ["plain"])]
+    assert [figure.names_of(group) for group in groups] == [
+        ("A", ["plain", "MG"]),
+        ("B", ["plain", "mg", "lr"]),
+        ("C", ["plain"]),
+    ]
 
 
 def test_a_long_figure_stays_small_and_nothing_gives_none(script: ModuleType, tmp_path: Path) -> None:
     figure = importlib.import_module("table_figure")
     labels = [f"model {number}{arm}" for number in range(25) for arm in ("", " + MG")]
-    rows = {label: {"protocol": "", "ndcg@5": str(place / 100), "ndcg@5 std": "0.003"} for place, label in enumerate(labels)}
+    rows = {
+        label: {"protocol": "", "ndcg@5": str(place / 100), "ndcg@5 std": "0.003"} for place, label in enumerate(labels)
+    }
     first = {label: label.removesuffix(" + MG") for label in labels if label.endswith("MG")}
     figure.write_figure(tmp_path / "a.png", figure.Drawn(rows, labels, first, {}, []), ["ndcg@5"])
     assert 1000 < (tmp_path / "a.png").stat().st_size < 100_000

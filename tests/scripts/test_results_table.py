@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gfml.errors import UserError
+from gfml.base.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,9 @@ def test_mean_and_sample_deviation_over_runs(table: dict, tmp_path: Path) -> Non
 
 def test_published_rows_and_the_first_page(table: dict, tmp_path: Path) -> None:
     (tmp_path / "configs" / "tables").mkdir(parents=True)
-    (tmp_path / "configs" / "tables" / "toy.toml").write_text('[[published]]\nmethod = "theirs"\nsource = "paper"\n"recall@20" = 0.3\n')
+    (tmp_path / "configs" / "tables" / "toy.toml").write_text(
+        '[[published]]\nmethod = "theirs"\nsource = "paper"\n"recall@20" = 0.3\n'
+    )
     (tmp_path / "README.md").write_text("<!-- results:paper/toy -->\n<!-- end:paper/toy -->\n")
     table["main"](["toy", "--folder", "paper", f"a = b={store_run(tmp_path / 'r', 0.1)}"])
     for readme in (tmp_path / "README.md", tmp_path / "paper" / "README.md"):
@@ -87,7 +89,9 @@ def test_baselines_of_two_data_sets_are_two_rows(table: dict, tmp_path: Path) ->
     runs = [store_run(tmp_path / name, 0.1) for name in ("one", "two")]
     stored = tmp_path / "two" / "result.json"
     result = json.loads(stored.read_text())
-    stored.write_text(json.dumps(result | {"data": {"name": "other"}, "baselines": {"popularity": {"test": {"recall@20": 0.06}}}}))
+    stored.write_text(
+        json.dumps(result | {"data": {"name": "other"}, "baselines": {"popularity": {"test": {"recall@20": 0.06}}}})
+    )
     assert table["main"](["toy", "--folder", "paper", f"a={runs[0]}", f"b={runs[1]}"]) == 0
     text = (tmp_path / "paper" / "README.md").read_text()
     assert "| popularity, toy | no training | 1 |  | 0.0500 |" in text
@@ -95,7 +99,10 @@ def test_baselines_of_two_data_sets_are_two_rows(table: dict, tmp_path: Path) ->
 
 
 def test_equal_baselines_of_two_protocols_are_one_row(table: dict, tmp_path: Path) -> None:
-    runs = [f"one={store_run(tmp_path / 'a', 0.1)}", f"other={store_run(tmp_path / 'b', 0.1, protocol='selected on test')}"]
+    runs = [
+        f"one={store_run(tmp_path / 'a', 0.1)}",
+        f"other={store_run(tmp_path / 'b', 0.1, protocol='selected on test')}",
+    ]
     table["main"](["toy", "--folder", "paper", *runs])
     assert (tmp_path / "paper" / "README.md").read_text().count("popularity") == 1
     stored = json.loads((tmp_path / "b" / "result.json").read_text())
@@ -115,7 +122,10 @@ def test_check_notices_an_edited_table(table: dict, tmp_path: Path) -> None:
 
 
 def test_mixed_protocols_are_not_averaged(table: dict, tmp_path: Path) -> None:
-    runs = [f"ours={store_run(tmp_path / 'a', 0.1)}", f"ours={store_run(tmp_path / 'b', 0.1, protocol='selected on test')}"]
+    runs = [
+        f"ours={store_run(tmp_path / 'a', 0.1)}",
+        f"ours={store_run(tmp_path / 'b', 0.1, protocol='selected on test')}",
+    ]
     with pytest.raises(UserError, match="differ in data or protocol"):
         table["main"](["toy", "--folder", "paper", *runs])
 
@@ -146,17 +156,29 @@ def test_a_declaration_names_the_figures_that_are_kept(table: dict, tmp_path: Pa
 
 def paired(seed: str, difference: float, p: float, p_holm: float, **more: object) -> dict[str, str]:
     facts = {"row": "a", "against": "b", "metric": "ndcg@5", "level": "users" if seed else "seeds", "seed": seed}
-    return {**facts, "difference": str(difference), "p": str(p), "p_holm": str(p_holm), **{key: str(value) for key, value in more.items()}}
+    return {
+        **facts,
+        "difference": str(difference),
+        "p": str(p),
+        "p_holm": str(p_holm),
+        **{key: str(value) for key, value in more.items()},
+    }
 
 
 def test_paired_tests_are_shown_a_line_for_each_pair(table: dict) -> None:
     users = [paired("1", 0.2, 0.001, 0.01), paired("2", -0.1, 0.002, 0.02), paired("3", 0.2, 0.03, 0.06)]
     lines = table["paired_markdown"]([*users, paired("", 0.1, 0.0004, 0.0004, n=3, std=0.1732)]).splitlines()
     assert lines[0] == "| row | minus | metric | seeds | difference | over seeds | over users, seed by seed |"
-    assert lines[2] == "| a | b | ndcg@5 | 3 | +0.1000 ± 0.1732 | p < 0.001, Holm p < 0.001 | better in 1, worse in 1 of 3 |"
+    assert (
+        lines[2]
+        == "| a | b | ndcg@5 | 3 | +0.1000 ± 0.1732 | p < 0.001, Holm p < 0.001 | better in 1, worse in 1 of 3 |"
+    )
     assert lines[4].startswith("Difference: mean over the seeds")
     one = [paired("1", 0.2, 0.001, 0.01, low=0.1, high=0.3), paired("", 0.2, 0, 0, n=1)]
-    assert table["paired_markdown"](one).splitlines()[2] == "| a | b | ndcg@5 | 1 | +0.2000 | no test: one seed | +0.1000 to +0.3000, p = 0.001, Holm p = 0.010 |"
+    assert (
+        table["paired_markdown"](one).splitlines()[2]
+        == "| a | b | ndcg@5 | 1 | +0.2000 | no test: one seed | +0.1000 to +0.3000, p = 0.001, Holm p = 0.010 |"
+    )
 
 
 def test_paired_tests_have_a_block_of_their_own(table: dict, tmp_path: Path) -> None:

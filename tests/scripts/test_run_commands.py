@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gfml.commands import check_devices, claim, launch, read_command, run_all, slots_of
-from gfml.errors import UserError
+from gfml.base.errors import UserError
+from gfml.program.commands import check_devices, claim, launch, read_command, run_all, slots_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "run_commands.py"
@@ -91,7 +91,10 @@ def test_gpus_and_a_device_of_its_own_contradict(toy: Path) -> None:
 def test_two_lists_at_once_start_every_run_once(toy: Path) -> None:
     commands = [command(toy, "--lr", str(n), "--seconds", "0.05") for n in range(1, 7)]
     counts: list[Counter] = []
-    lists = [threading.Thread(target=lambda order=order: counts.append(run(toy, order)[0])) for order in (commands, commands[::-1])]
+    lists = [
+        threading.Thread(target=lambda order=order: counts.append(run(toy, order)[0]))
+        for order in (commands, commands[::-1])
+    ]
     for one in lists:
         one.start()
     for one in lists:
@@ -103,7 +106,7 @@ def test_two_lists_at_once_start_every_run_once(toy: Path) -> None:
 def test_a_claim_outlives_its_launcher(toy: Path) -> None:
     """The launcher is killed at once; the program goes on, and nobody starts it a second time."""
     code = (
-        "import sys, time; from pathlib import Path; from gfml.commands import launch, read_command\n"
+        "import sys, time; from pathlib import Path; from gfml.program.commands import launch, read_command\n"
         f"root = Path({str(toy)!r}); launch(read_command(sys.argv[1:], root), root); print('launched', flush=True); time.sleep(60)"
     )
     one = command(toy, "--seconds", "0.5")
@@ -121,7 +124,7 @@ def test_a_claim_outlives_its_launcher(toy: Path) -> None:
 
 def script(root: Path, text: str, *words: str) -> subprocess.Popen:
     """The script with another root, its commands on stdin."""
-    code = f"import runpy, sys; from pathlib import Path; names = runpy.run_path({str(SCRIPT)!r}); names['main'].__globals__['ROOT'] = Path({str(root)!r}); from gfml.cli import run_main; sys.exit(run_main(names['main'], sys.argv[1:]))"  # noqa: E501
+    code = f"import runpy, sys; from pathlib import Path; names = runpy.run_path({str(SCRIPT)!r}); names['main'].__globals__['ROOT'] = Path({str(root)!r}); from gfml.program.cli import run_main; sys.exit(run_main(names['main'], sys.argv[1:]))"
     process = subprocess.Popen([sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
     process.stdin.write(text)
@@ -196,7 +199,11 @@ def test_the_run_directory_is_the_one_the_program_makes(tmp_path: Path) -> None:
 
 
 def test_the_recommender_grid(tmp_path: Path) -> None:
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "sweep_recsys.sh"), "--dry-run", "--out", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "sweep_recsys.sh"), "--dry-run", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     # Three models with dot and bpr and four gravity losses x 4 distances x 4 masses; the hinge on two.

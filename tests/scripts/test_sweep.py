@@ -19,9 +19,9 @@ from types import ModuleType
 
 import pytest
 
-from gfml.commands import launch, read_command
-from gfml.errors import UserError
-from gfml.search import Follower, check_points, load_spec, planned_points, random_point
+from gfml.base.errors import UserError
+from gfml.program.commands import launch, read_command
+from gfml.program.search import Follower, check_points, load_spec, planned_points, random_point
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "sweep.py"
@@ -37,7 +37,8 @@ lr = { loguniform = [0.01, 1] }
 kind = { choice = ["a", "b"] }
 """
 needs_ray = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("ray", "optuna")), reason="ray or optuna is missing: pip install -e '.[sweep]'"
+    not all(importlib.util.find_spec(name) for name in ("ray", "optuna")),
+    reason="ray or optuna is missing: pip install -e '.[sweep]'",
 )
 
 
@@ -87,15 +88,26 @@ def test_words_of_a_point(tmp_path: Path) -> None:
     space = 'loss = { flags = ["--select-metric score --fail 0"] }\nname = { choice = ["-x"] }\n'
     spec = load_spec(write(tmp_path, BASE + space), ["--out", "there"])
     words = spec.words({"lr": 0.02, "kind": "b", "loss": "--select-metric score --fail 0", "name": "-x"})
-    assert words == "python toy_paper/main.py --epochs 3 --out there --lr 0.02 --kind b --select-metric score --fail 0 --name=-x".split()
+    assert (
+        words
+        == "python toy_paper/main.py --epochs 3 --out there --lr 0.02 --kind b --select-metric score --fail 0 --name=-x".split()
+    )
 
 
 def test_the_identity_of_a_search(toy: Path) -> None:
     def of(**changes: str) -> str:
         return load_spec(write(toy, **changes)).identity(toy)
 
-    assert of() == of(trials="9") and of() == load_spec(write(toy), ["--out", "elsewhere", "--device", "cpu"]).identity(toy)
-    others = [of(seed="2"), of(mode='"min"'), of(search='"optuna"'), of(flags='"--epochs 4"'), load_spec(write(toy), ["--epochs", "5"]).identity(toy)]
+    assert of() == of(trials="9") and of() == load_spec(write(toy), ["--out", "elsewhere", "--device", "cpu"]).identity(
+        toy
+    )
+    others = [
+        of(seed="2"),
+        of(mode='"min"'),
+        of(search='"optuna"'),
+        of(flags='"--epochs 4"'),
+        load_spec(write(toy), ["--epochs", "5"]).identity(toy),
+    ]
     assert len({of(), *others}) == 6
 
 
@@ -250,7 +262,10 @@ def test_known_trials_come_first_and_the_plan_goes_on_after_them(script: dict, t
     with script["Trials"].open(toy / "runs" / "sweeps" / "x") as trials:
         source = script["Source"](spec, trials)
         found = [source.next() for _ in range(5)]
-        assert [one and one["point"] for one in found] == [*plan, None] and [one["state"] for one in found[:2]] == ["done", "waiting"]
+        assert [one and one["point"] for one in found] == [*plan, None] and [one["state"] for one in found[:2]] == [
+            "done",
+            "waiting",
+        ]
         assert trials.all[1]["command"].startswith("python toy_paper/main.py --epochs 3 --lr")
 
 
@@ -292,9 +307,16 @@ def test_the_table_ranks_on_validation_and_shows_test_of_the_best_alone(script: 
         assert reports(Follower(spec, read_command(spec.words(trials.all[2]["point"]), toy), toy))[-1][2]
         trials.all[2]["value"] = 0.2
         script["settle"](spec, trials)
-        assert [trial["state"] for trial in trials.all] == ["done", "done", "done", "failed"] and trials.all[2]["value"] == 0.4
-    assert [row["method"] for row in rows] == [f"trial {n}: lr {lr}, kind {kind}" for n, lr, kind in ((2, 0.3, "a"), (1, 0.1, "a"), (3, 0.2, "a"), (4, 0.9, "b"))]
-    assert [row.get("recall@20") for row in rows] == [0.15, None, None, None] and [row["val/score"] for row in rows] == [0.6, 0.2, 0.4, ""]
+        assert [trial["state"] for trial in trials.all] == ["done", "done", "done", "failed"] and trials.all[2][
+            "value"
+        ] == 0.4
+    assert [row["method"] for row in rows] == [
+        f"trial {n}: lr {lr}, kind {kind}"
+        for n, lr, kind in ((2, 0.3, "a"), (1, 0.1, "a"), (3, 0.2, "a"), (4, 0.9, "b"))
+    ]
+    assert [row.get("recall@20") for row in rows] == [0.15, None, None, None] and [
+        row["val/score"] for row in rows
+    ] == [0.6, 0.2, 0.4, ""]
     assert rows[2]["protocol"] == "stopped early after epoch 3" and rows[3]["protocol"] == "failed: out of memory"
     best = (trials.folder / "best.toml").read_text()
     assert "lr = 0.3\n" in best and "out =" not in best
@@ -306,7 +328,9 @@ def test_the_table_ranks_on_validation_and_shows_test_of_the_best_alone(script: 
 
 
 @pytest.mark.parametrize("missing", ["ray", "optuna"])
-def test_without_ray_or_optuna_it_says_what_to_install(script: dict, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_without_ray_or_optuna_it_says_what_to_install(
+    script: dict, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     for name in ("ray", "ray.tune", "optuna"):
         monkeypatch.setitem(sys.modules, name, None if name.startswith(missing) else ModuleType(name))
     with pytest.raises(UserError, match=f"{missing}.* is not installed: run pip install -e '.\\[sweep\\]'"):
@@ -330,17 +354,25 @@ def test_an_address_where_nothing_answers(script: dict) -> None:
 def sweep(root: Path, *words: str) -> subprocess.Popen:
     """The script with another root, as a process of its own."""
     code = (f"import runpy, sys; from pathlib import Path; sys.path.insert(0, {str(SCRIPT.parent)!r}); names = runpy.run_path({str(SCRIPT)!r}); "
-            f"names['main'].__globals__['ROOT'] = Path({str(root)!r}); from gfml.cli import run_main; sys.exit(run_main(names['main'], sys.argv[1:]))")  # fmt: skip
-    return subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            f"names['main'].__globals__['ROOT'] = Path({str(root)!r}); from gfml.program.cli import run_main; sys.exit(run_main(names['main'], sys.argv[1:]))")  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_a_dry_run_needs_no_ray(toy: Path) -> None:
     done = sweep(toy, str(write(toy)), "--dry-run", "--", "--seconds", "0.1")
     out, err = done.communicate()
     assert done.returncode == 0, err
-    assert out.splitlines()[0].startswith("[1/4] not launched: python toy_paper/main.py --epochs 3 --seconds 0.1 --lr 0.") and out.endswith("4 not launched\n")
+    assert out.splitlines()[0].startswith(
+        "[1/4] not launched: python toy_paper/main.py --epochs 3 --seconds 0.1 --lr 0."
+    ) and out.endswith("4 not launched\n")
     assert not (toy / "runs").exists()
-    for words, wanted in ((["--resume"], "--resume found no sweep"), (["--worker", "2"], "unknown flag --worker"), (["--", "--lrr", "1"], "unknown flag --lrr")):
+    for words, wanted in (
+        (["--resume"], "--resume found no sweep"),
+        (["--worker", "2"], "unknown flag --worker"),
+        (["--", "--lrr", "1"], "unknown flag --lrr"),
+    ):
         wrong = sweep(toy, str(write(toy)), *words)
         line = wrong.communicate()[1]
         assert wrong.returncode == 2 and wanted in line and line.count("\n") == 1
@@ -367,7 +399,10 @@ def test_two_trials_on_ray(toy: Path) -> None:
     done = sweep(toy, str(path), "--workers", "2")
     out, err = done.communicate(timeout=180)
     assert done.returncode == 1, err
-    assert "[1/2] failed: the reason stands in the last line" in out and "[2/2] done: val/score 0.2000 after epoch 3" in out
+    assert (
+        "[1/2] failed: the reason stands in the last line" in out
+        and "[2/2] done: val/score 0.2000 after epoch 3" in out
+    )
     assert "best by val/score, 0.2000: python toy_paper/main.py --epochs 3 --lr 0.1" in out
     [folder] = (toy / "runs" / "sweeps").iterdir()
     assert {one.name for one in folder.iterdir()} == {".lock", "trials.json", "table.csv", "best.toml"}
@@ -377,7 +412,10 @@ def test_two_trials_on_ray(toy: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_sweep_loses_and_repeats_nothing(toy: Path) -> None:
     """kill -9 of the driver and of the program at work, with one trial done before; a later one fails."""
-    text = BASE.replace("lr = { loguniform = [0.01, 1] }", 'work = { flags = ["--lr 0.1", "--lr 0.2 --seconds 3 --epochs 2", "--lr 0.3 --fail 1"] }')
+    text = BASE.replace(
+        "lr = { loguniform = [0.01, 1] }",
+        'work = { flags = ["--lr 0.1", "--lr 0.2 --seconds 3 --epochs 2", "--lr 0.3 --fail 1"] }',
+    )
     path = write(toy, text.replace('kind = { choice = ["a", "b"] }\n', ""), search='"grid"', trials="")
     first = sweep(toy, str(path), "--workers", "1")
     deadline = time.monotonic() + 120
@@ -395,11 +433,17 @@ def test_a_killed_sweep_loses_and_repeats_nothing(toy: Path) -> None:
     second = sweep(toy, str(path), "--workers", "1", "--resume")
     out, err = second.communicate(timeout=180)
     assert second.returncode == 1, err
-    assert "[1/3] was done: val/score 0.2000 after epoch 3" in out and "[3/3] failed: the reason stands in the last line" in out
+    assert (
+        "[1/3] was done: val/score 0.2000 after epoch 3" in out
+        and "[3/3] failed: the reason stands in the last line" in out
+    )
     assert "2 done, 1 failed" in out and "best by val/score, 0.4000" in out
     # Done: untouched. At work: started twice, every epoch once. Failed: tried once.
     assert (done / "metrics.jsonl").stat().st_mtime_ns == before
-    epochs = {path.parent.name: [json.loads(line)["epoch"] for line in path.read_text().splitlines()] for path in toy.glob("runs/*/metrics.jsonl")}
+    epochs = {
+        path.parent.name: [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
+        for path in toy.glob("runs/*/metrics.jsonl")
+    }
     assert sorted(epochs.values()) == [[1], [1, 2], [1, 2, 3]]
     assert sorted(len(path.read_text().splitlines()) for path in toy.glob("runs/*/starts")) == [1, 1, 2]
 
@@ -407,8 +451,17 @@ def test_a_killed_sweep_loses_and_repeats_nothing(toy: Path) -> None:
 @needs_ray
 @pytest.mark.slow
 def test_asha_stops_the_worse_and_ctrl_c_leaves_all_resumable(toy: Path) -> None:
-    text = BASE.replace("{ loguniform = [0.01, 1] }", "{ choice = [0.1, 0.9, 0.05, 0.02] }") + "[asha]\ngrace = 1\nreduction = 2\n"
-    path = write(toy, text.replace('kind = { choice = ["a", "b"] }\n', ""), search='"grid"', trials="", flags='"--epochs 6 --seconds 0.7"')
+    text = (
+        BASE.replace("{ loguniform = [0.01, 1] }", "{ choice = [0.1, 0.9, 0.05, 0.02] }")
+        + "[asha]\ngrace = 1\nreduction = 2\n"
+    )
+    path = write(
+        toy,
+        text.replace('kind = { choice = ["a", "b"] }\n', ""),
+        search='"grid"',
+        trials="",
+        flags='"--epochs 6 --seconds 0.7"',
+    )
     first = sweep(toy, str(path), "--workers", "1")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and len(list(toy.glob("runs/*/metrics.jsonl"))) < 2:
@@ -441,18 +494,26 @@ def test_slurm_starts_ray_on_every_node_and_passes_the_sweep_on(tmp_path: Path) 
     log = tmp_path / "log"
     programs = {
         stubs / "scontrol": "printf 'n1\\nn2\\nn3\\n'",
-        stubs / "srun": 'while [[ $1 == --* ]]; do [[ $1 == --nodelist ]] && shift && node=$1; shift; done; NODE=$node exec "$@"',
+        stubs
+        / "srun": 'while [[ $1 == --* ]]; do [[ $1 == --nodelist ]] && shift && node=$1; shift; done; NODE=$node exec "$@"',
         stubs / "hostname": "echo 10.0.0.7 fd00::1",
         venv / "ray": f'[ $1 = status ] && exit 0; echo "$NODE $*" >> {log}; exec sleep 20',
         # The sweep ends after every node has joined: how fast the stand-ins start is luck.
-        venv / "python": f'for try in {{1..300}}; do [ $(wc -l < {log}) -ge 3 ] && break; sleep 0.1; done; echo "python $*" >> {log}; exit 7',
+        venv
+        / "python": f'for try in {{1..300}}; do [ $(wc -l < {log}) -ge 3 ] && break; sleep 0.1; done; echo "python $*" >> {log}; exit 7',
     }
     for path, body in programs.items():
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
     env = {**os.environ, "PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n[1-3]",
            "SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "16", "SLURM_GPUS_ON_NODE": "4"}  # fmt: skip
-    done = subprocess.run(["bash", str(ROOT / "scripts" / "slurm_ray.sbatch"), "a.toml", "--", "--data-root", "D"], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "slurm_ray.sbatch"), "a.toml", "--", "--data-root", "D"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 7, done.stderr
     lines = log.read_text().splitlines()
     share = "--num-cpus 16 --num-gpus 4 --block"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-OPTIONS = '''
-from gfml.cli import Parser, add_run_flags, number
+OPTIONS = """
+from gfml.program.cli import Parser, add_run_flags, number
 
 NOT_IDENTITY = frozenset({"seconds"})
 
@@ -27,13 +27,13 @@ def parse(argv=None):
     options = parser.parse_args(argv)
     options.resolved = parser.config_of(options)
     return options
-'''
+"""
 # The name of the run directory is asked of the environment's table: hashing settings would import torch here.
-MAIN = '''
+MAIN = """
 import fcntl, json, os, sys, time
 from pathlib import Path
 
-from gfml.cli import toml_text
+from gfml.base.toml import toml_text
 from toy_paper.options import parse
 
 options = parse(sys.argv[1:])
@@ -65,12 +65,12 @@ result = {"selection": selection, "test": {"recall@20": options.lr / 2}, "second
 (path / "done").write_text("")
 with open(path / "ends", "a") as stream:
     stream.write(f"{time.time()}\\n")
-'''
-# The digest as gfml.runs makes it, so that the toy finds its own directory.
-DIGEST = '''
+"""
+# The digest as gfml.engine.runs makes it, so that the toy finds its own directory.
+DIGEST = """
 import hashlib
 
-from gfml.cli import LOCATION_FLAGS
+from gfml.base.toml import LOCATION_FLAGS
 from toy_paper.options import NOT_IDENTITY
 
 
@@ -78,7 +78,7 @@ def name_of(resolved):
     words = {key.replace("-", "_"): value for key, value in resolved.items()}
     kept = {key: words[key] for key in sorted(words) if key not in LOCATION_FLAGS | NOT_IDENTITY}
     return hashlib.sha256(json.dumps(["toy_paper", kept], sort_keys=True).encode()).hexdigest()[:8]
-'''
+"""
 
 
 def write(root: Path) -> None:
@@ -88,5 +88,7 @@ def write(root: Path) -> None:
     (folder / "__init__.py").write_text("")
     (folder / "options.py").write_text(OPTIONS)
     keys = "KEYS = ('CUDA_VISIBLE_DEVICES', 'OMP_NUM_THREADS')\n"
-    body = MAIN.replace("{NAME}", "{name_of(options.resolved)}").replace("options = parse", DIGEST + "\n\n" + keys + "options = parse", 1)
+    body = MAIN.replace("{NAME}", "{name_of(options.resolved)}").replace(
+        "options = parse", DIGEST + "\n\n" + keys + "options = parse", 1
+    )
     (folder / "main.py").write_text("import json\n" + body)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gfml.distributed import World
-from gfml.errors import UserError
-from gfml.images import ArrayPictures, ImageData, ImageSet
+from gfml.base.errors import UserError
+from gfml.data.images import ArrayPictures, ImageData, ImageSet
+from gfml.engine.distributed import World
 from vision.augment import AutoAugment
 from vision.data import Augmentation, TrainBatches, VisionData, augmentation, class_weights, load
 from vision.options import for_model, parse

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gfml.distributed import World
+from gfml.engine.distributed import World
 from gfml.longtail import class_weights
 from vision.data import Batch, load
 from vision.experiment import Objective, Schedule, ScheduledStep, Training, build_model, groups, metrics, predict
@@ -311,7 +311,7 @@ def test_published_defaults():
 
 
 def test_the_config_of_a_run_reads_back(tmp_path):
-    from gfml.cli import toml_text
+    from gfml.base.toml import toml_text
 
     for words in ("", "--dataset c10", SEED_COMMAND, "--model-name vit --imb-type balanced --ema 0.99 --clip-grad 1"):
         options = options_of(words)

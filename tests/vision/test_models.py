@@ -11,8 +11,8 @@ from torch import nn
 
 from gfml import attention, longtail
 from gfml.attention import AttentionSettings, gravity_attentions
+from gfml.base.errors import UserError
 from gfml.distances import DISTANCES
-from gfml.errors import UserError
 from vision import models
 from vision.models import build_model
 from vision.options import build_parser

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gfml.cli import run_main
-from gfml.runs import load_state
+from gfml.base.checkpoints import load_state
+from gfml.program.cli import run_main
 from vision.main import main
 from vision.report import main as report
 
@@ -137,7 +137,7 @@ def test_models_side_by_side(tmp_path, capsys):
 )
 def test_a_stopped_run_goes_on_exactly(words, tmp_path, monkeypatch):
     """Killed after two of four epochs and started again: bit for bit the uninterrupted run."""
-    from gfml import train
+    from gfml.engine import train
 
     words = f"--model-name vit_gra --epochs 4 --checkpoint-every 1 {words}"
     _, (whole,) = run(tmp_path / "whole", words)
@@ -316,7 +316,7 @@ def test_the_report_has_every_part(tmp_path, capsys):
 
 
 def test_reports_refuse_what_does_not_belong_together(tmp_path, capsys):
-    _, paths = run(tmp_path, "--model-name vit --dry-run")
+    _, _paths = run(tmp_path, "--model-name vit --dry-run")
     _, both = run(tmp_path, "--model-name vit --dry-run --imb-type balanced")
     assert run_main(report, [str(path) for path in both]) == 2 and "on different images" in capsys.readouterr().err
     assert run_main(report, [str(tmp_path)]) == 2 and "there is no run" in capsys.readouterr().err

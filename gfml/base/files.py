@@ -1,0 +1,65 @@
+"""Files appear whole or not at all: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from gfml.base.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | os.PathLike[str], mode: str = "w", *, newline: str | None = None) -> Iterator[IO[Any]]:
+    """Open a temporary file beside ``path`` and rename it onto ``path`` on success.
+
+    On any error the temporary file is removed and what stood at ``path`` is left as it was.
+    A full disk or a missing permission becomes a :class:`UserError` that names the path.
+    """
+    path = Path(path)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        encoding = None if "b" in mode else "utf-8"
+        with os.fdopen(handle, mode, encoding=encoding, newline=newline) as stream:
+            yield stream
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> UserError:
+    """One line for the usual reasons why a file cannot be written."""
+    if error.errno == errno.ENOSPC:
+        return UserError(
+            f"disk full while writing {path}: free some space and run the same command again; earlier files are intact"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"cannot write {path} ({error.strerror}): give a writable directory with --out")
+    return UserError(f"cannot write {path} ({error.strerror or error}): check the path given with --out")
+
+
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN is written as ``null`` is not: it raises."""
+    with atomic_open(path) as stream:
+        json.dump(value, stream, indent=2, allow_nan=False)
+        stream.write("\n")
+
+
+def _umask() -> int:
+    # The umask can only be read by setting it; the pair leaves it unchanged.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

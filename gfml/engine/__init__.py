@@ -1,0 +1,1 @@
+"""A run, whoever's it is: its directory, its loop, its processes, its curves."""

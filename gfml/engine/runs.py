@@ -1,0 +1,480 @@
+"""Run directories: one per resolved config, written so that it can be stopped at any point and continued.
+
+A directory holds ``config.toml`` (a valid ``--config``), ``run.json`` (command, commit, versions, device, times),
+``metrics.jsonl`` (a line per epoch), ``last.pt`` and ``best.pt``, ``result.json``, and in the end ``done`` or
+``failed`` (with the traceback). Files appear whole or not at all. Only one process at a time writes to a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
+import tomllib
+import traceback
+from collections.abc import Collection, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Self
+
+import numpy as np
+import torch
+
+import gfml
+from gfml.base.checkpoints import load_state, save_state
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open, explain_os_error, write_json
+from gfml.base.toml import LOCATION_FLAGS, toml_text
+
+State = Literal["not launched", "running", "incomplete", "done", "failed"]
+
+# A continued run may go further than it was meant to; everything else must stay.
+EXTENDABLE = frozenset({"epochs", "patience"})
+
+
+def identity(config: Mapping[str, Any], exclude: Collection[str] = LOCATION_FLAGS) -> dict[str, Any]:
+    """The part of a resolved config that decides what is computed, its keys in the ``_`` spelling."""
+    words = {key.replace("-", "_"): list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    return {key: words[key] for key in sorted(words) if key not in exclude}
+
+
+def run_id(family: str, label: str, config: Mapping[str, Any], exclude: Collection[str] = LOCATION_FLAGS) -> str:
+    """``family-label-hash``: the same for the same family and :func:`identity`, wherever it runs."""
+    text = json.dumps([family, identity(config, exclude)], sort_keys=True)
+    parts = [re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.")[:60] for part in (family, label)]
+    return "-".join([*filter(None, parts), hashlib.sha256(text.encode()).hexdigest()[:8]])
+
+
+def run_state(path: str | os.PathLike[str]) -> State:
+    """What became of the run at ``path``."""
+    path = Path(path)
+    if not (path / "config.toml").is_file():
+        return "not launched"
+    if (path / "done").exists():
+        return "done"
+    if _locked(path):
+        return "running"
+    return "failed" if (path / "failed").exists() else "incomplete"
+
+
+class Run:
+    """One run directory, open for writing. Use as a context manager: leaving it records how the run ended.
+
+    Without an exception and without :meth:`finish` the run is incomplete; Ctrl-C leaves it incomplete; any other
+    exception marks it failed. Starting it again continues from ``last.pt`` in every case.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], lock: IO[str] | None) -> None:
+        self.path = path
+        self.config = dict(config)
+        self._lock = lock
+        self._facts: dict[str, Any] = _read_json(path / "run.json") or {}
+
+    @classmethod
+    def open(
+        cls,
+        out: str | os.PathLike[str],
+        family: str,
+        config: Mapping[str, Any],
+        *,
+        label: str = "",
+        exclude: Collection[str] = LOCATION_FLAGS,
+        name: str | None = None,
+        resume: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        read_only: bool = False,
+    ) -> Self:
+        """Open the run of ``config`` (see ``Parser.config_of``) below ``out``, new, unfinished or done.
+
+        name: directory name instead of ``run_id(family, label, config, exclude)``.
+        resume: open this directory; ``config`` may differ from the stored one in ``epochs`` and ``patience`` alone.
+        overwrite: an earlier run of that name is renamed to ``name~1`` (or ~2, ...) first.
+        read_only: take no lock and write nothing; the run must exist (for ``--eval-only``).
+        Raises UserError when the directory cannot be written, is in use, or holds a run of other settings.
+        """
+        if resume and overwrite:
+            raise UserError("found --resume and --overwrite together: continue a run or start anew, not both")
+        path = Path(resume) if resume else Path(out) / _checked_name(name or run_id(family, label, config, exclude))
+        if read_only or resume:
+            _require_run(path)
+        if read_only:
+            return cls(path, config, None)
+        _require_run_or_nothing(path)
+        if overwrite:
+            _set_aside(path)
+        extended = _compare(path, config, exclude, resume=bool(resume))
+        if (path / "done").exists() and not extended:
+            return cls(path, config, None)
+        with _os_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, config, _take_lock(path))
+        try:
+            # Another process may have finished it since the first look.
+            if run.is_done and not extended:
+                run.close()
+            else:
+                run._start(family)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _start(self, family: str) -> None:
+        with _os_errors(self.path):
+            for name in ("done", "failed"):
+                (self.path / name).unlink(missing_ok=True)
+        with atomic_open(self.path / "config.toml") as stream:
+            stream.write(toml_text(self.config))
+        sessions = [*self._facts.get("sessions", []), {"command": shlex.join(sys.argv), "started": _now()}]
+        facts = {"family": family, "run": self.path.name, "seed": self.config.get("seed"), **_code_version()}
+        self.note(**facts, versions=_versions(), sessions=sessions)
+
+    # -- state
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run had finished; its :attr:`result` then stands and nothing can be written."""
+        return (self.path / "done").exists()
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The content of ``result.json``, None before the run is done."""
+        return read_result(self.path) if self.is_done else None
+
+    def file(self, name: str) -> Path:
+        """The path of a further file in the run directory."""
+        return self.path / name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            error.add_note(f"the run is incomplete; continue it with --resume {shlex.quote(str(self.path))}")
+        if self._lock is not None:
+            # The error under way matters more than one about recording it.
+            with contextlib.suppress(UserError) if error else contextlib.nullcontext():
+                self._record_end(error)
+        self.close()
+
+    def _record_end(self, error: BaseException | None) -> None:
+        if isinstance(error, Exception):
+            with atomic_open(self.path / "failed") as stream:
+                stream.write("".join(traceback.format_exception(error)))
+        sessions = [dict(session) for session in self._facts["sessions"]]
+        sessions[-1] |= {"ended": _now(), "state": _ended_as(error, self.is_done)}
+        self.note(sessions=sessions)
+
+    def close(self) -> None:
+        """Give the lock back. Safe to call twice."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # -- records
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to ``run.json``, for example ``device``."""
+        self._writable()
+        self._facts |= facts
+        write_json(self.path / "run.json", self._facts)
+
+    def check_data(self, fingerprint: str) -> None:
+        """Record what the run was trained on; UserError when an earlier session of it saw other data."""
+        found = self._facts.get("data")
+        if found not in (None, fingerprint):
+            raise UserError(
+                f"the data has changed since {self.path} was started ({found[:12]}, now {fingerprint[:12]}): "
+                "bring the old data back or start anew with --overwrite"
+            )
+        if found is None and self._lock is not None:
+            self.note(data=fingerprint)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``. ``row`` has an "epoch"; numbers that are not finite become null."""
+        self._writable()
+        line = json.dumps({key: _json_number(value) for key, value in row.items()}, allow_nan=False)
+        path = self.path / "metrics.jsonl"
+        with _os_errors(path), open(path, "a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows logged so far."""
+        return read_metrics(self.path)
+
+    def truncate_metrics(self, epoch: int) -> None:
+        """Forget the rows after ``epoch``: what was logged since the checkpoint will be logged again."""
+        self._writable()
+        rows = [row for row in self.metrics() if row["epoch"] <= epoch]
+        with atomic_open(self.path / "metrics.jsonl") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write ``result.json`` and mark the run done.
+
+        result: at least "selection" (epoch, metric, rule, split, protocol; see ``FitResult.selection``) and the
+        metrics by split, for example "val" and "test".
+        """
+        self._writable()
+        if "selection" not in result:
+            raise ValueError(f"a result must say how its epoch was selected; found only {sorted(result)}")
+        write_json(self.path / "result.json", result)
+        with atomic_open(self.path / "done") as stream:
+            stream.write(_now() + "\n")
+
+    def _writable(self) -> None:
+        if self._lock is None:
+            raise ValueError(f"the run {self.path} is done, closed or open for reading only")
+
+    # -- checkpoints
+
+    def checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replace ``last.pt``."""
+        self._writable()
+        save_state(self.path / "last.pt", state)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The content of ``last.pt`` on the CPU; None when there is none yet."""
+        path = self.path / "last.pt"
+        return load_state(path) if path.exists() else None
+
+    def save_best(self, state: Mapping[str, Any]) -> None:
+        """Replace ``best.pt``."""
+        self._writable()
+        save_state(self.path / "best.pt", state)
+
+    def load_best(self) -> dict[str, Any]:
+        """The content of ``best.pt`` on the CPU; UserError when there is none."""
+        return load_state(self.path / "best.pt")
+
+
+# -- reading a run without opening it
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The resolved config of the run at ``path``; UserError when there is no run."""
+    _require_run(Path(path))
+    return _stored_config(Path(path))
+
+
+def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of ``result.json``; UserError when the run has none."""
+    found = _read_json(Path(path) / "result.json")
+    if found is None:
+        raise UserError(f"the run {path} has no result ({run_state(path)}): finish it with --resume {path}")
+    return found
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    file = Path(path) / "metrics.jsonl"
+    if not file.exists():
+        return []
+    *lines, _rest = file.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        raise UserError(f"{file} is damaged: restore it, or start the run anew with --overwrite") from None
+
+
+def _require_run(path: Path) -> None:
+    if not (path / "config.toml").is_file():
+        raise UserError(f"there is no run at {path}: check the directory, or train it first")
+
+
+def _require_run_or_nothing(path: Path) -> None:
+    """Never write into, or rename, a directory that somebody else filled."""
+    if not path.is_dir() or (path / "config.toml").exists():
+        return
+    if any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise UserError(f"{path} is a directory but not a run: give another --run-name or --out")
+
+
+def _stored_config(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path / 'config.toml'} ({error}): restore it or give --overwrite") from None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}): restore it or start the run anew with --overwrite") from None
+
+
+# -- opening
+
+
+def _compare(path: Path, config: Mapping[str, Any], exclude: Collection[str], *, resume: bool) -> bool:
+    """Whether ``config`` goes beyond the stored one; UserError when it is a different experiment."""
+    if not (path / "config.toml").exists():
+        return False
+    old, new = identity(_stored_config(path), exclude), identity(config, exclude)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if not changed:
+        return False
+    text = ", ".join(f"{key} {old.get(key)} (now {new.get(key)})" for key in changed)
+    if not resume:
+        raise UserError(f"{path} holds a run with {text}: give --resume {path}, another --run-name or --overwrite")
+    if not EXTENDABLE.issuperset(changed):
+        free = " and ".join(sorted(EXTENDABLE))
+        raise UserError(f"{path} was started with {text}: with --resume only {free} may change")
+    return True
+
+
+def _set_aside(path: Path) -> None:
+    """Rename an earlier run to the first free ``name~N``."""
+    if not path.exists():
+        return
+    lock = _take_lock(path)
+    try:
+        number = next(n for n in range(1, 10**9) if not path.with_name(f"{path.name}~{n}").exists())
+        with _os_errors(path):
+            path.rename(path.with_name(f"{path.name}~{number}"))
+    finally:
+        lock.close()
+
+
+def _take_lock(path: Path) -> IO[str]:
+    """Hold ``.lock`` in the run directory until the file is closed or the process ends."""
+    with _os_errors(path / ".lock"):
+        lock = open(path / ".lock", "a", encoding="utf-8")
+    # A state query holds the lock for an instant; only a writer holds it longer.
+    for _ in range(5):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError as error:
+            lock.close()
+            raise explain_os_error(error, path / ".lock") from error
+    lock.close()
+    raise UserError(f"another process is writing to {path}: wait for it, or give another --run-name or --out")
+
+
+def _locked(path: Path) -> bool:
+    try:
+        with open(path / ".lock", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+@contextlib.contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._~+=-]*", name):
+        raise UserError(f"found the run name {name!r}, wanted letters, digits and . _ - + = ~ only: mend --run-name")
+    return name
+
+
+# -- facts
+
+
+def _ended_as(error: BaseException | None, done: bool) -> State:
+    """How a session ended."""
+    if done:
+        return "done"
+    return "failed" if isinstance(error, Exception) else "incomplete"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    import scipy
+
+    modules = {"gfml": gfml, "torch": torch, "numpy": np, "scipy": scipy}
+    return {"python": platform.python_version()} | {name: str(module.__version__) for name, module in modules.items()}
+
+
+def _code_version() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that gfml is imported from; nothing for an installed package."""
+    root = Path(gfml.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return {}
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+# -- random numbers
+
+
+def seed_everything(seed: int, *, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch (every device).
+
+    deterministic: also ask torch for repeatable kernels on CUDA, at some cost in speed.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's global generators, as tensors and numbers."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": (version, torch.tensor(words, dtype=torch.int64), gauss),
+        "numpy": (torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put :func:`rng_state` back. CUDA states are put back as far as there are devices."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available():
+        for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(cuda.cpu(), device)

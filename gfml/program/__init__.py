@@ -1,0 +1,1 @@
+"""A program: its flags, its life, and many runs of it."""

@@ -1,0 +1,508 @@
+"""Command lines shared by every program: strict flags, TOML configs that are themselves flags, one-line errors.
+
+Precedence, lowest first: parser default, TOML files in the order given, command line. A TOML file is turned into
+argument tokens placed before the user's and everything is parsed once, so one parser checks types, choices and names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import select
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gfml.base.errors import UserError, suggest
+from gfml.base.toml import UNSAVED
+
+if TYPE_CHECKING:
+    import torch
+
+# Simple recommenders judged beside a model, and the ranking metrics that may select.
+BASELINES = ("popularity", "item-knn", "ease")
+METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
+MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
+
+
+class Options(argparse.Namespace):
+    """Parsed flags. ``explicit`` names those set on the command line or in a TOML file."""
+
+    # A slot, so that vars(options) holds the flags alone.
+    __slots__ = ("explicit",)
+    explicit: frozenset[str]
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.default in (None, argparse.SUPPRESS) or action.nargs == 0 or "%(default)" in text
+        return text if silent or not action.option_strings else f"{text} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser without guesses.
+
+    Flags are never abbreviated; each is accepted with ``-`` and ``_`` between its words, unless the other spelling
+    is a flag of its own or :meth:`one_spelling` forbids it. Errors are one line on stderr and exit code 2; they list
+    the choices, name the nearest flag and, for values from a TOML file, the file.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        self._exact: set[str] = set()
+        self._origin: dict[str, str] = {}
+        super().__init__(*args, exit_on_error=False, **kwargs)
+        # The standard pattern takes -1e-3 for a flag.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^-inf$")
+
+    def one_spelling(self, *flags: str) -> None:
+        """Accept these flags only as written: no automatic second spelling with ``-`` or ``_``."""
+        for flag in flags:
+            if flag not in self._option_string_actions:
+                raise ValueError(f"{flag} is not a flag of this parser")
+        self._exact.update(flags)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> Options:  # type: ignore[override]
+        """Parse a command line, with the TOML files it names; see the module's docstring."""
+        files, own = self._split_configs(list(sys.argv[1:] if args is None else args))
+        own = self._respell(own)
+        tokens = self._config_tokens(files) + own
+        try:
+            options, unknown = super().parse_known_args(tokens, Options())
+        except argparse.ArgumentError as error:
+            self.error(f"{error}{self._where(error, own)}")
+        if unknown:
+            self._unknown(unknown)
+        options.explicit = frozenset(self._dests(tokens))
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def config_of(self, options: argparse.Namespace) -> dict[str, Any]:
+        """Every flag's value under its name, ready for :func:`toml_text`: the resolved config.
+
+        A value of None is left out when it is the default and written as "none" when it is not.
+        """
+        config: dict[str, Any] = {}
+        for action in self._actions:
+            if not action.option_strings or action.dest in UNSAVED or not hasattr(options, action.dest):
+                continue
+            value = getattr(options, action.dest)
+            key = action.option_strings[0].lstrip("-")
+            if value is not None:
+                config[key] = list(value) if isinstance(value, (tuple, list)) else value
+            elif action.default is not None:
+                config[key] = "none"
+        return config
+
+    # -- spelling
+
+    def _respell(self, tokens: list[str]) -> list[str]:
+        end = tokens.index("--") if "--" in tokens else len(tokens)
+        return [self._known_spelling(token) for token in tokens[:end]] + tokens[end:]
+
+    def _known_spelling(self, token: str) -> str:
+        """``token`` with its flag spelled as the parser knows it; unchanged when that is unknown or ambiguous."""
+        name, equals, value = token.partition("=")
+        if not name.startswith("--") or name in self._option_string_actions:
+            return token
+        plain = name.replace("_", "-")
+        found = [flag for flag in self._flags() if flag not in self._exact and flag.replace("_", "-") == plain]
+        return f"{found[0]}{equals}{value}" if len(found) == 1 else token
+
+    def _flags(self) -> list[str]:
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+    def _dests(self, tokens: Iterable[str]) -> set[str]:
+        """The destinations of the flags among ``tokens``."""
+        names = {token.partition("=")[0] if token.startswith("--") else token[:2] for token in tokens}
+        return {action.dest for flag, action in self._option_string_actions.items() if flag in names}
+
+    # -- errors
+
+    def _unknown(self, tokens: list[str]) -> NoReturn:
+        flag = next((token.partition("=")[0] for token in tokens if token.startswith("-")), None)
+        if flag is None:
+            self.error(f"found {tokens[0]!r} where no value is wanted; see --help")
+        self.error(f"unknown flag {flag}{suggest(flag, self._flags()) or '; see --help'}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            near = suggest(str(value), names)
+            message = f"unknown value {str(value)!r}: choose one of {', '.join(names)}{near}"
+            raise argparse.ArgumentError(action, message)
+
+    def _where(self, error: argparse.ArgumentError, own: list[str]) -> str:
+        flags = (error.argument_name or "").split("/")
+        path = next((self._origin[flag] for flag in flags if flag in self._origin), None)
+        if path is None:
+            return ""
+        action = self._option_string_actions[flags[0]]
+        return f" (set in {path}{' and on the command line' if action.dest in self._dests(own) else ''})"
+
+    # -- TOML files
+
+    def _split_configs(self, tokens: list[str]) -> tuple[list[str], list[str]]:
+        """Take ``--config`` out of the tokens; ``--resume RUN`` puts RUN/config.toml before the other files."""
+        files, rest, base = [], [], []
+        tokens = tokens[::-1]
+        while tokens:
+            token = tokens.pop()
+            if token == "--":
+                rest += [token, *tokens[::-1]]
+                break
+            name, equals, value = token.partition("=")
+            known = name in ("--config", "--resume") and name in self._option_string_actions
+            if not known or not (equals or (tokens and not tokens[-1].startswith("--"))):
+                rest.append(token)
+                continue
+            value = value if equals else tokens.pop()
+            if name == "--config":
+                files.append(value)
+            else:
+                base = [str(Path(value) / "config.toml")]
+                rest.append(f"--resume={value}")
+        if base and not Path(base[0]).is_file():
+            self.error(f"--resume found no run: there is no file {base[0]}; give the directory of an earlier run")
+        return base + files, rest
+
+    def _config_tokens(self, files: list[str]) -> list[str]:
+        """Argument tokens of all files; of a key set twice, the later file counts."""
+        tokens: dict[str, list[str]] = {}
+        self._origin = {}
+        for path in files:
+            seen: dict[str, str] = {}
+            for key, value in self._read_toml(path).items():
+                flag = self._flag_of(key, path)
+                if flag in seen:
+                    self.error(f"{path} sets {flag} twice, as {seen[flag]} and {key}: keep one")
+                seen[flag] = key
+                tokens[flag] = self._tokens_of(flag, key, value, path)
+                self._origin[flag] = path
+        # The files themselves come last: a list before them cannot swallow a positional argument of the user's.
+        return [token for part in tokens.values() for token in part] + [f"--config={path}" for path in files]
+
+    def _read_toml(self, path: str) -> dict[str, Any]:
+        try:
+            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            self.error(f"no config file {path}: check --config")
+        except OSError as error:
+            self.error(f"cannot read the config file {path}: {error.strerror}")
+        except UnicodeDecodeError:
+            self.error(f"the config file {path} is not UTF-8 text: save it as TOML in UTF-8")
+        except tomllib.TOMLDecodeError as error:
+            self.error(f"the config file {path} is not valid TOML: {error}")
+
+    def _flag_of(self, key: str, path: str) -> str:
+        flag = self._known_spelling(f"--{key}")
+        action = self._option_string_actions.get(flag)
+        known = [name for name, action in self._option_string_actions.items() if _is_config_flag(name, action)]
+        if action is None or flag not in known:
+            near = suggest(key, [name[2:] for name in known]) or "; keys are flag names without the leading --"
+            self.error(f"{path} sets the unknown key {key!r}{near}")
+        return next(name for name in action.option_strings if name.startswith("--"))
+
+    def _tokens_of(self, flag: str, key: str, value: Any, path: str) -> list[str]:
+        action = self._option_string_actions[flag]
+        if isinstance(value, dict):
+            self.error(f"{path} has the table [{key}]: configs are flat, write {key} = VALUE")
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, (bool, int, float, str)) for item in items):
+            self.error(f"{path} sets {key} to {value!r}: values are strings, numbers, booleans and lists of these")
+        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+            return self._switch_tokens(action, flag, key, value, path)
+        words = [_word(item, action) for item in items]
+        if isinstance(value, list) and action.nargs is not None:
+            if any(word.startswith("--") for word in words):
+                self.error(f"{path} sets {key} to {value!r}: no value of a list may start with --")
+            return [flag, *words]
+        return [f"{flag}=[{', '.join(words)}]" if isinstance(value, list) else f"{flag}={words[0]}"]
+
+    def _switch_tokens(self, action: argparse.Action, flag: str, key: str, value: Any, path: str) -> list[str]:
+        # bool is an int: 0 and 1 pass, 2 and "yes" do not.
+        if isinstance(value, (str, float, list)) or value not in (0, 1):
+            self.error(f"{path} sets {key} to {value!r}: choose true or false")
+        if value:
+            return [flag]
+        no = f"--no-{flag[2:]}"
+        return [no] if no in action.option_strings else []
+
+
+def _is_config_flag(name: str, action: argparse.Action) -> bool:
+    if not name.startswith("--") or action.dest in ("help", "config", "resume"):
+        return False
+    return not (isinstance(action, argparse.BooleanOptionalAction) and name.startswith("--no-"))
+
+
+def _word(value: bool | int | float | str, action: argparse.Action) -> str:
+    if isinstance(value, bool):
+        return str(int(value)) if action.type is int else str(value).lower()
+    return value if isinstance(value, str) else repr(value)
+
+
+# -- argument types
+
+
+def topks(text: str) -> tuple[int, ...]:
+    """Cut-offs K, ascending without repeats, from ``"[10, 20]"``, ``"10,20"`` or ``"10 20"``."""
+    words = re.split(r"[\s,]+", re.sub(r"^\s*[\[(]|[\])]\s*$", "", text).strip(" ,"))
+    if not all(re.fullmatch(r"[0-9]+", word) and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted positive whole numbers such as 10 20 or [10, 20]")
+    return tuple(sorted({int(word) for word in words}))
+
+
+class TopksAction(argparse.Action):
+    """``--topks 10 20``, ``--topks 10,20`` and ``--topks "[10, 20]"``; use with ``nargs="+"``."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            setattr(namespace, self.dest, topks(" ".join(values)))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+
+def number(
+    kind: type = float,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    none: bool = False,
+) -> Callable[[str], Any]:
+    """An argument type: a finite number with above < x, least <= x <= most; ``none=True`` also takes "none"."""
+    bounds = ((above, ">"), (least, ">="), (most, "<="))
+    wanted = " and ".join(f"{sign} {bound}" for bound, sign in bounds if bound is not None)
+    wanted = f"{'a whole number' if kind is int else 'a number'} {wanted}".strip() + (" or none" if none else "")
+
+    def parse(text: str) -> Any:
+        if none and text.lower() == "none":
+            return None
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        good = abs(value) < float("inf") and (above is None or value > above)
+        if not (good and (least is None or value >= least) and (most is None or value <= most)):
+            raise argparse.ArgumentTypeError(f"found {text!r}, wanted {wanted}")
+        return value
+
+    return parse
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted auto, cpu, cuda or cuda:N")
+    return text
+
+
+positive = number(above=0)
+nonnegative = number(least=0)
+count = number(int, least=1)
+share = number(least=0, most=1)
+
+
+# -- common flags
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Seed, device and run directory, the same in every program."""
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=number(int, least=0, most=2**32 - 1), default=2020, metavar="N", help="seed of every generator")
+    add("--device", type=_device, default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
+    add(
+        "--gpu_id",
+        type=number(int, least=0),
+        default=0,
+        metavar="N",
+        help="old name of --device cuda:N; the CPU is used where there is no CUDA device",
+    )
+    add(
+        "--threads",
+        type=number(int, least=0),
+        default=0,
+        metavar="N",
+        help="CPU threads; 0 leaves the choice to PyTorch",
+    )
+    add("--out", default="runs", metavar="DIR", help="directory that holds the run directories")
+    add("--run-name", metavar="NAME", help="name of the run directory instead of the automatic one")
+    add("--config", metavar="FILE", action="append", help="TOML file of flags; a later file wins")
+    add("--resume", metavar="RUN_DIR", help="continue this run; its config.toml is the base of the flags")
+    add("--overwrite", action="store_true", help="start anew; an earlier run is kept as NAME~1, NAME~2, ...")
+    add("--eval-only", action="store_true", help="evaluate the best weights of the run, train nothing")
+    add(
+        "--checkpoint-every",
+        type=number(int, least=1),
+        default=10,
+        metavar="N",
+        help="epochs between checkpoints; every evaluation writes one too",
+    )
+    add(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="progress bar; without the flag, only on a terminal",
+    )
+    add("--tensorboard", type=int, choices=(0, 1), default=0, help="write TensorBoard files")
+
+
+def add_mirror_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the mirror-gradient step, the same in every program."""
+    add = parser.add_argument_group("mirror gradient").add_argument
+    add("--mirror", choices=MIRROR_MODES, default="off", help="kind of the mirror step")
+    add("--mirror-alpha1", type=number(), default=1.0, metavar="A", help="factor of the descending step")
+    add("--mirror-alpha2", type=number(), default=0.2, metavar="A", help="factor of the inverted, ascending step")
+    add("--mirror-every", type=number(int, least=1), default=3, metavar="N", help="a mirror step every N batches")
+    add(
+        "--mirror-clip",
+        type=number(above=0, none=True),
+        default=None,
+        metavar="NORM",
+        help="largest gradient norm, or none",
+    )
+
+
+def add_judging_flags(
+    parser: argparse.ArgumentParser,
+    *,
+    topks: tuple[int, ...],
+    metric: str,
+    patience: int,
+    eval_every: int,
+    metric_flags: tuple[str, ...] = ("--select-metric",),
+    on_flags: tuple[str, ...] = ("--select-on",),
+    metric_help: str = "what selects the epoch",
+) -> argparse._ArgumentGroup:
+    """Flags of evaluation and selection, the same in every recommender but for defaults and older names.
+
+    The first name of ``metric_flags`` and ``on_flags`` names the option. Returns the group, for a program's own flags.
+    """
+    switch = argparse.BooleanOptionalAction
+    group = parser.add_argument_group("evaluation and selection")
+    add = group.add_argument
+    add(
+        "--topks",
+        nargs="+",
+        action=TopksAction,
+        default=topks,
+        metavar="K",
+        help=f"list lengths, such as {' '.join(map(str, topks))}",
+    )
+    add(
+        *on_flags,
+        choices=("val", "test"),
+        default="val",
+        help="test: the original's protocol, selection on the reported split; labelled in every result",
+    )
+    add(*metric_flags, default=metric, metavar="NAME@K", help=metric_help)
+    add(
+        "--patience",
+        type=number(int, least=1, none=True),
+        default=patience,
+        metavar="N",
+        help="evaluations without a better one before stopping, or none",
+    )
+    add("--eval-every", type=count, default=eval_every, metavar="N", help="epochs between evaluations")
+    add(
+        "--refit",
+        action=switch,
+        default=False,
+        help="report a model trained anew on train and validation for the selected number of epochs",
+    )
+    add(
+        "--baselines",
+        nargs="+",
+        choices=(*BASELINES, "none"),
+        default=list(BASELINES),
+        help="simple recommenders judged beside the model",
+    )
+    return group
+
+
+def check_judging(parser: argparse.ArgumentParser, options: Options, *, on: str = "select_on", metric: str = "select_metric",
+                  other_metrics: tuple[str, ...] = ()) -> None:  # fmt: skip
+    """The rules between the flags of :func:`add_judging_flags` and :func:`add_mirror_flags`; other_metrics need no cut-off."""
+    if options.mirror != "off" and options.clip_grad is not None:
+        parser.error("with --mirror give --mirror-clip instead of --clip-grad")
+    if getattr(options, on) == "test" and options.refit:
+        flag = "--es_on" if on == "es_on" else "--select-on"
+        parser.error(f"--refit needs selection on validation; {flag} test trains on all train pairs already")
+    value = getattr(options, metric)
+    name, _, k = value.partition("@")
+    if value not in other_metrics and (name not in METRICS or not re.fullmatch(r"[1-9][0-9]*", k)):
+        flag = "--es_metric" if metric == "es_metric" else "--select-metric"
+        wanted = f"{', '.join((*other_metrics, *METRICS))} with a cut-off, such as ndcg@20"
+        parser.error(f"found {flag} {value!r}, wanted one of {wanted}")
+    if "none" in options.baselines and len(options.baselines) > 1:
+        parser.error("--baselines none cannot stand beside others")
+
+
+def resolve_device(options: Options) -> torch.device:
+    """The device that ``--device`` or ``--gpu_id`` asks for.
+
+    ``--device`` counts when it is not auto. Raises UserError when the asked CUDA device does not exist.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = options.device
+    if name == "auto":
+        if count == 0:
+            if "gpu_id" in options.explicit:
+                print("note: there is no CUDA device, --gpu_id is ignored and the CPU is used", file=sys.stderr)
+            return torch.device("cpu")
+        name = f"cuda:{options.gpu_id}" if "gpu_id" in options.explicit else "cuda"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"found {count} CUDA devices, wanted {name}: choose a smaller number or --device cpu")
+    return device
+
+
+def set_threads(options: Options) -> None:
+    """Apply ``--threads``."""
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads stdout any more, as after ``| head``; then it is turned away, so that leaving is silent."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call ``main(argv)`` and return the exit code: 0, 2 after a UserError, 130 after Ctrl-C, 141 when stdout is closed.
+
+    Any other exception keeps its traceback. Use as ``sys.exit(run_main(main))``.
+    """
+    # Read when torch is first imported, which main does later: waiting threads sleep instead of spinning, which
+    # costs little alone and saves a shared machine (ten times the step time was seen with spinning threads).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141
+    except KeyboardInterrupt as interrupt:
+        # The run directory, if one was open, left a note that says how to go on.
+        note = "; ".join(getattr(interrupt, "__notes__", ())) or "run the same command again to continue"
+        print(f"interrupted: {note}", file=sys.stderr)
+        return 130

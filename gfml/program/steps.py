@@ -1,0 +1,162 @@
+"""Steps that every recommender program takes between its flags and its result.
+
+Each program keeps its own reading order in ``main.py``; what would be written the same way twice lives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from gfml.base.checkpoints import damaged, load_state
+from gfml.base.errors import UserError
+from gfml.data.interactions import Interactions
+from gfml.engine import distributed
+from gfml.engine.distributed import World
+from gfml.engine.runs import EXTENDABLE, Run
+from gfml.engine.train import Closure, FitResult, Step, Terms, fit, load_best, plain_step
+from gfml.mirror import MirrorGradient
+from gfml.program.cli import Options
+from gfml.ranking.sampling import Triples
+
+
+class HasProject(Protocol):
+    def project(self) -> None: ...
+
+
+def cut_offs(topks: Collection[int], select_metric: str) -> tuple[int, ...]:
+    """The list lengths to judge, ascending: those asked for and that of the metric that selects (``ndcg@20``)."""
+    k = select_metric.partition("@")[2]
+    return tuple(sorted({*topks, *([int(k)] if k else [])}))
+
+
+def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> None:
+    """UserError unless lists of these lengths can be ranked and the split that selects, and test, have interactions."""
+    if max(ks) > data.num_items:
+        found = f"found a list length of {max(ks)}, wanted at most the {data.num_items} items of {data.name}"
+        raise UserError(f"{found}: mend --topks")
+    if select_on == "val" and data.valid.nnz == 0:
+        raise UserError(
+            f"{data.name} has no validation part to select on: give --val-ratio 0.1, or --select-on test and say so"
+        )
+    if data.test.nnz == 0:
+        raise UserError(
+            f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off"
+        )
+
+
+def require_earlier_run(load: int, run: Run) -> None:
+    """With ``--load 1`` a missing checkpoint is an error, not a fresh start."""
+    if load and not run.file("last.pt").exists():
+        raise UserError(f"--load 1 found no checkpoint in {run.path}: train first, or give --load 0")
+
+
+def build_step(options: Options, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Step:
+    """The ordinary step with gradient clipping, or the mirror step of :func:`gfml.program.cli.add_mirror_flags`."""
+    if options.mirror == "off":
+        return partial(plain_step, clip_norm=clip_norm)
+    return MirrorGradient(
+        optimizer,
+        options.mirror_alpha1,
+        options.mirror_alpha2,
+        options.mirror_every,
+        options.mirror,
+        clip=options.mirror_clip,
+    )
+
+
+def shared_loss(loss_fn: Callable[[Triples], Terms], world: World, *, reduction: str) -> Callable[[Triples], Terms]:
+    """``loss_fn`` of this process's rows of each batch, scaled so that the mean of its gradients over all processes
+    (:func:`gfml.engine.distributed.average_gradients`) is the gradient of the whole batch.
+
+    reduction: sum or mean, how the loss treats the rows of a batch; every term must treat them so.
+    """
+    if world.size == 1:
+        return loss_fn
+
+    def compute(batch: Triples) -> Terms:
+        mine = batch.rows(world.rows(len(batch)))
+        # A batch smaller than the number of processes leaves some without rows; they take one that does not count.
+        terms = loss_fn(mine if len(mine) else batch.rows(slice(0, 1)))
+        weight = float(len(mine) > 0) if reduction == "sum" else len(mine) / len(batch)
+        return {name: value * (weight * world.size) for name, value in terms.items()}
+
+    return compute
+
+
+class ProjectedStep:
+    """Another step, then ``model.project()``, which pulls rows back into a ball. Its state is the inner step's."""
+
+    def __init__(self, inner: Step, model: HasProject) -> None:
+        self.inner, self.model = inner, model
+
+    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
+        terms = self.inner(closure, optimizer)
+        self.model.project()
+        return terms
+
+    def new_epoch(self) -> None:
+        """Pass the start of an epoch on."""
+        if hasattr(self.inner, "new_epoch"):
+            self.inner.new_epoch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner step's state, empty if it has none."""
+        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put :meth:`state_dict` back."""
+        if state:
+            self.inner.load_state_dict(state)
+
+
+def refit(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, fitted: FitResult, run: Run, family: str, **how: Any
+) -> nn.Module:
+    """Train a fresh model, whose parts were built on train and validation, for the selected number of epochs.
+
+    how: batches, loss_fn, step, ... of :func:`gfml.engine.train.fit`. The refit has a run directory of its own inside the
+    run, so an interrupted one continues, and a run that is extended and selects another epoch has another refit.
+    """
+    epochs = fitted.best_epoch or 0
+    config = {key: value for key, value in run.config.items() if key not in EXTENDABLE} | {"epochs": epochs}
+    with distributed.open_run(run.path, family, config, name=f"refit-{epochs}") as inner:
+        if inner.is_done:
+            model.load_state_dict(inner.load_best()["model"])
+            return model.eval()
+        fit(model, optimizer, evaluate=None, select=None, run=inner, epochs=epochs, **how)
+        inner.finish({"selection": {**fitted.selection(), "refit": "on train and validation, for the selected epochs"}})
+    return model
+
+
+def load_reported(model: nn.Module, path: Path, *, done: bool = True) -> nn.Module:
+    """Put the weights that a run's result is about into the model, in eval mode.
+
+    done False: the best weights so far of an unfinished run. UserError when the file is missing or damaged.
+    """
+    if not done:
+        load_best(model, path)
+        return model.eval()
+    try:
+        model.load_state_dict(load_state(path / "final.pt")["model"])
+    except (KeyError, RuntimeError) as error:
+        raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
+    return model.eval()
+
+
+def selection_of(fitted: FitResult | None, run: Run, *, refit: bool) -> Mapping[str, Any]:
+    """How the reported epoch was chosen. fitted None: weights were loaded, and the stored result says it."""
+    if fitted is None:
+        if run.is_done:
+            return run.result["selection"]
+        best = run.load_best()
+        return {"epoch": best["epoch"], "metric": best["metric"], "protocol": "best so far of an unfinished run"}
+    selection = fitted.selection()
+    if refit:
+        selection["protocol"] += ", trained anew on train and validation"
+    return selection

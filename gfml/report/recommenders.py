@@ -1,0 +1,190 @@
+"""What every recommender result holds beside the model's own metrics: baselines, masses, the printed table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gfml.base.errors import UserError
+from gfml.base.files import write_json
+from gfml.data.interactions import Interactions, csr_from_pairs
+from gfml.gravity import Mass
+from gfml.metrics.beyond import kendall, spearman
+from gfml.ranking import baselines
+from gfml.ranking.evaluation import Evaluation, evaluate
+
+EASE_GRID = (50.0, 200.0, 500.0, 1000.0)
+KNN_GRID = ({"k": 50}, {"k": 100, "shrink": 10.0}, {"k": 200, "shrink": 50.0})
+# Figures of the tables, best first in a reader's interest; those a result lacks are left out.
+TABLE_METRICS = ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini", "arp")
+BASELINE_FORMAT = 1
+# One line each: the columns that tables of recommenders may have. K is the list length after the @.
+GLOSSARY = {
+    "recall": "share of a user's held-out items among the first K; mean over users",
+    "ndcg": "the same with hits near the top counting more (1 / log2(rank + 1)), divided by its best possible value",
+    "precision": "share of the first K that are held-out items",
+    "hit": "share of users with at least one held-out item among the first K",
+    "mrr": "one over the rank of the first hit within K, 0 without one",
+    "map": "mean over the hits within K of the precision at their ranks",
+    "head_recall": "recall counting only the most popular 20 % of items; mean over users with such items",
+    "tail_recall": "recall counting only the other 80 % of items",
+    "coverage": "share of the catalogue that is recommended to anyone",
+    "gini": "how unevenly items are recommended: 0 all alike, near 1 a few take every slot",
+    "arp": "average recommendation popularity: train interactions of the recommended items, mean over lists",
+}
+
+
+def baseline_results(
+    names: Sequence[str],
+    data: Interactions,
+    ks: Sequence[int],
+    *,
+    cache_dir: Path | None = None,
+    memory_gib: float = 3.0,
+    seed: int = 2020,
+) -> dict[str, dict[str, Any]]:
+    """Test metrics of simple recommenders: {name: {"test": means, "settings", "seconds"} or {"skipped": why}}.
+
+    names: popularity, item-knn, ease. Settings are chosen by ndcg@20 on validation (on a part cut from train when
+    the data has none), and the model is then built on ``data.train``, as a learned model is. Results are kept in
+    ``cache_dir`` by the data's fingerprint. ease is skipped, with the reason, where its matrix exceeds memory_gib.
+    """
+    found = {}
+    for name in names:
+        file = None if cache_dir is None else cache_dir / f"baseline-{name}-{data.fingerprint[:16]}.json"
+        key = {"format": BASELINE_FORMAT, "ks": list(ks), "seed": seed, "memory_gib": memory_gib}
+        stored = _stored(file, key)
+        if stored is None:
+            stored = _judge_baseline(name, data, ks, memory_gib, seed)
+            if file is not None:
+                write_json(file, {"key": key, "result": stored})
+        found[name] = stored
+    return found
+
+
+def mass_report(mass: Mass, data: Interactions, item_norm: np.ndarray) -> dict[str, float]:
+    """How learned masses relate to popularity (and to the true masses of generated data).
+
+    Rank correlations over items (users) with at least one train interaction; NaNs are left out. ``dead`` is the
+    share of relu masses without gradient. item_norm [I]: lengths of the item vectors.
+    """
+    report: dict[str, float] = {}
+    sides = (("item", mass.item, data.item_popularity, data.true_item_mass),
+             ("user", mass.user, data.user_activity, data.true_user_mass))  # fmt: skip
+    for side, raw, count, truth in sides:
+        if raw is None:
+            continue
+        values = (mass.log_item() if side == "item" else mass.log_user()).detach().cpu().double().numpy()
+        seen = count > 0
+        report |= {
+            f"{side}_log_mass_mean": float(values.mean()),
+            f"{side}_log_mass_std": float(values.std()),
+            f"{side}_spearman_popularity": spearman(values[seen], count[seen]),
+            f"{side}_kendall_popularity": kendall(values[seen], count[seen]),
+        }
+        if truth is not None:
+            report[f"{side}_spearman_true"] = spearman(values[seen], truth[seen])
+        if mass.param == "relu":
+            report[f"{side}_dead"] = float((raw <= 0).double().mean())
+    seen = data.item_popularity > 0
+    report["item_norm_spearman_popularity"] = spearman(item_norm[seen], data.item_popularity[seen])
+    return {key: value for key, value in report.items() if value == value}
+
+
+def data_facts(data: Interactions) -> dict[str, Any]:
+    """Sizes and origin, for results."""
+    return {
+        "name": data.name,
+        "num_users": data.num_users,
+        "num_items": data.num_items,
+        "train": data.train.nnz,
+        "valid": data.valid.nnz,
+        "test": data.test.nnz,
+        "fingerprint": data.fingerprint,
+        "test_fingerprint": data.part_fingerprint("test"),
+        "notes": {key: str(value) for key, value in data.notes.items()},
+    }
+
+
+def table_columns(rows: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> list[str]:
+    """The metric names a table shows: the usual figures at every K (beyond accuracy at the largest only)."""
+    wanted = [f"{name}@{k}" for name in TABLE_METRICS for k in (ks if name in ("recall", "ndcg") else ks[-1:])]
+    return [name for name in wanted if any(name in row for row in rows.values())]
+
+
+def text_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
+    """Aligned plain text; a missing figure is a dash."""
+    width = max(len("method"), *(len(name) for name in rows))
+    lines = ["  ".join([f"{'method':<{width}}", *columns])]
+    for name, row in rows.items():
+        cells = [f"{_figure(row.get(column)):>{len(column)}}" for column in columns]
+        lines.append("  ".join([f"{name:<{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def judged_text(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, float]]) -> str:
+    """What a program prints of a result: how it was selected, the table of ``rows`` and the baselines, what was left out."""
+    baselines, selection = result["baselines"], result["selection"]
+    every = {**rows, **{name: found["test"] for name, found in baselines.items() if "test" in found}}
+    lines = [f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}"]
+    lines.append(text_table(every, table_columns(every, result["topks"])))
+    return "\n".join(
+        [*lines, *(f"{name} left out: {found['skipped']}" for name, found in baselines.items() if "skipped" in found)]
+    )
+
+
+def markdown_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
+    """The same as a Markdown table."""
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [
+        "| " + " | ".join([name, *(_figure(row.get(column)) for column in columns)]) + " |"
+        for name, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _stored(file: Path | None, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    if file is None or not file.exists():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # cut short by a full disk of old: computed again and replaced
+    return content["result"] if content.get("key") == key else None
+
+
+def _judge_baseline(name: str, data: Interactions, ks: Sequence[int], memory_gib: float, seed: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    chooser = data if data.valid.nnz else replace(data, valid=_nothing_like(data)).with_validation(0.1, seed)
+    try:
+        if name == "popularity":
+            settings, scorer = {}, baselines.popularity(data)
+        elif name == "ease":
+            settings = baselines.select_ease(chooser, EASE_GRID, memory_gib).settings
+            scorer = baselines.ease(data, **settings, memory_gib=memory_gib)
+        elif name == "item-knn":
+            settings = baselines.select_knn(chooser, KNN_GRID).settings
+            scorer = baselines.item_knn(data, **settings)
+        else:
+            raise ValueError(f"unknown baseline {name!r}: choose popularity, item-knn or ease")
+    except UserError as error:
+        return {"skipped": str(error)}
+    judged: Evaluation = evaluate(scorer, data, "test", ks, beyond=True)
+    return {"test": judged.means, "settings": settings, "seconds": time.perf_counter() - started}
+
+
+def _nothing_like(data: Interactions) -> Any:
+    empty = np.empty(0, np.int64)
+    return csr_from_pairs(empty, empty, data.num_users, data.num_items)

@@ -1,0 +1,219 @@
+"""From flags to data: own files and folders, the cache, the validation part, contradictions."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import logging
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gfml.base.errors import UserError
+from gfml.data import cache
+from gfml.data.options import add_data_flags, load_dataset, load_from_args
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("GFML_DATA", raising=False)
+
+
+def ratings_csv(path, num_users=40, num_items=25, seed=0):
+    rng = np.random.default_rng(seed)
+    keys = np.unique(rng.integers(num_users * num_items, size=500))
+    pairs = [divmod(key, num_items) for key in keys.tolist()]
+    lines = [f"user{u},{i},{rng.integers(1, 6)},{rng.integers(10_000)}" for u, i in pairs]
+    path.write_text("userId,movieId,rating,timestamp\n" + "\n".join(lines) + "\n")
+    return len(pairs)
+
+
+def parse(*tokens: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_data_flags(parser)
+    return parser.parse_args(tokens)
+
+
+def size(data) -> int:
+    return data.train.nnz + data.valid.nnz + data.test.nnz
+
+
+def test_flags_reach_the_loader(tmp_path):
+    count = ratings_csv(tmp_path / "own.csv")
+    data = load_from_args(parse("--dataset", str(tmp_path / "own.csv")))
+    assert size(data) == count and data.name == "own" and data.user_ids[0] == "user0"
+    assert 0.05 < data.valid.nnz / count < 0.2 and 0.05 < data.test.nnz / count < 0.2
+    options = ("--threshold", "3", "--kcore", "2", "--split", "time", "--split-ratios", "8", "1", "1", "--no-cache")
+    timed = load_from_args(parse("--dataset", str(tmp_path / "own.csv"), *options))
+    assert 0 < size(timed) < count and timed.valid.nnz and timed.test.nnz
+    assert parse("--val_ratio", "0.2").val_ratio == parse("--val-ratio", "0.2").val_ratio == 0.2
+    assert parse().dataset == "demo" and parse().cache and not parse("--no-cache").cache
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import argparse, sys; from gfml.data.options import add_data_flags; p = argparse.ArgumentParser();"
+        "add_data_flags(p); p.format_help(); print(sorted({'torch', 'pandas', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_validation_is_cut_only_where_there_is_none(tmp_path):
+    ratings_csv(tmp_path / "own.csv")
+    none = load_dataset(tmp_path / "own.csv", split="per-user", split_ratios=(0.8, 0, 0.2), val_ratio=0)
+    assert none.valid.nnz == 0
+    cut = load_dataset(tmp_path / "own.csv", split="per-user", split_ratios=(0.8, 0, 0.2), val_ratio=0.25)
+    assert cut.valid.nnz > 0 and cut.train.nnz + cut.valid.nnz == none.train.nnz
+    assert (cut.test != none.test).nnz == 0
+    shipped = load_dataset(tmp_path / "own.csv", split="leave-one-out", val_ratio=0)
+    assert shipped.valid.nnz > 0
+
+
+def test_folder_of_lists(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.txt.gz").write_bytes(gzip.compress(b"0 1 2 3 4\n1 2 \n2\n"))
+    (folder / "test.txt").write_bytes(b"0 5\r\n1 2 3\r\n")
+    data = load_dataset(folder)
+    assert data.name == "mine" and data.train.shape == (3, 6) and data.valid.nnz == 1
+    assert data.notes["test pairs also in train or valid, dropped"] == 1
+    assert data.notes["lines without items in train.txt.gz"] == 1
+    assert data.notes["users without train pairs"] == 1
+    again = load_dataset(folder, split="global", split_ratios=(0.5, 0, 0.5), val_ratio=0)
+    assert (again.train.nnz, again.test.nnz) == (3, 4)
+    (folder / "test.txt").unlink()
+    only_train = load_dataset(folder, val_ratio=0)
+    assert only_train.test.nnz == 0 and only_train.notes["test part"] == "empty"
+
+
+def test_mcl_pickles_under_their_name(tmp_path):
+    folder = tmp_path / "amazon-digital-music"
+    folder.mkdir()
+    rated = (np.array([0, 0, 1, 5]), np.array([0, 1, 2, 9]), np.array([5.0, 4.0, 4.0, 3.0]))
+    (folder / "train.pkl").write_bytes(pickle.dumps(rated))
+    (folder / "test.pkl").write_bytes(pickle.dumps((np.array([1]), np.array([0]), np.array([5.0]))))
+    data = load_dataset("amazon-music", data_root=tmp_path, val_ratio=0)
+    assert data.train.shape == (2, 3) and data.train.nnz == 3  # the rating of 3 and its ids are gone
+    assert load_dataset("amazon-music", data_root=tmp_path, val_ratio=0, threshold=3).train.nnz == 4
+
+
+def test_generated_data():
+    demo = load_dataset("demo", demo_users=200, demo_items=100, demo_interactions=3000)
+    assert demo.train.shape == (200, 100) and size(demo) == 3000 and demo.valid.nnz and demo.test.nnz
+    assert demo.true_item_mass.shape == (100,)
+    shape = {"demo_users": 200, "demo_items": 100, "demo_interactions": 1500, "demo_noise": 0.5, "demo_tail": 0.5}
+    whole, cored = load_dataset("synthetic", **shape), load_dataset("synthetic", **shape, kcore=6)
+    assert cored.num_items < 100 and cored.true_item_mass.shape == (cored.num_items,)
+    assert np.array_equal(cored.true_item_mass, whole.true_item_mass[cored.item_ids])
+    assert cored.user_activity.min() >= 1 and size(cored) < 1500
+    assert load_dataset("demo").num_users == 1500
+
+
+# Cache ------------------------------------------------------------------------------------------
+
+
+def files_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.npz"))
+
+
+def equal(one, other) -> bool:
+    same_ids = np.array_equal(one.user_ids, other.user_ids) and np.array_equal(one.item_ids, other.item_ids)
+    return one.fingerprint == other.fingerprint and same_ids and one.notes == other.notes and one.name == other.name
+
+
+def test_cache_serves_the_same_and_never_the_stale(tmp_path):
+    source, where = tmp_path / "own.csv", tmp_path / "parsed"
+    ratings_csv(source)
+    first = load_dataset(source, cache_dir=where)
+    assert len(files_in(where)) == 1
+    assert equal(load_dataset(source, cache_dir=where), first)
+    assert equal(load_dataset(source, cache=False), first)
+    text = source.read_text()
+    source.write_text(text + "user0,24,5,1\nnew,24,5,1\n")  # same name, other bytes
+    changed = load_dataset(source, cache_dir=where)
+    assert "new" in changed.user_ids and len(files_in(where)) == 2
+    source.write_text(text)
+    assert equal(load_dataset(source, cache_dir=where), first)
+    swapped = {"user_col": "movieId", "item_col": "userId"}
+    for options in ({"threshold": 3}, {"kcore": 8}, {"split_seed": 1}, {"split": "global"}, swapped):
+        other = load_dataset(source, cache_dir=where, **options)
+        assert equal(other, load_dataset(source, cache=False, **options)) and other.fingerprint != first.fingerprint
+    assert len(files_in(where)) == 7
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:100], lambda raw: b"", lambda raw: raw.replace(b"own", b"0wn"),
+                                    lambda raw: raw[:1000] + b"\xff\xff" + raw[1002:]])  # fmt: skip
+def test_damaged_cache_is_rebuilt(tmp_path, caplog, damage):
+    source, where = tmp_path / "own.csv", tmp_path / "parsed"
+    ratings_csv(source)
+    first = load_dataset(source, cache_dir=where)
+    stored = next(where.glob("*.npz"))
+    stored.write_bytes(damage(stored.read_bytes()))
+    with caplog.at_level(logging.WARNING, "gfml.data"):
+        assert equal(load_dataset(source, cache_dir=where), first)
+        assert len(caplog.records) == 1 and "damaged" in caplog.text and str(stored) in caplog.text
+        assert equal(load_dataset(source, cache_dir=where), first)
+        assert len(caplog.records) == 1  # mended
+
+
+def test_cached_file_of_other_data_is_not_served(tmp_path):
+    where = tmp_path / "parsed"
+    for seed in range(2):
+        ratings_csv(tmp_path / f"own{seed}.csv", seed=seed)
+        load_dataset(tmp_path / f"own{seed}.csv", cache_dir=where)
+    one, other = sorted(where.glob("*.npz"))
+    one.write_bytes(other.read_bytes())
+    for seed in range(2):
+        path = tmp_path / f"own{seed}.csv"
+        assert equal(load_dataset(path, cache_dir=where), load_dataset(path, cache=False))
+
+
+def test_unwritable_cache_is_done_without(tmp_path, caplog):
+    ratings_csv(tmp_path / "own.csv")
+    (tmp_path / "file").write_text("no folder")
+    with caplog.at_level(logging.WARNING, "gfml.data"):
+        assert size(load_dataset(tmp_path / "own.csv", cache_dir=tmp_path / "file" / "below")) > 0
+    assert "not cached" in caplog.text
+
+
+def test_default_cache_place(tmp_path):
+    ratings_csv(tmp_path / "own.csv")
+    load_dataset(tmp_path / "own.csv")
+    assert len(files_in(tmp_path / "cache" / "gfml" / "parsed")) == 1 == len(files_in(cache.default_cache_dir()))
+
+
+# Mistakes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset": "gowala"}, "unknown data set 'gowala': .*did you mean 'gowalla'"),
+        ({"dataset": "absent.csv"}, "no file or folder absent.csv"),
+        ({"dataset": "no/such/folder"}, "no file or folder no/such/folder"),
+        ({"dataset": "{folder}"}, "holds no train.txt"),
+        ({"dataset": "{own}", "split": "native"}, "own ships no split of its own"),
+        ({"dataset": "{own}", "split": "leave-one-out", "split_ratios": (8, 1, 1)}, "leave-one-out has no ratios"),
+        ({"dataset": "{own}", "kcore": -1}, "found --kcore -1"),
+        ({"dataset": "{own}", "val_ratio": 1.0, "split_ratios": (8, 0, 2)}, "validation ratio of 1.0"),
+        ({"dataset": "{own}", "demo_users": 5}, "the --demo-. flags"),
+        ({"dataset": "{own}", "time_col": "when"}, "no column 'when' for --time-col"),
+        ({"dataset": "gowalla", "user_col": "who"}, "--user-col names a column"),
+        ({"dataset": "demo", "threshold": 3}, "has no ratings"),
+        ({"dataset": "demo", "demo_tail": -1}, "wants tail_exponent >= 0"),
+        ({"dataset": "demo", "split": "time"}, "needs a time column"),
+    ],
+)
+def test_mistakes_are_one_clear_line(tmp_path, arguments, message):
+    ratings_csv(tmp_path / "own.csv")
+    (tmp_path / "empty").mkdir()
+    name = arguments.pop("dataset").format(own=tmp_path / "own.csv", folder=tmp_path / "empty")
+    with pytest.raises(UserError, match=message) as caught:
+        load_dataset(name, **arguments)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,163 @@
+"""Splits and filters against naive loops and the properties they promise."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gfml.base.errors import UserError
+from gfml.data import splits
+from gfml.data.interactions import pairs_from_csr, sorted_unique
+from gfml.data.readers import Records
+
+RATIOS = (0.6, 0.2, 0.2)
+
+
+def toy(seed: int = 0, num_users: int = 30, num_items: int = 40, count: int = 400) -> Records:
+    rng = np.random.default_rng(seed)
+    users, items = rng.integers(num_users, size=count), rng.integers(num_items, size=count)
+    ratings, times = rng.integers(1, 6, size=count), rng.integers(50, size=count)
+    return Records(users, items, ratings.astype(float), times.astype(float))
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+@given(values=st.lists(st.integers(-5, 5)))
+def test_sorted_unique(values):
+    assert sorted_unique(np.array(values, dtype=np.int64)).tolist() == sorted(set(values))
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs=st.sets(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1), k=st.integers(1, 4))
+def test_k_core_equals_naive_removal(pairs, k):
+    users, items = np.array(sorted(pairs)).T
+    left = set(pairs)
+    while True:
+        by_user, by_item = Counter(u for u, _ in left), Counter(i for _, i in left)
+        kept = {(u, i) for u, i in left if by_user[u] >= k and by_item[i] >= k}
+        if kept == left:
+            break
+        left = kept
+    mask = splits.k_core(users, items, k)
+    assert {(int(u), int(i)) for u, i in zip(users[mask], items[mask], strict=True)} == left
+
+
+def test_k_core_renumbers_and_keeps_ids():
+    records = Records(np.array([10, 10, 20, 20, 30]), np.array([5, 6, 5, 6, 7]))
+    data = splits.prepare(records, "toy", kcore=2, ratios=(1, 0, 0))
+    assert data.user_ids.tolist() == [10, 20] and data.item_ids.tolist() == [5, 6]
+    assert data.train.nnz == 4
+    with pytest.raises(UserError, match="the 3-core is empty"):
+        splits.prepare(records, "toy", kcore=3)
+
+
+def test_k_core_keeps_the_published_split():
+    users, items = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 2])
+    records = Records(users, items, parts=np.array([0, 2, 0, 0, 0], np.int8), numbered=True)
+    data = splits.prepare(records, "toy", kcore=2)
+    assert (data.train.nnz, data.test.nnz) == (3, 1) and data.test[0, 1] == 1
+
+
+@pytest.mark.parametrize("kind", splits.SPLITS[1:])
+def test_parts_are_disjoint_and_complete_and_repeatable(kind):
+    records = toy()
+    data = splits.prepare(records, "toy", split=kind, ratios=RATIOS, seed=3)
+    columns = [[side.tolist() for side in pairs_from_csr(data.split(part))] for part in ("train", "valid", "test")]
+    parts = [set(zip(users, items, strict=True)) for users, items in columns]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    ids = {(data.user_ids[u], data.item_ids[i]) for part in parts for u, i in part}
+    assert ids == set(zip(records.users.tolist(), records.items.tolist(), strict=True))
+    assert all(parts)
+    again = splits.prepare(records, "toy", split=kind, ratios=RATIOS, seed=3)
+    assert again.fingerprint == data.fingerprint
+    if kind != "time":
+        assert splits.prepare(records, "toy", split=kind, ratios=RATIOS, seed=4).fingerprint != data.fingerprint
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    degrees=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    ratios=st.sampled_from([(0.8, 0.1, 0.1), (0.8, 0, 0.2), (0.5, 0.5, 0), (1, 0, 0), (0.1, 0.1, 0.8)]),
+)
+def test_per_user_counts(degrees, ratios):
+    users = np.random.default_rng(0).permutation(np.repeat(np.arange(len(degrees)), degrees))
+    labels = splits.split_per_user(users, ratios, rng())
+    for user, degree in enumerate(degrees):
+        train, valid, test = (int((labels[users == user] == part).sum()) for part in range(3))
+        assert train + valid + test == degree
+        if degree < 3:
+            assert train == degree
+            continue
+        assert train >= 1
+        for share, taken in zip(ratios[1:], (valid, test), strict=True):
+            wanted = max(1, round(share * degree)) if share else 0
+            assert taken == wanted or (taken < wanted and train == 1) or (taken >= 1 and valid + test == degree - 1)
+
+
+def test_global_counts():
+    labels = splits.split_global(1003, (0.8, 0.0, 0.2), rng())
+    assert np.bincount(labels, minlength=3).tolist() == [802, 0, 201]
+
+
+def test_leave_one_out_takes_the_last():
+    users, times = np.array([0, 0, 0, 1, 1, 2]), np.array([5.0, 9.0, 7.0, 2.0, 1.0, 3.0])
+    assert splits.split_leave_one_out(users, times, rng()).tolist() == [0, 2, 1, 2, 0, 0]
+    random = splits.split_leave_one_out(np.repeat(np.arange(50), 4), None, rng()).reshape(50, 4)
+    assert (np.sort(random, axis=1) == [0, 0, 1, 2]).all()
+    assert len(np.unique(random.argmax(axis=1))) == 4  # not always the same place
+
+
+def test_time_cuts_at_quantiles_and_keeps_moments_together():
+    times = np.random.default_rng(0).integers(40, size=500).astype(float)
+    labels = splits.split_by_time(times, RATIOS)
+    assert times[labels == 0].max() < times[labels == 1].min() and times[labels == 1].max() < times[labels == 2].min()
+    assert abs((labels == 0).mean() - 0.6) < 0.05 and abs((labels == 2).mean() - 0.2) < 0.05
+
+
+def test_thresholds():
+    records = toy()
+    assert len(splits.keep_positive(records, 3)) == int((records.ratings >= 3).sum())
+    assert len(splits.keep_positive(records, 3, strict=True)) == int((records.ratings > 3).sum())
+    with pytest.raises(UserError, match="no interaction is left at --threshold 6: found ratings from 1 to 5"):
+        splits.keep_positive(records, 6)
+    with pytest.raises(UserError, match="has no ratings"):
+        splits.keep_positive(Records(records.users, records.items), 3)
+
+
+def test_duplicates_and_overlap_are_dropped_and_counted():
+    users, items = np.array([0, 0, 0, 1, 1, 1, 2]), np.array([1, 1, 2, 1, 2, 2, 1])
+    parts = np.array([0, 0, 1, 0, 0, 2, 2], dtype=np.int8)
+    data = splits.prepare(Records(users, items, parts=parts, numbered=True), "toy")
+    assert (data.train.nnz, data.valid.nnz, data.test.nnz) == (3, 1, 1)
+    assert data.notes["duplicate pairs dropped"] == 1
+    assert data.notes["test pairs also in train or valid, dropped"] == 1
+    assert data.notes["users without train pairs"] == data.notes["test users without train pairs"] == 1
+    assert data.notes["items without train pairs"] == 1  # item 0
+
+
+def test_nothing_to_train_on_is_an_error():
+    with pytest.raises(UserError, match="no interaction at all"):
+        splits.prepare(Records(np.empty(0, np.int64), np.empty(0, np.int64), numbered=True), "toy")
+    only_test = Records(np.array([0]), np.array([1]), parts=np.array([2], np.int8), numbered=True)
+    with pytest.raises(UserError, match="no training interaction"):
+        splits.prepare(only_test, "toy")
+
+
+def test_wrong_requests_are_named():
+    records = toy()
+    untimed = Records(records.users, records.items)
+    with pytest.raises(UserError, match="needs a time column"):
+        splits.prepare(untimed, "toy", split="time")
+    with pytest.raises(UserError, match="ships no split of its own"):
+        splits.prepare(untimed, "toy", split="native")
+    with pytest.raises(UserError, match="unknown split 'weekly': choose one of"):
+        splits.prepare(untimed, "toy", split="weekly")
+    for ratios in ((0, 0.5, 0.5), (0.8, -0.1, 0.3), (float("nan"), 0, 1)):
+        with pytest.raises(UserError, match="split ratios"):
+            splits.prepare(untimed, "toy", ratios=ratios)

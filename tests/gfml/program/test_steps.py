@@ -1,0 +1,148 @@
+"""The steps that programs share: what is judged, the projected step, the refit and the reported weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from gfml.base.checkpoints import save_state
+from gfml.base.errors import UserError
+from gfml.data.interactions import csr_from_pairs
+from gfml.data.synthetic import generate
+from gfml.engine.runs import Run
+from gfml.engine.train import fit, plain_step
+from gfml.mirror import MirrorGradient
+from gfml.program import steps as program
+
+
+def test_cut_offs_join_the_lists_and_the_metric_that_selects() -> None:
+    assert program.cut_offs((10, 5), "ndcg@20") == (5, 10, 20)
+    assert program.cut_offs((10, 20), "recall@20") == (10, 20)
+    assert program.cut_offs((5,), "loss") == (5,)
+
+
+def test_what_cannot_be_judged_is_one_line() -> None:
+    data = generate(30, 20, 200, seed=0)
+    nothing = csr_from_pairs([], [], 30, 20)
+    program.check_judgeable(data, (5,), "test")
+    for ks, select_on, case, word in (
+        ((21,), "test", data, "--topks"),
+        ((5,), "val", data, "--val-ratio"),
+        ((5,), "test", replace(data, test=nothing), "--split"),
+    ):
+        with pytest.raises(UserError, match=word):
+            program.check_judgeable(case, ks, select_on)
+
+
+def test_step_of_the_flags() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    flags = {"mirror_alpha1": 1.0, "mirror_alpha2": 0.2, "mirror_every": 3, "mirror_clip": None}
+    plain = program.build_step(SimpleNamespace(mirror="off", **flags), optimizer, 1.5)
+    assert isinstance(plain, partial) and plain.func is plain_step and plain.keywords == {"clip_norm": 1.5}
+    mirror = program.build_step(SimpleNamespace(mirror="fused", **flags), optimizer)
+    assert isinstance(mirror, MirrorGradient) and mirror.mode == "fused" and mirror.every == 3
+
+
+class Ball(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.point = nn.Parameter(torch.tensor([3.0, 4.0]))
+
+    def project(self) -> None:
+        self.point.data /= max(1.0, float(self.point.data.norm()))
+
+
+def test_projection_follows_the_step() -> None:
+    ball = Ball()
+    optimizer = torch.optim.SGD(ball.parameters(), lr=0.1)
+    step = program.ProjectedStep(partial(plain_step, clip_norm=None), ball)
+    terms = step(lambda: {"loss": -ball.point.sum()}, optimizer)
+    assert terms["loss"].item() == -7.0
+    # From (3, 4) uphill by .1 to (3.1, 4.1), then onto the circle.
+    expected = torch.tensor([3.1, 4.1]) / torch.tensor([3.1, 4.1]).norm()
+    assert torch.allclose(ball.point.detach(), expected)
+    assert step.state_dict() == {}
+
+
+def test_projected_step_keeps_the_inner_state() -> None:
+    ball = Ball()
+    optimizer = torch.optim.SGD(ball.parameters(), lr=0.1)
+    step = program.ProjectedStep(MirrorGradient(optimizer, every=2, counter="epoch"), ball)
+    for _ in range(3):
+        step(lambda: {"loss": ball.point.square().sum()}, optimizer)
+    other = program.ProjectedStep(MirrorGradient(optimizer, every=2, counter="epoch"), ball)
+    other.load_state_dict(step.state_dict())
+    assert not other.inner.is_mirror_step()
+    other.new_epoch()
+    assert other.inner.is_mirror_step()
+
+
+def toy(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Linear(2, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.05)
+
+
+def train_toy(out: Path, run: Run) -> object:
+    model, optimizer = toy()
+    values = iter((0.1, 0.5, 0.3, 0.2))
+    return fit(
+        model, optimizer, batches=lambda epoch: [torch.ones(4, 2) * epoch], evaluate=lambda split: {"m": next(values)},
+        loss_fn=lambda batch: {"loss": (model(batch) - 1).square().mean()}, select="val/m", run=run, epochs=4, progress=False,
+    )  # fmt: skip
+
+
+def test_refit_trains_for_the_selected_epochs_and_continues(tmp_path: Path) -> None:
+    with Run.open(tmp_path, "toy", {"seed": 0, "epochs": 4}) as run:
+        fitted = train_toy(tmp_path, run)
+        assert fitted.best_epoch == 2
+        calls: list[int] = []
+
+        def again() -> nn.Module:
+            model, optimizer = toy()
+
+            def batches(epoch: int) -> list[torch.Tensor]:
+                calls.append(epoch)
+                return [torch.ones(4, 2)]
+
+            loss = lambda batch: {"loss": (model(batch) - 1).square().mean()}  # noqa: E731
+            return program.refit(
+                model, optimizer, fitted=fitted, run=run, family="toy", batches=batches, loss_fn=loss, progress=False
+            )
+
+        first = again()
+        assert calls == [1, 2] and (run.path / "refit-2" / "done").exists() and not first.training
+        second = again()  # it is done: nothing is trained, the weights are read
+        assert calls == [1, 2] and torch.equal(first.weight, second.weight)
+        assert program.selection_of(fitted, run, refit=True)["protocol"].endswith(
+            "trained anew on train and validation"
+        )
+
+
+def test_reported_weights_and_their_selection(tmp_path: Path) -> None:
+    with Run.open(tmp_path, "toy", {"seed": 0}) as run:
+        fitted = train_toy(tmp_path, run)
+        trained, _ = toy(1)
+        assert program.selection_of(None, run, refit=False)["epoch"] == fitted.best_epoch
+        best = program.load_reported(trained, run.path, done=False).weight.clone()
+        save_state(run.file("final.pt"), {"model": {"weight": best + 1, "bias": torch.zeros(1)}})
+        run.finish({"selection": {"epoch": 7, "protocol": "stored"}})
+        assert torch.equal(program.load_reported(trained, run.path).weight, best + 1)
+        assert program.selection_of(None, run, refit=False)["epoch"] == 7
+        with pytest.raises(UserError, match="another model"):
+            program.load_reported(nn.Linear(3, 1), run.path)
+
+
+def test_load_1_insists_on_a_checkpoint(tmp_path: Path) -> None:
+    with Run.open(tmp_path, "toy", {"seed": 0}) as run:
+        program.require_earlier_run(0, run)
+        with pytest.raises(UserError, match="found no checkpoint"):
+            program.require_earlier_run(1, run)
+        run.checkpoint({})
+        program.require_earlier_run(1, run)

@@ -1,0 +1,114 @@
+"""Baselines beside a model, the mass report and the printed tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from gfml.data.interactions import Interactions
+from gfml.data.synthetic import generate
+from gfml.gravity import Mass
+from gfml.ranking import baselines
+from gfml.ranking.evaluation import evaluate
+from gfml.report import recommenders as reporting
+
+
+@pytest.fixture(scope="module")
+def data() -> Interactions:
+    return generate(120, 60, 2400, seed=3).with_validation(0.1, 0)
+
+
+def test_baselines_are_judged_on_test_with_settings_chosen_on_validation(data: Interactions) -> None:
+    found = reporting.baseline_results(["popularity", "item-knn", "ease"], data, [5, 10])
+    popularity = evaluate(baselines.popularity(data), data, "test", [5, 10], beyond=True).means
+    assert found["popularity"]["test"] == popularity and found["popularity"]["settings"] == {}
+    chosen = baselines.select_ease(data, reporting.EASE_GRID).settings
+    assert found["ease"]["settings"] == chosen
+    assert (
+        found["ease"]["test"]["ndcg@10"]
+        == evaluate(baselines.ease(data, **chosen), data, "test", [5, 10]).means["ndcg@10"]
+    )
+    assert found["item-knn"]["test"]["recall@10"] > popularity["recall@10"]
+
+
+def test_without_validation_part_one_is_cut_for_the_choice_and_train_stays_whole(data: Interactions) -> None:
+    whole = data.refit()
+    found = reporting.baseline_results(["ease"], whole, [10])["ease"]
+    assert (
+        found["test"]["recall@10"]
+        == evaluate(baselines.ease(whole, **found["settings"]), whole, "test", [10]).means["recall@10"]
+    )
+
+
+def test_results_are_kept_by_data_and_cut_offs(
+    data: Interactions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = reporting.baseline_results(["popularity"], data, [5], cache_dir=tmp_path)
+    monkeypatch.setattr(reporting, "_judge_baseline", lambda *args: pytest.fail("judged again"))
+    assert reporting.baseline_results(["popularity"], data, [5], cache_dir=tmp_path) == first
+    monkeypatch.setattr(reporting, "_judge_baseline", lambda *args: {"test": {"recall@10": 1.0}})
+    # Other cut-offs or other data are another question.
+    assert reporting.baseline_results(["popularity"], data, [10], cache_dir=tmp_path)["popularity"]["test"] == {
+        "recall@10": 1.0
+    }
+    other = generate(120, 60, 2400, seed=4).with_validation(0.1, 0)
+    assert reporting.baseline_results(["popularity"], other, [10], cache_dir=tmp_path)["popularity"]["test"] == {
+        "recall@10": 1.0
+    }
+
+
+def test_a_damaged_store_is_made_again(data: Interactions, tmp_path: Path) -> None:
+    first = reporting.baseline_results(["popularity"], data, [5], cache_dir=tmp_path)
+    [file] = tmp_path.glob("*.json")
+    file.write_text(file.read_text()[:40])
+    second = reporting.baseline_results(["popularity"], data, [5], cache_dir=tmp_path)
+    assert second["popularity"]["test"] == first["popularity"]["test"]
+    assert json.loads(file.read_text())["result"]["test"] == first["popularity"]["test"]
+
+
+def test_ease_beyond_the_memory_limit_says_why(data: Interactions) -> None:
+    [found] = reporting.baseline_results(["ease"], data, [5], memory_gib=1e-9).values()
+    assert "GiB" in found["skipped"] and "test" not in found
+
+
+def test_mass_report_against_plain_correlations(data: Interactions) -> None:
+    torch.manual_seed(0)
+    mass = Mass(data.num_users, data.num_items, "both", param="relu", init="xavier")
+    report = reporting.mass_report(mass, data, np.random.default_rng(0).random(data.num_items))
+    values = np.log1p(np.maximum(mass.item.detach().double().numpy(), 0))
+    seen = data.item_popularity > 0
+    assert report["item_spearman_popularity"] == pytest.approx(
+        stats.spearmanr(values[seen], data.item_popularity[seen]).statistic
+    )
+    assert report["item_spearman_true"] == pytest.approx(
+        stats.spearmanr(values[seen], data.true_item_mass[seen]).statistic
+    )
+    assert report["item_dead"] == pytest.approx(np.mean(mass.item.detach().numpy() <= 0))
+    assert {"user_log_mass_mean", "item_norm_spearman_popularity"} <= report.keys()
+
+
+def test_mass_report_has_no_side_that_has_no_mass(data: Interactions) -> None:
+    mass = Mass(data.num_users, data.num_items, "user")
+    report = reporting.mass_report(
+        mass, replace(data, true_item_mass=None, true_user_mass=None), np.ones(data.num_items)
+    )
+    # Equal masses and equal norms have no rank correlation: left out, never NaN.
+    assert set(report) == {"user_log_mass_mean", "user_log_mass_std"}
+    assert report["user_log_mass_mean"] == pytest.approx(np.log(2))
+
+
+def test_tables_align_and_show_what_is_missing() -> None:
+    rows = {"ours": {"recall@10": 0.1, "recall@20": 0.25, "arp@20": 123.4}, "popularity": {"recall@10": 0.05}}
+    columns = reporting.table_columns(rows, [10, 20])
+    assert columns == ["recall@10", "recall@20", "arp@20"]
+    text = reporting.text_table(rows, columns).splitlines()
+    assert text[1].split() == ["ours", "0.1000", "0.2500", "123.4"]
+    assert text[2].split() == ["popularity", "0.0500", "-", "-"]
+    assert len({len(line) for line in text}) == 1
+    assert reporting.markdown_table(rows, columns).splitlines()[2] == "| ours | 0.1000 | 0.2500 | 123.4 |"
