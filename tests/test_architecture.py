@@ -12,20 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # A paper is a folder at the top that is a package and not the core: a new one is under the rules without an edit here.
-PAPERS = tuple(sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("gfml", "tests")))
+PAPERS = tuple(
+    sorted(path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("gfml", "tests"))
+)
 # The rooms of the core, lowest first: a room imports itself and lower ones. Scores of whole
 # catalogues stand on ranking: gravity and cml say what a scorer factorises into.
 MATHEMATICS = ("distances", "longtail", "losses", "mirror")
-LAYERS = (
-    ("base",),
-    MATHEMATICS,
-    ("metrics", "data"),
-    ("ranking",),
-    ("cml", "gravity"),
-    ("engine",),
-    ("program",),
-    ("report",),
-)
+SCORES = ("cml", "gravity", "attention")
+LAYERS = (("base",), MATHEMATICS, ("metrics", "data"), ("ranking",), SCORES, ("engine",), ("program",), ("report",))
 
 
 def sources(*folders: str) -> list[Path]:
