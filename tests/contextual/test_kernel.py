@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contextual import fused, kernel
+from contextual import fused
 from contextual.losses import ContextualHybridLoss, Weights, cosine_similarities, hybrid
 
 ROOT = Path(__file__).resolve().parents[2]
