@@ -14,6 +14,7 @@ results.json by ``scripts/gpu_page.py``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -21,7 +22,6 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,8 @@ def start(args: argparse.Namespace, name: str, until: float) -> dict[str, Any]:
     words += ["--data-root", str(args.data_root)] + (["--tiny"] if args.tiny else [])
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with open(args.out / f"{name}.log", "w") as log:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(words, timeout=left, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
-        except subprocess.TimeoutExpired:
-            pass
     if not path.is_file():
         tail = (args.out / f"{name}.log").read_text()[-2000:]
         return {"part": name, "status": "stopped", "error": tail, "rows": [], "seconds": round(left, 1)}
