@@ -30,20 +30,8 @@ from gfml.data.interactions import Interactions
 from gfml.data.names import places, spelled
 from gfml.data.tables import PACKED, as_strings, is_number, normal, open_table, read_bytes, suffix
 
-ID_NAMES = (
-    "movie_id",
-    "item_id",
-    "item",
-    "iid",
-    "id",
-    "ids",
-    "item_ids",
-    "product_id",
-    "parent_asin",
-    "asin",
-    "book_id",
-    "artist_id",
-)
+ID_NAMES = ("movie_id", "item_id", "item", "iid", "id", "ids", "item_ids", "product_id", "parent_asin", "asin", "book_id",
+            "artist_id")  # fmt: skip
 TITLE_NAMES = ("title", "movie_title", "name")
 GENRE_NAMES = ("genres", "genre", "class", "categories", "category", "tags", "subjects")
 
@@ -231,7 +219,7 @@ class _Table:
 
     def find(self, names: Sequence[str]) -> str | None:
         """The first column called one of ``names``, whatever its case, blanks and underscores."""
-        known = {normal(name): name for name in reversed(self.cells)}
+        known = {normal(name): name for name in reversed(list(self.cells))}
         return next((known[normal(name)] for name in names if normal(name) in known), None)
 
     def ids(self) -> list[str]:

@@ -235,7 +235,8 @@ def read_adjacency(path: str | os.PathLike[str]) -> Records:
     lines are accepted. A user without items still counts for the size. Ids of which one is not a
     plain number (``007``, ``-5``, ``B00X``) are names; that is noted.
     """
-    path, notes = Path(path), {}
+    path = Path(path)
+    notes: dict[str, object] = {}
     tokens = _tokens(utf8_bytes(read_bytes(path), path, notes), path)
     first = np.ones(len(tokens.line), dtype=bool)
     first[1:] = tokens.line[1:] != tokens.line[:-1]

@@ -316,7 +316,7 @@ class TextTable(Table):
     width: cells of a row, with one after a last separator (``extra``). start: bytes before the first row.
     """
 
-    dialect: Dialect = field(default=None)  # type: ignore[assignment]
+    dialect: Dialect = field(default=None)
     header: bool = True
     raw: bytes | None = None
     width: int = 0
@@ -381,7 +381,8 @@ class TextTable(Table):
     def _chunks(self, columns: Sequence[str], whole: Sequence[str]) -> dict[str, pa.ChunkedArray]:
         """Every column chunk by chunk, so that numbers never stand in memory as text."""
         place = {name: str(self.names.index(name) if name or not self.extra else self.width - 1) for name in columns}
-        numeric, found = set(whole), {name: [] for name in columns}
+        numeric = set(whole)
+        found: dict[str, list[pa.Array]] = {name: [] for name in columns}
         with self._reader(list(place.values()), threads=True) as reader:
             for batch in reader:
                 for name, key in place.items():
@@ -403,11 +404,17 @@ class TextTable(Table):
         source = pa.OSFile(str(self.path)) if self.raw is None else pa.BufferReader(self.raw)
         source.seek(self.start)
         names = [str(column) for column in range(self.width)]
+
+        def kept(row: Any) -> str:
+            assert odd is not None
+            odd.append(row)
+            return "error"
+
         parse = arrow_csv.ParseOptions(
             delimiter=self.dialect.separator,
             quote_char='"' if self.many_lines else False,
             newlines_in_values=self.many_lines,
-            invalid_row_handler=None if odd is None else lambda row: (odd.append(row), "error")[1],
+            invalid_row_handler=None if odd is None else kept,
         )
         convert = arrow_csv.ConvertOptions(
             include_columns=keys,
