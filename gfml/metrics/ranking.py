@@ -100,7 +100,7 @@ def graded_ndcg(gains: np.ndarray, relevant_gains: sp.csr_array, k: int) -> np.n
 
 def hit(hits: np.ndarray, k: int) -> np.ndarray:
     """1.0 where any of the first k is a hit, else 0.0."""
-    return hits[:, :k].any(axis=1).astype(np.float64)
+    return np.asarray(hits[:, :k].any(axis=1), dtype=np.float64)
 
 
 def mrr(hits: np.ndarray, k: int) -> np.ndarray:
