@@ -152,7 +152,9 @@ def _frame(path: Path) -> tuple[Any, bool]:
     separator = next((mark for mark in ("\t", ",", ";") if mark in head), r"\s+")
     cells = [cell.strip().strip('"') for cell in (head.split(separator) if separator != r"\s+" else head.split())]
     named = {cell.split(":")[0].lower() for cell in cells}
-    header = bool(named & {*readers.USER_NAMES, "id"}) and bool(named & {*readers.ITEM_NAMES, "top_0"})
+    # One long name is enough; "u" and "i" may be ids, unless they stand side by side.
+    usual = {name for name in (*readers.USER_NAMES, *readers.ITEM_NAMES, "top_0") if len(name) > 1}
+    header = bool(named & usual) or {"u", "i"} <= named
     width = max(len(line.split(separator if separator != r"\s+" else None)) for line in text.splitlines() or [""])
     names = [cell.split(":")[0] for cell in cells] if header else list(map(str, range(width)))
     try:
