@@ -20,6 +20,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     (tmp_path / "paper" / "README.md").write_text("before\n<!-- results:toy -->\nold\n<!-- end:toy -->\nafter\n")
     (tmp_path / "README.md").write_text("first page\n")
     monkeypatch.setattr(results_table, "ROOT", tmp_path)
+    monkeypatch.setattr(results_table, "configs", lambda: tmp_path / "configs")
     return vars(results_table)
 
 
