@@ -109,8 +109,29 @@ def epoch_seconds(found: SimpleNamespace, device: str, epochs: int) -> float:
     return statistics.median(b - a for a, b in zip(stamps[1:-1], stamps[2:], strict=True))
 
 
-def kernel_milliseconds(call: Callable[[], object], device: str, steps: int = 10) -> tuple[float, dict[str, int]]:
-    """Sum of the device's own times of a call's kernels, and how often the host waited, per ``steps`` calls."""
+def recorded_milliseconds(call: Callable[[], object], device: str) -> float:
+    """As :func:`milliseconds` of the call as a CUDA graph: without the host's part."""
+    if device == "cpu":
+        return milliseconds(call, device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return milliseconds(graph.replay, device)
+
+
+def kernel_milliseconds(
+    call: Callable[[], object], device: str, steps: int = 10, largest: list[str] | None = None
+) -> tuple[float, dict[str, int]]:
+    """Sum of the device's own times of a call's kernels, and how often the host waited in ``steps`` calls.
+
+    largest: receives the longest kernels with their milliseconds and numbers of launches a call.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     kinds, steps = (
@@ -128,9 +149,13 @@ def kernel_milliseconds(call: Callable[[], object], device: str, steps: int = 10
                 waits[name] = waits.get(name, 0) + event.count
     # The profiler itself waits once, when it stops.
     waits = {name: count for name, count in waits.items() if name != "cudaDeviceSynchronize" or count > 1}
-    kernels = (
-        event for event in events if event.device_type != DeviceType.CPU
-    )  # an operator repeats its kernels' time
+    # An operator repeats the time of its kernels.
+    kernels = [event for event in events if event.device_type != DeviceType.CPU]
+    if largest is not None:
+        kernels.sort(key=lambda event: -event.self_device_time_total)
+        largest += [
+            f"{e.key[:70]} {e.self_device_time_total / 1e3 / steps:.4f} x{e.count / steps:.0f}" for e in kernels[:14]
+        ]
     return sum(event.self_device_time_total for event in kernels) / 1e3 / steps, waits
 
 
@@ -324,13 +349,14 @@ def step_rows(
         found.step(lambda: found.loss_fn(batch), found.optimizer)
 
     eager = milliseconds(step, device)
-    kernels, waits = kernel_milliseconds(step, device)
+    largest: list[str] = []
+    kernels, waits = kernel_milliseconds(step, device, largest=largest)
     number = len(found.batches(1))
     own = seconds["ours"] * 1e3 / number
     yield {
         "work": f"{work}, step", "ms": own, "eager_ms": eager, "kernels_ms": kernels, "of_eager": own / eager,
         "of_kernels": own / kernels if kernels else 0.0, "bar": "<= 0.35 of eager", "steps": number,
-        "mib": megabytes(device, step), "waits": sum(waits.values()),
+        "mib": megabytes(device, step), "waits": sum(waits.values()), "largest": largest,
     }  # fmt: skip
 
 
@@ -449,7 +475,7 @@ def contextual(args: argparse.Namespace) -> Rows:
             ours, other = (milliseconds(lambda b=b, w=chosen: call(b, w), args.device) for b in ("fused", "reference"))
             kernels, waits = kernel_milliseconds(lambda w=chosen: call("fused", w), args.device)
             yield {
-                "work": f"{name} loss, B {batch}", "ms": ours, "reference_ms": other, "ratio": ours / other, "kernels_ms": kernels,
+                "work": f"{name} loss, B {batch}", "recorded_ms": recorded_milliseconds(lambda w=chosen: call("fused", w), args.device), "ms": ours, "reference_ms": other, "ratio": ours / other, "kernels_ms": kernels,
                 "bar": "<= 3 ms" if batch == 512 else "", "waits": sum(waits.values()),
                 "mib": megabytes(args.device, lambda w=chosen: call("fused", w)),
                 "reference_mib": megabytes(args.device, lambda w=chosen: call("reference", w)),
@@ -463,7 +489,7 @@ def attention(args: argparse.Namespace) -> Rows:
     bars = {65: "<= 1.10", 785: "<= 1.5"}
     for tokens, batch in ((9, 2),) if args.tiny else ((65, 128), (197, 64), (785, 16)):
         for dtype in (torch.float32, torch.bfloat16):
-            times, memory = {}, {}
+            times, memory, recorded = {}, {}, {}
             for name, settings in (
                 ("gravity", AttentionSettings(lamb=3.0)),
                 ("explicit", AttentionSettings(lamb=3.0, kernel="explicit")),
@@ -481,9 +507,11 @@ def attention(args: argparse.Namespace) -> Rows:
                     out.float().square().mean().backward()
 
                 times[name], memory[name] = milliseconds(call, args.device), megabytes(args.device, call)
+                recorded[name] = recorded_milliseconds(call, args.device)
             yield {
                 "work": f"gravity attention, {tokens} tokens, {str(dtype)[6:]}", "ms": times["gravity"], "sdpa_ms": times["plain"],
                 "ratio": times["gravity"] / times["plain"], "explicit_ms": times["explicit"], "bar": bars.get(tokens, ""),
+                "recorded_ms": recorded["gravity"], "recorded_sdpa_ms": recorded["plain"], "recorded_ratio": recorded["gravity"] / recorded["plain"],
                 "mib": memory["gravity"], "sdpa_mib": memory["plain"], "explicit_mib": memory["explicit"],
             }  # fmt: skip
 

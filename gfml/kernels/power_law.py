@@ -190,10 +190,10 @@ def forward(
     batch, heads, n, d = q.shape
     out = torch.empty(batch, n, heads, d, dtype=v.dtype, device=v.device).transpose(1, 2)
     lse = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
-    sizes = _sizes(n, d, q.dtype, beta)
-    grid = (triton.cdiv(n, sizes["M"]), batch * heads)
+    tile = _tiles(n)[0]
+    grid = (triton.cdiv(n, tile.queries), batch * heads)
     strides = tuple(step for part in (column, q, k, v, out) for step in part.stride())
-    _forward[grid](q, k, v, column, beta, out, lse, heads, n, d, *options, *strides, **sizes, num_warps=4)
+    _forward[grid](q, k, v, column, beta, out, lse, heads, n, d, *options, *strides, **_settings(tile, q, beta))
     return out, lse
 
 
@@ -211,26 +211,39 @@ def backward(
     """(dq, dk, dv, dcolumn [B, H, n], dbeta [H], None for a number)."""
     batch, heads, n, d = q.shape
     dq, dk, dv = (torch.empty(batch, heads, n, d, dtype=part.dtype, device=part.device) for part in (q, k, v))
-    sizes, whole = _sizes(n, d, q.dtype, beta), n <= ONE_BLOCK
-    blocks = triton.cdiv(n, sizes["N"])
+    _, over_keys, over_queries = _tiles(n)
+    whole, fixed, blocks = n <= ONE_BLOCK, not isinstance(beta, Tensor), triton.cdiv(n, over_keys.keys)
     dcolumn = torch.empty_like(lse)
-    dbeta = dcolumn if sizes["FIXED"] else torch.empty(batch, heads, blocks, dtype=torch.float32, device=q.device)
+    dbeta = dcolumn if fixed else torch.empty(batch, heads, blocks, dtype=torch.float32, device=q.device)
     strides = tuple(step for part in (column, q, k, v, out, dout) for step in part.stride())
     inputs, numbers = (q, k, v, column, beta, out, lse, dout, dq), (heads, n, d, *options, *strides)
-    _backward_keys[(blocks, batch * heads)](
-        *inputs, dk, dv, dcolumn, dbeta, *numbers, **sizes, WHOLE=whole, num_warps=4
-    )
+    settings = _settings(over_keys, q, beta)
+    _backward_keys[(blocks, batch * heads)](*inputs, dk, dv, dcolumn, dbeta, *numbers, **settings, WHOLE=whole)
     if not whole:
-        grid = (triton.cdiv(n, sizes["M"]), batch * heads)
-        _backward_queries[grid](*inputs, *numbers, **sizes, num_warps=4)
-    return dq, dk, dv, dcolumn, None if sizes["FIXED"] else dbeta.sum((0, 2))
+        grid = (triton.cdiv(n, over_queries.queries), batch * heads)
+        _backward_queries[grid](*inputs, *numbers, **_settings(over_queries, q, beta))
+    return dq, dk, dv, dcolumn, None if fixed else dbeta.sum((0, 2))
 
 
-def _sizes(n: int, d: int, dtype: torch.dtype, beta: Tensor | float) -> dict[str, Any]:
-    """Queries, keys and coordinates of a tile, and how float32 products are made."""
-    keys = max(16, triton.next_power_of_2(n)) if n <= ONE_BLOCK else 64
+class _Tile(NamedTuple):
+    """Queries and keys of a tile, and warps: chosen so that float32 tiles of 32 coordinates stay in the registers."""
+
+    queries: int
+    keys: int
+    warps: int
+
+
+def _tiles(n: int) -> tuple[_Tile, _Tile, _Tile]:
+    """Of the forward pass, of the backward pass over keys, and of that over queries."""
+    if n > ONE_BLOCK:
+        return _Tile(64, 64, 4), _Tile(32, 64, 4), _Tile(64, 32, 4)
+    keys = max(16, triton.next_power_of_2(n))
+    return _Tile(32, keys, 4), _Tile(16, keys, 8 if keys == ONE_BLOCK else 4), _Tile(16, keys, 4)
+
+
+def _settings(tile: _Tile, q: Tensor, beta: Tensor | float) -> dict[str, Any]:
     precise = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     return {
-        "M": 32 if n <= ONE_BLOCK else 64, "N": keys, "D": max(16, triton.next_power_of_2(d)),
-        "FIXED": not isinstance(beta, Tensor), "PRECISION": precise if dtype == torch.float32 else "tf32",
+        "M": tile.queries, "N": tile.keys, "D": max(16, triton.next_power_of_2(q.shape[-1])),
+        "FIXED": not isinstance(beta, Tensor), "PRECISION": precise if q.dtype == torch.float32 else "tf32", "num_warps": tile.warps,
     }  # fmt: skip
