@@ -135,7 +135,7 @@ def table(results: list[dict[str, Any]]) -> str:
             values = [
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                 for key, value in row.items()
-                if key != "work"
+                if key not in ("work", "largest")
             ]
             lines.append(f"    {row['work']:<44} {', '.join(values)}")
     return "\n".join(lines)
