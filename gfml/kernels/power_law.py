@@ -47,7 +47,7 @@ def _forward(
     cb, ch, cn, qb, qh, qn, qd, kb, kh, kn, kd, vb, vh, vn, vd, ob, oh, on, od,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head. lse: log2 of the sums of weights, [B, H, n]."""
+    """One block of queries of one head. lse: log2 of the sums of weights, then means of log2 z, [2, B, H, n]."""
     pair = tl.program_id(1)
     b, h = pair // heads, pair % heads
     rows, columns = tl.program_id(0) * M + tl.arange(0, M), tl.arange(0, D)
@@ -56,7 +56,7 @@ def _forward(
     query_norm = _norms(query) + 1.0
     top = tl.full([M], -float("inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    mixed = tl.zeros([M, D], tl.float32)
+    mixed, middle = tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32)
     for start in range(0, n, N):
         keys = start + tl.arange(0, N)
         key = _tile(k + b * kb + h * kh, kn, kd, keys, columns, n, d)
@@ -64,11 +64,14 @@ def _forward(
         dot = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         z = tl.maximum(query_norm[:, None] + _norms(key)[None, :] - 2.0 * dot, 1.0)
         bias = scale * tl.load(column + b * cb + h * ch + keys * cn, mask=keys < n, other=-float("inf"))
-        logit = bias[None, :] * LOG2E - power * tl.log2(z) + (2.0 * alpha * LOG2E) * dot
+        logz = tl.log2(z)
+        logit = bias[None, :] * LOG2E - power * logz + (2.0 * alpha * LOG2E) * dot
         larger = tl.maximum(top, tl.max(logit, 1))
         weight = tl.exp2(logit - larger[:, None])
         shrink = tl.exp2(top - larger)
         total = total * shrink + tl.sum(weight, 1)
+        if not FIXED:
+            middle = middle * shrink + tl.sum(weight * logz, 1)
         mixed = mixed * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
         top = larger
     mixed = mixed / total[:, None]
@@ -77,6 +80,8 @@ def _forward(
         out + b * ob + h * oh + rows[:, None] * on + columns[None, :] * od, mixed.to(out.dtype.element_ty), mask=mask
     )
     tl.store(lse + pair * n + rows, top + tl.log2(total), mask=rows < n)
+    if not FIXED:
+        tl.store(lse + (tl.num_programs(1) + pair) * n + rows, middle / total, mask=rows < n)
 
 
 @triton.jit
@@ -120,7 +125,10 @@ def _backward_keys(
         to_value += tl.dot(tl.trans(weight.to(above.dtype)), above, input_precision=PRECISION)
         logit = weight * (tl.dot(above, tl.trans(value), input_precision=PRECISION) - lean[:, None])
         to_column += tl.sum(logit, 0)
-        to_power -= tl.sum(logit * logz, 0)
+        if not FIXED:
+            # The rows of ds sum to 0 up to the rounding of out; taking the mean out leaves that without effect.
+            middle = tl.load(lse + (tl.num_programs(1) + pair) * n + rows, mask=rows < n, other=0.0)
+            to_power -= tl.sum(logit * (logz - middle[:, None]), 0)
         force = logit * (power / z)
         pull += tl.sum(force, 0)
         both = (2.0 * (force + alpha * logit)).to(query.dtype)
@@ -186,11 +194,12 @@ class Options(NamedTuple):
 def forward(
     q: Tensor, k: Tensor, v: Tensor, column: Tensor, beta: Tensor | float, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, n, d], lying in memory as [B, n, H, d]; log2 of the sums of weights [B, H, n])."""
+    """(out [B, H, n, d], lying in memory as [B, n, H, d]; log2 of the sums of weights, and for a learned beta the means
+    of log2 z: [1 or 2, B, H, n])."""
     batch, heads, n, d = q.shape
     out = torch.empty(batch, n, heads, d, dtype=v.dtype, device=v.device).transpose(1, 2)
-    lse = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
-    tile = _tiles(n)[0]
+    lse = torch.empty(1 + isinstance(beta, Tensor), batch, heads, n, dtype=torch.float32, device=q.device)
+    tile = _tiles(n, q.dtype == torch.float32)[0]
     grid = (triton.cdiv(n, tile.queries), batch * heads)
     strides = tuple(step for part in (column, q, k, v, out) for step in part.stride())
     _forward[grid](q, k, v, column, beta, out, lse, heads, n, d, *options, *strides, **_settings(tile, q, beta))
@@ -211,9 +220,9 @@ def backward(
     """(dq, dk, dv, dcolumn [B, H, n], dbeta [H], None for a number)."""
     batch, heads, n, d = q.shape
     dq, dk, dv = (torch.empty(batch, heads, n, d, dtype=part.dtype, device=part.device) for part in (q, k, v))
-    _, over_keys, over_queries = _tiles(n)
+    _, over_keys, over_queries = _tiles(n, q.dtype == torch.float32)
     whole, fixed, blocks = n <= ONE_BLOCK, not isinstance(beta, Tensor), triton.cdiv(n, over_keys.keys)
-    dcolumn = torch.empty_like(lse)
+    dcolumn = torch.empty_like(lse[0])
     dbeta = dcolumn if fixed else torch.empty(batch, heads, blocks, dtype=torch.float32, device=q.device)
     strides = tuple(step for part in (column, q, k, v, out, dout) for step in part.stride())
     inputs, numbers = (q, k, v, column, beta, out, lse, dout, dq), (heads, n, d, *options, *strides)
@@ -233,12 +242,12 @@ class _Tile(NamedTuple):
     warps: int
 
 
-def _tiles(n: int) -> tuple[_Tile, _Tile, _Tile]:
+def _tiles(n: int, wide: bool) -> tuple[_Tile, _Tile, _Tile]:
     """Of the forward pass, of the backward pass over keys, and of that over queries."""
     if n > ONE_BLOCK:
         return _Tile(64, 64, 4), _Tile(32, 64, 4), _Tile(64, 32, 4)
     keys = max(16, triton.next_power_of_2(n))
-    return _Tile(32, keys, 4), _Tile(16, keys, 8 if keys == ONE_BLOCK else 4), _Tile(16, keys, 4)
+    return _Tile(32, keys, 4), _Tile(16, keys, 8 if keys == ONE_BLOCK and wide else 4), _Tile(16, keys, 4)
 
 
 def _settings(tile: _Tile, q: Tensor, beta: Tensor | float) -> dict[str, Any]:

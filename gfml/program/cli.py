@@ -338,6 +338,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="CPU threads; 0 leaves the choice to PyTorch",
     )
     add(
+        "--tf32",
+        choices=("auto", "0", "1"),
+        default="auto",
+        help="CUDA products of float32 numbers with 10 bits of mantissa; auto: convolutions alone, as torch has it",
+    )
+    add(
         "--cuda-graph",
         choices=("auto", "0", "1"),
         default="auto",
@@ -478,11 +484,13 @@ def resolve_device(options: Options) -> torch.device:
 
 
 def set_threads(options: Options) -> None:
-    """Apply ``--threads``."""
-    if options.threads:
-        import torch
+    """Apply ``--threads``, and ``--tf32`` where a program has it."""
+    import torch
 
+    if options.threads:
         torch.set_num_threads(options.threads)
+    if (wanted := getattr(options, "tf32", "auto")) != "auto":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted == "1"
 
 
 def _reader_is_gone() -> bool:
