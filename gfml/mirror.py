@@ -331,7 +331,8 @@ class MirrorGradient:
             pair.raw = {p: p.grad.clone() for p in self._with_grad()}
         if self.mode == "fused":
             self._clip()
-            pair.held = {p: p.grad for p in self._with_grad()}
+            # Copies: a loss may write its next gradient where this one is (gfml.fused).
+            pair.held = {p: p.grad.clone() for p in self._with_grad()}
             pair.start = {p: p.clone() for p in pair.held if self._is_mirrored(p)}
             self._move(-self.alpha1)
         else:

@@ -1,0 +1,69 @@
+"""Loops as machine code, and work shared out among threads. Importing this module imports numba: do it where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+def compiled(function: Callable | None = None, **more: Any) -> Callable:
+    """``function`` as machine code that holds no lock, compiled at the first call for each kind of arguments.
+
+    Kept on disk if some folder for it can be written. A division by zero gives infinity or NaN, as numpy's does.
+    ``more``: further options of numba, given as ``@compiled(parallel=True)``.
+    """
+    if function is None:
+        return partial(compiled, **more)
+    options = {"nogil": True, "error_model": "numpy", **more}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no such folder
+        return njit(**options)(function)
+
+
+@intrinsic
+def prefetch(typing_context: Any, array: types.Array, row: types.Integer, column: types.Integer) -> Any:
+    """Ask for array[row, column] to be brought into the cache, and go on: scattered rows then cost less waiting.
+
+    No more than a hint: nothing is read, and an index out of bounds does no harm. Inside compiled functions only.
+    """
+    if not isinstance(array, types.Array) or array.ndim != 2:
+        return None
+
+    def build(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0])
+        place = [context.cast(builder, value, kind, types.intp)
+                 for value, kind in zip(arguments[1:], signature.args[1:], strict=True)]  # fmt: skip
+        pointer = cgutils.get_item_pointer(context, builder, signature.args[0], data, place, wraparound=False)
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, flag, flag, flag])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(call, [builder.bitcast(pointer, cgutils.voidptr_t), flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, row, column), build
+
+
+def in_threads(work: Callable[[Any], Any], parts: Iterable[Any]) -> list[Any]:
+    """[work(part) for part in parts], shared out among as many threads as torch uses.
+
+    Inside ``work`` torch's operations use one thread, so that results do not depend on how many threads there are;
+    ``work`` should hold no lock for long, and write where no other part does. The first error is raised.
+    """
+    import torch
+
+    number = torch.get_num_threads()
+    if number == 1:
+        return [work(part) for part in parts]
+    try:
+        with ThreadPoolExecutor(number, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(number)  # a thread's number becomes that of threads to come
