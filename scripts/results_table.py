@@ -7,7 +7,8 @@ Runs under one label are one row: mean and sample standard deviation over n runs
 metrics under "also" (name -> metrics) follows as rows of its own, baselines stored in the results once at the end. Published numbers come from
 ``configs/tables/NAME.toml`` when it exists; its ``metrics`` names the figures kept and its ``columns`` those shown. The CSV
 is ``FOLDER/results/NAME.csv``; the block of FOLDER/README.md between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->`` is
-made from the CSV alone (so is one named FOLDER/NAME in the first page), and ``--check`` fails if they disagree. The same
+made from the CSV alone (so is one named FOLDER/NAME in the first page), and ``--check`` fails if they disagree, or if a sentence
+quotes a figure of three or more decimals that no CSV of the folder has; ``--check`` alone checks every table. The same
 holds for the paired tests of ``scripts/reproduce.py --collect`` (``NAME-paired.csv``) and a block between
 ``<!-- paired:NAME -->`` and ``<!-- end-paired:NAME -->``, where a README has one.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import re
 import statistics
 import sys
 import tomllib
@@ -254,15 +256,81 @@ def readmes_with(folder: Path, name: str, table: str) -> dict[Path, str]:
     return {path: replace_block(text, places[path], paired, "paired") or text for path, text in found.items()}
 
 
+def unstored_figures(text: str, stored: Iterable[float]) -> list[str]:
+    """Figures of three or more decimals in the sentences of a README (no table, no code) that no stored value rounds to.
+
+    >>> unstored_figures("recall .1234 beside .5678; `--lr 0.0055`", [0.12338])
+    ['.5678']
+    """
+    known = list(stored)
+    prose = re.sub(r"```.*?```|`[^`\n]*`|^\|.*?$", "", text, flags=re.DOTALL | re.MULTILINE)
+    figures = [found[1] for found in re.finditer(r"(?<![\w.@+-])(\d*\.\d{3,})(?![\w.]*\w)", prose)]
+    return [figure for figure in figures if not any(_rounds_to(value, figure) for value in known)]
+
+
+def _rounds_to(value: float, figure: str) -> bool:
+    return abs(value - float(figure)) <= 0.5 * 10.0 ** -len(figure.partition(".")[2]) + 1e-12
+
+
+def figures_of(folders: Iterable[Path]) -> list[float]:
+    """Every number in the CSV files of these folders' results."""
+    cells = (
+        cell for folder in folders for file in sorted((folder / "results").glob("*.csv")) for cell in _cells_of(file)
+    )
+    return [float(cell) for cell in cells if re.fullmatch(r"-?\d*\.?\d+(e-?\d+)?", cell)]
+
+
+def _cells_of(file: Path) -> list[str]:
+    with open(file, encoding="utf-8", newline="") as stream:
+        return [cell for row in csv.reader(stream) for cell in row]
+
+
+def check_sentences(readme: Path, folders: Iterable[Path]) -> None:
+    """UserError when a sentence of the README quotes a figure that no result of these folders has."""
+    if found := unstored_figures(readme.read_text(encoding="utf-8"), figures_of(folders)):
+        raise UserError(
+            f"{readme} quotes {', '.join(found)}, wanted figures that a file of results has: store the runs or mend the text"
+        )
+
+
+def check_all() -> None:
+    """Every table and every sentence of every folder with results against its files. UserError at the first that differs."""
+    folders = sorted(path.parent for path in ROOT.glob("*/results") if (path.parent / "README.md").exists())
+    for folder in folders:
+        for store in sorted((folder / "results").glob("*.csv")):
+            if not store.stem.endswith(paired_name("")):
+                show(folder, store.stem, check=True)
+        check_sentences(folder / "README.md", [folder])
+    check_sentences(ROOT / "README.md", folders)
+
+
+def show(folder: Path, name: str, *, check: bool) -> None:
+    """Write the table into the READMEs that show it, or only compare."""
+    store = folder / "results" / f"{name}.csv"
+    table = to_markdown(store.read_text(encoding="utf-8"), declared(name).get("columns", ()))
+    for readme, text in readmes_with(folder, name, table).items():
+        if text == readme.read_text(encoding="utf-8"):
+            continue
+        if check:
+            raise UserError(f"{readme} and {store} disagree: give {name} --folder {folder.name} without --check")
+        with atomic_open(readme) as stream:
+            stream.write(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("name", help="name of the table")
+    parser.add_argument("name", nargs="?", help="name of the table; with --check, all without it")
     parser.add_argument(
         "runs", nargs="*", metavar="LABEL=RUN", help="finished run directories and the row they belong to"
     )
-    parser.add_argument("--folder", required=True, help="paper folder that holds README.md and results/")
-    parser.add_argument("--check", action="store_true", help="only compare the README with the CSV")
+    parser.add_argument("--folder", help="paper folder that holds README.md and results/")
+    parser.add_argument("--check", action="store_true", help="only compare the READMEs with the CSV")
     given = parser.parse_intermixed_args(argv)
+    if given.check and not given.name:
+        check_all()
+        return 0
+    if not given.name or not given.folder:
+        raise UserError("found no table, wanted NAME --folder FOLDER; --check alone compares all of them")
     folder = ROOT / given.folder
     store = folder / "results" / f"{given.name}.csv"
     if given.runs and not given.check:
@@ -273,14 +341,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         store_rows(folder, given.name, rows + published_rows(given.name))
     if not store.exists():
         raise UserError(f"there is no {store}: give the runs as LABEL=RUN")
-    table = to_markdown(store.read_text(encoding="utf-8"), declared(given.name).get("columns", ()))
-    for readme, text in readmes_with(folder, given.name, table).items():
-        if text == readme.read_text(encoding="utf-8"):
-            continue
-        if given.check:
-            raise UserError(f"{readme} and {store} disagree: run this command without --check")
-        with atomic_open(readme) as stream:
-            stream.write(text)
+    show(folder, given.name, check=given.check)
+    if given.check:
+        check_sentences(folder / "README.md", [folder])
     return 0
 
 

@@ -130,7 +130,7 @@ def test_mixed_protocols_are_not_averaged(table: dict, tmp_path: Path) -> None:
         table["main"](["toy", "--folder", "paper", *runs])
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["toy", "--folder", "paper"], "give the runs"),
+@pytest.mark.parametrize(("arguments", "message"), [([], "wanted NAME --folder FOLDER"), (["toy", "--folder", "paper"], "give the runs"),
                                                     (["toy", "--folder", "paper", "runs/x"], "LABEL=RUN"),
                                                     (["toy", "--folder", "paper", "x=runs/none"], "no result")])  # fmt: skip
 def test_wrong_calls_are_one_line(table: dict, arguments: list[str], message: str) -> None:
@@ -195,3 +195,25 @@ def test_paired_tests_have_a_block_of_their_own(table: dict, tmp_path: Path) -> 
     text = readme.read_text()
     assert "| a | b | ndcg@5 | 1 | +0.2000 |" in text and text.startswith("before\n") and text.endswith("end\n")
     assert "| ours | selected on validation | 1 |" in text
+
+
+def test_check_notices_a_figure_in_a_sentence_that_no_file_has(table: dict, tmp_path: Path) -> None:
+    table["main"](["toy", "--folder", "paper", f"ours={store_run(tmp_path / 'r', 0.12345)}"])
+    readme = tmp_path / "paper" / "README.md"
+    stored = readme.read_text()
+    readme.write_text(
+        stored + "Ours has .1234 or .123; popularity .050; `--lr 0.00123`; in version 0.1234.5 it was so.\n"
+    )
+    assert table["main"](["--check"]) == 0
+    readme.write_text(stored + "Ours has .1236.\n")
+    for arguments in (["--check"], ["toy", "--folder", "paper", "--check"]):
+        with pytest.raises(UserError, match=r"quotes \.1236, wanted figures that a file of results has"):
+            table["main"](arguments)
+
+
+def test_check_alone_compares_every_table(table: dict, tmp_path: Path) -> None:
+    table["main"](["toy", "--folder", "paper", f"ours={store_run(tmp_path / 'r', 0.1)}"])
+    readme = tmp_path / "paper" / "README.md"
+    readme.write_text(readme.read_text().replace("0.1000", "0.9000"))
+    with pytest.raises(UserError, match="disagree"):
+        table["main"](["--check"])

@@ -1,0 +1,120 @@
+"""Published command lines: every flag of every program as it was, with its default, and the sources' own commands.
+
+python tests/golden_runs/test_flags.py      store the flags as they are now in ``flags.json``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gfml.program.commands import read_command
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = Path(__file__).parent / "flags.json"
+VISION = """--model-name vit_gra --max-epochs 200 --batch-size 128 --weight-decay 5e-5 --lr 1e-3 --min-lr 1e-5 --warmup-epoch 5
+    --dropout 0.0 --head 12 --num-layers 7 --hidden 384 --mlp-hidden 384 --autoaugment --label-smoothing --lamb_gra 3.0
+    --lamb_mix 0.5 --mix_on 1 --mix_mode split --dist_mode l2 --mass_pos tail --num_split 6 --split_mix 1 --dataset cimb10
+    --num-classes 10 --project-name 221104-cimb10"""
+# As the sources print them, but for their folders.
+PUBLISHED = (
+    "recsys/main.py --dataset lastfm --model mf",
+    "mcl/main.py --gfml --dataset lastfm --gpu_id 0 --lr 0.001 --lambd 1.5 --lamb_p 0.7 --lamb_n 0.3",
+    f"vision/main.py {VISION}",
+    "mirror_grad/main.py",
+    "mirror_grad/main.py --model DRAGON --dataset sports",
+    "mirror_grad/main.py --model LayerGCN --dataset sports",
+    "mirror_grad/main.py --not_mg",
+    """contextual/train.py --loss Hybrid --dataset cub --batch-size 128 --eps 0.04 --lam 0.05 --lr 0.00014 --warm 0
+    --bn-freeze 1 --gamma 0.1 --testfreq 10 --lr-decay-step 10 --epochs 60 --lr-decay-gamma 0.3 --xform_scale 0.16
+    --bottleneck linear --data_root CUB_200_2011""",
+    """contextual/train.py --loss Hybrid --dataset cars --batch-size 64 --eps 0.05 --lam 0.2 --lr 8e-05 --warm 0
+    --bn-freeze 1 --gamma 0.1 --testfreq 10 --lr-decay-step 20 --epochs 160 --lr-decay-gamma 0.5 --xform_scale 0.12
+    --bottleneck linear --data_root car196""",
+    """contextual/train.py --loss Hybrid --dataset SOP --batch-size 128 --eps 0.05 --lam 0.2 --lr 6e-05 --warm 0
+    --bn-freeze 1 --gamma 0.1 --testfreq 5 --lr-decay-step 15 --epochs 80 --lr-decay-gamma 0.3 --xform_scale 0.08
+    --bottleneck identity --hierarchical 1 --data_root Stanford_Online_Products""",
+    "contextual/main.py --dataset CUB --loss hybrid --lr 8e-05 --root CUB_200_2011",
+    "contextual/main.py --dataset Cars --loss hybrid --lr 0.00016 --root car196",
+    "contextual/main.py --dataset SOP --loss hybrid --lr 4e-05 --batch_size 128 --root Stanford_Online_Products",
+    "contextual/main.py --dataset iNat --loss hybrid --lr 8e-05 --batch_size 256 --root train_mini_resized",
+    "contextual/main.py --dataset inshop --loss hybrid --lr 4e-05 --batch_size 128 --root inshop",
+    """hlrm/train.py --train_batch_size --eval_batch_size --num_inter --hlrm_type --epochs --lr --lr_scheduler_gamma --clip
+    --patience --emb_size --num_relations --is_pretrained_embs --freeze_embs --save_model -- save_dir --loss_margin""",
+    "cml_baseline/main.py",
+)
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """The parser of every program; mirror_grad has one for each model."""
+    import cml_baseline.options
+    import contextual.options
+    import hlrm.options
+    import mcl.options
+    import mirror_grad.options
+    import recsys.options
+    import vision.options
+    from mirror_grad.models import MODELS
+
+    found: dict[str, argparse.ArgumentParser] = {
+        "recsys": recsys.options.build_parser(),
+        "mcl": mcl.options.build_parser(),
+        "cml_baseline": cml_baseline.options.build_parser(),
+        "hlrm": hlrm.options.build_train_parser(),
+        "hlrm-eval": hlrm.options.build_eval_parser(),
+        "vision": vision.options.build_parser(),
+        "contextual-256": contextual.options.build_parser("256"),
+        "contextual-224": contextual.options.build_parser("224"),
+    }
+    return found | {f"mirror_grad-{name}": mirror_grad.options.build_parser(name) for name in MODELS}
+
+
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Every spelling with its default and the number of its values."""
+    found = {}
+    for action in parser._actions:
+        default = None if action.default == argparse.SUPPRESS else action.default
+        for name in action.option_strings:
+            found[name] = [list(default) if isinstance(default, tuple) else default, action.nargs]
+    return found
+
+
+@pytest.mark.parametrize("program", json.loads(FILE.read_text(encoding="utf-8")))
+def test_flags_are_as_published(program: str) -> None:
+    stored = json.loads(FILE.read_text(encoding="utf-8"))
+    base = {**stored["mirror_grad-BPR"]} if program.startswith("mirror_grad") else {}
+    found = flags_of(parsers()[program])
+    assert {name: found.get(name) for name in stored[program]} == stored[program]
+    assert base.keys() - found.keys() <= {"--reg-weight"}
+
+
+@pytest.mark.parametrize("line", PUBLISHED)
+def test_published_commands_parse(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = read_command(["python", *line.split()], ROOT)
+    assert command.runs
+
+
+def test_published_evaluation_parses() -> None:
+    from hlrm.options import parse_eval
+
+    line = "--eval_batch_size --num_inter --hlrm_type --save_dir --eval_size --emb_size --topk --num_relations --is_pretrained_embs"
+    assert parse_eval(line.split()).save_dir == "hlrm_base.pt"
+
+
+def store() -> None:
+    """Write :data:`FILE`: of mirror_grad's models all flags once, then their own."""
+    found = {name: flags_of(parser) for name, parser in parsers().items()}
+    shared = found["mirror_grad-BPR"]
+    for name, flags in found.items():
+        if name.startswith("mirror_grad-") and name != "mirror_grad-BPR":
+            found[name] = {flag: value for flag, value in flags.items() if shared.get(flag) != value}
+    lines = [f"{json.dumps(name)}: {json.dumps(flags)}" for name, flags in found.items()]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    store()
