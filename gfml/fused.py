@@ -8,7 +8,8 @@ The backward pass writes ``.grad`` of the tables itself: a dense tensor that is 
 rows of a batch are written and cleared; see :func:`touched_rows`. So, as with ``zero_grad(set_to_none=False)``, whoever
 wants a gradient after the next backward pass takes a copy. ``torch.autograd.grad`` does not see it.
 
-Sums are taken in the order of the batch whatever the number of threads (:mod:`gfml.kernels`).
+Sums are taken in the order of the batch whatever the number of threads (:mod:`gfml.kernels`). The first use after an
+installation compiles for some seconds.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ class FusedPairLoss:
         """Means of the parts [5], weighted by the regularisers' weights, and what the backward pass scatters."""
         kernel, size = self._kernel, len(batch)
         neg = batch.neg.view(size, -1)
-        nodes = self.encoder.nodes
         count = 1 + neg.shape[1]
         out = self._room(size, 1 + count)
         inputs = (
@@ -110,8 +110,8 @@ class FusedPairLoss:
             out,
         )
         parts = threads_for(out.rows.size)
-        sums = kernel.pairs(*inputs) if parts == 1 else kernel.pairs_in_parts(parts, *inputs)
-        return sums / size, out
+        self.gradients.team(lambda part: kernel.pairs(size * part // parts, size * (part + 1) // parts, *inputs), parts)
+        return out.values.sum(0) / size, out
 
     def scatter(self, out: Any, scale: float) -> None:
         """Write ``scale`` times the gradients of :meth:`compute` and take their memory back."""
@@ -181,7 +181,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[None, None, None, Tensor | None]:
         if torch.is_grad_enabled():
-            raise RuntimeError("found create_graph with a fused loss, which has no second derivative: use --kernel autograd")
+            raise RuntimeError(
+                "found create_graph with a fused loss, which has no second derivative: use --kernel autograd"
+            )
         ctx.loss.scatter(ctx.out, float(upstream))
         return None, None, None, upstream * ctx.by_log_lamb if ctx.has_lamb else None
 
@@ -189,9 +191,14 @@ class _Fused(torch.autograd.Function):
 class RowGradients:
     """Writes ``.grad`` of node vectors [U + I, D] and of raw masses [U] and [I], either or both None, row by row."""
 
-    def __init__(self, nodes: nn.Parameter, user: nn.Parameter | None, item: nn.Parameter | None, *, num_users: int) -> None:
+    def __init__(
+        self, nodes: nn.Parameter, user: nn.Parameter | None, item: nn.Parameter | None, *, num_users: int
+    ) -> None:
         self.parameters, self.num_users = (nodes, user, item), num_users
         self._kernel = _kernels()[1]
+        from gfml.base.compiled import Team  # not before it is needed: it imports numba
+
+        self.team = Team()
         self._kept: list[Tensor] = []
         self._old: Any = None
         self._number = 0
@@ -214,12 +221,14 @@ class RowGradients:
             return
         parts = threads_for(out.rows.size)
         self._prepare(parts)
-        touched = self._kernel.Touched(self._stamps, np.empty((parts, out.places.size), np.int64), np.empty(parts, np.int64))
+        touched = self._kernel.Touched(
+            self._stamps, np.empty((parts, out.places.size), np.int64), np.empty(parts, np.int64)
+        )
         kept = iter(self._kept)
         arrays = self._arrays([None if p is None else next(kept) for p in self.parameters])
-        call = self._kernel.set_rows if parts == 1 else self._kernel.set_rows_in_parts
         self._number += 1
-        call(self.num_users, self._kernel.Tables(*arrays), *content, self._old, touched, self._number)
+        inputs = (self.num_users, self._kernel.Tables(*arrays), *content, self._old, touched, self._number)
+        self.team(lambda part: self._kernel.set_rows(part, *inputs), parts)
         self._old = touched
         self._hand_over(there, touched)
 

@@ -103,7 +103,11 @@ def loss_of(options: Options, model: Recommender, world: World) -> Callable[[Tri
         _check_shareable(options)
         distributed.average_gradients(model)
     fused = fused_or_reason(options, model)
-    return program.shared_loss(model.loss if isinstance(fused, str) else fused, world, reduction="sum" if options.loss_mode == "cml" else "mean")
+    return program.shared_loss(
+        model.loss if isinstance(fused, str) else fused,
+        world,
+        reduction="sum" if options.loss_mode == "cml" else "mean",
+    )
 
 
 def fused_or_reason(options: Options, model: Recommender) -> FusedPairLoss | str:

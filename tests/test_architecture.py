@@ -19,7 +19,17 @@ PAPERS = tuple(
 # catalogues stand on ranking: gravity and cml say what a scorer factorises into.
 MATHEMATICS = ("distances", "longtail", "losses", "mirror")
 SCORES = ("cml", "gravity", "attention", "fused")
-LAYERS = (("base",), ("kernels",), MATHEMATICS, ("metrics", "data"), ("ranking",), SCORES, ("engine",), ("program",), ("report",))
+LAYERS = (
+    ("base",),
+    ("kernels",),
+    MATHEMATICS,
+    ("metrics", "data"),
+    ("ranking",),
+    SCORES,
+    ("engine",),
+    ("program",),
+    ("report",),
+)
 
 
 def sources(*folders: str) -> list[Path]:

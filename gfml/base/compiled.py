@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -13,15 +12,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 
-def compiled(function: Callable | None = None, **more: Any) -> Callable:
+def compiled(function: Callable) -> Callable:
     """``function`` as machine code that holds no lock, compiled at the first call for each kind of arguments.
 
     Kept on disk if some folder for it can be written. A division by zero gives infinity or NaN, as numpy's does.
-    ``more``: further options of numba, given as ``@compiled(parallel=True)``.
     """
-    if function is None:
-        return partial(compiled, **more)
-    options = {"nogil": True, "error_model": "numpy", **more}
+    options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no such folder
@@ -49,6 +45,26 @@ def prefetch(typing_context: Any, array: types.Array, row: types.Integer, column
         return context.get_dummy_value()
 
     return types.void(array, row, column), build
+
+
+class Team:
+    """Threads that stay between calls, for work of a millisecond; they start at the first call that needs them.
+
+    ``team(work, parts)`` calls work(0), ..., work(parts - 1), the first in the caller's thread. ``work`` should be
+    compiled code that holds no lock.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._size = 0
+
+    def __call__(self, work: Callable[[int], Any], parts: int) -> None:
+        if parts > 1 + self._size:
+            self._pool, self._size = ThreadPoolExecutor(parts - 1), parts - 1
+        others = [self._pool.submit(work, part) for part in range(1, parts)]
+        work(0)
+        for other in others:
+            other.result()
 
 
 def in_threads(work: Callable[[Any], Any], parts: Iterable[Any]) -> list[Any]:

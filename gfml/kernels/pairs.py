@@ -28,15 +28,18 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 
 from gfml.base.compiled import compiled
 from gfml.kernels.rows import fetch
 
 # Sums may be taken in any order, so that they use wide registers; infinities and NaN stay what they are.
-fast = njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy", nogil=True, forceinline=True)
-scalar = njit(error_model="numpy", nogil=True, forceinline=True)
+OPTIONS = {"error_model": "numpy", "nogil": True}
+ANY_ORDER = {"reassoc", "contract", "nsz"}
+fast = njit(fastmath=ANY_ORDER, forceinline=True, **OPTIONS)
+apart = njit(fastmath=ANY_ORDER, **OPTIONS)
+scalar = njit(forceinline=True, **OPTIONS)
 
 DISTANCES = ("l2", "l1", "emd", "emd-softmax", "kl", "kl-softmax")
 L2, L1, EMD, EMD_SOFTMAX, KL, KL_SOFTMAX = range(6)
@@ -154,12 +157,12 @@ def sq_difference(nodes, i, k, scale_i, scale_k):
     """|scale_i row_i - scale_k row_k|^2"""
     total = nodes.dtype.type(0)
     for d in range(nodes.shape[1]):
-        apart = scale_i * nodes[i, d] - scale_k * nodes[k, d]
-        total += apart * apart
+        gap = scale_i * nodes[i, d] - scale_k * nodes[k, d]
+        total += gap * gap
     return total
 
 
-@fast
+@apart
 def prepare(distance, nodes, r, scale, out, k):
     """out[k, 0] = scale row_r; for kl out[k, 1:] = its sigmoid and softplus, with softmax its softmax and logarithm."""
     width = nodes.shape[1]
@@ -168,7 +171,7 @@ def prepare(distance, nodes, r, scale, out, k):
     if distance == KL:
         for d in range(width):
             out[k, 1, d], out[k, 2, d] = sigmoid_and_softplus(out[k, 0, d])
-    elif distance == KL_SOFTMAX or distance == EMD_SOFTMAX:
+    elif distance in (KL_SOFTMAX, EMD_SOFTMAX):
         top = out[k, 0, 0]
         for d in range(width):
             top = max(top, out[k, 0, d])
@@ -182,7 +185,7 @@ def prepare(distance, nodes, r, scale, out, k):
             out[k, 2, d] = out[k, 0, d] - top - log_total
 
 
-@fast
+@apart
 def sq_distance(distance, rows, k):
     """Q of the prepared rows 0 and k, before it is squared once more."""
     width = rows.shape[2]
@@ -191,7 +194,7 @@ def sq_distance(distance, rows, k):
         for d in range(width):
             total += abs(rows[0, 0, d] - rows[k, 0, d])
         return total * total
-    if distance == EMD or distance == EMD_SOFTMAX:
+    if distance in (EMD, EMD_SOFTMAX):
         part = 0 if distance == EMD else 1
         run = total
         for d in range(width):
@@ -207,7 +210,7 @@ def sq_distance(distance, rows, k):
     return max(total, rows.dtype.type(0))
 
 
-@fast
+@apart
 def slopes_of(distance, rows, k, by):
     """by[0] and by[1] become dQ/dx and dQ/dy of the prepared rows 0 and k, before Q is squared once more."""
     width = rows.shape[2]
@@ -217,10 +220,10 @@ def slopes_of(distance, rows, k, by):
         for d in range(width):
             total += abs(rows[0, 0, d] - rows[k, 0, d])
         for d in range(width):
-            apart = rows[0, 0, d] - rows[k, 0, d]
-            by[0, d] = 2 * total if apart > 0 else (-2 * total if apart < 0 else zero)
+            gap = rows[0, 0, d] - rows[k, 0, d]
+            by[0, d] = 2 * total if gap > 0 else (-2 * total if gap < 0 else zero)
             by[1, d] = -by[0, d]
-    elif distance == EMD or distance == EMD_SOFTMAX:
+    elif distance in (EMD, EMD_SOFTMAX):
         part = 0 if distance == EMD else 1
         run = zero
         for d in range(width):
@@ -247,7 +250,7 @@ def slopes_of(distance, rows, k, by):
         through_softmax(rows, 0, by, 0)
 
 
-@fast
+@apart
 def through_softmax(rows, k, by, side):
     """The slope by p = softmax(v), p = rows[k, 1], becomes that by v."""
     mean = rows.dtype.type(0)
@@ -257,7 +260,7 @@ def through_softmax(rows, k, by, side):
         by[side, d] = rows[k, 1, d] * (by[side, d] - mean)
 
 
-@fast
+@apart
 def add_through_unit(weight, by, side, rows, k, shrinks, out, b, place):
     """out[b, place] += weight times the slope by the raw row, from that by the scaled one, rows[k, 0]; ``weight`` holds
     the scale; not ``shrinks``: the scale is fixed."""
@@ -296,9 +299,9 @@ def shrinks(square, norm):
 
 
 @scalar
-def linear_pair(nodes, recipe, work, out, b):
+def linear_pair(nodes, places, recipe, work, rows, b):
     """Gradients of the vectors for dot products and l2, from the numbers of the pair."""
-    kind, count, places = nodes.dtype.type, work.shape[1] - 1, out.places
+    kind, count = nodes.dtype.type, work.shape[1] - 1
     scale_x, square_x = work[SCALE, count], work[SQUARE, count]
     own_x = recipe.decay
     for j in range(count):
@@ -310,25 +313,25 @@ def linear_pair(nodes, recipe, work, out, b):
             own += twice * scale * scale * (cosine if shrinks(square, recipe.norm) else 1.0)
             own_x += twice * scale_x * scale_x * (cosine if shrinks(square_x, recipe.norm) else 1.0)
         work[CROSS, j], work[OWN, j] = cross, own
-    write_scaled(nodes, places[b, 0], kind(own_x), out.rows, b)
+    write_scaled(nodes, places[b, 0], kind(own_x), rows, b)
     for j in range(count):
-        write_linear(nodes, places[b, 0], places[b, 1 + j], kind(work[CROSS, j]), kind(work[OWN, j]), out.rows, b, 1 + j)
+        write_linear(nodes, places[b, 0], places[b, 1 + j], kind(work[CROSS, j]), kind(work[OWN, j]), rows, b, 1 + j)
 
 
-@scalar
-def general_pair(nodes, recipe, work, prepared, by, out, b):
+@apart
+def general_pair(nodes, places, recipe, work, prepared, by, rows, b):
     """As :func:`linear_pair` for any distance, from prepared rows. by: room for two slopes."""
-    kind, count, places = nodes.dtype.type, work.shape[1] - 1, out.places
+    kind, count = nodes.dtype.type, work.shape[1] - 1
     moves = shrinks(work[SQUARE, count], recipe.norm)
-    write_scaled(nodes, places[b, 0], kind(recipe.decay), out.rows, b)
+    write_scaled(nodes, places[b, 0], kind(recipe.decay), rows, b)
     for j in range(count):
         own = recipe.decay / (1 if j == 0 else count - 1)
-        write_linear(nodes, places[b, 0], places[b, 1 + j], kind(work[BY_DOT, j]), kind(own), out.rows, b, 1 + j)
+        write_linear(nodes, places[b, 0], places[b, 1 + j], kind(work[BY_DOT, j]), kind(own), rows, b, 1 + j)
         slopes_of(recipe.distance, prepared, 1 + j, by)
         weight = work[BY_SQ, j] * (2 * work[SQ, j] if recipe.squared else 1.0)
-        add_through_unit(kind(weight * work[SCALE, count]), by, 0, prepared, 0, moves, out.rows, b, 0)
+        add_through_unit(kind(weight * work[SCALE, count]), by, 0, prepared, 0, moves, rows, b, 0)
         own_moves = shrinks(work[SQUARE, j], recipe.norm)
-        add_through_unit(kind(weight * work[SCALE, j]), by, 1, prepared, 1 + j, own_moves, out.rows, b, 1 + j)
+        add_through_unit(kind(weight * work[SCALE, j]), by, 1, prepared, 1 + j, own_moves, rows, b, 1 + j)
 
 
 @scalar
@@ -402,9 +405,9 @@ def add_mass_decay(parameters, num_users, places, b, decay, masses):
             masses[b, k] += decay / share * parameters.item[places[b, k] - num_users]
 
 
-@scalar
-def pair_range(first, last, num_users, parameters, batch, recipe, out):
-    """Everything of the pairs first .. last - 1."""
+@compiled
+def pairs(first, last, num_users, parameters, batch, recipe, out):
+    """Fill ``out`` at the pairs first .. last - 1 of a batch."""
     nodes, count, values = parameters.nodes, 1 + batch.neg.shape[1], out.values
     work = np.zeros((12, count + 1))
     prepared = np.empty((count + 1, 3, nodes.shape[1]), nodes.dtype)
@@ -430,32 +433,6 @@ def pair_range(first, last, num_users, parameters, batch, recipe, out):
             gravity_pair(recipe, work, out.masses, values, b)
             add_mass_decay(parameters, num_users, out.places, b, recipe.mass_decay, out.masses)
         if recipe.gravity and recipe.distance != L2:
-            general_pair(nodes, recipe, work, prepared, by, out, b)
+            general_pair(nodes, out.places, recipe, work, prepared, by, out.rows, b)
         else:
-            linear_pair(nodes, recipe, work, out, b)
-
-
-@compiled
-def pairs(num_users, parameters, batch, recipe, out):
-    """Fill ``out``; returns the sums of its values over the pairs, [5]."""
-    pair_range(0, len(batch.users), num_users, parameters, batch, recipe, out)
-    return totals(out.values)
-
-
-@compiled(parallel=True)
-def pairs_in_parts(parts, num_users, parameters, batch, recipe, out):
-    """As :func:`pairs`, bit for bit, the pairs in ``parts`` parts that threads share."""
-    size = len(batch.users)
-    for part in prange(parts):
-        pair_range(size * part // parts, size * (part + 1) // parts, num_users, parameters, batch, recipe, out)
-    return totals(out.values)
-
-
-@scalar
-def totals(values):
-    """Sums over the rows, one after the other."""
-    sums = np.zeros(values.shape[1])
-    for row in range(len(values)):
-        for column in range(len(sums)):
-            sums[column] += values[row, column]
-    return sums
+            linear_pair(nodes, out.places, recipe, work, out.rows, b)

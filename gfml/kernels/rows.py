@@ -6,11 +6,10 @@ added in the order of the batch. So nobody waits for anybody, and any number of 
 
 from __future__ import annotations
 
-
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 from numpy.typing import NDArray
 
 from gfml.base.compiled import compiled, prefetch
@@ -93,23 +92,15 @@ def clear_part(part, num_users, tables, old, now):
 
 
 @compiled
-def set_rows(num_users, tables, places, rows, masses, scale, old, touched, now):
-    """The gradients become ``scale`` times the sums of rows [B, K, D] and masses [B, K] at places [B, K], 0 elsewhere.
+def set_rows(part, num_users, tables, places, rows, masses, scale, old, touched, now):
+    """The gradients become ``scale`` times the sums of rows [B, K, D] and masses [B, K] at places [B, K], 0 elsewhere:
+    the rows of one part, of as many as ``touched`` has.
 
-    They were 0 outside the rows of ``old``, the last batch's, which has as many parts as ``touched`` and the same stamps,
-    none of them ``now``. ``touched`` then tells the rows of this batch.
+    They were 0 outside the rows of ``old``, the last batch's, which has as many parts and the same stamps, none of them
+    ``now``. ``touched`` then tells the rows of this batch.
     """
-    set_part(0, 1, num_users, tables, places, rows, masses, scale, touched, now)
-    clear_part(0, num_users, tables, old, now)
-
-
-@compiled(parallel=True)
-def set_rows_in_parts(num_users, tables, places, rows, masses, scale, old, touched, now):
-    """As :func:`set_rows`, bit for bit, by threads."""
-    parts = len(touched.counts)
-    for part in prange(parts):
-        set_part(part, parts, num_users, tables, places, rows, masses, scale, touched, now)
-        clear_part(part, num_users, tables, old, now)
+    set_part(part, len(touched.counts), num_users, tables, places, rows, masses, scale, touched, now)
+    clear_part(part, num_users, tables, old, now)
 
 
 @compiled
