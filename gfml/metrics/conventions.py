@@ -127,7 +127,7 @@ class Figures:
     @property
     def means(self) -> dict[str, float]:
         """Means over the users that are counted, and the totals; without those that are undefined."""
-        totals = {name: value for name, value in self.totals.items() if value == value}
+        totals = {name: float(value) for name, value in self.totals.items() if value == value}
         if self.single is None:
             return means(self.per_user) | totals
         rows = {name: torch.from_numpy(value[self.single].astype(np.float32)) for name, value in self.per_user.items()}
