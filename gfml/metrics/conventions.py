@@ -257,7 +257,7 @@ def rectools(case: Case, ks: Sequence[int], *, achievable: bool = False, divide_
     users = case.num_relevant > 0
     lists: Values = {}
     share = np.maximum(case.popularity, 1) / max(1, int(np.count_nonzero(case.active)))
-    known = np.count_nonzero(case.popularity)
+    known = int(np.count_nonzero(case.popularity))
     for k in ks:
         values |= _binary(case, k, denominator="k" if divide_by_k else "n")
         if not achievable:
