@@ -338,6 +338,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads; 0 leaves the choice to PyTorch",
     )
+    add(
+        "--cuda-graph",
+        choices=("auto", "0", "1"),
+        default="auto",
+        help="record training steps on CUDA: faster, same numbers",
+    )
     add("--out", default="runs", metavar="DIR", help="directory that holds the run directories")
     add("--run-name", metavar="NAME", help="name of the run directory instead of the automatic one")
     add("--config", metavar="FILE", action="append", help="TOML file of flags; a later file wins")
