@@ -16,6 +16,7 @@ from gfml.data.interactions import Interactions
 from gfml.distances import SquaredDistance
 from gfml.engine import distributed
 from gfml.engine.distributed import World
+from gfml.engine.optimizers import build_optimizer
 from gfml.engine.runs import Run, seed_everything
 from gfml.engine.train import FitResult, Step, Terms, WeightAverage
 from gfml.fused import FusedPairLoss
@@ -74,7 +75,7 @@ def build_training(
 ) -> tuple[torch.optim.Optimizer, Any, Step, WeightAverage | None]:
     """Optimizer, learning-rate schedule, step and running averages."""
     groups = model.parameter_groups(options.lr_decay, bool(options.mass_adamw))
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
+    optimizer = build_optimizer(options.optimizer, groups, options.lr)
     step = build_step(options, optimizer, options.clip_grad)
     if options.model == "cml":
         step = ProjectedStep(step, model)

@@ -198,6 +198,12 @@ def _add_training_flags(parser: Parser) -> None:
         help="bfloat16 autocast; distances stay in float32",
     )
     group.add_argument(
+        "--optimizer",
+        choices=("adamw", "lazy_adamw", "adagrad"),
+        default="adamw",
+        help="adamw moves every row at every step, the others only the rows that a batch touches",
+    )
+    group.add_argument(
         "--kernel",
         choices=("auto", "autograd"),
         default="auto",

@@ -117,3 +117,61 @@ def add_rows(num_users, tables, places, rows, masses, scale):
                     tables.user[r] += factor * masses[b, k]
             elif len(tables.item):
                 tables.item[r - num_users] += factor * masses[b, k]
+
+
+@scalar
+def is_zero(table, r):
+    """Whether row r is 0."""
+    other = 0
+    for d in range(table.shape[1]):
+        other += table[r, d] != 0
+    return other == 0
+
+
+@compiled
+def adamw_rows(rows, table, gradient, first, second, keep, rate, beta1, beta2, root, eps):
+    """AdamW at ``rows`` of a table [N, D] and its moments; rows whose gradient is 0 are left out.
+
+        row *= keep;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  row -= rate m / (sqrt(v) root + eps)
+
+    keep = 1 - lr decay; rate = lr / (1 - beta1^t); root = 1 / sqrt(1 - beta2^t).
+    """
+    kind = table.dtype.type
+    keep, rate, root, eps = kind(keep), kind(rate), kind(root), kind(eps)
+    old1, new1, old2, new2 = kind(beta1), kind(1 - beta1), kind(beta2), kind(1 - beta2)
+    for n in range(len(rows)):
+        if n + AHEAD < len(rows):
+            fetch(table, rows[n + AHEAD])
+            fetch(first, rows[n + AHEAD])
+            fetch(second, rows[n + AHEAD])
+        r = rows[n]
+        if is_zero(gradient, r):
+            continue
+        for d in range(table.shape[1]):
+            g = gradient[r, d]
+            m = old1 * first[r, d] + new1 * g
+            v = old2 * second[r, d] + new2 * g * g
+            first[r, d], second[r, d] = m, v
+            table[r, d] = keep * table[r, d] - rate * m / (np.sqrt(v) * root + eps)
+
+
+@compiled
+def adagrad_rows(rows, table, gradient, total, keep, rate, eps):
+    """Adagrad at ``rows`` of a table [N, D] and its sums of squares; rows whose gradient is 0 are left out.
+
+    row *= keep;  s += g^2;  row -= rate g / (sqrt(s) + eps)
+    """
+    kind = table.dtype.type
+    keep, rate, eps = kind(keep), kind(rate), kind(eps)
+    for n in range(len(rows)):
+        if n + AHEAD < len(rows):
+            fetch(table, rows[n + AHEAD])
+            fetch(total, rows[n + AHEAD])
+        r = rows[n]
+        if is_zero(gradient, r):
+            continue
+        for d in range(table.shape[1]):
+            g = gradient[r, d]
+            s = total[r, d] + g * g
+            total[r, d] = s
+            table[r, d] = keep * table[r, d] - rate * g / (np.sqrt(s) + eps)
