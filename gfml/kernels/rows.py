@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from gfml.base.compiled import compiled, prefetch
 
 scalar = njit(error_model="numpy", nogil=True, forceinline=True)
-# Rows are asked for so many occurrences before they are used.
-AHEAD = 12
+# Rows are asked for so many occurrences before they are used, and rows of several tables so many rows before.
+AHEAD, SOON = 12, 4
 
 
 class Tables(NamedTuple):
@@ -59,9 +59,12 @@ def set_part(part, parts, num_users, tables, places, rows, masses, scale, touche
                 stamps[r] = now
                 touched.rows[part, number] = r
                 number += 1
-                set_row(r, num_users, tables, 0)
-            for d in range(nodes.shape[1]):
-                nodes[r, d] += factor * rows[b, k, d]
+                clear_masses(r, num_users, tables)
+                for d in range(nodes.shape[1]):
+                    nodes[r, d] = factor * rows[b, k, d]
+            else:
+                for d in range(nodes.shape[1]):
+                    nodes[r, d] += factor * rows[b, k, d]
             if r < num_users:
                 if len(tables.user):
                     tables.user[r] += factor * masses[b, k]
@@ -71,15 +74,13 @@ def set_part(part, parts, num_users, tables, places, rows, masses, scale, touche
 
 
 @scalar
-def set_row(r, num_users, tables, value):
-    """Row r of the vectors and of the masses becomes ``value``."""
-    for d in range(tables.nodes.shape[1]):
-        tables.nodes[r, d] = value
+def clear_masses(r, num_users, tables):
+    """The masses' gradients at node r become 0."""
     if r < num_users:
         if len(tables.user):
-            tables.user[r] = value
+            tables.user[r] = 0
     elif len(tables.item):
-        tables.item[r - num_users] = value
+        tables.item[r - num_users] = 0
 
 
 @scalar
@@ -88,7 +89,9 @@ def clear_part(part, num_users, tables, old, now):
     for i in range(old.counts[part]):
         r = old.rows[part, i]
         if old.stamps[r] != now:
-            set_row(r, num_users, tables, 0)
+            for d in range(tables.nodes.shape[1]):
+                tables.nodes[r, d] = 0
+            clear_masses(r, num_users, tables)
 
 
 @compiled
@@ -122,10 +125,10 @@ def add_rows(num_users, tables, places, rows, masses, scale):
 @scalar
 def is_zero(table, r):
     """Whether row r is 0."""
-    other = 0
-    for d in range(table.shape[1]):
-        other += table[r, d] != 0
-    return other == 0
+    d = 0
+    while d < table.shape[1] and table[r, d] == 0:
+        d += 1
+    return d == table.shape[1]
 
 
 @compiled
@@ -140,10 +143,11 @@ def adamw_rows(rows, table, gradient, first, second, keep, rate, beta1, beta2, r
     keep, rate, root, eps = kind(keep), kind(rate), kind(root), kind(eps)
     old1, new1, old2, new2 = kind(beta1), kind(1 - beta1), kind(beta2), kind(1 - beta2)
     for n in range(len(rows)):
-        if n + AHEAD < len(rows):
-            fetch(table, rows[n + AHEAD])
-            fetch(first, rows[n + AHEAD])
-            fetch(second, rows[n + AHEAD])
+        if n + SOON < len(rows):
+            fetch(table, rows[n + SOON])
+            fetch(gradient, rows[n + SOON])
+            fetch(first, rows[n + SOON])
+            fetch(second, rows[n + SOON])
         r = rows[n]
         if is_zero(gradient, r):
             continue
@@ -164,9 +168,10 @@ def adagrad_rows(rows, table, gradient, total, keep, rate, eps):
     kind = table.dtype.type
     keep, rate, eps = kind(keep), kind(rate), kind(eps)
     for n in range(len(rows)):
-        if n + AHEAD < len(rows):
-            fetch(table, rows[n + AHEAD])
-            fetch(total, rows[n + AHEAD])
+        if n + SOON < len(rows):
+            fetch(table, rows[n + SOON])
+            fetch(gradient, rows[n + SOON])
+            fetch(total, rows[n + SOON])
         r = rows[n]
         if is_zero(gradient, r):
             continue
