@@ -146,6 +146,11 @@ class SquaredDistance:
         return sq_distance.square_() if self.is_squared_form else sq_distance.clamp_(min=0)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32 for the half precisions, otherwise as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), exact to double precision (the library's default switches to x at 20)."""
     return F.softplus(x, threshold=40.0)

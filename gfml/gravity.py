@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gfml.distances import SquaredDistance, softplus
+from gfml.distances import SquaredDistance, at_least_float32, softplus
 from gfml.ranking.topk import Factors
 
 MASS_MODES = ("user", "item", "both", "none")
@@ -229,7 +229,7 @@ class Gravity(nn.Module):
         return Factors(query, key.neg_())
 
     def _prepare(self, rows: Tensor, emb_norm: bool | None = None) -> Tensor:
-        rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        rows = at_least_float32(rows)
         return unit_rows(rows) if (self.emb_norm if emb_norm is None else emb_norm) else rows
 
 
