@@ -151,6 +151,18 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def common_floats(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the widest of their types, float32 at least: half precision overflows at squares of 256 already.
+
+    ValueError for what is not floating point.
+    """
+    wrong = next((x.dtype for x in tensors if not x.is_floating_point()), None)
+    if wrong is not None:
+        raise ValueError(f"found numbers of type {wrong}, wanted floating point")
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return tuple(x.to(dtype) for x in tensors)
+
+
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)), exact to double precision (the library's default switches to x at 20)."""
     return F.softplus(x, threshold=40.0)

@@ -85,15 +85,23 @@ class Mass(nn.Module):
         self.item = nn.Parameter(_initial_mass(num_items, param, init)) if mode in ("item", "both") else None
 
     def forward(self, users: Tensor | None = None, items: Tensor | None = None) -> Tensor | float:
-        """mu of matching ids. Shape: users [B], items [B] or [B, W] -> like items ([B] for user mode), 0 for none."""
+        """mu of matching ids. Shape: users [B], items [B] or [B, W] -> like items ([B] for user mode), 0 for none.
+
+        ValueError without the ids that the mode needs.
+        """
+        for side, table, ids in (("user", self.user, users), ("item", self.item, items)):
+            if table is not None and ids is None:
+                raise ValueError(f"mass mode {self.mode!r} needs {side} ids, found none: give {side}s")
         user = self.log_user(users) if self.user is not None else None
         item = self.log_item(items) if self.item is not None else None
-        if user is not None and users is not None and items is not None and items.dim() == users.dim() + 1:
+        if users is not None and user is not None and items is not None and items.dim() == users.dim() + 1:
             user = user.unsqueeze(-1)
         return self._combine(user, item)
 
     def all_items(self, users: Tensor | None = None) -> Tensor | float:
-        """mu of users [B] with every item: [B, I], or a shape that broadcasts to it."""
+        """mu of users [B] with every item: [B, I], or a shape that broadcasts to it. ValueError without needed ids."""
+        if self.user is not None and users is None:
+            raise ValueError(f"mass mode {self.mode!r} needs user ids, found none: give users")
         user = self.log_user(users)[:, None] if self.user is not None else None
         return self._combine(user, self.log_item() if self.item is not None else None)
 

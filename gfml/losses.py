@@ -227,7 +227,8 @@ def covariance(rows: Tensor, form: str = "squared") -> Tensor:
     if form == "squared":
         return matrix.square().sum() - diagonal.square().sum()
     if form == "paper":
-        return (matrix.square().sum().sqrt() - diagonal.square().sum()) / rows.shape[0]
+        # The norm's gradient at 0, where all rows are equal, is 0; that of a root is infinite.
+        return (matrix.norm() - diagonal.square().sum()) / rows.shape[0]
     if form == "signed":
         return matrix.sum() - diagonal.sum()
     raise ValueError(f"unknown covariance form {form!r}: choose squared, paper or signed")
