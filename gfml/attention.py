@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gfml.distances import DISTANCES, SquaredDistance, at_least_float32
+from gfml.distances import DISTANCES, SquaredDistance, at_least_float32, common_floats
 from gfml.gravity import log_mass
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class ContentMass(nn.Module):
 def pairwise(q: Tensor, k: Tensor, distance: SquaredDistance) -> Tensor:
     """Q of every query with every key of its head. Shape: q, k [..., n, d] -> [..., n, n]."""
     if distance.kind == "l1":
-        return torch.cdist(q, k, p=1).square()
+        return torch.cdist(*common_floats(q, k), p=1).square()
     form = distance.closed_form(q, k)
     found = form.query @ form.key.mT + form.query_bias.unsqueeze(-1) + form.key_bias.unsqueeze(-2)
     return found.square() if distance.is_squared_form else found.clamp_min(0)
@@ -177,7 +177,7 @@ def gravity_logits(q: Tensor, k: Tensor, mu: Tensor | float, *, lamb: Tensor | f
     Shape: q, k [B, H, n, d]; mu broadcasts to the result [B, H, n, n]; lamb a number or [H, 1, 1].
     """
     with torch.autocast(q.device.type, enabled=False):
-        return (mu - lamb * torch.log1p(pairwise(at_least_float32(q), at_least_float32(k), distance))) / divisor
+        return (mu - lamb * torch.log1p(pairwise(q, k, distance))) / divisor
 
 
 def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float, alpha: float = 0.0) -> Tensor:
@@ -190,7 +190,7 @@ def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float
     Gradient: to q, k, column and beta, once. Equals :func:`gravity_logits` with l2 and a softmax.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q, k = at_least_float32(q), at_least_float32(k)
+        q, k = common_floats(q, k)
         column = column + alpha * k.square().sum(-1).unsqueeze(-2) if alpha else column
         return _PowerLaw.apply(q, k, column, beta, alpha)
 

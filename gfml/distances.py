@@ -15,7 +15,8 @@ Definitions (sums run over the D coordinates, s is the logistic sigmoid):
     kl   sum KL(Bernoulli(s(x)) || Bernoulli(s(y)))   asymmetric, the query comes first;
          ``kl_kind="softmax"`` is the categorical KL of softmax rows
 
-All are >= 0, zero at x = y, with finite gradients everywhere.
+All are >= 0, zero at x = y, with finite gradients everywhere. Vectors may be of any floating-point types; they are
+computed in the widest of these and in float32 at least.
 
 Differences from the published recommender code (Byun et al., Engineering Applications of Artificial
 Intelligence 139, 2025), which the compatibility options reproduce: there emd is squared once more
@@ -77,6 +78,7 @@ class SquaredDistance:
 
         Shape: x [..., D], y [..., D] -> [...]; x [B, D], y [B, W, D] -> [B, W].
         """
+        x, y = common_floats(x, y)
         if y.dim() == x.dim() + 1:
             x = x.unsqueeze(-2)
         if x.shape[-1] != y.shape[-1]:
@@ -111,6 +113,7 @@ class SquaredDistance:
 
     def closed_form(self, x: Tensor, y: Tensor) -> BilinearForm:
         """:meth:`bilinear` of a kind that has one: all but l1."""
+        x, y = common_floats(x, y)
         if self.kind == "emd":
             if self.emd_input == "softmax":
                 x, y = x.softmax(-1), y.softmax(-1)
@@ -136,6 +139,7 @@ class SquaredDistance:
         digits for near points far from the origin (|x|^2 * 1e-7 absolute); l2 and emd are translation
         invariant, so both sets are centred on the keys' mean first.
         """
+        x, y = common_floats(x, y)
         if self.kind == "l1":
             return torch.cdist(x, y, p=1).square_()
         if self.kind in ("l2", "emd") and self.emd_input == "raw":

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gfml.distances import SquaredDistance, at_least_float32, softplus
+from gfml.distances import SquaredDistance, at_least_float32, common_floats, softplus
 from gfml.ranking.topk import Factors
 
 MASS_MODES = ("user", "item", "both", "none")
@@ -219,7 +219,7 @@ class Gravity(nn.Module):
         """
         if self.mass.mode == "both" and self.mass.combine == "product":
             return None
-        x, y = self._prepare(x, emb_norm), self._prepare(y, emb_norm)
+        x, y = common_floats(self._prepare(x, emb_norm), self._prepare(y, emb_norm))
         if self.distance.kind in ("l2", "emd") and self.distance.emd_input == "raw":
             centre = y.mean(0)
             x, y = x - centre, y - centre
@@ -268,7 +268,11 @@ class GravityScorer:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Rows divided by max(|row|, 1e-12), as in the library's ``normalize`` with a cheaper backward pass."""
+    """Rows divided by max(|row|, 1e-12), as in the library's ``normalize`` with a cheaper backward pass.
+
+    In float32 at least: in half precision 1e-24 is 0.
+    """
+    rows = at_least_float32(rows)
     return rows * rows.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
 
 

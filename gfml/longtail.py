@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.distances import at_least_float32
+from gfml.distances import at_least_float32, common_floats
 
 PROFILES = ("exp", "step", "balanced")
 LOSSES = ("ce", "cb", "focal", "balanced-softmax", "logit-adjustment", "ldam")
@@ -247,7 +247,7 @@ class CosineHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x, weight = at_least_float32(x), at_least_float32(self.weight)
+            x, weight = common_floats(x, self.weight)
             return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1))
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfml.distances import softplus
+from gfml.distances import common_floats, softplus
 
 LOSS_MODES = ("dot", "bpr", "gravity", "mix", "bpr_gra", "mix_bpr", "cml")
 
@@ -26,6 +26,7 @@ def bpr(pos: Tensor, neg: Tensor) -> Tensor:
     Shape: pos [B]; neg [B] or [B, W]; returns a scalar. On gravity scores this is log(1 + F_neg / F_pos)
     with the forces F = exp(score).
     """
+    pos, neg = common_floats(pos, neg)
     return softplus(neg - _like(pos, neg)).mean()
 
 
@@ -35,6 +36,7 @@ def bce(pos: Tensor, neg: Tensor) -> Tensor:
     Shape: pos [B]; neg [B] or [B, W]; returns a scalar. On gravity scores the probability of a positive is
     sigmoid(score) = F / (1 + F). Finite for any finite logit.
     """
+    pos, neg = common_floats(pos, neg)
     _like(pos, neg)
     return 0.5 * (softplus(-pos).mean() + softplus(neg).mean())
 
@@ -47,7 +49,7 @@ def half_mean_square(*rows: Tensor) -> Tensor:
     """
     if not rows:
         raise ValueError("no rows to regularise")
-    return 0.5 * sum_terms(part.square().sum() / part.shape[0] for part in rows)
+    return 0.5 * sum_terms(part.square().sum() / part.shape[0] for part in common_floats(*rows))
 
 
 def sum_terms(terms: Iterable[Tensor]) -> Tensor:
@@ -86,7 +88,7 @@ def mass_reg_compat(user: Tensor | None, pos: Tensor | None, neg: Tensor | None)
     """
     if pos is None or neg is None:
         return torch.zeros(()) if user is None else half_mean_square(user)
-    whole = pos.square().sum() if user is None else user.square().sum() + pos.square().sum()
+    whole = sum_terms(part.square().sum() for part in common_floats(*(pos,) if user is None else (user, pos)))
     return 0.5 * whole + half_mean_square(neg)
 
 
@@ -201,6 +203,7 @@ def warp_hinge(
         raise ValueError(f"found distances {tuple(sq_pos.shape)} and {tuple(sq_neg.shape)}, wanted [B] and [B, W]")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"unknown reduction {reduction!r}: choose sum or mean")
+    sq_pos, sq_neg = common_floats(sq_pos, sq_neg)
     hardest = sq_neg.detach().argmin(1)
     imposters = (margin + sq_pos.detach()[:, None] - sq_neg.detach() > 0).sum(1)
     if sq_hardest is None:
@@ -221,6 +224,7 @@ def covariance(rows: Tensor, form: str = "squared") -> Tensor:
     Shape: rows [n, D] -> scalar. Cost O(n D^2); no n x n matrix.
     Reference: Hsieh et al., WWW 2017 (after Cogswell et al., DeCov, ICLR 2016).
     """
+    (rows,) = common_floats(rows)
     centred = rows - rows.mean(0)
     matrix = centred.T @ centred / rows.shape[0]
     diagonal = matrix.diagonal()
