@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfml.base.errors import Terminated, UserError, suggest
+from gfml.base.home import find_config
 from gfml.base.toml import UNSAVED
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ class Parser(argparse.ArgumentParser):
 
     def _read_toml(self, path: str) -> dict[str, Any]:
         try:
-            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            return tomllib.loads(find_config(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             self.error(f"no config file {path}: check --config")
         except OSError as error:
