@@ -19,7 +19,7 @@ PAPERS = tuple(
 # catalogues stand on ranking: gravity and cml say what a scorer factorises into.
 MATHEMATICS = ("distances", "longtail", "losses", "mirror")
 SCORES = ("cml", "gravity", "attention")
-LAYERS = (("base",), MATHEMATICS, ("metrics", "data"), ("ranking",), SCORES, ("engine",), ("program",), ("report",))
+LAYERS = (("base",), MATHEMATICS, ("metrics", "data"), ("ranking",), SCORES, ("engine",), ("report",), ("program",))
 
 
 def sources(*folders: str) -> list[Path]:

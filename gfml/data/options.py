@@ -6,15 +6,56 @@ import argparse
 import inspect
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
+from gfml.base.settings import Settings, setting
 
 if TYPE_CHECKING:
     from gfml.data.interactions import Interactions
 
 SPLIT_CHOICES = ("native", "per-user", "global", "leave-one-out", "time")
+
+
+@dataclass(frozen=True)
+class DataSettings(Settings):
+    """data"""
+
+    dataset: str = setting("demo", "a known name, a file (CSV, TSV, .inter, Parquet) or a folder with train.txt")
+    data_root: str | None = setting(
+        None, "where data sets lie (default: $GFML_DATA, ./data, ~/.cache/gfml/data)", unit="DIR", beside=True
+    )
+    download: bool = setting(True, "fetch a missing data set where its terms allow it", beside=True)
+    cache_dir: str | None = setting(
+        None, "where parsed data is kept (default: ~/.cache/gfml/parsed)", unit="DIR", beside=True
+    )
+    cache: bool = setting(True, "keep parsed data; otherwise read the source files each time", beside=True)
+    user_col: str | None = setting(None, "column of the user (default: the usual names)", unit="NAME")
+    item_col: str | None = setting(None, "column of the item (default: the usual names)", unit="NAME")
+    rating_col: str | None = setting(None, "column of the rating (default: the usual names)", unit="NAME")
+    time_col: str | None = setting(None, "column of the time (default: the usual names)", unit="NAME")
+    threshold: float | None = setting(None, "keep interactions with rating >= T (default: all)", float, unit="T")
+    kcore: int = setting(0, "keep users and items with K interactions or more (0: all)", unit="K")
+    split: str | None = setting(None, "how to cut (default: the published split, else per-user)", choices=SPLIT_CHOICES)
+    split_ratios: tuple[float, ...] | None = setting(
+        None, "shares (default: 0.8 0.1 0.1)", float, nargs=3, unit=("TRAIN", "VALID", "TEST")
+    )
+    split_seed: int = setting(2020, "seed of every random cut", unit="SEED")
+    val_ratio: float = setting(0.1, "share of train cut off for validation if the data has none", unit="R")
+
+
+@dataclass(frozen=True)
+class DemoSettings(Settings):
+    """generated data (--dataset demo or synthetic)"""
+
+    demo_users: int | None = setting(None, "users (default: 1500)", int, unit="N")
+    demo_items: int | None = setting(None, "items (default: 1000)", int, unit="N")
+    demo_interactions: int | None = setting(None, "interactions (default: 45000)", int, unit="N")
+    demo_tail: float | None = setting(None, "exponent of the popularity law (default: 1.0)", float, unit="X")
+    demo_noise: float | None = setting(None, "share of random interactions (default: 0.02)", float, unit="X")
+    demo_seed: int | None = setting(None, "seed of the generator (default: 2020)", int, unit="SEED")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo", short: Sequence[str] = ()) -> None:
@@ -50,7 +91,7 @@ def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo", sh
     demo.add_argument("--demo-seed", type=int, metavar="SEED", help="seed of the generator (default: 2020)")
 
 
-def load_from_args(args: argparse.Namespace) -> Interactions:
+def load_from_args(args: Any) -> Interactions:
     """:func:`load_dataset` with the values that :func:`add_data_flags` put into ``args``."""
     names = [name for name in inspect.signature(load_dataset).parameters if name != "dataset"]
     return load_dataset(args.dataset, **{name: getattr(args, name) for name in names})

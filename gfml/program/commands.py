@@ -111,16 +111,17 @@ def read_command(words: Sequence[str], root: Path) -> Command:
 
 
 def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Options, frozenset[str]]]:
-    """Family, flags and flags without identity of every run, from the options module beside the program."""
+    """Family, flags and flags without identity of every run, from the program itself."""
     folder = program.parent.name
-    try:
-        module = importlib.import_module(f"{folder}.options")
-    except ModuleNotFoundError:
-        raise UserError(f"{folder} has no options.py that says what {program.name} makes (in: {text})") from None
+    old = (program.parent / "options.py").is_file()
+    module = importlib.import_module(f"{folder}.options" if old else f"{folder}.{program.stem}")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            if hasattr(module, "runs_of"):
+            if not old:
+                program = getattr(module, "PROGRAM", None)
+                made = [(program.family, one) for one in program.runs(argv)] if program else []
+            elif hasattr(module, "runs_of"):
                 made = module.runs_of(program.stem, argv)
             else:
                 made = [(folder, module.parse(argv))] if program.stem == "main" else []
@@ -130,7 +131,7 @@ def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Options, 
         raise UserError(f"{said.getvalue().strip().splitlines()[-1]} (in: {text})") from None
     if not made:
         raise UserError(f"{program} makes no runs (in: {text})")
-    return [(family, options, module.NOT_IDENTITY) for family, options in made]
+    return [(family, options, module.NOT_IDENTITY if old else options.beside()) for family, options in made]
 
 
 def _planned(family: str, options: Options, not_identity: frozenset[str]) -> PlannedRun:
