@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from gfml.base import settings as kinds
 from gfml.base.errors import UserError
-from gfml.base.settings import Settings, changed, inert, setting
+from gfml.base.settings import Settings, changed, fill, inert, setting
 from gfml.data.options import DataSettings, DemoSettings
 from gfml.program.flags import JudgingSettings, MirrorSettings, RunSettings
 
@@ -181,8 +181,8 @@ class MCLSettings(
                 file=sys.stderr,
             )
             options.dataset = DATASETS[options.dataset]
-        if options.select_on == "test" and "val_ratio" not in options.explicit:
-            options.val_ratio = 0.0
+        if options.select_on == "test":
+            fill(options, {"val_ratio": 0.0})
         if options.mode == "mcl" and options.score == "gravity":
             raise UserError("--score gravity needs masses, which --mode mcl has not: give --mode gfml or mix")
         if options.mode == "mcl" and options.ema and options.ema_scope != "all":

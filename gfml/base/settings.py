@@ -260,6 +260,13 @@ any_number = number()
 norm = number(above=0, none=True)
 
 
+def fill(options: argparse.Namespace, values: Mapping[str, Any]) -> None:
+    """Set what was not given."""
+    for name, value in values.items():
+        if name not in options.explicit:
+            setattr(options, name, value)
+
+
 def as_tokens(values: Mapping[str, Any]) -> list[str]:
     """Settings by name as words of a command line."""
     tokens: list[str] = []
