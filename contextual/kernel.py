@@ -16,21 +16,12 @@ where number and num_half are what :func:`count` returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-
-def compiled(function: Callable) -> Callable:
-    """``function`` as machine code that holds no lock; kept on disk if some folder for it can be written."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no such folder
-        return njit(**options)(function)
+from gfml.base.compiled import compiled
 
 
 class Neighbours(NamedTuple):

@@ -92,9 +92,7 @@ class Recsys(Recommender):
 
     def training(self, model: Model) -> Training:
         s = self.settings
-        optimizer = torch.optim.AdamW(
-            model.parameter_groups(s.adamw_decay, bool(s.mass_adamw)), lr=s.lr, fused=True
-        )
+        optimizer = torch.optim.AdamW(model.parameter_groups(s.adamw_decay, bool(s.mass_adamw)), lr=s.lr, fused=True)
         step = build_step(s, optimizer, s.clip_grad)
         ema = None
         if s.ema_on:

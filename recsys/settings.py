@@ -21,7 +21,13 @@ INITS = {"mf": "xavier_uniform", "lgn": "normal", "cml": "ball"}
 # The demo is small: larger steps and earlier evaluations take it to the same place in seconds. A flag given wins.
 DEMO_DEFAULTS = {"lr": 5e-3, "epochs": 200, "eval_every": 5, "patience": 6}
 # The published formulas with their mistakes.
-COMPAT = {"mass_combine": "product", "mass_param": "relu", "mass_init": "xavier", "emd_power": 2, "infer_mode": "original"}
+COMPAT = {
+    "mass_combine": "product",
+    "mass_param": "relu",
+    "mass_init": "xavier",
+    "emd_power": 2,
+    "infer_mode": "original",
+}
 RUNS_ARE_NAMED = "runs are named by dataset, model and loss"
 
 
@@ -69,9 +75,7 @@ class GravitySettings(Settings):
     mass_combine: str = setting("sum", "how two log-masses combine", choices=("sum", "product"))
     mass_param: str = setting("softplus", "map to log-mass", choices=("softplus", "relu", "exp"))
     mass_init: str = setting("default", "initial masses; xavier as published", choices=("default", "xavier"))
-    emb_norm: int = setting(
-        1, "normalise vectors before the distance; kl takes 0 unless this is given", choices=(0, 1)
-    )
+    emb_norm: int = setting(1, "normalise vectors before the distance; kl takes 0 unless this is given", choices=(0, 1))
     compat: int = setting(
         0,
         "1: the published formulas with their mistakes, for comparison; implies --mass_combine product, "
@@ -116,9 +120,7 @@ class TrainingSettings(Settings):
         "how positives are drawn: a uniform user first, every pair once, or equally many per user",
         choices=("user", "interaction", "per_user"),
     )
-    num_neg: int | None = setting(
-        None, "negatives per positive; 10 for the cml loss, else 1", kinds.count, unit="W"
-    )
+    num_neg: int | None = setting(None, "negatives per positive; 10 for the cml loss, else 1", kinds.count, unit="W")
     ema_on: int = setting(1, "evaluate running averages of --ema-scope", choices=(0, 1))
     lam_d: float = setting(0.995, "decay of the running averages", kinds.share)
     ema_scope: str = setting("mass", "what is averaged", choices=("mass", "all"))
@@ -151,9 +153,7 @@ class RecsysJudgingSettings(JudgingSettings):
     patience: int | None = changed(JudgingSettings, "patience", 30)
     eval_every: int = changed(JudgingSettings, "eval_every", 10)
     infer_mode: str = setting(
-        "mat",
-        "score to rank by; mat: the one the loss trained",
-        choices=("mat", "dot", "gravity", "original"),
+        "mat", "score to rank by; mat: the one the loss trained", choices=("mat", "dot", "gravity", "original")
     )
     mass_scale: float = setting(1.0, "factor on the log-masses when ranking", kinds.nonnegative, unit="T")
     early_stopping: int = setting(1, "stop early", choices=(0, 1), also="ES", key="ES")

@@ -61,7 +61,7 @@ def ndcg(hits: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndarray:
 
 def hit(hits: np.ndarray, k: int) -> np.ndarray:
     """1.0 where any of the first k is a hit, else 0.0."""
-    return hits[:, :k].any(axis=1).astype(np.float64)
+    return np.asarray(hits[:, :k].any(axis=1), dtype=np.float64)
 
 
 def mrr(hits: np.ndarray, k: int) -> np.ndarray:

@@ -20,6 +20,8 @@ GROUP = 64
 # Products are padded to whole steps of rows: for a few rows, or a few left over, BLAS libraries switch
 # to kernels that round differently.
 ROW_STEP = 32
+# Scores that are computed and ranked at a time on a CPU: a MiB, about what its second cache holds.
+TILE_ROWS, TILE_ITEMS = 256, 1024
 # Three float32 temporaries of a scorer, or the scores and what the selection needs, and room for the allocator.
 BYTES_PER_SCORE = 16
 
@@ -120,8 +122,8 @@ def rows_per_block(num_users: int, num_items: int, memory_mb: float) -> int:
 def topk_items(scorer: Scorer, users: Tensor, k: int, *, seen: sp.csr_array | None, memory_mb: float = 256) -> Tensor:
     """The k best items of each user among those not ``seen``, best first.
 
-    Order: score descending, then lower item id; it does not depend on which users share a block.
-    Items scored -inf count as no candidates.
+    Order: score descending, then lower item id; it depends neither on which users share a block nor on the number of
+    threads. Items scored -inf count as no candidates.
     Shape: users int64 [n], any order, repeats allowed; seen CSR [U, I]; returns int64 [n, k] on the
         device of the scores, -1 where no candidate is left.
     Memory: about ``memory_mb`` MiB beside the tables and the result, however many users.
@@ -130,20 +132,113 @@ def topk_items(scorer: Scorer, users: Tensor, k: int, *, seen: sp.csr_array | No
     check_request(scorer, users, k, seen)
     if len(users) == 0:
         return torch.empty((0, k), dtype=torch.int64, device=users.device)
-    tops, broken, start = [], [], 0
-    skip = None if seen is None else seen[users.cpu().numpy()]
     with full_precision():
-        for block in score_blocks(scorer, users, memory_mb):
-            if skip is not None:
-                mask_seen(block, skip, start)
-            ids, nan_rows = select(block, k)
-            tops.append(ids)
-            broken.append(nan_rows)
-            start += len(block)
-            del block  # else two blocks are alive while the next one is computed
-    if (bad := torch.cat(broken)).any():
-        raise ValueError(f"the scores of user {int(users[int(bad.nonzero()[0])])} contain NaN: the model has diverged")
-    return torch.cat(tops)
+        factors = scorer.factors()
+        if factors is not None and factors.user.device.type == "cpu":
+            top, broken = _by_tiles(factors, users, k, seen)
+        else:
+            top, broken = _by_blocks(scorer, users, k, seen, memory_mb)
+    if broken.any():
+        raise ValueError(
+            f"the scores of user {int(users[int(broken.nonzero()[0])])} contain NaN: the model has diverged"
+        )
+    return top
+
+
+class _Lists:
+    """The best items so far of rows of a request: heaps in machine code's order, and what each row may not have."""
+
+    def __init__(self, users: Tensor, k: int, seen: sp.csr_array | None, dtype: torch.dtype) -> None:
+        known = np.zeros(len(users), dtype=np.int64)
+        self.seen, self.place, self.end = np.empty(0, dtype=np.int32), known, known
+        if seen is not None:
+            seen, rows = seen if seen.has_sorted_indices else seen.sorted_indices(), users.cpu().numpy()
+            self.seen = seen.indices
+            self.place, self.end = (seen.indptr[rows + side].astype(np.int64) for side in (0, 1))
+        self.values = np.full((len(users), k), -np.inf, dtype=np.float64 if dtype == torch.float64 else np.float32)
+        self.ids = np.full((len(users), k), -1, dtype=np.int64)
+        self.broken = np.zeros(len(users), dtype=bool)
+
+    def merge(self, tile: Tensor, rows: slice, first: int) -> None:
+        """Scores of ``rows`` for items first, first + 1, ...; the tile is written to."""
+        from gfml.ranking.loops import keep_best
+
+        keep_best(
+            tile.numpy(), first, self.seen, self.place[rows], self.end[rows], self.values[rows], self.ids[rows],
+            self.broken[rows],
+        )  # fmt: skip
+
+    def sort(self, rows: slice) -> None:
+        from gfml.ranking.loops import sort_lists
+
+        sort_lists(self.values[rows], self.ids[rows])
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Ids int64 [n, k], bool [n] where a score was NaN."""
+        return torch.from_numpy(self.ids), torch.from_numpy(self.broken)
+
+
+def _by_tiles(factors: Factors, users: Tensor, k: int, seen: sp.csr_array | None) -> tuple[Tensor, Tensor]:
+    """Products of some users with some items, small enough to stay in the cache until the best are taken from them.
+
+    Rows are padded to whole steps, so that a user's scores are rounded alike whoever else is asked for.
+    """
+    from gfml.base.compiled import in_threads
+
+    user, item = (table if table.dtype == torch.float64 else table.float() for table in factors)
+    lists = _Lists(users, k, seen, user.dtype)
+
+    def rank(start: int) -> None:
+        chosen = users[start : start + TILE_ROWS].to(user.device)
+        rows = slice(start, start + len(chosen))
+        query = user.new_zeros((-(-len(chosen) // ROW_STEP) * ROW_STEP, user.shape[1]))
+        query[: len(chosen)] = user[chosen]
+        room = user.new_empty(len(query) * min(TILE_ITEMS, len(item)))
+        for first in range(0, len(item), TILE_ITEMS):
+            part = item[first : first + TILE_ITEMS]
+            tile = torch.mm(query, part.T, out=room[: len(query) * len(part)].view(len(query), len(part)))
+            lists.merge(tile[: len(chosen)], rows, first)
+        lists.sort(rows)
+
+    in_threads(torch.no_grad()(rank), range(0, len(users), TILE_ROWS))
+    return lists.found()
+
+
+def _by_blocks(
+    scorer: Scorer, users: Tensor, k: int, seen: sp.csr_array | None, memory_mb: float
+) -> tuple[Tensor, Tensor]:
+    """Scores of as many users as fit the memory for the whole catalogue at a time."""
+    tops, broken, start = [], [], 0
+    for block in score_blocks(scorer, users, memory_mb):
+        chosen = users[start : start + len(block)]
+        found = (_select_on_cpu if block.device.type == "cpu" else _select_on_device)(block, chosen, k, seen)
+        tops.append(found[0])
+        broken.append(found[1])
+        start += len(block)
+        del block  # else two blocks are alive while the next one is computed
+    return torch.cat(tops), torch.cat(broken)
+
+
+def _select_on_cpu(block: Tensor, users: Tensor, k: int, seen: sp.csr_array | None) -> tuple[Tensor, Tensor]:
+    """Ids int64 [b, k] and bool [b] where a row contains NaN; the block is written to."""
+    from gfml.base.compiled import in_threads
+
+    block = block if block.dtype == torch.float64 else block.float()
+    lists = _Lists(users, k, seen, block.dtype)
+
+    def rank(start: int) -> None:
+        rows = slice(start, min(start + TILE_ROWS, len(block)))
+        lists.merge(block[rows], rows, 0)
+        lists.sort(rows)
+
+    in_threads(torch.no_grad()(rank), range(0, len(block), TILE_ROWS))
+    return lists.found()
+
+
+def _select_on_device(block: Tensor, users: Tensor, k: int, seen: sp.csr_array | None) -> tuple[Tensor, Tensor]:
+    if seen is not None:
+        mask_seen(block, seen[users.cpu().numpy()])
+    return select(block, k)
 
 
 def check_request(scorer: Scorer, users: Tensor, k: int, seen: sp.csr_array | None) -> None:
@@ -193,10 +288,9 @@ def factor_blocks(factors: Factors, users: Tensor, memory_mb: float) -> Iterator
         yield block[: len(chunk)]
 
 
-def mask_seen(block: Tensor, seen: sp.csr_array, start: int) -> None:
-    """Write -inf at the seen items of a contiguous block; row r of ``block`` is row start + r of ``seen``."""
-    indptr = seen.indptr[start : start + len(block) + 1]
-    place = np.repeat(np.arange(len(block)) * block.shape[1], np.diff(indptr)) + seen.indices[indptr[0] : indptr[-1]]
+def mask_seen(block: Tensor, seen: sp.csr_array) -> None:
+    """Write -inf at the seen items of a contiguous block; rows of both are the same users."""
+    place = np.repeat(np.arange(len(block)) * block.shape[1], np.diff(seen.indptr)) + seen.indices
     # One index a place: half the cost of a row and a column.
     block.view(-1).index_fill_(0, torch.from_numpy(place).to(block.device), -torch.inf)
 

@@ -53,11 +53,12 @@ PUBLISHED = (
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every program; mirror_grad has one for each model."""
+    import recsys.options
+
     import cml_baseline.options
     import contextual.options
     import hlrm.options
     import mirror_grad.options
-    import recsys.options
     import vision.options
     from mirror_grad.models import MODELS
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recsys.options import parse
 
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
@@ -17,7 +18,6 @@ from gfml.engine.distributed import World
 from gfml.engine.runs import read_result
 from gfml.program.steps import shared_loss
 from recsys import experiment
-from recsys.options import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--dataset", "synthetic", "--demo-users", "301", "--demo-items", "120", "--demo-interactions", "5000", "--epochs", "2",

@@ -188,8 +188,9 @@ def test_a_mistake_in_a_command_is_one_line(words: str, wanted: str) -> None:
 
 def test_the_run_directory_is_the_one_the_program_makes(tmp_path: Path) -> None:
     """The digest of a planned run against a run that a program really made."""
-    from recsys.main import main
     from recsys.options import parse
+
+    from recsys.main import main
 
     words = ["--demo-users", "60", "--demo-items", "40", "--demo-interactions", "900", "--epochs", "1", "--topks", "5", "--es_metric",
              "ndcg@5", "--baselines", "none", "--report", "0", "--no-progress", "--device", "cpu", "--out", str(tmp_path)]  # fmt: skip

@@ -41,6 +41,20 @@ def golden():
     return np.load(HERE.parents[1] / "golden" / "ranking_metrics.npz", allow_pickle=False)
 
 
+@pytest.fixture(params=["_select_on_cpu", "_select_on_device"])
+def selection(request, monkeypatch):
+    """Blocks of scores are ranked by machine code, then as on an accelerator."""
+    monkeypatch.setattr(topk, "_select_on_cpu", getattr(topk, request.param))
+
+
+@pytest.fixture
+def threads():
+    """A setter of torch's number of threads that puts the old one back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 def random_seen(rng, shape, density):
     return sp.csr_array((rng.random(shape) < density).astype(np.float32))
 
@@ -55,7 +69,7 @@ def expected(scores, seen, k):
     return np.array([reference.reference_topk(row, skip, k) for row, skip in zip(scores, hidden, strict=True)])
 
 
-def test_lists_equal_the_stored_lists(golden):
+def test_lists_equal_the_stored_lists(golden, selection):
     scorer = DenseScorer(torch.from_numpy(golden["scores"]))
     seen = sp.csr_array(golden["train_mask"].astype(np.float32))
     top = topk_items(scorer, torch.arange(scorer.num_users), int(golden["topks"].max()), seen=seen)
@@ -66,7 +80,7 @@ def test_lists_equal_the_stored_lists(golden):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_ties_equal_the_stored_order(golden, dtype):
+def test_ties_equal_the_stored_order(golden, selection, dtype):
     scorer = DenseScorer(torch.from_numpy(golden["tie_scores"]).to(dtype))
     seen = sp.csr_array(golden["tie_train_mask"].astype(np.float32))
     top = topk_items(scorer, torch.arange(4), 12, seen=seen)
@@ -82,8 +96,9 @@ def test_ties_equal_the_stored_order(golden, dtype):
     st.integers(0, 6),
     st.floats(0, 1),
     st.sampled_from([0.0001, 0.01, 256]),
+    st.sampled_from(["_select_on_cpu", "_select_on_device"]),
 )
-def test_lists_equal_the_loops(seed, num_users, num_items, k, levels, density, memory_mb):
+def test_lists_equal_the_loops(seed, num_users, num_items, k, levels, density, memory_mb, selection):
     """Few score levels make ties inside the list, at its end and between groups; levels = 0 makes all equal."""
     rng, k = np.random.default_rng(seed), min(k, num_items)
     scores = rng.integers(-levels, levels + 1, (num_users, num_items)).astype(np.float32)
@@ -91,13 +106,14 @@ def test_lists_equal_the_loops(seed, num_users, num_items, k, levels, density, m
     seen = random_seen(rng, scores.shape, density)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk, "GROUP", 4)
+        patch.setattr(topk, "_select_on_cpu", getattr(topk, selection))
         scorer = OnlyScores(torch.from_numpy(scores))
         top = topk_items(scorer, torch.arange(num_users), k, seen=seen, memory_mb=memory_mb)
     np.testing.assert_array_equal(top.numpy(), expected(scores, seen, k))
 
 
 @pytest.mark.parametrize("num_items", [383, 384, 385, 700])
-def test_distinct_scores_with_the_group_stage(num_items):
+def test_distinct_scores_with_the_group_stage(num_items, selection):
     rng = np.random.default_rng(num_items)
     scores = rng.permuted(np.tile(np.arange(num_items), (40, 1)), axis=1).astype(np.float64)
     seen = random_seen(rng, scores.shape, 0.3)
@@ -134,6 +150,42 @@ def test_a_score_is_rounded_alike_alone_and_in_company():
     for users in torch.arange(40).split([1, 2, 5, 32]):
         alone = torch.cat([block.clone() for block in topk.factor_blocks(factors, users, 256)])
         assert torch.equal(alone, whole[users])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 90), st.integers(1, 40), st.integers(1, 3), st.floats(0, 1))
+def test_lists_of_tiles_equal_the_loops(seed, num_items, k, levels, density):
+    """Products of small whole numbers, exact and with many ties, in tiles of 32 users and 7 items."""
+    rng, k = np.random.default_rng(seed), min(k, num_items)
+    user, item = (
+        torch.from_numpy(rng.integers(-levels, levels + 1, (n, 3)).astype(np.float32)) for n in (70, num_items)
+    )
+    seen, users = random_seen(rng, (70, num_items), density), torch.from_numpy(rng.integers(0, 70, 67))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "TILE_ROWS", 32)
+        patch.setattr(topk, "TILE_ITEMS", 7)
+        top = topk_items(FactorScorer(user, item), users, k, seen=seen)
+    np.testing.assert_array_equal(top.numpy(), expected((user @ item.T).numpy(), seen, k)[users])
+
+
+def test_lists_do_not_depend_on_the_number_of_threads(threads):
+    rng = torch.Generator().manual_seed(11)
+    scorer = FactorScorer(torch.randn(1500, 64, generator=rng), torch.randn(1200, 64, generator=rng))
+    seen = random_seen(np.random.default_rng(11), (1500, 1200), 0.02)
+    found = []
+    for number in (1, 2, 4):
+        threads(number)
+        found.append(topk_items(scorer, torch.arange(1500), 20, seen=seen))
+        found.append(topk_items(OnlyScores(scorer.user @ scorer.item.T), torch.arange(1500), 20, seen=seen))
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+
+
+def test_seen_items_in_any_order():
+    seen = sp.csr_array((np.ones(3), np.array([7, 2, 5]), np.array([0, 3])), shape=(1, 9))
+    scorer = FactorScorer(torch.ones(1, 1), torch.arange(9.0)[:, None])
+    assert topk_items(scorer, torch.tensor([0]), 4, seen=seen).tolist() == [[8, 6, 4, 3]]
+    assert seen.indices.tolist() == [7, 2, 5]
 
 
 @pytest.mark.parametrize("lay", [lambda x: x.T.contiguous().T, lambda x: x[:, :1].expand(-1, x.shape[1])])
