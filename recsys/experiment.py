@@ -13,7 +13,7 @@ from gfml.base.errors import UserError
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.distances import SquaredDistance
 from gfml.engine.train import WeightAverage
-from gfml.gravity import Gravity, Mass
+from gfml.gravity import Gravity, GravityScorer, Mass, unit_rows
 from gfml.program.experiment import Training
 from gfml.program.recommender import Recommender
 from gfml.program.steps import ProjectedStep, build_step
@@ -23,7 +23,7 @@ from gfml.ranking.graph import build_graph
 from gfml.ranking.pretrained import read_nodes, read_table
 from gfml.ranking.sampling import TripleSampler
 from gfml.ranking.topk import Scorer
-from recsys.model import BlendScorer, GravityScorer, PairOptions
+from recsys.model import BlendScorer, PairOptions
 from recsys.model import Recommender as Model
 
 MASS_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -149,11 +149,12 @@ class Recsys(Recommender):
         plain = s.loss_mode == "dot" and s.infer_mode in ("mat", "dot")
         return plain or isinstance(self.scorer(model), (GravityScorer, BlendScorer))
 
-    def item_distance(self, model: Model) -> tuple[SquaredDistance, bool]:
-        """That of the gravity score; for loss cml the squared Euclidean one; for dot and bpr, which learn none, 2 - 2 cos."""
+    def item_space(self, model: Model) -> tuple[Tensor, SquaredDistance]:
+        """The gravity score's distance; for loss cml the squared Euclidean one; dot and bpr learn none."""
         learned = model.loss_mode not in ("dot", "bpr", "cml")
+        vectors = model.encoder.vectors()[1].detach()
         unit = model.gravity.emb_norm if learned else model.loss_mode != "cml"
-        return model.gravity.distance if learned else SquaredDistance("l2"), unit
+        return unit_rows(vectors) if unit else vectors, model.gravity.distance if learned else SquaredDistance("l2")
 
     def describe(self, model: Model) -> list[str]:
         s = self.settings

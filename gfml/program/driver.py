@@ -85,8 +85,8 @@ def train_and_judge(program: Program, this: Experiment, run: Run) -> Judged:
     if world.is_main:
         run.note(machine=machine(world), parameters=parameters_by_part(model))
         print("\n".join([*_opening(this, model, run)]), file=sys.stderr)
-    with this.tracker(run) as tracker:
-        training, fitted = this.training(model), None
+    training, fitted = this.training(model), None
+    with this.tracker(run, training) as tracker:
         if training is not None:
             fitted = fit(
                 model, select=this.select, evaluate=None if this.select is None else lambda split: evaluate(this, model, split),
@@ -110,7 +110,7 @@ def _how(this: Experiment, training: Training) -> dict[str, Any]:
         "optimizer": training.optimizer, "batches": training.batches, "loss_fn": training.loss, "step": training.step,
         "scheduler": training.scheduler, "ema": training.ema, "compile_loss": settings.compile,
         "amp": settings.amp if training.amp is None else training.amp, "checkpoint_every": settings.checkpoint_every,
-        "progress": settings.progress if this.world.is_main else False,
+        "progress": this.progress,
     }  # fmt: skip
 
 

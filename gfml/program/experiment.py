@@ -67,6 +67,11 @@ class Experiment:
         """The data, checked. It has a ``fingerprint``."""
         raise NotImplementedError
 
+    @property
+    def fingerprint(self) -> str:
+        """What ``result["data"]`` says of the data that a result is about."""
+        return self.data.fingerprint
+
     def whole(self) -> Self:
         """The same on train and validation together, for ``--refit``."""
         raise UserError("--refit needs a validation part cut from train, which this data has not: drop it")
@@ -136,7 +141,12 @@ class Experiment:
             raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
         return model.eval()
 
-    def tracker(self, run: Run) -> Tracker:
+    @property
+    def progress(self) -> bool | None:
+        """True a bar, None a bar on a terminal and otherwise a line per evaluation, False silent."""
+        return self.settings.progress if self.world.is_main else False
+
+    def tracker(self, run: Run, training: Training | None) -> Tracker:
         """Where curves go."""
         wanted = self.settings.tensorboard and self.world.is_main and not self.settings.eval_only
         return Tracker(run.file("tensorboard") if wanted else None)

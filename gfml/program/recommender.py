@@ -13,6 +13,7 @@ from torch import nn
 from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions
 from gfml.data.options import load_from_args
+from gfml.distances import SquaredDistance
 from gfml.engine import distributed
 from gfml.engine.runs import Run
 from gfml.engine.tracking import Tracker
@@ -39,6 +40,10 @@ class Recommender(Experiment):
         """Who has which items."""
         return self.data
 
+    @property
+    def fingerprint(self) -> str:
+        return self.interactions.fingerprint
+
     def whole(self) -> Self:
         return type(self)(self.settings, self.data.refit(), self.world)
 
@@ -56,6 +61,20 @@ class Recommender(Experiment):
         """User [U, D] and item [I, D] vectors; None for a model that has none."""
         user, item = model.encoder.vectors()
         return user.detach(), item.detach()
+
+    def item_space(self, model: nn.Module) -> tuple[torch.Tensor, SquaredDistance]:
+        """Item vectors [I, D] and the squared distance that makes neighbours of them.
+
+        Here 2 - 2 cos: unit vectors, for models that learn no distance. UserError for a model without item vectors.
+        """
+        vectors = self.vectors(model)
+        if vectors is None:
+            raise UserError(f"{self.name} has no item vectors, so no item is near another: ask for lists of users")
+        return torch.nn.functional.normalize(vectors[1], dim=1), SquaredDistance("l2")
+
+    def is_logit(self, model: nn.Module) -> bool:
+        """Whether the sigmoid of the ranking score is a probability."""
+        return False
 
     def facts(self, model: nn.Module, test: Evaluation) -> dict[str, Any]:
         """Further entries of the result."""
@@ -124,6 +143,11 @@ class Recommender(Experiment):
         if data.true_item_mass is not None:
             arrays |= {"true_item_mass": data.true_item_mass, "true_user_mass": data.true_user_mass}
         return arrays
+
+    def page(self, run: Run, judged: Judged) -> Path | None:
+        from gfml.report.ranking_page import write_report
+
+        return write_report([run.path], run.file("report"))
 
     # -- words and curves
 

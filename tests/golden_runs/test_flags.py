@@ -53,9 +53,7 @@ PUBLISHED = (
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every program; mirror_grad has one for each model."""
-    import recsys.options
 
-    import cml_baseline.options
     import contextual.options
     import hlrm.options
     import mirror_grad.options
@@ -63,9 +61,9 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     from mirror_grad.models import MODELS
 
     found: dict[str, argparse.ArgumentParser] = {
-        "recsys": recsys.options.build_parser(),
+        "recsys": program_of("recsys.main").parser(),
         "mcl": program_of("mcl.main").parser(),
-        "cml_baseline": cml_baseline.options.build_parser(),
+        "cml_baseline": program_of("cml_baseline.main").parser(),
         "hlrm": hlrm.options.build_train_parser(),
         "hlrm-eval": hlrm.options.build_eval_parser(),
         "vision": vision.options.build_parser(),
