@@ -211,23 +211,29 @@ def warp_hinge(
     return Hinge(hinge.sum() if reduction == "sum" else hinge.mean(), hinge, imposters, hardest)
 
 
-def covariance(rows: Tensor, form: str = "squared") -> Tensor:
+def covariance(rows: Tensor, form: str = "squared", weight: Tensor | None = None) -> Tensor:
     """Penalty on correlated dimensions of a stack of vectors.
 
     With the centred covariance C = (1/n) sum (y - mean)(y - mean)^T, a D x D matrix:
         squared  sum over a != b of C_ab^2                     (default; = |C|_F^2 - |diag C|^2)
         paper    (|C|_F - |diag C|_2^2) / n                    as printed, dimensionally inconsistent
         signed   sum over a != b of C_ab                       can be negative; kept for comparison
-    Shape: rows [n, D] -> scalar. Cost O(n D^2); no n x n matrix.
+    Shape: rows [n, D] -> scalar. Cost O(n D^2); no n x n matrix. weight [n]: 1 for rows that count, 0 for others, so
+    that their number need not be known on the host.
     Reference: Hsieh et al., WWW 2017 (after Cogswell et al., DeCov, ICLR 2016).
     """
-    centred = rows - rows.mean(0)
-    matrix = centred.T @ centred / rows.shape[0]
+    number: int | Tensor = rows.shape[0]
+    if weight is None:
+        centred = rows - rows.mean(0)
+    else:
+        number = weight.sum()
+        centred = (rows - weight @ rows / number) * weight[:, None]
+    matrix = centred.T @ centred / number
     diagonal = matrix.diagonal()
     if form == "squared":
         return matrix.square().sum() - diagonal.square().sum()
     if form == "paper":
-        return (matrix.square().sum().sqrt() - diagonal.square().sum()) / rows.shape[0]
+        return (matrix.square().sum().sqrt() - diagonal.square().sum()) / number
     if form == "signed":
         return matrix.sum() - diagonal.sum()
     raise ValueError(f"unknown covariance form {form!r}: choose squared, paper or signed")

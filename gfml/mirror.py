@@ -183,6 +183,21 @@ class MirrorGradient:
         """Whether the next batch is mirrored."""
         return self.enabled and self._index % self.every == self.phase
 
+    @property
+    def host_state(self) -> str:
+        """Why batches cannot be recorded; empty where they can."""
+        if self.rng == "replay" or self._must_check:
+            return "the mirror step reads back random states or the skip decision"
+        return ""
+
+    def graph_key(self) -> bool:
+        """What a recording of the next batch depends on: whether it is mirrored (:mod:`gfml.engine.capture`)."""
+        return self.is_mirror_step()
+
+    def replayed(self) -> None:
+        """Count a batch that a recording made."""
+        self._index += 1
+
     def new_epoch(self) -> None:
         """Start the batch count again, if ``counter`` is ``epoch``."""
         if self.counter == "epoch":

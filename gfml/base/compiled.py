@@ -14,7 +14,7 @@ def compiled(function: Callable) -> Callable:
 
     Kept on disk if some folder for it can be written. A division by zero gives infinity or NaN, as numpy's does.
     """
-    options = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no such folder

@@ -89,7 +89,7 @@ class Case:
     @cached_property
     def listed(self) -> np.ndarray:
         """bool [U]: the user has a list."""
-        return (self.top >= 0).any(axis=1)
+        return np.asarray((self.top >= 0).any(axis=1))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -159,7 +159,9 @@ def recbole(case: Case, ks: Sequence[int], *, matrix: bool = False) -> Figures:
     """
     if matrix:
         case = replace(case, top=_filled_by_topk(case, max(ks)))
-    values, totals, users = {}, {}, case.num_relevant > 0
+    values: Values = {}
+    totals: dict[str, float] = {}
+    users = case.num_relevant > 0
     pad, size = case.num_items, case.num_items + 1
     counted = np.append(case.popularity, 0)
     known = np.flatnonzero(case.popularity)
@@ -173,7 +175,7 @@ def recbole(case: Case, ks: Sequence[int], *, matrix: bool = False) -> Figures:
         totals |= {
             f"coverage@{k}": np.count_nonzero(exposure) / size,
             f"gini@{k}": _gini(exposure, size),
-            f"shannonentropy@{k}": _entropy(exposure) / max(1, np.count_nonzero(exposure)),
+            f"shannonentropy@{k}": _entropy(exposure) / max(1, int(np.count_nonzero(exposure))),
         }
     return Figures(_only(values, users), totals)
 
@@ -189,12 +191,13 @@ def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
     case = case.with_truth(case.truth.data >= threshold)
     users = (case.num_relevant > 0) & case.listed
     # Lists of users without any rated item are no part of the recommendations.
-    values, totals = {}, {}
+    values: Values = {}
+    totals: dict[str, float] = {}
     gains = with_gains(_shifted(case.truth, threshold), "exp1")
     found = list_gains(case.places, gains)
     tail = (case.popularity > 0) & ~mass_head(case.popularity)
     unknown = np.where(case.popularity > 0, case.popularity, np.nan)
-    users_of_train = np.count_nonzero(case.active)
+    users_of_train = int(np.count_nonzero(case.active))
     novelty = {"epc": 1 - np.where(case.popularity > 0, case.popularity, 0) / max(1, users_of_train),
                "efd": _information(case.popularity)}  # fmt: skip
     for k in ks:
@@ -210,7 +213,7 @@ def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
                    f"arp@{k}": np.where(top >= 0, unknown[top], 0).sum(axis=1) / taken}  # fmt: skip
         values |= {f"{name}@{k}": _discounted_hits(case, table, k) for name, table in novelty.items()}
         exposure = exposure_counts(top[users], case.num_items)
-        known_items = np.count_nonzero(case.popularity)
+        known_items = int(np.count_nonzero(case.popularity))
         totals |= {f"coverage@{k}": float(np.count_nonzero(exposure)), f"gini@{k}": 1 - _gini(exposure, known_items, known_items - 1),
                    f"entropy@{k}": _list_entropy(top[users], exposure)}  # fmt: skip
     return Figures(_only(values, users), totals)
@@ -226,7 +229,9 @@ def warprec(case: Case, ks: Sequence[int], *, seed: int = 42) -> Figures:
     known = case.popularity > 0
     case = case.with_truth(known[case.truth.indices] & np.repeat(case.active, case.num_relevant))
     case = replace(case, top=_warprec_lists(case, max(ks), seed), scores=None)
-    values, totals, users = {}, {}, case.num_relevant > 0
+    values: Values = {}
+    totals: dict[str, float] = {}
+    users = case.num_relevant > 0
     tail = known & ~mass_head(case.popularity)
     popular = torch.from_numpy(np.maximum(case.popularity, 1)).float()
     tables = {"epc": 1 - popular / max(1, int(case.active.sum())), "efd": -torch.log2(popular / case.train.nnz)}
@@ -248,9 +253,11 @@ def rectools(case: Case, ks: Sequence[int], *, achievable: bool = False, divide_
     (divide_by_k: by K). coverage is a number of items; novelty divides by the users of train. serendipity weighs a hit by how
     much higher it stands here than in the ranking by popularity, items of equal popularity sharing a place.
     """
-    values, totals, users = {}, {}, case.num_relevant > 0
+    values: Values = {}
+    totals: dict[str, float] = {}
+    users = case.num_relevant > 0
     lists: Values = {}
-    share = np.maximum(case.popularity, 1) / max(1, np.count_nonzero(case.active))
+    share = np.maximum(case.popularity, 1) / max(1, int(np.count_nonzero(case.active)))
     known = np.count_nonzero(case.popularity)
     for k in ks:
         values |= _binary(case, k, denominator="k" if divide_by_k else "n")
@@ -299,8 +306,8 @@ def mmrec(case: Case, ks: Sequence[int]) -> Figures:
     recall, precision, ndcg and map as ours; ``recall2`` pools all users: sum of hits over sum of T. It prints four digits.
     """
     users = (case.num_relevant > 0) & case.active
-    values = {}
-    totals = {}
+    values: Values = {}
+    totals: dict[str, float] = {}
     for k in ks:
         values |= {name: value for name, value in _binary(case, k).items() if not name.startswith(("hit@", "mrr@"))}
         totals[f"recall2@{k}"] = float(case.hits[users, :k].sum() / max(1, case.num_relevant[users].sum()))
@@ -309,7 +316,7 @@ def mmrec(case: Case, ks: Sequence[int]) -> Figures:
 
 def lightgcn(case: Case, ks: Sequence[int]) -> Figures:
     """LightGCN-PyTorch's ``Test``: precision, recall and ndcg over all users with T, as ours."""
-    values = {}
+    values: Values = {}
     for k in ks:
         found = _binary(case, k)
         values |= {f"{name}@{k}": found[f"{name}@{k}"] for name in ("precision", "recall", "ndcg")}

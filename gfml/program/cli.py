@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfml.base import settings as kinds
 from gfml.base.errors import Terminated, UserError, suggest
+from gfml.base.home import find_config
 from gfml.base.settings import Setting, flags_of, groups, help_text
 from gfml.base.settings import TopksAction as TopksAction
 from gfml.base.settings import count as count
@@ -204,7 +205,7 @@ class Parser(argparse.ArgumentParser):
 
     def _read_toml(self, path: str) -> dict[str, Any]:
         try:
-            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            return tomllib.loads(find_config(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             self.error(f"no config file {path}: check --config")
         except OSError as error:
@@ -329,6 +330,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="CPU threads; 0 leaves the choice to PyTorch",
+    )
+    add(
+        "--cuda-graph",
+        choices=("auto", "0", "1"),
+        default="auto",
+        help="record training steps on CUDA: faster, same numbers",
     )
     add("--out", default="runs", metavar="DIR", help="directory that holds the run directories")
     add("--run-name", metavar="NAME", help="name of the run directory instead of the automatic one")
