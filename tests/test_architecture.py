@@ -19,8 +19,17 @@ PAPERS = tuple(
 # command about stored runs reads its flags, so these two stand side by side. Scores of whole
 # catalogues stand on ranking: gravity and cml say what a scorer factorises into.
 MATHEMATICS = ("distances", "longtail", "losses", "mirror")
-SCORES = ("cml", "gravity", "attention")
-LAYERS = (("base",), MATHEMATICS, ("metrics", "data"), ("ranking",), SCORES, ("engine",), ("report", "program"))
+SCORES = ("cml", "gravity", "attention", "fused")
+LAYERS = (
+    ("base",),
+    ("kernels",),
+    MATHEMATICS,
+    ("metrics", "data"),
+    ("ranking",),
+    SCORES,
+    ("engine",),
+    ("report", "program"),
+)
 
 
 def sources(*folders: str) -> list[Path]:

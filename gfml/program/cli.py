@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
 BASELINES = ("popularity", "item-knn", "ease")
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
+CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
@@ -373,6 +374,30 @@ def add_mirror_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NORM",
         help="largest gradient norm, or none",
     )
+
+
+def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False) -> None:
+    """Which definitions of the metrics are used; graded: also that of graded relevance, for data with ratings."""
+    group.add_argument(
+        "--metrics-as",
+        nargs="+",
+        choices=CONVENTIONS,
+        default=[],
+        metavar="NAME",
+        help=f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
+    )
+    group.add_argument(
+        "--map-denominator",
+        choices=("min", "k", "n"),
+        default="min",
+        help="what map divides by: min(T, K), K, or T, the number of a user's held-out items",
+    )
+    if graded:
+        group.add_argument(
+            "--graded",
+            choices=("linear", "exp", "exp1"),
+            help="add graded_ndcg with the gain r, 2^r - 1 or 2^(r+1) - 1 of the ratings r in the truth",
+        )
 
 
 def add_judging_flags(
