@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cml_baseline.options import ANN
+from cml_baseline.settings import ANN
 from gfml.base.errors import UserError
 from gfml.program.cli import Parser, number, run_main
 

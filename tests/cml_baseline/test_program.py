@@ -12,8 +12,7 @@ import torch
 
 from cml_baseline import ann, report
 from cml_baseline.data import hide_items
-from cml_baseline.main import main
-from cml_baseline.options import parse
+from cml_baseline.main import PROGRAM, main
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
 from gfml.data.options import load_dataset
@@ -313,17 +312,17 @@ def test_neighbours_and_genre_agreement():
 
 
 def test_movielens_is_the_usual_data_where_it_lies(shared_data, capsys):
-    options = parse(["--data-root", str(shared_data)])
-    assert (options.dataset, options.split, options.split_ratios) == ("ml1m", "per-user", [0.6, 0.2, 0.2])
+    options = PROGRAM.parse(["--data-root", str(shared_data)])
+    assert (options.dataset, options.split, options.split_ratios) == ("ml1m", "per-user", (0.6, 0.2, 0.2))
     assert "MovieLens-1M" in capsys.readouterr().err
-    assert parse(["--dataset", "citeulike-a"]).split is None
-    assert parse(["--dataset", "ml100k", "--split", "time"]).split == "time"
+    assert PROGRAM.parse(["--dataset", "citeulike-a"]).split is None
+    assert PROGRAM.parse(["--dataset", "ml100k", "--split", "time"]).split == "time"
 
 
 @pytest.mark.parametrize("name", ("ml1m", "ml1m-cold"))
 def test_stored_settings_parse(name):
     file = Path(__file__).parents[2] / "configs" / "cml_baseline" / f"{name}.toml"
-    assert parse(["--config", str(file)]).margin == 1.0
+    assert PROGRAM.parse(["--config", str(file)]).margin == 1.0
 
 
 @pytest.mark.slow
@@ -349,7 +348,7 @@ def test_five_epochs_of_movielens(shared_data, tmp_path):
 
 
 def test_without_movielens_the_demo_is_used_and_said(tmp_path, capsys):
-    options = parse(["--data-root", str(tmp_path)])
+    options = PROGRAM.parse(["--data-root", str(tmp_path)])
     assert options.dataset == "demo" and options.resolved["dataset"] == "demo" and options.split is None
     assert f"the embedded demo (MovieLens-1M is not in {tmp_path})" in capsys.readouterr().err
 
