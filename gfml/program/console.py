@@ -34,8 +34,8 @@ COMMANDS = {
     "run-commands": "gfml.program.run_commands",
     "reproduce": "gfml.report.reproduce",
     "results-table": "gfml.report.results_table",
-    "judge": "gfml.program.judge",
-    "import": "gfml.program.import_weights",
+    "judge": "gfml.report.judge",
+    "import": "gfml.report.import_weights",
 }
 FIRST = ("main", "train")
 IS_PROGRAM = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
