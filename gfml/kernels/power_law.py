@@ -247,7 +247,7 @@ def _tiles(n: int, wide: bool) -> tuple[_Tile, _Tile, _Tile]:
     if n > ONE_BLOCK:
         return _Tile(64, 64, 4), _Tile(32, 64, 4), _Tile(64, 32, 4)
     keys = max(16, triton.next_power_of_2(n))
-    return _Tile(32, keys, 4), _Tile(16, keys, 8 if keys == ONE_BLOCK and wide else 4), _Tile(16, keys, 4)
+    return _Tile(16, keys, 4), _Tile(16, keys, 8 if keys == ONE_BLOCK and wide else 4), _Tile(16, keys, 4)
 
 
 def _settings(tile: _Tile, q: Tensor, beta: Tensor | float) -> dict[str, Any]:
