@@ -26,7 +26,8 @@ def csr_from_pairs(users: np.ndarray, items: np.ndarray, num_users: int, num_ite
     items = np.asarray(items, dtype=np.int64)
     keys = sorted_unique(users * num_items + items)
     rows, columns = np.divmod(keys, max(num_items, 1))
-    indptr = np.zeros(num_users + 1, dtype=np.int64)
+    small = np.int32 if max(len(keys), num_users, num_items) < 2**31 else np.int64
+    columns, indptr = columns.astype(small), np.zeros(num_users + 1, dtype=small)
     np.cumsum(np.bincount(rows, minlength=num_users), out=indptr[1:])
     matrix = sp.csr_array((np.ones(len(keys), dtype=np.float32), columns, indptr), shape=(num_users, num_items))
     matrix.has_sorted_indices = True

@@ -12,6 +12,8 @@ from gfml.base.compiled import compiled
 
 # Columns that are compared with the threshold in one go.
 GROUP = 64
+# Squared length of a residual at which conjugate gradients stop.
+SMALL = 1e-20
 
 
 @compiled
@@ -82,3 +84,93 @@ def sort_lists(values, ids):
     """:func:`best_first` for every row."""
     for r in range(len(values)):
         best_first(values[r], ids[r])
+
+
+@compiled
+def nearest_items(
+    first, item_starts, users_of, user_starts, items_of, size, shrink, jaccard, common, touched, values, ids
+):
+    """The k most similar items of items first, first + 1, ..., by users in common.
+
+    Shape: item_starts [I + 1] and users_of: who has each item; user_starts [U + 1] and items_of: what each user has;
+    size [I]: users of each item; common [I]: zeros, which they are again at the end; touched [I + 1]: anything;
+    values, ids [n, k]: at first 0 and -1, in the end heaps as for :func:`put`, with the similarities.
+    """
+    for row in range(len(values)):
+        item, value, number, found = first + row, values[row], ids[row], 0
+        for user in users_of[item_starts[item] : item_starts[item + 1]]:
+            for other in items_of[user_starts[user] : user_starts[user + 1]]:
+                touched[found] = other
+                found += common[other] == 0
+                common[other] += 1
+        common[item] = 0  # then its similarity is 0, and it does not enter
+        for other in touched[:found]:
+            if jaccard:
+                below = size[item] + size[other] - common[other]
+            else:
+                below = np.sqrt(size[item] * size[other])
+            similarity = common[other] / (below + shrink)
+            common[other] = 0
+            if similarity > value[0] or (similarity == value[0] and other < number[0]):
+                put(value, number, similarity, other)
+
+
+@compiled(any_order=True)
+def solve_rows(first, starts, others_of, own, other, gram, weight, ridge, steps, residual, direction, image):
+    """Conjugate gradients for rows first, first + 1, ... of one side of iALS, the other side fixed.
+
+        row w moves to the minimum of  sum_p (1 - w . h_p)^2 + weight w' gram w + ridge |w|^2,  h_p the rows it has
+
+    from where it is, in at most ``steps`` steps, or until half the squared length of the gradient is next to nothing.
+    Shape: own [n, D], written to; other [m, D]; gram [D, D] = other' other; ridge [n]; starts and others_of say which
+    rows of the other side each has. Beside, anything: residual, direction, image [D].
+    """
+    width, one = other.shape[1], other.dtype.type(1)
+    for row in range(len(own)):
+        has, w = others_of[starts[first + row] : starts[first + row + 1]], own[row]
+        if not len(has):
+            w[:] = 0
+            continue
+        # Written out, not as functions of their own: half as fast again.
+        for c in range(width):
+            residual[c] = -ridge[row] * w[c]
+        for a in range(width):
+            factor, column = weight * w[a], gram[a]
+            for c in range(width):
+                residual[c] -= factor * column[c]
+        for p in range(len(has)):
+            h, factor = other[has[p]], one
+            for c in range(width):
+                factor -= h[c] * w[c]
+            for c in range(width):
+                residual[c] += factor * h[c]
+        norm = one - one
+        for c in range(width):
+            direction[c] = residual[c]
+            norm += residual[c] * residual[c]
+        for _ in range(steps):
+            if norm < SMALL:
+                break
+            for c in range(width):
+                image[c] = ridge[row] * direction[c]
+            for a in range(width):
+                factor, column = weight * direction[a], gram[a]
+                for c in range(width):
+                    image[c] += factor * column[c]
+            for p in range(len(has)):
+                h, factor = other[has[p]], one - one
+                for c in range(width):
+                    factor += h[c] * direction[c]
+                for c in range(width):
+                    image[c] += factor * h[c]
+            bend, before = one - one, norm
+            for c in range(width):
+                bend += direction[c] * image[c]
+            length, norm = norm / bend, one - one
+            for c in range(width):
+                w[c] += length * direction[c]
+                residual[c] -= length * image[c]
+                norm += residual[c] * residual[c]
+            ratio = norm / before
+            for c in range(width):
+                direction[c] = residual[c] + ratio * direction[c]
