@@ -1,11 +1,12 @@
 # make demo   install, then train and evaluate a gravity recommender on the embedded data set
 # make test   install, then run the test suite
+# make lint   install, then ruff check, ruff format --check and mypy
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-slow bench clean
+.PHONY: install demo lint test test-slow bench clean
 
 install: $(STAMP)
 
@@ -18,6 +19,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python recsys/main.py --dataset demo --tensorboard 1 --overwrite
 
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
 
@@ -28,4 +34,4 @@ bench: $(STAMP)
 	$(BIN)/python scripts/bench.py recsys
 
 clean:
-	rm -rf build *.egg-info .pytest_cache
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

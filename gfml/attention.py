@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from torch.autograd.function import once_differentiable
 
 from gfml.distances import DISTANCES, SquaredDistance
 from gfml.gravity import log_mass
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import Attention
 
 MIXES = ("off", "normal", "split")
 MASSES = ("position", "content", "none")
@@ -162,7 +165,7 @@ def pairwise(q: Tensor, k: Tensor, distance: SquaredDistance) -> Tensor:
     """Q of every query with every key of its head. Shape: q, k [..., n, d] -> [..., n, n]."""
     if distance.kind == "l1":
         return torch.cdist(q, k, p=1).square()
-    form = distance.bilinear(q, k)
+    form = distance.closed_form(q, k)
     found = form.query @ form.key.mT + form.query_bias.unsqueeze(-1) + form.key_bias.unsqueeze(-2)
     return found.square() if distance.is_squared_form else found.clamp_min(0)
 
@@ -241,6 +244,8 @@ class GravityAttention(nn.Module):
 
     Shape: x [B, n, h] -> [B, n, h]. ValueError when n is not num_tokens and masses belong to positions.
     """
+
+    mass: PositionMass | ContentMass | None
 
     def __init__(self, width: int, num_heads: int, num_tokens: int, settings: AttentionSettings = AttentionSettings(), *,
                  dropout: float = 0.0, mass: PositionMass | None = None) -> None:  # fmt: skip
@@ -321,8 +326,7 @@ class GravityAttention(nn.Module):
 
     def _gravity_weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Weights [B, G, n, n] of the gravity heads' queries and keys."""
-        closed = self.settings.distance == "l2" and not self._has_query_mass
-        if not closed:
+        if self.settings.distance != "l2" or self._query_mass() is not None:
             return self._gravity_logits(q, k).softmax(-1)
         share, column = self.settings.blend, self._key_mass(k)
         column = q.new_zeros((), dtype=_full(q).dtype) if column is None else column * (share / self.divisor)
@@ -346,10 +350,6 @@ class GravityAttention(nn.Module):
         with torch.autocast(q.device.type, enabled=False):
             return _full(q) @ _full(k).mT / self.dot_divisor
 
-    @property
-    def _has_query_mass(self) -> bool:
-        return isinstance(self.mass, PositionMass) and self.mass.query is not None
-
     def _key_mass(self, k: Tensor) -> Tensor | None:
         """Log-masses of the keys, broadcastable to [B, G, 1, n]; None without masses."""
         if isinstance(self.mass, ContentMass):
@@ -357,16 +357,23 @@ class GravityAttention(nn.Module):
                 return self.mass(_full(k)).unsqueeze(-2)
         return None if self.mass is None else self.mass.log_key()[:, None]
 
+    def _query_mass(self) -> Tensor | None:
+        """Log-masses of the queries, broadcastable to [B, G, n, 1]; None where the settings have none."""
+        if isinstance(self.mass, PositionMass) and self.mass.query is not None:
+            return self.mass.log_query()[:, :, None]
+        return None
+
     def _mass(self, k: Tensor) -> Tensor | float:
         """mu_ij, broadcastable to [B, G, n, n]."""
-        key = self._key_mass(k)
-        if key is None or not self._has_query_mass:
+        key, query = self._key_mass(k), self._query_mass()
+        if key is None or query is None:
             return 0.0 if key is None else key
-        query = self.mass.log_query()[:, :, None]
         return query * key if self.settings.mass_combine == "product" else query + key
 
 
-def new_mass(settings: AttentionSettings, num_gravity_heads: int, num_tokens: int, head_width: int) -> nn.Module | None:
+def new_mass(
+    settings: AttentionSettings, num_gravity_heads: int, num_tokens: int, head_width: int
+) -> PositionMass | ContentMass | None:
     """The masses that a layer with these settings needs: none for distance alone and for plain attention."""
     if settings.mass == "none" or not num_gravity_heads:
         return None
@@ -391,7 +398,8 @@ def shared_mass(settings: AttentionSettings, mass_pos: str, num_heads: int, num_
     """The one table of full_fix; None where layers have their own masses (content masses always do)."""
     if mass_pos != "full_fix" or settings.mass != "position":
         return None
-    return new_mass(settings, settings.num_gravity_heads(num_heads), num_tokens, 0)
+    found = new_mass(settings, settings.num_gravity_heads(num_heads), num_tokens, 0)
+    return found if isinstance(found, PositionMass) else None
 
 
 def replace_attention(
@@ -411,7 +419,8 @@ def replace_attention(
     if not found:
         raise ValueError(f"found no standard timm attention in {type(model).__name__}, wanted a vision transformer")
     if num_tokens is None:
-        num_tokens = model.patch_embed.num_patches + getattr(model, "num_prefix_tokens", 0)
+        patches: Any = model.patch_embed
+        num_tokens = int(patches.num_patches + getattr(model, "num_prefix_tokens", 0))
     settings = replace(settings, dot_scale="sqrt_head")
     mass = shared_mass(settings, mass_pos, found[0][1].num_heads, num_tokens)
     for index in gravity_layers(mass_pos, len(found)):
@@ -422,7 +431,7 @@ def replace_attention(
 
 
 def _converted(
-    layer: nn.Module, settings: AttentionSettings, num_tokens: int, mass: PositionMass | None
+    layer: Attention, settings: AttentionSettings, num_tokens: int, mass: PositionMass | None
 ) -> GravityAttention:
     width = layer.num_heads * layer.head_dim
     if getattr(layer, "gate", None) is not None or layer.qkv.in_features != width or layer.proj.out_features != width:

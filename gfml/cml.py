@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.losses import Hinge, covariance, project_to_ball_, warp_hinge
+from gfml.losses import Hinge, covariance, project_to_ball_, sum_terms, warp_hinge
 from gfml.ranking.encoders import Embedded, Tables
 from gfml.ranking.sampling import Triples
 from gfml.ranking.topk import Factors
@@ -119,7 +119,7 @@ def metric_loss(
     if features is not None and options.feature_weight:
         items = torch.cat([batch.pos, batch.neg.reshape(-1)])
         parts["features"] = options.feature_weight * features.loss(encoder, items)
-    return {"loss": sum(parts.values()), **parts}, mined
+    return {"loss": sum_terms(parts.values()), **parts}, mined
 
 
 class FeatureProjection(nn.Module):
@@ -163,6 +163,12 @@ class ItemFeatures(nn.Module):
     which every tenth of the other items is kept from it; 0: nothing, as in the paper. See :meth:`offsets`.
     The features are no part of the state dict.
     """
+
+    features: Tensor
+    trained: Tensor
+    held: Tensor
+    placed: Tensor
+    known: Tensor
 
     def __init__(
         self, projection: FeatureProjection, features: Tensor, known: Tensor, cold: Tensor, *, cold_offset: float = 0.5

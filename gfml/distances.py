@@ -107,8 +107,10 @@ class SquaredDistance:
 
     def bilinear(self, x: Tensor, y: Tensor) -> BilinearForm | None:
         """The closed form of all pairs, or None for l1, which has none. Squared forms: see above."""
-        if self.kind == "l1":
-            return None
+        return None if self.kind == "l1" else self.closed_form(x, y)
+
+    def closed_form(self, x: Tensor, y: Tensor) -> BilinearForm:
+        """:meth:`bilinear` of a kind that has one: all but l1."""
         if self.kind == "emd":
             if self.emd_input == "softmax":
                 x, y = x.softmax(-1), y.softmax(-1)
@@ -139,7 +141,7 @@ class SquaredDistance:
         if self.kind in ("l2", "emd") and self.emd_input == "raw":
             centre = y.mean(0)
             x, y = x - centre, y - centre
-        form = self.bilinear(x, y)
+        form = self.closed_form(x, y)
         sq_distance = torch.addmm(form.key_bias, form.query, form.key.T).add_(form.query_bias[:, None])
         return sq_distance.square_() if self.is_squared_form else sq_distance.clamp_(min=0)
 

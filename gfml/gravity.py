@@ -85,19 +85,15 @@ class Mass(nn.Module):
         self.item = nn.Parameter(_initial_mass(num_items, param, init)) if mode in ("item", "both") else None
 
     def forward(self, users: Tensor | None = None, items: Tensor | None = None) -> Tensor | float:
-        """mu of matching ids. Shape: users [B], items [B] or [B, W] -> like items ([B] for user mode)."""
-        if self.mode == "none":
-            return 0.0
+        """mu of matching ids. Shape: users [B], items [B] or [B, W] -> like items ([B] for user mode), 0 for none."""
         user = self.log_user(users) if self.user is not None else None
         item = self.log_item(items) if self.item is not None else None
-        if user is not None and items is not None and items.dim() == users.dim() + 1:
+        if user is not None and users is not None and items is not None and items.dim() == users.dim() + 1:
             user = user.unsqueeze(-1)
         return self._combine(user, item)
 
     def all_items(self, users: Tensor | None = None) -> Tensor | float:
         """mu of users [B] with every item: [B, I], or a shape that broadcasts to it."""
-        if self.mode == "none":
-            return 0.0
         user = self.log_user(users)[:, None] if self.user is not None else None
         return self._combine(user, self.log_item() if self.item is not None else None)
 
@@ -116,9 +112,10 @@ class Mass(nn.Module):
             self.item[items] if self.item is not None else None,
         )
 
-    def _combine(self, user: Tensor | None, item: Tensor | None) -> Tensor:
+    def _combine(self, user: Tensor | None, item: Tensor | None) -> Tensor | float:
         if user is None or item is None:
-            return item if user is None else user
+            mu = item if user is None else user
+            return 0.0 if mu is None else mu
         return user + item if self.combine == "sum" else user * item
 
     def _log(self, table: Tensor | None, ids: Tensor | None, side: str) -> Tensor:
@@ -248,16 +245,18 @@ class GravityScorer:
     ) -> None:
         self.gravity, self.user, self.item = gravity, user, item
         self.num_users, self.num_items = user.shape[0], item.shape[0]
-        self._how = {"emb_norm": emb_norm, "mass_scale": mass_scale}
+        self.emb_norm, self.mass_scale = emb_norm, mass_scale
 
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:
         """g of users [B] with every item, [B, I], masses included."""
-        return self.gravity.all_items(self.user[users], self.item, users, **self._how)
+        return self.gravity.all_items(
+            self.user[users], self.item, users, emb_norm=self.emb_norm, mass_scale=self.mass_scale
+        )
 
     def factors(self) -> Factors | None:
         """See :meth:`Gravity.factors`."""
-        return self.gravity.factors(self.user, self.item, **self._how)
+        return self.gravity.factors(self.user, self.item, emb_norm=self.emb_norm, mass_scale=self.mass_scale)
 
 
 def unit_rows(rows: Tensor) -> Tensor:

@@ -129,6 +129,8 @@ class ClassLoss(nn.Module):
     Shape: logits [B, C], targets int64 [B] -> scalar.
     """
 
+    weight: Tensor
+
     def __init__(self, num_classes: int, *, weight: np.ndarray | None = None, smoothing: float = 0.0) -> None:
         super().__init__()
         self.smoothing = smoothing
@@ -151,6 +153,8 @@ class ClassLoss(nn.Module):
 class LogitAdjustment(ClassLoss):
     """CE(z + tau log pi, y): the logits learn to rank classes as if all were equally frequent."""
 
+    offset: Tensor
+
     def __init__(self, counts: np.ndarray, *, tau: float = 1.0, smoothing: float = 0.0) -> None:
         super().__init__(len(counts), smoothing=smoothing)
         self.register_buffer("offset", tau * log_prior(counts))
@@ -164,6 +168,8 @@ class LDAM(ClassLoss):
 
     The logits are meant to be cosines (:class:`CosineHead`). With :func:`deferred_weights` it is LDAM-DRW.
     """
+
+    margin: Tensor
 
     def __init__(
         self, counts: np.ndarray, *, max_margin: float = 0.5, scale: float = 30.0, smoothing: float = 0.0

@@ -9,6 +9,7 @@ Byun et al., GFML, Engineering Applications of Artificial Intelligence 139, 2025
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,13 @@ def half_mean_square(*rows: Tensor) -> Tensor:
     """
     if not rows:
         raise ValueError("no rows to regularise")
-    return 0.5 * sum(part.square().sum() / part.shape[0] for part in rows)
+    return 0.5 * sum_terms(part.square().sum() / part.shape[0] for part in rows)
+
+
+def sum_terms(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of the terms of a loss; ValueError without any."""
+    first, *rest = terms
+    return sum(rest, first)
 
 
 def embedding_reg(user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
@@ -69,7 +76,7 @@ def mass_reg(user: Tensor | None, pos: Tensor | None, neg: Tensor | None) -> Ten
     parts = [half_mean_square(part) for part in (user, pos) if part is not None]
     if neg is not None:
         parts.append(half_mean_square(neg) / (neg.shape[1] if neg.dim() == 2 else 1))
-    return sum(parts) if parts else torch.zeros(())
+    return sum_terms(parts) if parts else torch.zeros(())
 
 
 def mass_reg_compat(user: Tensor | None, pos: Tensor | None, neg: Tensor | None) -> Tensor:
@@ -77,10 +84,8 @@ def mass_reg_compat(user: Tensor | None, pos: Tensor | None, neg: Tensor | None)
 
     item: (sum p^2 + sum n^2 / B) / 2; user: sum u^2 / (2 B); both: (sum u^2 + sum p^2 + sum n^2 / B) / 2.
     """
-    if user is None and pos is None:
-        return torch.zeros(())
-    if pos is None:
-        return half_mean_square(user)
+    if pos is None or neg is None:
+        return torch.zeros(()) if user is None else half_mean_square(user)
     whole = pos.square().sum() if user is None else user.square().sum() + pos.square().sum()
     return 0.5 * whole + half_mean_square(neg)
 
@@ -117,24 +122,32 @@ def pair_loss(
     if mode not in LOSS_MODES or mode == "cml":
         raise ValueError(f"unknown pair loss {mode!r}: choose one of {', '.join(LOSS_MODES[:-1])}")
     uses_dot, uses_gravity = mode in ("dot", "bpr", "mix", "mix_bpr"), mode in ("gravity", "bpr_gra", "mix", "mix_bpr")
-    if (uses_dot and dot is None) or (uses_gravity and gravity is None):
-        raise ValueError(f"loss mode {mode!r} needs {'dot' if uses_dot and dot is None else 'gravity'} scores")
-    if compat and uses_gravity and mode != "gravity":
-        gravity = (gravity[0].sigmoid(), gravity[1].sigmoid())
-
     parts: dict[str, Tensor] = {}
     if uses_dot:
-        parts["dot"] = (bpr if "bpr" in mode else bce)(*dot)
+        parts["dot"] = (bpr if "bpr" in mode else bce)(*_given(dot, mode, "dot"))
     if uses_gravity:
-        parts["gravity"] = (bpr if mode == "bpr_gra" else bce)(*gravity)
+        pos, neg = _given(gravity, mode, "gravity")
+        if compat and mode != "gravity":
+            pos, neg = pos.sigmoid(), neg.sigmoid()
+        parts["gravity"] = (bpr if mode == "bpr_gra" else bce)(pos, neg)
     data_weight = {"dot": 1 - mix_ratio if uses_gravity else 1.0, "gravity": mix_ratio if uses_dot else 1.0}
     emb_weight, mass_weight = _regulariser_weights(mode, mix_ratio, compat)
     if decay and emb_weight:
-        parts["emb_reg"] = decay * emb_weight * emb_reg
+        parts["emb_reg"] = _weighted(decay * emb_weight, emb_reg, next(iter(parts.values())))
     if mass_decay and mass_weight and uses_gravity:
-        parts["mass_reg"] = mass_decay * mass_weight * mass
-    total = sum(data_weight.get(name, 1.0) * value for name, value in parts.items())
+        parts["mass_reg"] = _weighted(mass_decay * mass_weight, mass, next(iter(parts.values())))
+    total = sum_terms(data_weight.get(name, 1.0) * value for name, value in parts.items())
     return {"loss": total, **parts}
+
+
+def _weighted(weight: float, term: Tensor | float, like: Tensor) -> Tensor:
+    return weight * term if isinstance(term, Tensor) else like.new_tensor(weight * term)
+
+
+def _given(scores: tuple[Tensor, Tensor] | None, mode: str, name: str) -> tuple[Tensor, Tensor]:
+    if scores is None:
+        raise ValueError(f"loss mode {mode!r} needs {name} scores")
+    return scores
 
 
 def _regulariser_weights(mode: str, mix_ratio: float, compat: bool) -> tuple[float, float]:

@@ -49,6 +49,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class StepReport:
 class _Pair:
     """What lives between the two halves of one mirrored batch; tensors are keyed by parameter."""
 
-    random_state: list[Callable[[], None]] = field(default_factory=list)  # each call restores one generator
+    random_state: list[Callable[[], Any]] = field(default_factory=list)  # each call restores one generator
     raw: dict[Tensor, Tensor] = field(default_factory=dict)  # g1 for the diagnostics
     held: dict[Tensor, Tensor] = field(default_factory=dict)  # g1 after clipping, for `fused`
     middle: dict[Tensor, Tensor] = field(default_factory=dict)  # theta' for the diagnostics
@@ -174,6 +175,10 @@ class MirrorGradient:
         """False when every step is the bare optimizer's."""
         return self.every > 0 and self.alpha2 is not None
 
+    @property
+    def _ascent(self) -> float:
+        return 0.0 if self.alpha2 is None else self.alpha2
+
     def is_mirror_step(self) -> bool:
         """Whether the next batch is mirrored."""
         return self.enabled and self._index % self.every == self.phase
@@ -197,7 +202,7 @@ class MirrorGradient:
         mirror_loss = None
         with self.first_half():
             loss, terms = self._backward(closure)
-        if self._pair.skipped:
+        if self._pair is not None and self._pair.skipped:
             self._close(skipped=True)
         else:
             with self.second_half():
@@ -328,15 +333,15 @@ class MirrorGradient:
     def _to_middle(self, pair: _Pair) -> None:
         """theta -> theta', from the gradients at theta."""
         if self.diagnostics:
-            pair.raw = {p: p.grad.clone() for p in self._with_grad()}
+            pair.raw = {p: gradient.clone() for p, gradient in self._gradients().items()}
         if self.mode == "fused":
             self._clip()
-            pair.held = {p: p.grad for p in self._with_grad()}
+            pair.held = self._gradients()
             pair.start = {p: p.clone() for p in pair.held if self._is_mirrored(p)}
             self._move(-self.alpha1)
         else:
             if self._must_check:
-                pair.start = {p: p.clone() for p in self._with_grad()}
+                pair.start = {p: p.clone() for p in self._gradients()}
                 pair.state = {p: copy.deepcopy(state) for p, state in self.optimizer.state.items()}
             self._optimizer_step(second=False)
         if self.diagnostics and self.mode != "fused":
@@ -346,7 +351,7 @@ class MirrorGradient:
     def _to_end(self, pair: _Pair) -> None:
         """theta' -> the new theta, from the gradients at theta'."""
         if self.diagnostics:
-            second = {p: p.grad.clone() for p in self._with_grad()}
+            second = {p: gradient.clone() for p, gradient in self._gradients().items()}
         if self.mode in ("two_step", "backstitch", "repeat"):
             self._optimizer_step(second=True)
         else:
@@ -358,7 +363,7 @@ class MirrorGradient:
                 self._combine(pair)
                 self.optimizer.step()
             else:
-                self._move(self.alpha2)
+                self._move(self._ascent)
         if self.diagnostics:
             self._diagnosis = _diagnose(pair, second)
 
@@ -370,7 +375,7 @@ class MirrorGradient:
         if self.clip_halves == "both":
             self._clip()
         sign = 1 if self.mode == "repeat" else -1
-        self._multiply(sign * self.alpha2 if smaller else self.alpha1)
+        self._multiply(sign * self._ascent if smaller else self.alpha1)
         if self.clip_halves == "second" and second:
             self._clip()
         decays = {"both": True, "first": not second, "once": not smaller}[self.wd]
@@ -383,7 +388,7 @@ class MirrorGradient:
             for p in group["params"]:
                 g1, g2 = pair.held.get(p), p.grad
                 if g2 is not None:
-                    g2.mul_(-self.alpha2)
+                    g2.mul_(-self._ascent)
                 if g1 is not None:
                     g1.mul_(self.alpha1)
                     p.grad = g1 if g2 is None else g1 + g2
@@ -420,26 +425,27 @@ class MirrorGradient:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return terms["loss"], terms
 
-    def _with_grad(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        """Every parameter that has a gradient, with it, in the optimizer's order."""
+        return {p: p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None}
 
     def _is_mirrored(self, p: Tensor) -> bool:
         return self._filter is None or id(p) in self._filter
 
     def _keep_mirrored_only(self) -> None:
-        for p in self._with_grad():
+        for p in self._gradients():
             if not self._is_mirrored(p):
                 p.grad = None
 
     @torch.no_grad()
     def _multiply(self, factor: float) -> None:
-        grads = [p.grad for p in self._with_grad()]
+        grads = [*self._gradients().values()]
         if grads and factor != 1:
             torch._foreach_mul_(grads, factor)
 
     def _clip(self) -> None:
         if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._with_grad(), self.clip)
+            torch.nn.utils.clip_grad_norm_([*self._gradients()], self.clip)
 
     @property
     def _must_check(self) -> bool:
@@ -449,7 +455,7 @@ class MirrorGradient:
         """Reads one flag from the device, and only where skipping is on."""
         if not self._must_check:
             return False
-        return not bool(torch.stack([_dense(p.grad).isfinite().all() for p in self._with_grad()]).all())
+        return not bool(torch.stack([_dense(found).isfinite().all() for found in self._gradients().values()]).all())
 
     def _close(self, skipped: bool) -> None:
         """End of a batch: the scale is updated and the batch counted once, mirrored or not."""
@@ -461,17 +467,16 @@ class MirrorGradient:
         self._pair, self._skipped = None, skipped
         self._index += 1
 
-    def _random_state(self) -> list[Callable[[], None]]:
+    def _random_state(self) -> list[Callable[[], Any]]:
         """Calls that bring the generators back to their present state."""
-        state = torch.get_rng_state()
-        calls: list[Callable[[], None]] = [lambda: torch.set_rng_state(state)]
+        calls: list[Callable[[], Any]] = [partial(torch.set_rng_state, torch.get_rng_state())]
         for generator in self.generators:
-            calls.append(lambda g=generator, s=generator.get_state(): g.set_state(s))
+            calls.append(partial(generator.set_state, generator.get_state()))
         devices = {p.device for group in self.optimizer.param_groups for p in group["params"]}
         for device in sorted(devices - {torch.device("cpu")}, key=str):
             if device.type != "cuda":
                 raise UserError(f"rng='replay' works on cpu and cuda, found {device.type}: use rng='fresh'")
-            calls.append(lambda d=device, s=torch.cuda.get_rng_state(device): torch.cuda.set_rng_state(s, d))
+            calls.append(partial(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device))
         return calls
 
 

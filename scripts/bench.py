@@ -500,7 +500,7 @@ def bench_attention(batch: int, device: str) -> Iterable[Row]:
     from gfml.attention import PLAIN, AttentionSettings, GravityAttention
 
     torch.manual_seed(0)
-    plain, lamb = reference("attention"), 3.0
+    plain, lamb = reference("attention", "gfml"), 3.0
     settings = {
         "gravity": AttentionSettings(lamb),
         "gravity without mass": AttentionSettings(lamb, mass="none"),

@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems send it before they kill: treated as Ctrl-C is."""
+
+
 def suggest(found: str, known: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the nearest known name, else an empty string."""
     near = difflib.get_close_matches(found, list(known), n=1, cutoff=0.6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import tempfile
@@ -18,14 +20,16 @@ from gfml.base.errors import UserError
 def atomic_open(path: str | os.PathLike[str], mode: str = "w", *, newline: str | None = None) -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` and rename it onto ``path`` on success.
 
-    On any error the temporary file is removed and what stood at ``path`` is left as it was.
+    On any error the temporary file is removed and what stood at ``path`` is left as it was; a temporary file of the
+    same name that a killed process left goes too.
     A full disk or a missing permission becomes a :class:`UserError` that names the path.
     """
     path = Path(path)
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        remove_leftovers(path.parent, path.name)
+        handle, temporary = _temporary(path)
         encoding = None if "b" in mode else "utf-8"
         with os.fdopen(handle, mode, encoding=encoding, newline=newline) as stream:
             yield stream
@@ -40,6 +44,25 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "w", *, newline: str |
                 os.unlink(temporary)
 
 
+def _temporary(path: Path) -> tuple[int, str]:
+    """A new file beside ``path``, locked as long as it is open: how :func:`remove_leftovers` knows who lives."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # taken for a leftover before it was locked
+
+
+def remove_leftovers(folder: str | os.PathLike[str], name: str = "*") -> None:
+    """Remove temporary files of ``name``, of any file by default, that no living process is writing."""
+    for path in Path(folder).glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"):
+        with contextlib.suppress(OSError), open(path, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
 def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> UserError:
     """One line for the usual reasons why a file cannot be written."""
     if error.errno == errno.ENOSPC:
@@ -47,7 +70,7 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> UserError:
             f"disk full while writing {path}: free some space and run the same command again; earlier files are intact"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"cannot write {path} ({error.strerror}): give a writable directory with --out")
+        return UserError(f"cannot write {path} ({error.strerror}): give a writable directory, for runs with --out")
     return UserError(f"cannot write {path} ({error.strerror or error}): check the path given with --out")
 
 

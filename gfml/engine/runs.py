@@ -22,8 +22,10 @@ import sys
 import time
 import tomllib
 import traceback
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, Self
@@ -32,9 +34,9 @@ import numpy as np
 import torch
 
 import gfml
-from gfml.base.checkpoints import load_state, save_state
+from gfml.base.checkpoints import load_state, save_state, train_anew
 from gfml.base.errors import UserError
-from gfml.base.files import atomic_open, explain_os_error, write_json
+from gfml.base.files import atomic_open, explain_os_error, remove_leftovers, write_json
 from gfml.base.toml import LOCATION_FLAGS, toml_text
 
 State = Literal["not launched", "running", "incomplete", "done", "failed"]
@@ -61,7 +63,7 @@ def run_state(path: str | os.PathLike[str]) -> State:
     path = Path(path)
     if not (path / "config.toml").is_file():
         return "not launched"
-    if (path / "done").exists():
+    if _is_done(path):
         return "done"
     if _locked(path):
         return "running"
@@ -114,11 +116,16 @@ class Run:
         if overwrite:
             _set_aside(path)
         extended = _compare(path, config, exclude, resume=bool(resume))
-        if (path / "done").exists() and not extended:
+        if _is_done(path) and not extended:
             return cls(path, config, None)
         with _os_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        run = cls(path, config, _take_lock(path))
+        lock = _take_lock(path)
+        try:
+            run = cls(path, config, lock)
+        except BaseException:
+            lock.close()
+            raise
         try:
             # Another process may have finished it since the first look.
             if run.is_done and not extended:
@@ -134,6 +141,7 @@ class Run:
         with _os_errors(self.path):
             for name in ("done", "failed"):
                 (self.path / name).unlink(missing_ok=True)
+            remove_leftovers(self.path)
         with atomic_open(self.path / "config.toml") as stream:
             stream.write(toml_text(self.config))
         sessions = [*self._facts.get("sessions", []), {"command": shlex.join(sys.argv), "started": _now()}]
@@ -149,7 +157,7 @@ class Run:
     @property
     def is_done(self) -> bool:
         """Whether the run had finished; its :attr:`result` then stands and nothing can be written."""
-        return (self.path / "done").exists()
+        return _is_done(self.path)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -157,7 +165,9 @@ class Run:
         return read_result(self.path) if self.is_done else None
 
     def file(self, name: str) -> Path:
-        """The path of a further file in the run directory."""
+        """The path of a further file in the run directory; UserError when an open run's directory was removed."""
+        if self._lock is not None:
+            self._writable()
         return self.path / name
 
     def __enter__(self) -> Self:
@@ -166,11 +176,14 @@ class Run:
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
             error.add_note(f"the run is incomplete; continue it with --resume {shlex.quote(str(self.path))}")
-        if self._lock is not None:
-            # The error under way matters more than one about recording it.
-            with contextlib.suppress(UserError) if error else contextlib.nullcontext():
-                self._record_end(error)
-        self.close()
+        try:
+            if self._lock is not None:
+                # The error under way matters more than one about recording it.
+                with contextlib.suppress(UserError) if error else contextlib.nullcontext():
+                    self._writable()
+                    self._record_end(error)
+        finally:
+            self.close()
 
     def _record_end(self, error: BaseException | None) -> None:
         if isinstance(error, Exception):
@@ -240,6 +253,8 @@ class Run:
     def _writable(self) -> None:
         if self._lock is None:
             raise ValueError(f"the run {self.path} is done, closed or open for reading only")
+        if not (self.path / "config.toml").is_file():
+            raise UserError(f"the run directory {self.path} was removed meanwhile: run the same command again")
 
     # -- checkpoints
 
@@ -277,19 +292,24 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = _read_json(Path(path) / "result.json")
     if found is None:
         raise UserError(f"the run {path} has no result ({run_state(path)}): finish it with --resume {path}")
+    if not isinstance(found, dict) or "selection" not in found:
+        raise UserError(f"{Path(path) / 'result.json'} is no result of a run: delete it and finish the run again")
     return found
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    """The rows of ``metrics.jsonl``, each with an "epoch"; a last line cut short by a crash is left out."""
     file = Path(path) / "metrics.jsonl"
     if not file.exists():
         return []
-    *lines, _rest = file.read_text(encoding="utf-8").split("\n")
     try:
-        return [json.loads(line) for line in lines]
-    except json.JSONDecodeError:
-        raise UserError(f"{file} is damaged: restore it, or start the run anew with --overwrite") from None
+        *lines, _rest = file.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines]
+        if not all(isinstance(row["epoch"], int) for row in rows):
+            raise ValueError("an epoch is no number")
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{file} is damaged: restore it, or {train_anew(Path(path))}") from None
+    return rows
 
 
 def _require_run(path: Path) -> None:
@@ -305,6 +325,11 @@ def _require_run_or_nothing(path: Path) -> None:
         raise UserError(f"{path} is a directory but not a run: give another --run-name or --out")
 
 
+def _is_done(path: Path) -> bool:
+    """Both of its last two files stand. Without its result a run is finished again, from its last checkpoint."""
+    return (path / "done").exists() and (path / "result.json").exists()
+
+
 def _stored_config(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
@@ -318,7 +343,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): restore it or start the run anew with --overwrite") from None
+        raise UserError(f"cannot read {path} ({error}): delete it and run the same command again") from None
 
 
 # -- opening
@@ -355,9 +380,10 @@ def _set_aside(path: Path) -> None:
 
 
 def _take_lock(path: Path) -> IO[str]:
-    """Hold ``.lock`` in the run directory until the file is closed or the process ends."""
+    """Hold ``.lock`` in the run directory until the file is closed or the process ends, whatever it forked."""
     with _os_errors(path / ".lock"):
         lock = open(path / ".lock", "a", encoding="utf-8")
+    os.register_at_fork(after_in_child=partial(_close, weakref.ref(lock)))
     # A state query holds the lock for an instant; only a writer holds it longer.
     for _ in range(5):
         try:
@@ -372,6 +398,12 @@ def _take_lock(path: Path) -> IO[str]:
     raise UserError(f"another process is writing to {path}: wait for it, or give another --run-name or --out")
 
 
+def _close(lock: weakref.ref[IO[str]]) -> None:
+    """In a forked reader process, which would keep the lock of a killed trainer."""
+    if (file := lock()) is not None:
+        file.close()
+
+
 def _locked(path: Path) -> bool:
     try:
         with open(path / ".lock", encoding="utf-8") as lock:
@@ -380,6 +412,8 @@ def _locked(path: Path) -> bool:
         return True
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise UserError(f"cannot read {path / '.lock'} ({error.strerror}): ask its owner to let you") from None
     return False
 
 
@@ -394,6 +428,8 @@ def _os_errors(path: Path) -> Iterator[None]:
 def _checked_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._~+=-]*", name):
         raise UserError(f"found the run name {name!r}, wanted letters, digits and . _ - + = ~ only: mend --run-name")
+    if len(name) > 200:
+        raise UserError(f"found a run name of {len(name)} letters, wanted 200 at most: shorten --run-name")
     return name
 
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gfml.base.checkpoints import damaged, load_state
-from gfml.base.errors import UserError, choice_error
+from gfml.base.errors import Terminated, UserError, choice_error
 from gfml.engine import distributed
 from gfml.engine.runs import Run, rng_state, seed_everything, set_rng_state
 from gfml.engine.tracking import Tracker
@@ -34,6 +37,8 @@ SPLITS = {"val": "valid", "valid": "valid", "test": "test"}
 
 # Longest time that a crash may cost, as far as epochs end that often.
 CHECKPOINT_SECONDS = 120.0
+# After SIGTERM an epoch that should end within so many seconds is finished, so that nothing of it is lost.
+GRACE_SECONDS = 10.0
 
 
 # What stands for a selection when nothing is judged.
@@ -439,10 +444,11 @@ def fit(
     compute = torch.compile(loss_fn) if compile_loss else loss_fn
     first = 0 if fresh and (evaluate_first or epochs == 0) else state.epoch + 1
 
-    with show:
+    with show, _Ending() as ending:
         for epoch in range(first, epochs + 1):
             if state.stopping.should_stop:
                 break
+            ending.epoch_begins()
             row: dict[str, Any] = {"epoch": epoch}
             if epoch > 0:
                 started = time.perf_counter()
@@ -467,10 +473,12 @@ def fit(
                 state.seconds["eval"] += time.perf_counter() - started
             elif select is None and epoch == epochs:
                 better = state.best.offer(epoch, float(epoch))
-            checkpoint = judged or epoch % checkpoint_every == 0 or epoch == epochs
+            checkpoint = judged or epoch % checkpoint_every == 0 or epoch == epochs or ending.asked
             _finish_epoch(state, row, run, select or LAST_EPOCH, better, checkpoint)
             tracker.scalars(epoch, row)
             show.epoch_done(row, judged, better, select or LAST_EPOCH)
+            if ending.asked:
+                raise Terminated
 
     state.best.restore()
     model.eval()
@@ -597,6 +605,8 @@ def _restore_best(state: _Progress, run: Run, select: str) -> None:
         # Stopped between the checkpoint and best.pt, or right after: these very weights are the best.
         run.save_best(state.best.take(select))
         return
+    if not run.file("best.pt").exists():
+        raise damaged(run.file("best.pt"), "it is missing")
     found = run.load_best()
     if (found.get("epoch"), found.get("value")) != (state.best.epoch, state.best.value):
         raise damaged(run.file("best.pt"), f"of epoch {found.get('epoch')}, wanted epoch {state.best.epoch}")
@@ -612,6 +622,42 @@ def load_best(model: nn.Module, run_dir: str | Path) -> dict[str, Any]:
     except (KeyError, RuntimeError) as error:
         raise damaged(path, f"of another model: {str(error).splitlines()[0]}") from error
     return {key: saved[key] for key in ("epoch", "metric", "value", "weights")}
+
+
+class _Ending:
+    """SIGTERM in training: an epoch that should end soon is finished and kept first; a second signal ends at once.
+
+    Only where the signal is handled (:func:`gfml.program.cli.run_main`), and with one process: several would stop at
+    different epochs.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+        self._process, self._begun, self._expected = os.getpid(), math.nan, math.nan
+
+    def epoch_begins(self) -> None:
+        """The epoch to come should take as long as the one before; how long the first takes nobody knows."""
+        now = time.monotonic()
+        self._expected, self._begun = now - self._begun, now
+
+    def __enter__(self) -> _Ending:
+        alone = threading.current_thread() is threading.main_thread() and distributed.world_size() == 1
+        before = signal.getsignal(signal.SIGTERM) if alone else None
+        if callable(before):
+            self._before = before
+            signal.signal(signal.SIGTERM, self._signal)
+        return self
+
+    def _signal(self, number: int, frame: object) -> None:
+        soon = self._begun + self._expected - time.monotonic() <= GRACE_SECONDS
+        if self.asked or not soon or os.getpid() != self._process:
+            self._before(number, frame)
+        self.asked = True
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
 
 
 class _Display:

@@ -140,7 +140,10 @@ def tail_count(top: np.ndarray, tail: np.ndarray) -> np.ndarray:
 
 
 def novelty(top: np.ndarray, popularity: np.ndarray, num_users: int) -> np.ndarray:
-    """Mean of -log2(pop(i) / num_users) over each list, in bits, [n]; pop 0 counts as 1."""
+    """Mean of -log2(pop(i) / num_users) over each list, in bits, [n]; pop 0 counts as 1.
+
+    num_users: those with train interactions, so that an item which all of them have carries 0 bits.
+    """
     return list_mean(top, -np.log2(np.maximum(popularity, 1) / num_users))
 
 
@@ -199,7 +202,7 @@ def list_statistics(
         f"arp@{k}": mean_popularity(top, popularity),
         f"aplt@{k}": tail_share(top, tail),
         f"aclt@{k}": tail_count(top, tail),
-        f"novelty@{k}": novelty(top, popularity, train.shape[0]),
+        f"novelty@{k}": novelty(top, popularity, np.count_nonzero(np.diff(train.indptr))),
         f"popularity_lift@{k}": popularity_lift(top, train, users, popularity),
     }
 

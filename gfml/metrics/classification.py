@@ -101,10 +101,10 @@ def sensitivity(recall: Tensor, counts: np.ndarray) -> Sensitivity:
 
     NaN where the counts are all equal; r also where the recalls are. Classes without recall or examples are left out.
     """
-    counts = torch.as_tensor(np.asarray(counts, np.float64))
+    examples = torch.as_tensor(np.asarray(counts, np.float64))
     y = recall.double().cpu()
-    kept = ~y.isnan() & (counts > 0)
-    x, y = _centred(counts[kept].log()), _centred(y[kept])
+    kept = ~y.isnan() & (examples > 0)
+    x, y = _centred(examples[kept].log()), _centred(y[kept])
     xx, xy, yy = (x * x).sum(), (x * y).sum(), (y * y).sum()
     return Sensitivity(_ratio(xy, xx).item(), _ratio(xy, (xx * yy).sqrt()).item())
 

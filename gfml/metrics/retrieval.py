@@ -61,8 +61,10 @@ def retrieve(
     Raises ValueError when shapes disagree, there is nothing to rank, a K is not positive or an embedding not finite.
     """
     alone = reference is None
-    if alone:
+    if reference is None:
         reference, reference_labels = query, query_labels
+    elif reference_labels is None:
+        raise ValueError("found references without labels, wanted one label for each")
     _check(query, query_labels, reference, reference_labels, ks, alone)
     classes, both = torch.unique(torch.cat([query_labels, reference_labels]), return_inverse=True)
     query_class, reference_class = both[: len(query)], both[len(query) :]
@@ -115,14 +117,9 @@ def by_class(found: Retrieval, query_labels: Tensor | np.ndarray) -> list[dict[s
 
 
 def _check(
-    query: Tensor,
-    query_labels: Tensor,
-    reference: Tensor,
-    reference_labels: Tensor | None,
-    ks: Sequence[int],
-    alone: bool,
+    query: Tensor, query_labels: Tensor, reference: Tensor, reference_labels: Tensor, ks: Sequence[int], alone: bool
 ) -> None:
-    if reference_labels is None or query.ndim != 2 or reference.ndim != 2 or query.shape[1] != reference.shape[1]:
+    if query.ndim != 2 or reference.ndim != 2 or query.shape[1] != reference.shape[1]:
         raise ValueError(
             f"found shapes {tuple(query.shape)} and {tuple(reference.shape)}, wanted [Q, D] and [N, D] with labels"
         )

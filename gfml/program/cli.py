@@ -7,16 +7,20 @@ argument tokens placed before the user's and everything is parsed once, so one p
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import re
 import select
+import signal
 import sys
+import threading
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gfml.base.errors import UserError, suggest
+from gfml.base.errors import Terminated, UserError, suggest
 from gfml.base.toml import UNSAVED
 
 if TYPE_CHECKING:
@@ -327,7 +331,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--threads",
-        type=number(int, least=0),
+        type=number(int, least=0, most=1024),
         default=0,
         metavar="N",
         help="CPU threads; 0 leaves the choice to PyTorch",
@@ -485,18 +489,20 @@ def _reader_is_gone() -> bool:
 
 
 def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call ``main(argv)`` and return the exit code: 0, 2 after a UserError, 130 after Ctrl-C, 141 when stdout is closed.
+    """Call ``main(argv)`` and return the exit code: 0, 2 after what the user can mend, 130 after Ctrl-C, 143 after
+    SIGTERM, 141 when stdout is closed.
 
-    Any other exception keeps its traceback. Use as ``sys.exit(run_main(main))``.
+    The user can mend a UserError, a place that cannot be used, and memory that does not suffice. Any other exception
+    keeps its traceback. Use as ``sys.exit(run_main(main))``.
     """
     # Read when torch is first imported, which main does later: waiting threads sleep instead of spinning, which
     # costs little alone and saves a shared machine (ten times the step time was seen with spinning threads).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        return main(argv) or 0
+        with _sigterm_raises():
+            return main(argv) or 0
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _say(error)
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
@@ -504,5 +510,48 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
     except KeyboardInterrupt as interrupt:
         # The run directory, if one was open, left a note that says how to go on.
         note = "; ".join(getattr(interrupt, "__notes__", ())) or "run the same command again to continue"
-        print(f"interrupted: {note}", file=sys.stderr)
-        return 130
+        ended = isinstance(interrupt, Terminated)
+        print(f"{'terminated' if ended else 'interrupted'}: {note}", file=sys.stderr)
+        return 143 if ended else 130
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (message := _mendable(error)) is None:
+            raise
+        return _say(message)
+
+
+def _say(error: object) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to tell the user of an error that is no fault of the program; None for others."""
+    if isinstance(error, OSError):
+        places = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+        if error.filename is not None and error.errno in places:
+            name = str(error.filename)
+            shown = name if len(name) <= 120 else f"{name[:100]}... ({len(name)} letters)"
+            return f"cannot use {shown} ({error.strerror}): give another place, or the right to use this one"
+    elif isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|Unable to alloc", str(error)):
+        return f"the memory does not suffice ({str(error).splitlines()[0][:120]}): give smaller widths, batches or data"
+    return None
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises :class:`Terminated` in this process, unless somebody else has a use for it."""
+    main_process = os.getpid()
+
+    def end(number: int, frame: object) -> None:
+        if os.getpid() != main_process:
+            os._exit(128 + number)
+        raise Terminated
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import torch
 import recsys.experiment as experiment
 import recsys.results as results
 from gfml.base.checkpoints import load_state
-from gfml.engine.runs import read_metrics, read_result
+from gfml.engine.runs import read_metrics, read_result, run_state
 from gfml.program.cli import run_main
 from recsys.main import main
 from recsys.options import DEMO_DEFAULTS, LOSSES, MODELS, build_parser, parse
@@ -428,7 +430,47 @@ def test_a_corrupted_checkpoint(train, fail, tmp_path, monkeypatch, damage):
     checkpoint = tmp_path / "run" / "last.pt"
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     line = fail(main, "--resume", str(tmp_path / "run"))
-    assert "last.pt" in line and "--overwrite" in line
+    assert "last.pt" in line and "delete it and run the same command again" in line
+    checkpoint.unlink()
+    assert run_main(main, ["--resume", str(tmp_path / "run")]) == 0 and run_state(tmp_path / "run") == "done"
+
+
+@pytest.mark.parametrize("name", ["best.pt", "final.pt"])
+def test_advice_about_lost_weights_works(train, fail, tmp_path, name, monkeypatch):
+    """Of a run at work (best.pt) and of one that is done: damaged, then deleted; both times the line says what helps."""
+    if name == "best.pt":
+        with monkeypatch.context() as patch:
+            stop_at_evaluation(patch, 4)
+            with pytest.raises(AssertionError):
+                train(tmp_path, "run", "--epochs", "5", "--lr", "0.0001")
+        words = ["--resume", str(tmp_path / "run")]
+    else:
+        train(tmp_path, "run")
+        words = [
+            "--config",
+            str(tmp_path / "run" / "config.toml"),
+            "--out",
+            str(tmp_path),
+            "--run-name",
+            "run",
+            "--eval-only",
+        ]
+    file = tmp_path / "run" / name
+    if name == "best.pt":
+        # Weights that are the best of an earlier epoch than the last, which alone cannot be made again.
+        state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+        state["state"]["best"]["epoch"] -= 1
+        torch.save(state, tmp_path / "run" / "last.pt")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    first = fail(main, *words)
+    file.unlink()
+    lines = [first, fail(main, *words)]
+    assert "checksum" in lines[0] and "missing" in lines[1] and all(name in line for line in lines)
+    advice = [re.search("train anew with (.*), which keeps", line)[1] for line in lines]
+    assert advice[0] == advice[1] and run_main(main, shlex.split(advice[0])) == 0
+    assert run_state(tmp_path / "run") == "done" and (tmp_path / "run~1").exists()
 
 
 def test_overwrite_keeps_the_earlier_run(train, tmp_path):

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from gfml.base import checkpoints
+from gfml.base import checkpoints, files
 from gfml.base.errors import UserError
 from gfml.engine import runs
 from gfml.engine.runs import Run, run_id, run_state
@@ -306,7 +308,118 @@ def test_damaged_checkpoints(tmp_path, damage):
             path.write_bytes(changed[damage])
         with pytest.raises(UserError) as error:
             run.load_checkpoint()
-        assert str(path) in one_line(error) and "delete it or give --overwrite" in one_line(error)
+        assert str(path) in one_line(error) and "delete it and run the same command again" in one_line(error)
+
+
+def flipped(path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def test_one_flipped_bit_in_a_checkpoint_is_told(tmp_path):
+    """Of a weight, where torch.load alone notices nothing."""
+    with open_run(tmp_path) as run:
+        weights = torch.arange(1000.0)
+        run.checkpoint({"weights": weights})
+        path = run.path / "last.pt"
+        place = path.read_bytes().index(weights.numpy().tobytes()[:400])
+        for offset in (0, 1234, 3999):
+            flipped(path, place + offset)
+            assert not torch.equal(torch.load(path)["state"]["weights"], weights)
+            with pytest.raises(UserError, match="last.pt .*does not have its checksum.*delete it") as error:
+                run.load_checkpoint()
+            one_line(error)
+            flipped(path, place + offset)
+        assert torch.equal(run.load_checkpoint()["weights"], weights)
+
+
+def test_advice_about_damaged_files_names_what_helps(tmp_path):
+    """last.pt may be deleted; of others the run's own flags are given again, in its place."""
+    path = finished(tmp_path)
+    for name in ("best.pt", "final.pt"):
+        told = str(checkpoints.damaged(path / name, "why"))
+        assert f"--config {path / 'config.toml'} --out {tmp_path} --run-name {path.name} --overwrite" in told
+    with pytest.raises(UserError, match="final.pt .it is missing.*--overwrite"):
+        checkpoints.load_state(path / "final.pt")  # training again would only show the result
+    inner = path / "refit-3"
+    assert f"delete {inner} and run" in str(checkpoints.damaged(inner / "best.pt", "why"))
+    assert "give another file" in str(checkpoints.damaged(tmp_path / "weights.pt", "why"))
+
+
+def test_a_removed_run_directory_stays_removed(tmp_path):
+    """The failure creates nothing in its place, and the same command starts anew."""
+    for write in (lambda run: run.log({"epoch": 1}), lambda run: run.checkpoint({}), lambda run: run.file("final.pt")):
+        with pytest.raises(UserError, match="was removed meanwhile: run the same command again"):
+            with open_run(tmp_path) as run:
+                shutil.rmtree(run.path)
+                write(run)
+        assert not run.path.exists()
+    with pytest.raises(RuntimeError, match="broke"), open_run(tmp_path) as run:
+        shutil.rmtree(run.path)
+        raise RuntimeError("broke")
+    assert not run.path.exists()
+    finished(tmp_path)
+
+
+def test_a_done_run_without_its_result_is_finished_again(tmp_path):
+    path = finished(tmp_path)
+    (path / "result.json").write_text("{}")
+    with pytest.raises(UserError, match="result.json is no result.*delete it and finish the run again"):
+        runs.read_result(path)
+    (path / "result.json").unlink()
+    assert run_state(path) == "incomplete"
+    with pytest.raises(UserError, match=f"no result .incomplete.*--resume {path}"):
+        runs.read_result(path)
+    with open_run(tmp_path, resume=path) as run:
+        assert not run.is_done
+        run.finish(RESULT)
+    assert runs.read_result(path) == RESULT
+
+
+def test_what_killed_processes_left_goes_at_the_next_start(tmp_path):
+    """Their temporary files go, those of a process at work stay; and a forked reader holds no lock."""
+    code = """
+import os, signal, sys
+from gfml.base.files import atomic_open
+from gfml.engine.runs import Run
+run = Run.open(sys.argv[1], "demo", {"seed": 1}, name="mine")
+reader = os.fork()
+if reader == 0:
+    signal.pause()
+with atomic_open(run.path / "last.pt") as stream:
+    stream.write("half")
+    stream.flush()
+    print(reader, flush=True)
+    signal.pause()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    reader = int(process.stdout.readline())
+    path = tmp_path / "mine"
+    try:
+        files.remove_leftovers(path)
+        assert len(list(path.glob(".last.pt.*.tmp"))) == 1 and run_state(path) == "running"
+        process.kill()
+        process.wait()
+        os.kill(reader, 0)  # still there
+        with Run.open(tmp_path, "demo", {"seed": 1}, name="mine"):
+            assert not list(path.glob(".*.tmp"))
+    finally:
+        process.kill()
+        os.kill(reader, signal.SIGKILL)
+
+
+def test_damaged_metrics_are_told(tmp_path):
+    path = finished(tmp_path)
+    for content in (b"\xff\xfe{}\n", b"[1]\n", b'{"loss": 1}\n', b"{\n"):
+        (path / "metrics.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match="metrics.jsonl is damaged.*--overwrite"):
+            runs.read_metrics(path)
+
+
+def test_a_name_that_no_file_may_have(tmp_path):
+    with pytest.raises(UserError, match="a run name of 300 letters, wanted 200 at most"):
+        open_run(tmp_path, name="x" * 300)
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gfml.engine import train
 from gfml.engine.runs import Run, run_state, seed_everything
 from gfml.engine.tracking import Tracker
 from gfml.engine.train import BestKeeper, EarlyStopping, TermMeans, WeightAverage, fit, plain_step
+from gfml.program.cli import run_main
 
 CONFIG = {"seed": 0}
 
@@ -587,8 +589,49 @@ def test_lost_or_foreign_best_weights_are_told(tmp_path):
         with pytest.raises(UserError, match="best.pt.*of epoch 2, wanted epoch 1"):
             Problem().fit(run, 3)
         best.unlink()
-        with pytest.raises(UserError, match="there is no .*best.pt"):
+        with pytest.raises(UserError, match="best.pt.*it is missing.*--overwrite"):
             Problem().fit(run, 3)
+
+
+def test_sigterm_keeps_the_epoch_it_came_in(tmp_path, capsys, monkeypatch):
+    """Of short epochs: the run then goes on as if nothing had been. A second signal, or a long epoch, ends at once."""
+
+    whole = Problem()
+    with open_run(tmp_path, "whole") as expected:
+        whole.fit(expected, 6, eval_every=6)
+
+    def stopped(name: str, *, times: int, first: int) -> Run:
+        """A run that gets SIGTERM in its third epoch."""
+
+        class Stopped(Problem):
+            def loss(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+                if self.calls == 3 * first + 1:
+                    for _ in range(times):
+                        signal.raise_signal(signal.SIGTERM)
+                return super().loss(batch)
+
+        def main(argv: object) -> None:
+            with open_run(tmp_path, name) as run:
+                Stopped().fit(run, 6, eval_every=6)
+
+        assert run_main(main) == 143 and run_state(tmp_path / name) == "incomplete"
+        assert (
+            f"terminated: the run is incomplete; continue it with --resume {tmp_path / name}" in capsys.readouterr().err
+        )
+        return open_run(tmp_path, name)
+
+    with stopped("once", times=1, first=2) as run:
+        assert run.load_checkpoint()["epoch"] == 3
+        Problem().fit(run, 6, eval_every=6)
+    equal_files(expected, run)
+    with stopped("twice", times=2, first=2) as run:
+        assert run.load_checkpoint() is None
+    with stopped("early", times=1, first=0) as run:
+        assert run.load_checkpoint() is None
+    monkeypatch.setattr(train, "GRACE_SECONDS", -1e9)
+    with stopped("long", times=1, first=2) as run:
+        assert run.load_checkpoint() is None
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_tensorboard_shows_each_epoch_once(tmp_path):

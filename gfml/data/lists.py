@@ -1,0 +1,293 @@
+"""Recommendation lists in the forms that frameworks write, as tables, and back.
+
+    tsv, csv   user, item and score or rank, with a header; without one, user, item, score (Elliot's form)
+    trec       query Q0 document rank score run, separated by blanks, no header
+    recbole    the header carries types: user_id:token item_id:token score:float
+    warprec    user_id, item_id, rating
+    mmrec      one row a user: id, top_0, top_1, ... (MMRec's and Mirror-Gradient's saved recommendations)
+    parquet    the columns of tsv
+
+A rank counts before a score. Ids stay text as written ("07" is not "7"). Nothing is dropped here without a note.
+Truth and train are read by :func:`read_pairs`: the same tables, .inter files, TREC qrels, adjacency lists.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open
+from gfml.data import readers
+
+FORMS = ("tsv", "csv", "trec", "recbole", "elliot", "warprec", "parquet")
+SCORE_NAMES = ("score", "scores", "prediction", "rating", "ratings", "relevance", "sim")
+RANK_NAMES = ("rank", "position", "pos")
+_COLUMNS = {
+    "tsv": ("user", "item", "rank", "score"),
+    "csv": ("user", "item", "rank", "score"),
+    "parquet": ("user", "item", "rank", "score"),
+    "recbole": ("user_id:token", "item_id:token", "score:float"),
+    "warprec": ("user_id", "item_id", "rating"),
+    "elliot": None,
+    "trec": None,
+}
+
+
+@dataclass(frozen=True)
+class ListTable:
+    """One row per recommended item, in the file's order.
+
+    users, items: text ids. ranks, scores: float64 (NaN where a cell is empty), or None where there are none.
+    notes: what reading found and how it was treated, {"rows without a score left out": 3}.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    ranks: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, chosen: np.ndarray) -> ListTable:
+        """The rows that a mask or an index selects."""
+        ranks, scores = (None if column is None else column[chosen] for column in (self.ranks, self.scores))
+        return replace(self, users=self.users[chosen], items=self.items[chosen], ranks=ranks, scores=scores)
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Users, items (text) and ratings (float64, ones where the file has none) of train or truth, each pair once."""
+
+    users: np.ndarray
+    items: np.ndarray
+    ratings: np.ndarray
+    rated: bool
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+def read_lists(path: str | os.PathLike[str]) -> ListTable:
+    """The lists of a file in any of the forms, recognised by its columns; gzip or not.
+
+    Rows with an empty or NaN score (and no rank) are left out; where some rows of a file with ranks have none, they
+    follow the user's ranked ones. Errors: UserError with the columns found.
+    """
+    path = Path(path)
+    frame, header = _frame(path)
+    names = [name.lower() for name in frame.columns] if header else []
+    if len(names) > 1 and names[1] == "top_0":
+        return _wide(frame)
+    if not header and frame.shape[1] == 6:
+        chosen = {"user": 0, "item": 2, "rank": 3, "score": 4}
+    else:
+        chosen = _columns(path, names, frame.shape[1], {"rank": RANK_NAMES, "score": SCORE_NAMES}, bare="score")
+    column = {role: frame.iloc[:, place] for role, place in chosen.items()}
+    ranks, scores = (_numbers(column[role], path, 1 + header) if role in column else None for role in ("rank", "score"))
+    return _noted(ListTable(_ids(column["user"], path), _ids(column["item"], path), ranks, scores))
+
+
+def read_pairs(path: str | os.PathLike[str]) -> PairTable:
+    """Train or truth: a table with user, item and maybe rating, TREC qrels, or adjacency lists ("user item item ...").
+
+    A pair that is there twice counts once, with its first rating, and is noted.
+    """
+    path = Path(path)
+    frame, header = _frame(path)
+    names = [name.lower() for name in frame.columns] if header else []
+    wide = frame.shape[1]
+    if not header and wide == 4 and frame.iloc[:, 1].isin(["0", "Q0"]).all():
+        chosen = {"user": 0, "item": 2, "rating": 3}
+    elif not header and ((path.name.endswith(".txt") and frame.iloc[:, -1].eq("").any()) or wide > 5):
+        return _adjacency(frame)
+    else:
+        chosen = _columns(path, names, wide, {"rating": SCORE_NAMES}, bare="rating")
+    users, items = (_ids(frame.iloc[:, chosen[role]], path) for role in ("user", "item"))
+    rated = "rating" in chosen
+    ratings = _numbers(frame.iloc[:, chosen["rating"]], path, 1 + header) if rated else np.ones(len(users))
+    if np.isnan(ratings).any():
+        row = int(np.flatnonzero(np.isnan(ratings))[0])
+        raise UserError(
+            f"{path}, line {row + 1 + header}: found no rating, wanted a number: write it or drop the column"
+        )
+    return _once(PairTable(users, items, ratings, rated))
+
+
+def _once(table: PairTable) -> PairTable:
+    import pandas as pd
+
+    again = pd.DataFrame({"user": table.users, "item": table.items}).duplicated().to_numpy()
+    if not again.any():
+        return table
+    parts = {name: getattr(table, name)[~again] for name in ("users", "items", "ratings")}
+    return replace(table, **parts, notes={"repeated pairs, counted once": int(again.sum())})
+
+
+def _adjacency(frame: Any) -> PairTable:
+    cells = frame.to_numpy()
+    rows, columns = np.nonzero(cells[:, 1:] != "")
+    users, items = cells[rows, 0].astype(str), cells[rows, columns + 1].astype(str)
+    return _once(PairTable(users, items, np.ones(len(users)), rated=False))
+
+
+def _frame(path: Path) -> tuple[Any, bool]:
+    """The cells as text (Parquet: as text of its values), and whether the first line names the columns."""
+    import pandas as pd
+
+    if ".parquet" in path.suffixes:
+        return _parquet(path), True
+    raw = readers.read_bytes(path)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: write it as UTF-8, or as Parquet") from None
+    head = text.split("\n", 1)[0].strip("\r")
+    separator = next((mark for mark in ("\t", ",", ";") if mark in head), r"\s+")
+    cells = [cell.strip().strip('"') for cell in (head.split(separator) if separator != r"\s+" else head.split())]
+    named = {cell.split(":")[0].lower() for cell in cells}
+    # One long name is enough; "u" and "i" may be ids, unless they stand side by side.
+    usual = {name for name in (*readers.USER_NAMES, *readers.ITEM_NAMES, "top_0") if len(name) > 1}
+    header = bool(named & usual) or {"u", "i"} <= named
+    width = max(len(line.split(separator if separator != r"\s+" else None)) for line in text.splitlines() or [""])
+    names = [cell.split(":")[0] for cell in cells] if header else list(map(str, range(width)))
+    try:
+        frame = pd.read_csv(io.StringIO(text), sep=separator, header=None, names=names, skiprows=int(header), dtype=str,
+                            keep_default_na=False, engine="python" if separator == r"\s+" else "c")  # fmt: skip
+    except (pd.errors.ParserError, ValueError) as error:
+        raise UserError(f"{path} is no readable table ({' '.join(str(error).split())[:160]}): correct it") from error
+    if not len(frame) or frame.shape[1] < 2:
+        raise UserError(f"{path}: found {len(frame)} rows of {frame.shape[1]} columns, wanted at least user and item")
+    return frame.fillna(""), header
+
+
+def _parquet(path: Path) -> Any:
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: check the path") from None
+    except Exception as error:  # pyarrow's errors share no base with pandas'
+        raise UserError(f"{path} is no readable Parquet file ({type(error).__name__}): write it again") from error
+    return frame.astype(object).where(frame.notna(), "").map(lambda cell: cell if isinstance(cell, str) else f"{cell}")
+
+
+def _columns(
+    path: Path, names: list[str], width: int, optional: dict[str, tuple[str, ...]], *, bare: str
+) -> dict[str, int]:
+    """Where each role's column is: by usual names, or user, item and ``bare`` in this order where there is no header."""
+    if not names:
+        return {role: place for place, role in enumerate(("user", "item", bare)[:width])}
+    wanted = {"user": readers.USER_NAMES, "item": readers.ITEM_NAMES, **optional}
+    found = {role: next((names.index(n) for n in usual if n in names), None) for role, usual in wanted.items()}
+    for role in ("user", "item"):
+        if found[role] is None:
+            raise UserError(f"{path} has no {role} column: found {', '.join(names)}; call it {role}")
+    return {role: place for role, place in found.items() if place is not None}
+
+
+def _wide(frame: Any) -> ListTable:
+    """MMRec's file: a user's items side by side, best first."""
+    cells = frame.to_numpy().astype(str)
+    count = cells.shape[1] - 1
+    ranks = np.tile(np.arange(1.0, count + 1), len(cells))
+    return ListTable(np.repeat(cells[:, 0], count), cells[:, 1:].reshape(-1), ranks)
+
+
+def _ids(column: Any, path: Path) -> np.ndarray:
+    ids = column.str.strip().to_numpy().astype(str)
+    if (ids == "").any():
+        row = int(np.flatnonzero(ids == "")[0])
+        raise UserError(f"{path}, row {row + 1}: found an empty id, wanted a user and an item: correct or remove it")
+    return ids
+
+
+def _numbers(column: Any, path: Path, first_line: int) -> np.ndarray:
+    """float64, NaN for an empty cell; anything else that is no number is an error that names the line."""
+    import pandas as pd
+
+    value = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    empty = column.str.strip().str.lower().isin(["", "nan", "na", "none", "null"]).to_numpy()
+    odd = np.flatnonzero(np.isnan(value) & ~empty)
+    if len(odd):
+        row = int(odd[0])
+        raise UserError(f"{path}, line {first_line + row}: found {column.iloc[row]!r}, wanted a number: correct it")
+    return value
+
+
+def _noted(table: ListTable) -> ListTable:
+    if table.ranks is not None:
+        missing = int(np.isnan(table.ranks).sum())
+        return replace(
+            table, notes={"rows without a rank, put behind the user's ranked ones": missing} if missing else {}
+        )
+    if table.scores is not None and np.isnan(table.scores).any():
+        keep = ~np.isnan(table.scores)
+        return replace(table.take(keep), notes={"rows with an empty or NaN score, left out": int((~keep).sum())})
+    return table
+
+
+def ordered(table: ListTable) -> tuple[ListTable, np.ndarray]:
+    """The rows by user (first appearance) and place, and each row's 0-based place in its list.
+
+    By rank where there are ranks, then by score descending, then in the file's order. Notes count tied scores and
+    repeated ranks.
+    """
+    _, first, user = np.unique(table.users, return_index=True, return_inverse=True)
+    user = np.argsort(np.argsort(first))[user]
+    score = np.zeros(len(table)) if table.scores is None else -np.nan_to_num(table.scores, nan=-np.inf)
+    rank = np.zeros(len(table)) if table.ranks is None else np.nan_to_num(table.ranks, nan=np.inf)
+    order = np.lexsort((np.arange(len(table)), score, rank, user))
+    same = np.diff(user[order]) == 0
+    notes = dict(table.notes)
+    if table.ranks is not None:
+        again = same & (np.diff(rank[order]) == 0) & np.isfinite(rank[order][1:])
+        if again.any():
+            notes["ranks that a user has twice, ordered by score, then as in the file"] = int(again.sum())
+    elif table.scores is not None:
+        tied = same & (np.diff(score[order]) == 0)
+        if tied.any():
+            notes["tied scores, ordered as in the file"] = int(tied.sum())
+    starts = np.flatnonzero(np.concatenate([[True], ~same])) if len(table) else np.empty(0, np.int64)
+    lengths = np.diff(np.append(starts, len(table)))
+    return replace(table.take(order), notes=notes), np.arange(len(table)) - np.repeat(starts, lengths)
+
+
+def write_lists(
+    path: str | os.PathLike[str],
+    form: str,
+    users: Sequence[Any],
+    items: np.ndarray,
+    item_names: np.ndarray | None = None,
+) -> None:
+    """Lists in the form of another framework; where the form wants a score it is minus the rank, so that none are tied.
+
+    Shape: users [n], items int [n, K] best first, -1 for no item. Scores descend by one and are above 0, as programs that
+    give unlisted items the score 0 need it. Errors: UserError for an unknown form.
+    """
+    import pandas as pd
+
+    if form not in FORMS:
+        raise UserError(f"found the list form {form!r}, wanted one of {', '.join(FORMS)}")
+    rows, ranks = np.nonzero(items >= 0)
+    named = items[rows, ranks] if item_names is None else np.asarray(item_names)[items[rows, ranks]]
+    who, score = np.asarray(users)[rows], (items.shape[1] - ranks).astype(float)
+    if form == "trec":
+        frame = pd.DataFrame({"q": who, "q0": "Q0", "d": named, "rank": ranks + 1, "score": score, "run": "gfml"})
+    elif len(_COLUMNS[form] or ()) == 4:
+        frame = pd.DataFrame(dict(zip(_COLUMNS[form], (who, named, ranks + 1, score), strict=True)))
+    else:
+        frame = pd.DataFrame(dict(zip(_COLUMNS[form] or ("user", "item", "score"), (who, named, score), strict=True)))
+    with atomic_open(path, "wb") as stream:
+        if form == "parquet":
+            frame.to_parquet(stream, index=False)
+        else:
+            separator = {"csv": ",", "trec": " "}.get(form, "\t")
+            frame.to_csv(stream, sep=separator, index=False, header=form not in ("elliot", "trec"))

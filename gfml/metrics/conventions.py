@@ -1,0 +1,556 @@
+"""What others' numbers mean: the same lists judged by the definitions of other frameworks.
+
+Every function takes a :class:`Case` (lists, truth, train) and gives :class:`Figures`: one value a user, NaN for users who
+are not counted there, and figures of all lists together. T is a user's truth, L his list, K the cut-off; names are those
+of ``gfml.metrics.ranking`` where the idea is the same, others in the framework's own spelling. docs/metrics.md has the
+table, the versions and what each gives on one example.
+
+    recbole    RecBole 1.2.1: all T; ratings ignored; empty slots of a short list are its padding item
+    warprec    WarpRec 2.2.8: users and items of train alone; unlisted items score 0 and fill short lists
+    elliot     Elliot 0.3.1: users with T and L; gain 2^(r+1-t)-1; "MAP" is the mean of precision@1..K
+    rectools   RecTools 0.19.0: all T; NDCG against K hits for everybody; MAP over T
+    cornac     Cornac 3.0.1: known users and items; MAP and MRR over the whole ranking
+    mmrec      MMRec: users of train with T
+    lightgcn   LightGCN-PyTorch: all T
+    trec       trec_eval (pytrec-eval-terrier 0.5.11): users with T and L; by score, ties by item name; RR without cut-off
+
+All were written from their definitions and compared with what the packages answer; no code is theirs. WarpRec's means are
+taken in single precision, as it takes them: they differ from exact ones in the seventh digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from gfml.base.errors import choice_error
+from gfml.metrics.beyond import exposure_counts, list_mean, mass_head
+from gfml.metrics.ranking import (
+    average_precision,
+    find_places,
+    graded_ndcg,
+    hit,
+    list_gains,
+    means,
+    mrr,
+    ndcg,
+    precision,
+    recall,
+    with_gains,
+)
+
+Values = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is judged; rows are users, columns items, of everything that occurs anywhere.
+
+    top: int64 [U, L], best first, -1 for no item. truth, train: CSR [U, I]; truth's data are ratings, or ones.
+    scores: float64 [U, L] of the lists, where they have any. user_names, item_names: text [U], [I], where they have any.
+    ranking: int64 [U, I], all items best first and -1 for those left out, where the model that made the lists is at hand.
+    appeared: int64 [I], the place of each item in order of first appearance in train, then truth; None: by id.
+    """
+
+    top: np.ndarray
+    truth: sp.csr_array
+    train: sp.csr_array
+    scores: np.ndarray | None = None
+    item_names: np.ndarray | None = None
+    ranking: np.ndarray | None = None
+    appeared: np.ndarray | None = None
+
+    @property
+    def num_users(self) -> int:
+        return self.truth.shape[0]
+
+    @property
+    def num_items(self) -> int:
+        return self.truth.shape[1]
+
+    @cached_property
+    def places(self) -> np.ndarray:
+        """Where each listed item is in ``truth.data``; -1 for a miss, int64 [U, L]."""
+        return find_places(self.top, self.truth)
+
+    @cached_property
+    def hits(self) -> np.ndarray:
+        return self.places >= 0
+
+    @cached_property
+    def num_relevant(self) -> np.ndarray:
+        return np.diff(self.truth.indptr)
+
+    @cached_property
+    def listed(self) -> np.ndarray:
+        """bool [U]: the user has a list."""
+        return (self.top >= 0).any(axis=1)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return (self.top >= 0).sum(axis=1)
+
+    @cached_property
+    def popularity(self) -> np.ndarray:
+        """Train interactions of each item, int64 [I]."""
+        return np.bincount(self.train.indices, minlength=self.num_items)
+
+    @cached_property
+    def active(self) -> np.ndarray:
+        """bool [U]: the user has train interactions."""
+        return np.diff(self.train.indptr) > 0
+
+    def with_truth(self, keep: np.ndarray) -> Case:
+        """Only the truth entries that ``keep`` (bool [nnz]) selects."""
+        rows = np.repeat(np.arange(self.num_users), np.diff(self.truth.indptr))[keep]
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=self.num_users))])
+        return replace(
+            self, truth=sp.csr_array((self.truth.data[keep], self.truth.indices[keep], indptr), shape=self.truth.shape)
+        )
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a convention gives: per_user {"ndcg@10": float64 [U]}, NaN for users it does not count; totals of all lists.
+
+    single: bool [U], the rows over which means are taken in single precision; None for exact means.
+    """
+
+    per_user: Values
+    totals: dict[str, float] = field(default_factory=dict)
+    single: np.ndarray | None = None
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Means over the users that are counted, and the totals; without those that are undefined."""
+        totals = {name: value for name, value in self.totals.items() if value == value}
+        if self.single is None:
+            return means(self.per_user) | totals
+        rows = {name: torch.from_numpy(value[self.single].astype(np.float32)) for name, value in self.per_user.items()}
+        found = {name: float(torch.nanmean(value)) for name, value in rows.items()}
+        return {name: value for name, value in found.items() if value == value} | totals
+
+
+def judge_as(name: str, case: Case, ks: Sequence[int]) -> Figures:
+    """The figures of a convention by its name. UserError for an unknown one."""
+    if name not in CONVENTIONS:
+        raise choice_error("convention", name, CONVENTIONS)
+    if not case.truth.has_sorted_indices:
+        case = replace(case, truth=case.truth.sorted_indices())
+    return CONVENTIONS[name](case, ks)
+
+
+# -- the conventions
+
+
+def recbole(case: Case, ks: Sequence[int], *, matrix: bool = False) -> Figures:
+    """RecBole's evaluator on given lists; empty slots hold its padding item, which has a column and cannot hit.
+
+    Users: all with T. Ratings are ignored. Catalogue: all items and the padding, so coverage is over I + 1.
+    matrix: the lists stand in a score matrix whose other entries, and train's, are -inf, as when a model ranks: torch.topk
+    then fills short lists with such items, in its own order, and they can hit.
+    shannonentropy is in nats over the number of distinct items, tailpercentage the share of slots in the least
+    popular tenth of train's items (ties by lower id).
+    """
+    if matrix:
+        case = replace(case, top=_filled_by_topk(case, max(ks)))
+    values, totals, users = {}, {}, case.num_relevant > 0
+    pad, size = case.num_items, case.num_items + 1
+    counted = np.append(case.popularity, 0)
+    known = np.flatnonzero(case.popularity)
+    tail = np.zeros(size, dtype=bool)
+    tail[known[np.argsort(case.popularity[known], kind="stable")][: max(1, int(len(known) * 0.1))]] = True
+    for k in ks:
+        values |= _binary(case, k)
+        slots = _padded(case.top, k, pad)
+        values |= {f"arp@{k}": counted[slots].mean(axis=1), f"tailpercentage@{k}": tail[slots].mean(axis=1)}
+        exposure = np.bincount(slots[users].ravel(), minlength=size)
+        totals |= {
+            f"coverage@{k}": np.count_nonzero(exposure) / size,
+            f"gini@{k}": _gini(exposure, size),
+            f"shannonentropy@{k}": _entropy(exposure) / max(1, np.count_nonzero(exposure)),
+        }
+    return Figures(_only(values, users), totals)
+
+
+def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
+    """Elliot's evaluator. Users: those with a list and a test item rated ``threshold`` or more, which alone is relevant.
+
+    ndcg has the gain 2^(r + 1 - threshold) - 1 of the ratings, nDCGRendle2020 is binary. "map" is the mean of precision@n
+    over n = 1..K and no average precision; "mar" the same of recall. gini is 1 - Gini: high is even. coverage counts
+    items, entropy is in bits. Tail: items beyond the fewest most popular that hold 80 % of train. An item unknown to
+    train is most novel, and its popularity is undefined: ``arp`` is NaN for such a list, where Elliot itself stops.
+    """
+    case = case.with_truth(case.truth.data >= threshold)
+    users = (case.num_relevant > 0) & case.listed
+    # Lists of users without any rated item are no part of the recommendations.
+    values, totals = {}, {}
+    gains = with_gains(_shifted(case.truth, threshold), "exp1")
+    found = list_gains(case.places, gains)
+    tail = (case.popularity > 0) & ~mass_head(case.popularity)
+    unknown = np.where(case.popularity > 0, case.popularity, np.nan)
+    users_of_train = np.count_nonzero(case.active)
+    novelty = {"epc": 1 - np.where(case.popularity > 0, case.popularity, 0) / max(1, users_of_train),
+               "efd": _information(case.popularity)}  # fmt: skip
+    for k in ks:
+        values |= _binary(case, k) | {f"ndcg@{k}": graded_ndcg(found, gains, k)}
+        values[f"nDCGRendle2020@{k}"] = ndcg(case.hits, case.num_relevant, k)
+        running = _cumulated(case.hits, k)
+        values[f"map@{k}"] = (running / np.arange(1, k + 1)).mean(axis=1)
+        values[f"mar@{k}"] = running.mean(axis=1) / np.maximum(case.num_relevant, 1)
+        top = case.top[:, :k]
+        taken = np.maximum(1, (top >= 0).sum(axis=1))
+        in_tail = ((top >= 0) & tail[top]).sum(axis=1)
+        values |= {f"aclt@{k}": in_tail.astype(float), f"aplt@{k}": in_tail / taken,
+                   f"arp@{k}": np.where(top >= 0, unknown[top], 0).sum(axis=1) / taken}  # fmt: skip
+        values |= {f"{name}@{k}": _discounted_hits(case, table, k) for name, table in novelty.items()}
+        exposure = exposure_counts(top[users], case.num_items)
+        known_items = np.count_nonzero(case.popularity)
+        totals |= {f"coverage@{k}": float(np.count_nonzero(exposure)), f"gini@{k}": 1 - _gini(exposure, known_items, known_items - 1),
+                   f"entropy@{k}": _list_entropy(top[users], exposure)}  # fmt: skip
+    return Figures(_only(values, users), totals)
+
+
+def warprec(case: Case, ks: Sequence[int], *, seed: int = 42) -> Figures:
+    """WarpRec's evaluator on a list file. Users: those of train with a known test item.
+
+    Users and items that train lacks are dropped from truth and lists. Train pairs are never recommended, so a test pair
+    that is in train is a sure miss. Unlisted items score 0 (above listed ones with negative scores) and fill up short
+    lists; equal scores are ordered by a hash of ``seed``, user and item. ndcg has the gain 2^(r+1)-1, map min(T, K).
+    """
+    known = case.popularity > 0
+    case = case.with_truth(known[case.truth.indices] & np.repeat(case.active, case.num_relevant))
+    case = replace(case, top=_warprec_lists(case, max(ks), seed), scores=None)
+    values, totals, users = {}, {}, case.num_relevant > 0
+    tail = known & ~mass_head(case.popularity)
+    popular = torch.from_numpy(np.maximum(case.popularity, 1)).float()
+    tables = {"epc": 1 - popular / max(1, int(case.active.sum())), "efd": -torch.log2(popular / case.train.nnz)}
+    for k in ks:
+        top = case.top[:, :k]
+        values |= _binary(case, k) | _warprec_ndcg(case, k) | _warprec_novelty(case, tables, k)
+        in_tail = ((top >= 0) & tail[top]).sum(axis=1)
+        values |= {f"aclt@{k}": in_tail.astype(float), f"aplt@{k}": in_tail / k,
+                   f"arp@{k}": list_mean(top, np.maximum(case.popularity, 1).astype(float))}  # fmt: skip
+        exposure = torch.from_numpy(exposure_counts(top[users], case.num_items)[known]).float()
+        totals |= _warprec_exposure(exposure, k)
+    return Figures(_only(values, users), totals, case.active)
+
+
+def rectools(case: Case, ks: Sequence[int], *, achievable: bool = False, divide_by_k: bool = False) -> Figures:
+    """RecTools' ``calc_metrics``. Users: all with T; coverage, arp, novelty: all lists.
+
+    ndcg divides by the DCG of K hits for everybody (achievable: of min(T, K), its ``divide_by_achievable``), map by T
+    (divide_by_k: by K). coverage is a number of items; novelty divides by the users of train. serendipity weighs a hit by how
+    much higher it stands here than in the ranking by popularity, items of equal popularity sharing a place.
+    """
+    values, totals, users = {}, {}, case.num_relevant > 0
+    lists: Values = {}
+    share = np.maximum(case.popularity, 1) / max(1, np.count_nonzero(case.active))
+    known = np.count_nonzero(case.popularity)
+    for k in ks:
+        values |= _binary(case, k, denominator="k" if divide_by_k else "n")
+        if not achievable:
+            values[f"ndcg@{k}"] = ndcg(case.hits, np.full(case.num_users, k), k)
+        values[f"r_precision@{k}"] = case.hits[:, :k].sum(axis=1) / np.maximum(1, np.minimum(case.num_relevant, k))
+        values[f"covered_users@{k}"] = case.listed.astype(float)
+        top = case.top[:, :k]
+        arp = list_mean(top, case.popularity.astype(float))
+        lists |= {f"arp@{k}": arp, f"arp_share@{k}": arp / max(1, case.train.nnz), f"novelty@{k}": list_mean(top, -np.log2(share)),
+                  f"serendipity@{k}": _serendipity(case, k), f"sufficient@{k}": (case.lengths >= k).astype(float)}  # fmt: skip
+        covered = float(np.count_nonzero(exposure_counts(top, case.num_items)))
+        totals |= {f"coverage@{k}": covered, f"coverage_share@{k}": covered / max(1, known)}
+    return Figures(_only(values, users) | _only(lists, case.listed), totals)
+
+
+def cornac(case: Case, ks: Sequence[int], *, exclude_unknowns: bool = True, threshold: float = 1.0) -> Figures:
+    """Cornac's ``ranking_eval``. Users: those with a test item rated ``threshold`` or more, by default known ones alone.
+
+    exclude_unknowns: users and items that train lacks are dropped. Candidates are all items but train's, a test item
+    that is in train stays one. ``map`` and ``mrr`` have no cut-off: unlisted items follow the list in order of first
+    appearance unless the case has the whole ranking. ncrr: sum of 1 / rank of the hits over its best value.
+    """
+    keep = case.truth.data >= threshold
+    known = np.ones(case.num_items, dtype=bool)
+    if exclude_unknowns:
+        known = case.popularity > 0
+        keep &= known[case.truth.indices] & np.repeat(case.active, case.num_relevant)
+    case = case.with_truth(keep)
+    users, whole = case.num_relevant > 0, _cornac_ranking(case, known)
+    judged = replace(case, top=whole)
+    hits, size = judged.hits, judged.top.shape[1]
+    values: Values = {"map": average_precision(hits, case.num_relevant, size, "n"), "mrr": mrr(hits, size)}
+    for k in ks:
+        values |= {name: value for name, value in _binary(judged, k).items() if not name.startswith(("map@", "mrr@"))}
+        harmonic = np.concatenate([[np.nan], np.cumsum(1 / np.arange(1, k + 1))])
+        values[f"ncrr@{k}"] = (hits[:, :k] / np.arange(1, hits[:, :k].shape[1] + 1)).sum(axis=1) / harmonic[
+            np.minimum(case.num_relevant, k)
+        ]
+    return Figures(_only(values, users))
+
+
+def mmrec(case: Case, ks: Sequence[int]) -> Figures:
+    """MMRec's evaluator. Users: those with T and train interactions (its ``filter_out_cod_start_users``).
+
+    recall, precision, ndcg and map as ours; ``recall2`` pools all users: sum of hits over sum of T. It prints four digits.
+    """
+    users = (case.num_relevant > 0) & case.active
+    values = {}
+    totals = {}
+    for k in ks:
+        values |= {name: value for name, value in _binary(case, k).items() if not name.startswith(("hit@", "mrr@"))}
+        totals[f"recall2@{k}"] = float(case.hits[users, :k].sum() / max(1, case.num_relevant[users].sum()))
+    return Figures(_only(values, users), totals)
+
+
+def lightgcn(case: Case, ks: Sequence[int]) -> Figures:
+    """LightGCN-PyTorch's ``Test``: precision, recall and ndcg over all users with T, as ours."""
+    values = {}
+    for k in ks:
+        found = _binary(case, k)
+        values |= {f"{name}@{k}": found[f"{name}@{k}"] for name in ("precision", "recall", "ndcg")}
+    return Figures(_only(values, case.num_relevant > 0))
+
+
+def trec(case: Case, ks: Sequence[int], *, complete: bool = False, gain: str = "linear") -> Figures:
+    """trec_eval. Users: with T and L; complete: all with T (``-c``, and what ir-measures does).
+
+    Lists are ordered by score, held in single precision, ties by item name, later names first; the rank only counts where
+    there are no scores. Truth rated 0 or less is not relevant. ndcg's gain is the rating; map divides by T; mrr has no
+    cut-off. mrr@K is ir-measures' RR@K, which takes tied items the other way round, earlier names first.
+    """
+    users = (case.num_relevant > 0) & (complete | case.listed)
+    case = case.with_truth(case.truth.data > 0)
+    early = case
+    if case.scores is not None:
+        early = replace(case, top=order_by_score(case.top, case.scores, case.item_names, later_first=False))
+        case = replace(case, top=order_by_score(case.top, case.scores, case.item_names))
+    gains = with_gains(case.truth, gain)
+    found = list_gains(case.places, gains)
+    values: Values = {"mrr": mrr(case.hits, case.hits.shape[1])}
+    for k in ks:
+        values |= _binary(case, k, denominator="n") | {f"ndcg@{k}": graded_ndcg(found, gains, k)}
+        values[f"mrr@{k}"] = mrr(early.hits, k)
+    return Figures({name: np.where(users, np.nan_to_num(value), np.nan) for name, value in values.items()})
+
+
+CONVENTIONS: Mapping[str, Callable[..., Figures]] = {
+    "recbole": recbole,
+    "warprec": warprec,
+    "elliot": elliot,
+    "rectools": rectools,
+    "cornac": cornac,
+    "mmrec": mmrec,
+    "lightgcn": lightgcn,
+    "trec": trec,
+}
+
+
+# -- parts
+
+
+def order_by_score(
+    top: np.ndarray, scores: np.ndarray, names: np.ndarray | None, *, later_first: bool = True
+) -> np.ndarray:
+    """The lists by score descending, equal ones by item name in byte order, later names first or last; no item at the end.
+
+    later_first is trec_eval's rule, which holds scores in single precision: they are compared so.
+    """
+    held = np.where(top >= 0, scores.astype(np.float32) if later_first else scores, -np.inf)
+    if names is None:
+        place = np.arange(int(top.max(initial=0)) + 1)
+    else:
+        place = np.empty(len(names), dtype=np.int64)
+        place[np.argsort(np.char.encode(names.astype(str), "utf-8"), kind="stable")] = np.arange(len(names))
+    name = np.where(top >= 0, place[top], -1)
+    order = np.lexsort((-name if later_first else name, top < 0, -held), axis=1)
+    return np.take_along_axis(top, order, axis=1)
+
+
+def _binary(case: Case, k: int, denominator: str = "min") -> Values:
+    """The six of gfml.metrics.ranking at one cut-off."""
+    hits, count = case.hits, case.num_relevant
+    return {f"precision@{k}": precision(hits, k), f"recall@{k}": recall(hits, count, k), f"ndcg@{k}": ndcg(hits, count, k),
+            f"hit@{k}": hit(hits, k), f"mrr@{k}": mrr(hits, k),
+            f"map@{k}": average_precision(hits, count, k, denominator)}  # fmt: skip
+
+
+def _only(values: Values, users: np.ndarray) -> Values:
+    return {name: np.where(users, value, np.nan) for name, value in values.items()}
+
+
+def _padded(top: np.ndarray, k: int, pad: int) -> np.ndarray:
+    """int64 [U, k], ``pad`` where there is no item."""
+    slots = np.full((len(top), k), pad, dtype=np.int64)
+    slots[:, : top.shape[1]] = top[:, :k]
+    return np.where(slots < 0, pad, slots)
+
+
+def _filled_by_topk(case: Case, k: int) -> np.ndarray:
+    """int64 [U, k]: torch.topk of a float32 matrix with a padding column, -inf wherever nothing better is known."""
+    scores = torch.full((case.num_users, case.num_items + 1), -torch.inf)
+    rows, columns = np.nonzero(case.top >= 0)
+    scores[rows, case.top[rows, columns] + 1] = torch.from_numpy(case.top.shape[1] - columns).float()
+    scores[np.repeat(np.arange(case.num_users), np.diff(case.train.indptr)), case.train.indices + 1] = -torch.inf
+    return scores.topk(k, dim=1).indices.numpy() - 1
+
+
+def _cumulated(hits: np.ndarray, k: int) -> np.ndarray:
+    """Hits among the first n, for n = 1..k; int64 [U, k]."""
+    wide = np.zeros((len(hits), k), dtype=np.int64)
+    wide[:, : hits.shape[1]] = hits[:, :k]
+    return wide.cumsum(axis=1)
+
+
+def _gini(exposure: np.ndarray, size: int, below: int | None = None) -> float:
+    """sum_j (2j - size - 1) c_j / (below sum c) over the recommended items, as the last of ``size`` in ascending order."""
+    counts = np.sort(exposure[exposure > 0]).astype(np.float64)
+    divided = counts.sum() * (size if below is None else below)
+    if divided <= 0:
+        return float("nan")
+    weight = 2 * np.arange(size - len(counts) + 1, size + 1) - size - 1
+    return float(weight @ counts / divided)
+
+
+def _entropy(exposure: np.ndarray) -> float:
+    """Of the exposure shares, in nats."""
+    p = exposure[exposure > 0] / max(1, exposure.sum())
+    return float(-(p * np.log(p)).sum())
+
+
+def _list_entropy(top: np.ndarray, exposure: np.ndarray) -> float:
+    """Mean over lists of the mean of -log2(exposure share) of their items."""
+    surprise = -np.log2(np.maximum(exposure, 1) / max(1, exposure.sum()))
+    return float(np.nanmean(list_mean(top, surprise))) if len(top) else float("nan")
+
+
+def _information(popularity: np.ndarray) -> np.ndarray:
+    """-log2 of the share of train interactions, [I]; an unknown item has that of the rarest known one."""
+    known = popularity[popularity > 0]
+    return -np.log2(np.where(popularity > 0, popularity, known.min(initial=1)) / max(1, popularity.sum()))
+
+
+def _discounted_hits(case: Case, table: np.ndarray, k: int) -> np.ndarray:
+    """sum of table[i] / log2(rank + 1) over the hits, over the same sum of ones for all items of the list."""
+    top, hits = case.top[:, :k], case.hits[:, :k]
+    discount = 1 / np.log2(np.arange(2, top.shape[1] + 2))
+    norm = np.where(top >= 0, discount, 0.0).sum(axis=1)
+    found = np.where(hits, table[top] * discount, 0.0).sum(axis=1)
+    return np.divide(found, norm, out=np.zeros(len(top)), where=norm > 0)
+
+
+def _shifted(truth: sp.csr_array, by: float) -> sp.csr_array:
+    return sp.csr_array((truth.data - by, truth.indices, truth.indptr), shape=truth.shape)
+
+
+def _serendipity(case: Case, k: int) -> np.ndarray:
+    """Mean over the list of max(P_user - P_any, 0) of the hits, P = (I + 1 - rank) / I over the items of train."""
+    known = case.popularity[case.popularity > 0]
+    size = len(known)
+    levels = np.unique(known)[::-1]  # the place of a popularity is its own rank among distinct ones
+    place = len(levels) - np.searchsorted(levels[::-1], np.maximum(case.popularity, 1))
+    anyone = np.where(case.popularity > 0, (size + 1 - place) / max(1, size), 0.0)
+    top, hits = case.top[:, :k], case.hits[:, :k]
+    own = (size + 1 - np.arange(1, top.shape[1] + 1)) / max(1, size)
+    gained = np.where(hits, np.maximum(own - anyone[top], 0.0), 0.0)
+    return gained.sum(axis=1) / np.maximum(1, (top >= 0).sum(axis=1))
+
+
+def _cornac_ranking(case: Case, known: np.ndarray) -> np.ndarray:
+    """int64 [U, I]: the candidates in order, -1 behind them; train items that are not test items and unknown items left out."""
+    wanted = case.ranking if case.ranking is not None else case.top
+    rank = np.full((case.num_users, case.num_items), np.inf)
+    rows, columns = np.nonzero(wanted >= 0)
+    rank[rows, wanted[rows, columns]] = columns
+    behind = np.arange(case.num_items) if case.appeared is None else case.appeared
+    rank = np.where(np.isinf(rank), case.num_items + behind[None, :], rank)
+    truth, train = (np.zeros((case.num_users, case.num_items), dtype=bool) for _ in range(2))
+    for mask, part in ((truth, case.truth), (train, case.train)):
+        mask[np.repeat(np.arange(case.num_users), np.diff(part.indptr)), part.indices] = True
+    out = (train & ~truth) | ~known[None, :]
+    order = np.argsort(np.where(out, np.inf, rank), axis=1, kind="stable")
+    return np.where(np.take_along_axis(out, order, axis=1), -1, order)
+
+
+def _warprec_ndcg(case: Case, k: int) -> Values:
+    """Graded and binary NDCG in single precision."""
+    found = {}
+    for name, gains in (("ndcg", with_gains(case.truth, "exp1")), ("nDCGRendle2020", _ones(case.truth))):
+        ideal = np.zeros((case.num_users, k), dtype=np.float32)
+        rows = np.repeat(np.arange(case.num_users), case.num_relevant)
+        order = np.lexsort((-gains.data, rows))
+        rank = np.arange(len(rows)) - np.repeat(gains.indptr[:-1], case.num_relevant)
+        ideal[rows[rank < k], rank[rank < k]] = gains.data[order][rank < k]
+        best = _dcg(torch.from_numpy(ideal)).clamp(min=1e-10)
+        own = torch.from_numpy(list_gains(case.places, gains)[:, :k].astype(np.float32))
+        found[f"{name}@{k}"] = (_dcg(own) / best).double().numpy()
+    return found
+
+
+def _warprec_novelty(case: Case, tables: Mapping[str, torch.Tensor], k: int) -> Values:
+    """Discounted sum of the novelty of the hits over the discount of K slots, in single precision."""
+    hits, norm = torch.from_numpy(case.hits[:, :k]).float(), _dcg(torch.ones(1, k))
+    top = torch.from_numpy(case.top[:, :k])
+    return {f"{name}@{k}": (_dcg(hits * table[top]) / norm).double().numpy() for name, table in tables.items()}
+
+
+def _warprec_exposure(exposure: torch.Tensor, k: int) -> dict[str, float]:
+    """coverage (a number of items), gini over I - 1 and entropy in nats, in single precision."""
+    size, counts = len(exposure), exposure[exposure > 0].sort().values
+    weight = 2.0 * torch.arange(size - len(counts) + 1, size + 1) - size - 1
+    share = counts / counts.sum()
+    kept = exposure[exposure > 0] / exposure.sum()
+    return {f"coverage@{k}": float(len(counts)), f"gini@{k}": float((weight * share).sum() / max(1, size - 1)),
+            f"entropy@{k}": float(-(kept * kept.log()).sum())}  # fmt: skip
+
+
+def _dcg(gains: torch.Tensor) -> torch.Tensor:
+    """sum of gains / log2(rank + 1), [U, k] -> [U]."""
+    return (gains / torch.log2(torch.arange(2, gains.shape[1] + 2))).sum(dim=1)
+
+
+def _ones(truth: sp.csr_array) -> sp.csr_array:
+    return sp.csr_array((np.ones(truth.nnz), truth.indices, truth.indptr), shape=truth.shape)
+
+
+def _warprec_lists(case: Case, k: int, seed: int) -> np.ndarray:
+    """int64 [U, k]: the best k by score as WarpRec ranks a list file; -1 in rows of users that train lacks."""
+    items = np.flatnonzero(case.popularity)
+    users = np.flatnonzero(case.active)
+    column = np.full(case.num_items, -1)
+    column[items] = np.arange(len(items))
+    matrix = np.zeros((len(users), len(items)), dtype=np.float32)
+    top = case.top[users]
+    given = (
+        case.scores[users] if case.scores is not None else np.arange(top.shape[1], 0, -1)[None, :].repeat(len(top), 0)
+    )
+    rows, ranks = np.nonzero((top >= 0) & (column[top] >= 0))
+    matrix[rows, column[top[rows, ranks]]] = given[rows, ranks]
+    train = case.train[users]
+    matrix[np.repeat(np.arange(len(users)), np.diff(train.indptr)), column[train.indices]] = -np.inf
+    keys = _tie_keys(seed, len(users), len(items))
+    order = np.lexsort((-keys, -matrix), axis=1)[:, :k]
+    found = np.full((case.num_users, k), -1, dtype=np.int64)
+    found[users, : order.shape[1]] = items[order]
+    return found
+
+
+def _tie_keys(seed: int, users: int, items: int) -> np.ndarray:
+    """int64 [users, items]: WarpRec's random key of a pair, a MurmurHash3 finaliser of seed, user and item number."""
+    golden = np.uint32(0x9E3779B1)
+    start = np.uint32((seed ^ (seed >> 32)) & 0xFFFFFFFF)
+    with np.errstate(over="ignore"):
+        user = _murmur(_murmur(np.arange(users, dtype=np.uint32) * golden ^ start))
+        item = _murmur(np.arange(items, dtype=np.uint32) * golden + np.uint32(1))
+        return (_murmur(user[:, None] ^ item[None, :]) >> np.uint32(2)).astype(np.int64)
+
+
+def _murmur(x: np.ndarray) -> np.ndarray:
+    """MurmurHash3's 32-bit finaliser, a public algorithm."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return x ^ (x >> np.uint32(16))
