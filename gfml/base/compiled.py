@@ -19,7 +19,11 @@ def compiled(function: Callable | None = None, *, any_order: bool = False) -> Ca
     """
     if function is None:
         return functools.partial(compiled, any_order=any_order)
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract"} if any_order else False}
+    options: dict[str, Any] = {
+        "nogil": True,
+        "error_model": "numpy",
+        "fastmath": {"reassoc", "contract"} if any_order else False,
+    }
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no such folder

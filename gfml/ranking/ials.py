@@ -18,12 +18,15 @@ frequency scaling nu = 1).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from gfml.base.errors import UserError
+from gfml.data.interactions import Interactions
 from gfml.ranking.topk import FactorScorer
 
 # Conjugate gradient steps in training, from a row's last place, and for new rows, from zero.
@@ -113,8 +116,8 @@ class IALS:
         def solve(start: int) -> None:
             rows = slice(start, start + ROWS)
             room = np.empty((3, table.shape[1]), dtype=kind)
-            solve_rows(start, by_row.indptr, by_row.indices, table[rows], fixed, gram, kind(self.alpha0), ridge[rows],
-                       steps, *room)  # fmt: skip
+            pattern = by_row.indptr, by_row.indices
+            solve_rows(start, pattern, table[rows], fixed, gram, kind(self.alpha0), ridge[rows], steps, room)
 
         in_threads(solve, range(0, len(table), ROWS))
 
@@ -127,9 +130,9 @@ def _gram(table: Tensor) -> Tensor:
     return torch.stack(parts).sum(0).to(table.dtype)
 
 
-def ials(data_train: sp.csr_array, *, epochs: int = 16, **settings: float) -> IALS:
-    """A model after ``epochs`` epochs; settings as for :class:`IALS`."""
-    model = IALS(data_train, **settings)
+def ials(data: Interactions, l2: float, alpha0: float, *, epochs: int = 16, **settings: Any) -> FactorScorer:
+    """The scores of a model after ``epochs`` epochs on ``data.train``; settings as for :class:`IALS`."""
+    model = IALS(data.train, l2=l2, alpha0=alpha0, **settings)
     for _ in range(epochs):
         model.epoch()
-    return model
+    return model.scorer()

@@ -10,6 +10,9 @@ import numpy as np
 
 from gfml.base.compiled import compiled
 
+Array = np.ndarray
+Pattern = tuple[np.ndarray, np.ndarray]  # where each row of a sparse matrix starts, and the columns it stores
+
 # Columns that are compared with the threshold in one go.
 GROUP = 64
 # Squared length of a residual at which conjugate gradients stop.
@@ -17,7 +20,7 @@ SMALL = 1e-20
 
 
 @compiled
-def put(values, ids, value, number):
+def put(values: Array, ids: Array, value: float, number: int) -> None:
     """Replace the worst of a list by something that is better.
 
     values, ids [k] are a heap: places 2 p + 1 and 2 p + 2 are no worse than place p. Worse is the smaller value, of
@@ -41,7 +44,7 @@ def put(values, ids, value, number):
 
 
 @compiled
-def best_first(values, ids):
+def best_first(values: Array, ids: Array) -> None:
     """Put a heap in order: value descending, then id ascending."""
     for last in range(len(values) - 1, 0, -1):
         value, number = values[last], ids[last]
@@ -50,7 +53,9 @@ def best_first(values, ids):
 
 
 @compiled
-def keep_best(scores, first, seen, place, end, values, ids, broken):
+def keep_best(
+    scores: Array, first: int, seen: Array, place: Array, end: Array, values: Array, ids: Array, broken: Array
+) -> None:
     """Merge a tile of scores into the lists of its rows; columns are ids first, first + 1, ... of the catalogue.
 
     Tiles of a row come in ascending order of ids, so an equal score later is no better. Seen items become -inf, and
@@ -80,7 +85,7 @@ def keep_best(scores, first, seen, place, end, values, ids, broken):
 
 
 @compiled
-def sort_lists(values, ids):
+def sort_lists(values: Array, ids: Array) -> None:
     """:func:`best_first` for every row."""
     for r in range(len(values)):
         best_first(values[r], ids[r])
@@ -88,14 +93,16 @@ def sort_lists(values, ids):
 
 @compiled
 def nearest_items(
-    first, item_starts, users_of, user_starts, items_of, size, shrink, jaccard, common, touched, values, ids
-):
+    first: int, by_item: Pattern, by_user: Pattern, size: Array, shrink: float, jaccard: bool, room: Pattern,
+    values: Array, ids: Array,
+) -> None:  # fmt: skip
     """The k most similar items of items first, first + 1, ..., by users in common.
 
-    Shape: item_starts [I + 1] and users_of: who has each item; user_starts [U + 1] and items_of: what each user has;
-    size [I]: users of each item; common [I]: zeros, which they are again at the end; touched [I + 1]: anything;
+    Shape: by_item: starts [I + 1] and who has each item; by_user: starts [U + 1] and what each user has;
+    size [I]: users of each item; room: [I] of zeros, which they are again at the end, and [I + 1] of anything;
     values, ids [n, k]: at first 0 and -1, in the end heaps as for :func:`put`, with the similarities.
     """
+    (item_starts, users_of), (user_starts, items_of), (common, touched) = by_item, by_user, room
     for row in range(len(values)):
         item, value, number, found = first + row, values[row], ids[row], 0
         for user in users_of[item_starts[item] : item_starts[item + 1]]:
@@ -116,15 +123,19 @@ def nearest_items(
 
 
 @compiled(any_order=True)
-def solve_rows(first, starts, others_of, own, other, gram, weight, ridge, steps, residual, direction, image):
+def solve_rows(
+    first: int, by_row: Pattern, own: Array, other: Array, gram: Array, weight: float, ridge: Array, steps: int,
+    room: Array,
+) -> None:  # fmt: skip
     """Conjugate gradients for rows first, first + 1, ... of one side of iALS, the other side fixed.
 
         row w moves to the minimum of  sum_p (1 - w . h_p)^2 + weight w' gram w + ridge |w|^2,  h_p the rows it has
 
     from where it is, in at most ``steps`` steps, or until half the squared length of the gradient is next to nothing.
-    Shape: own [n, D], written to; other [m, D]; gram [D, D] = other' other; ridge [n]; starts and others_of say which
-    rows of the other side each has. Beside, anything: residual, direction, image [D].
+    Shape: own [n, D], written to; other [m, D]; gram [D, D] = other' other; ridge [n]; by_row: starts and which rows of
+    the other side each has; room [3, D] of anything.
     """
+    (starts, others_of), residual, direction, image = by_row, room[0], room[1], room[2]
     width, one = other.shape[1], other.dtype.type(1)
     for row in range(len(own)):
         has, w = others_of[starts[first + row] : starts[first + row + 1]], own[row]
