@@ -114,8 +114,8 @@ def metric_loss(
     )  # fmt: skip
     parts = {"hinge": mined.hinge.loss}
     if options.cov_weight:
-        rows = covariance_rows(encoder, batch.users, batch.pos)
-        parts["covariance"] = options.cov_weight * covariance(rows, options.cov_form)
+        rows, weight = covariance_rows(encoder, batch.users, batch.pos)
+        parts["covariance"] = options.cov_weight * covariance(rows, options.cov_form, weight)
     if features is not None and options.feature_weight:
         items = torch.cat([batch.pos, batch.neg.reshape(-1)])
         parts["features"] = options.feature_weight * features.loss(encoder, items)
@@ -190,6 +190,9 @@ class ItemFeatures(nn.Module):
 
     def loss(self, encoder: Tables, items: Tensor) -> Tensor:
         """:func:`feature_loss` of the distinct ``items`` that have features and train interactions. items int64 [n]."""
+        if items.device.type != "cpu":
+            error = self.projection(self.features[items]) - F.embedding(items + encoder.num_users, encoder.nodes)
+            return (error.square().sum(1) * (first_of_each(items) & self.trained[items])).sum()
         chosen = torch.zeros_like(self.trained)
         chosen[items] = True
         rows = (chosen & self.trained).nonzero().squeeze(1)
@@ -281,10 +284,22 @@ class MetricLearner(nn.Module):
         return SquaredDistanceScorer(*self.vectors(), self.offsets())
 
 
-def covariance_rows(encoder: Tables, users: Tensor, pos: Tensor) -> Tensor:
-    """The rows whose covariance is penalised: distinct users of the batch, then its distinct positive items."""
-    nodes = torch.cat([users.unique(), pos.unique() + encoder.num_users])
-    return F.embedding(nodes, encoder.nodes)
+def covariance_rows(encoder: Tables, users: Tensor, pos: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows whose covariance is penalised: distinct users of the batch, then its distinct positive items.
+
+    On other devices than the CPU all rows of the batch, with a weight of 1 for the first of each and 0 for its copies.
+    """
+    if users.device.type == "cpu":
+        return F.embedding(torch.cat([users.unique(), pos.unique() + encoder.num_users]), encoder.nodes), None
+    nodes = torch.cat([users, pos + encoder.num_users])
+    return F.embedding(nodes, encoder.nodes), first_of_each(nodes).to(encoder.nodes.dtype)
+
+
+def first_of_each(ids: Tensor) -> Tensor:
+    """bool [n]: True at one place of every different id. Of constant shape, so that a device need not be waited for."""
+    ordered, place = ids.sort(stable=True)
+    first = torch.cat([torch.ones_like(ordered[:1], dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    return torch.empty_like(first).scatter_(0, place, first)
 
 
 class SquaredDistanceScorer:

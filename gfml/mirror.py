@@ -131,6 +131,15 @@ class MirrorGradient:
         mirrored batch and read one flag from the device.
     params: restricts the inverted half to these parameters; the others take the alpha1 step alone.
 
+    Examples:
+        One mirrored step of SGD on L = w^2 / 2 from w = 1 with rate 0.5: down to 1 - 0.5 = 0.5, then up by 0.4 * 0.5 * 0.5.
+
+        >>> w = torch.nn.Parameter(torch.tensor(1.0))
+        >>> mirror = MirrorGradient(torch.optim.SGD([w], lr=0.5), alpha1=1.0, alpha2=0.4, every=1)
+        >>> report = mirror.step(lambda: w.square() / 2)
+        >>> w.item(), report.mirrored, report.loss, report.mirror_loss
+        (0.6000000238418579, True, tensor(0.5000), tensor(0.1250))
+
     Errors: UserError for settings out of range, ValueError for wrong calls. Without ``guard`` an exception
     raised in the second half leaves the parameters at the intermediate point (``fused``: at theta).
     """
@@ -182,6 +191,21 @@ class MirrorGradient:
     def is_mirror_step(self) -> bool:
         """Whether the next batch is mirrored."""
         return self.enabled and self._index % self.every == self.phase
+
+    @property
+    def host_state(self) -> str:
+        """Why batches cannot be recorded; empty where they can."""
+        if self.rng == "replay" or self._must_check:
+            return "the mirror step reads back random states or the skip decision"
+        return ""
+
+    def graph_key(self) -> bool:
+        """What a recording of the next batch depends on: whether it is mirrored (:mod:`gfml.engine.capture`)."""
+        return self.is_mirror_step()
+
+    def replayed(self) -> None:
+        """Count a batch that a recording made."""
+        self._index += 1
 
     def new_epoch(self) -> None:
         """Start the batch count again, if ``counter`` is ``epoch``."""
@@ -336,7 +360,8 @@ class MirrorGradient:
             pair.raw = {p: gradient.clone() for p, gradient in self._gradients().items()}
         if self.mode == "fused":
             self._clip()
-            pair.held = self._gradients()
+            # Copies: a loss may write its next gradient where this one is (gfml.fused).
+            pair.held = {p: gradient.clone() for p, gradient in self._gradients().items()}
             pair.start = {p: p.clone() for p in pair.held if self._is_mirrored(p)}
             self._move(-self.alpha1)
         else:

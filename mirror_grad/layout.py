@@ -23,7 +23,7 @@ import scipy.sparse as sp
 
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, write_json
-from gfml.data.readers import read_bytes
+from gfml.data.tables import read_bytes
 
 MODALITIES = ("image", "text")
 # Neighbours that the published script keeps of each user.

@@ -103,6 +103,7 @@ def train_and_judge(options: Options, data: Interactions, run: Run, world: World
             checkpoint_every=options.checkpoint_every,
             amp=options.amp,
             compile_loss=options.compile,
+            cuda_graph=options.cuda_graph,
             progress=options.progress if world.is_main else False,
             tracker=tracker,
         )

@@ -207,7 +207,7 @@ class TrainBatches:
         """Batches ``first``, first + 1, ... of an epoch; rows: the positions of each batch in all processes."""
         generator = seeded(self.seed, number, first, self.world.rank)
         mine = [batch[self.world.rows(len(batch))] for batch in rows]
-        where = torch.cat(mine).to(self.labels.device)
+        where = torch.cat(mine).to(self.labels.device, non_blocking=True)
         images = normalize(self.how.pixels(self.images[where], generator), self.mean, self.std)
         sizes = [len(batch) for batch in mine]
         shares = [len(own) * self.world.size / len(batch) for own, batch in zip(mine, rows, strict=True)]

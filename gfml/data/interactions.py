@@ -20,6 +20,38 @@ def sorted_unique(keys: np.ndarray) -> np.ndarray:
     return ordered[keep]
 
 
+def grouped(groups: np.ndarray, size: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """``rows`` (default 0, 1, ...) ordered by their group, stably, and where each of ``size`` groups starts.
+
+    A counting sort: linear, where sorting is not. groups int [N], one a row in the order of ``rows``.
+    """
+    rows = np.arange(len(groups), dtype=np.int32 if len(groups) < 2**31 else np.int64) if rows is None else rows
+    one_row = sp.csr_array((rows, groups, np.array([0, len(groups)])), shape=(1, max(size, 1)))
+    by_group = one_row.tocsc()
+    return by_group.data, by_group.indptr
+
+
+def sorted_in_groups(groups: np.ndarray, size: int, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows ordered by group, then by ``key`` (int >= 0; equal ones in any fixed order), and where each group starts."""
+    rows, starts = grouped(groups, size)
+    table = sp.csr_array((rows, key[rows], starts), shape=(max(size, 1), int(key.max(initial=0)) + 1))
+    table.sort_indices()
+    return table.data, starts
+
+
+def place_in_groups(groups: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+    """Position 0, 1, ... of each row within its group by ascending ``key``; int64 [N]."""
+    rows, starts = sorted_in_groups(groups, size, key)
+    place = np.empty(len(groups), dtype=np.int64)
+    place[rows] = np.arange(len(groups)) - np.repeat(starts[:-1].astype(np.int64), np.diff(starts))
+    return place
+
+
+def random_key(count: int, rng: np.random.Generator) -> np.ndarray:
+    """``count`` draws of ``rng.random`` as whole numbers in the same order."""
+    return (rng.random(count) * 2.0**53).astype(np.int64)
+
+
 def csr_from_pairs(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> sp.csr_array:
     """Binary CSR matrix [num_users, num_items]; repeated pairs count once, indices ascend in each row."""
     users = np.asarray(users, dtype=np.int64)
@@ -139,11 +171,9 @@ class Interactions:
         users, items = pairs_from_csr(self.train)
         degree = self.user_activity
         take = np.where(degree >= 3, np.minimum(np.maximum(1, np.rint(ratio * degree).astype(np.int64)), degree - 2), 0)
-        # Rank each pair within its user by a random key; the first `take` of a user are held out.
-        order = np.lexsort((np.random.default_rng(seed).random(len(users)), users))
-        rank = np.arange(len(users)) - np.repeat(self.train.indptr[:-1].astype(np.int64), degree)
-        held = np.zeros(len(users), dtype=bool)
-        held[order] = rank < np.repeat(take, degree)
+        # The first `take` pairs of a user in a random order are held out.
+        place = place_in_groups(users, self.num_users, random_key(len(users), np.random.default_rng(seed)))
+        held = place < np.repeat(take, degree)
         shape = (self.num_users, self.num_items)
         return replace(
             self,

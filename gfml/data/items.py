@@ -1,6 +1,6 @@
 """What is known of items beside who took them: feature vectors, titles and genres, matched by the source's item ids.
 
-Files, each plain or gzip:
+Files, each plain, gzip or Zstandard:
 
     .npz            one id array (movie_id, item_id, item, id or ids) and tables [n, F]; ``has_NAME`` bool [n] says where
                     the table NAME is filled; without ids a single table [I, F] in the order of the data's items
@@ -13,10 +13,8 @@ Files, each plain or gzip:
 
 from __future__ import annotations
 
-import csv
 import io
 import os
-import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +22,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from gfml.base.errors import UserError, suggest
 from gfml.data import registry
 from gfml.data.interactions import Interactions
-from gfml.data.readers import read_bytes
+from gfml.data.names import places, spelled
+from gfml.data.tables import PACKED, as_strings, is_number, normal, open_table, read_bytes, suffix
 
-ID_NAMES = ("movie_id", "movieid", "item_id", "itemid", "item", "iid", "id", "ids", "item_ids")
+ID_NAMES = ("movie_id", "item_id", "item", "iid", "id", "ids", "item_ids", "product_id", "parent_asin", "asin", "book_id",
+            "artist_id")  # fmt: skip
 TITLE_NAMES = ("title", "movie_title", "name")
 GENRE_NAMES = ("genres", "genre", "class", "categories", "category", "tags", "subjects")
 
@@ -58,7 +59,12 @@ def beside(dataset: str, data_root: str | os.PathLike[str] | None, names: Iterab
         folders = registry.folders_of(known, registry.data_roots(data_root))
     else:
         folders = [path if path.is_dir() else path.parent] if path.exists() else []
-    found = (folder / f"{name}{end}" for folder in folders for name in names for end in ("", ".gz"))
+    found = (
+        folder / f"{name}{end}"
+        for folder in folders
+        for name in names
+        for end in ("", *(f".{packer}" for packer in PACKED))
+    )
     return next((file for file in found if file.is_file()), None)
 
 
@@ -71,8 +77,8 @@ def read_item_features(
     are not finite.
     """
     path = _existing(file, "--features")
-    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
-    ids, blocks, filled = _arrays(path, columns) if suffix in ("npz", "npy") else _columns(path, columns)
+    arrays = suffix(path) in ("npz", "npy")
+    ids, blocks, filled = _arrays(path, columns) if arrays else _columns(path, columns)
     rows = _rows(path, ids, data, len(next(iter(blocks.values()))))
     place, parts, start = {}, [], 0
     known = np.zeros(data.num_items, dtype=bool)
@@ -129,7 +135,7 @@ def _existing(file: str | os.PathLike[str], flag: str) -> Path:
 
 
 def _rows(path: Path, ids: Sequence | np.ndarray | None, data: Interactions, count: int) -> np.ndarray:
-    """The data's item of each row of the file, -1 where the data has no such item."""
+    """The data's item of each row of the file, -1 where the data has no such item; ids are compared as text."""
     if ids is None:
         if count != data.num_items:
             raise UserError(
@@ -137,13 +143,13 @@ def _rows(path: Path, ids: Sequence | np.ndarray | None, data: Interactions, cou
                 f"add an array of ids ({ID_NAMES[0]} or {ID_NAMES[2]}) or mend --features"
             )
         return np.arange(count)
-    names = np.arange(data.num_items) if data.item_ids is None else data.item_ids
-    place = {str(name): row for row, name in enumerate(names.tolist())}
-    words = [str(name) for name in np.asarray(ids).tolist()]
-    if len(set(words)) != len(words):
-        twice = next(word for row, word in enumerate(words) if word in set(words[:row]))
-        raise UserError(f"{path} has the id {twice} more than once, wanted one row an item: mend the file")
-    return np.array([place.get(word, -1) for word in words], dtype=np.int64)
+    found = spelled(ids).dictionary_encode()
+    if len(found.dictionary) != len(found):
+        twice = int(np.argmax(np.bincount(found.indices.to_numpy()) > 1))
+        raise UserError(
+            f"{path} has the id {found.dictionary[twice]} more than once, wanted one row an item: mend the file"
+        )
+    return places(ids, np.arange(data.num_items) if data.item_ids is None else data.item_ids)
 
 
 # -- arrays
@@ -161,7 +167,8 @@ def _arrays(
         )
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path} as .npy or .npz ({error}): wanted plain arrays") from None
-    ids = next((array for name, array in arrays.items() if name.lower() in ID_NAMES and array.ndim == 1), None)
+    known = {normal(name) for name in ID_NAMES}
+    ids = next((array for name, array in arrays.items() if normal(name) in known and array.ndim == 1), None)
     tables = {name: array for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind in "biuf"}
     tables = _chosen(path, tables, columns, "table [n, F] of numbers")
     length = len(next(iter(tables.values()))) if ids is None else len(ids)
@@ -190,7 +197,7 @@ def _chosen(
 
 @dataclass(frozen=True)
 class _Table:
-    """Cells by column. kinds: the type of a RecBole header, empty elsewhere."""
+    """Cells by column. kinds: the type of a RecBole header."""
 
     path: Path
     cells: Mapping[str, list[str]]
@@ -198,40 +205,22 @@ class _Table:
 
     @classmethod
     def read(cls, path: Path) -> _Table:
-        raw = read_bytes(path)
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError:
-            text = raw.decode("latin-1")
-        lines = text.splitlines()
-        if "::" in lines[0] and ".dat" in path.suffixes:
-            rows = [line.split("::") for line in lines if line.strip()]
-            head = ["id", "title", "genres"]
-        else:
-            separator = "\t" if "\t" in lines[0] else ("," if "," in lines[0] else ";")
-            head, *rows = [row for row in csv.reader(lines, delimiter=separator) if row]
-        wrong = next((number for number, row in enumerate(rows) if len(row) != len(head)), None)
-        if wrong is not None:
-            raise UserError(
-                f"{path}, row {wrong + 1}: found {len(rows[wrong])} cells, wanted {len(head)}: mend the file"
-            )
-        typed = [name.partition(":") for name in head]
-        columns = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in head]
-        names = [name.strip() for name, _, _ in typed]
-        return cls(
-            path,
-            dict(zip(names, columns, strict=True)),
-            {name: kind for name, (_, _, kind) in zip(names, typed, strict=True)},
-        )
+        table = open_table(path, wanted=(*ID_NAMES, *TITLE_NAMES, *GENRE_NAMES))
+        names = table.names
+        if suffix(path) == "dat" and names[0] == "1":
+            names = ["id", "title", "genres", *names[3:]]
+        columns = table.read(table.names)
+        cells = {new: _texts(columns[old]) for new, old in zip(names, table.names, strict=False)}
+        return cls(path, cells, table.kinds)
 
     @property
     def num_rows(self) -> int:
         return len(next(iter(self.cells.values())))
 
     def find(self, names: Sequence[str]) -> str | None:
-        """The first column called one of ``names``, whatever its case."""
-        lower = {name.lower(): name for name in self.cells}
-        return next((lower[name] for name in names if name in lower), None)
+        """The first column called one of ``names``, whatever its case, blanks and underscores."""
+        known = {normal(name): name for name in reversed(list(self.cells))}
+        return next((known[normal(name)] for name in names if normal(name) in known), None)
 
     def ids(self) -> list[str]:
         name = self.find(ID_NAMES)
@@ -250,7 +239,7 @@ class _Table:
         split = [cell.split() for cell in self.cells[name]]
         width = max(map(len, split), default=0)
         flat = [word for words in split for word in (words or ["0"] * width)]
-        if not width or len(flat) != width * len(split) or not all(map(_is_number, flat)):
+        if not width or len(flat) != width * len(split) or not all(map(is_number, flat)):
             return None
         return np.array(flat, dtype=np.float32).reshape(len(split), width)
 
@@ -263,6 +252,13 @@ class _Table:
         return table
 
 
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    """Cells as text, lists as words with ``|`` between."""
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        return ["|".join(map(str, cell or ())) for cell in column.to_pylist()]
+    return ["" if cell is None else cell for cell in as_strings(column).to_pylist()]
+
+
 def _columns(
     path: Path, columns: Sequence[str] | None
 ) -> tuple[list[str], dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -273,10 +269,10 @@ def _columns(
         asked = columns is not None and name in columns
         if table.cells[name] is ids or (columns is not None and not asked):
             continue
-        numbers = table.numbers(name) if asked or not table.kinds[name].startswith("token") else None
+        numbers = table.numbers(name) if asked or not table.kinds.get(name, "").startswith("token") else None
         if numbers is not None:
             found[name] = numbers
-        elif asked or name.lower() in GENRE_NAMES:
+        elif asked or normal(name) in GENRE_NAMES:
             found[name] = table.multi_hot(name)
     known = dict.fromkeys(table.cells)
     unknown = next((name for name in columns or () if name not in known), None)
@@ -285,7 +281,3 @@ def _columns(
             f"{path} has no column {unknown!r}, found {', '.join(known)}{suggest(unknown, known)}: mend --feature-columns"
         )
     return ids, _chosen(path, found, None, f"column of numbers or genres (found {', '.join(known)})"), {}
-
-
-def _is_number(word: str) -> bool:
-    return bool(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,10 +12,23 @@ import numpy as np
 from gfml.base.errors import UserError, choice_error
 from gfml.data import cache, registry
 from gfml.data.interactions import Interactions, pairs_from_csr
-from gfml.data.readers import PARTS, Records, read_adjacency_parts, read_mcl_parts, read_table
+from gfml.data.readers import (
+    PARTS,
+    Columns,
+    Records,
+    is_adjacency,
+    read_adjacency,
+    read_adjacency_parts,
+    read_mcl_parts,
+    read_pairs_npz,
+    read_table,
+    read_table_parts,
+)
 from gfml.data.registry import KnownDataset
-from gfml.data.splits import check_ratios, prepare
+from gfml.data.splits import TIMED, Split, check_ratios, prepare
 from gfml.data.synthetic import generate
+from gfml.data.tables import suffix
+from gfml.data.times import moment
 
 USUAL_RATIOS = (0.8, 0.1, 0.1)
 
@@ -29,21 +42,34 @@ class Cut:
     split: str | None = None
     ratios: tuple[float, ...] | None = None
     seed: int = 2020
+    duplicates: str = "first"
+    leave: int | None = None
+    dates: tuple[str, ...] | None = None
 
     @property
     def is_usual(self) -> bool:
         """Whether the data is to be as published."""
-        return self.threshold is None and self.kcore <= 1 and self.split is None and self.ratios is None
+        return self == Cut(seed=self.seed) or (self == Cut(kcore=1, seed=self.seed))
+
+    def uses(self, above: float | None, known: KnownDataset | None) -> frozenset[str]:
+        """Which of ``rating`` and ``time`` this cut looks at."""
+        rated = self.threshold is not None or above is not None or self.duplicates == "sum"
+        kind = self.split or (known and known.split)
+        timed = kind in TIMED or self.duplicates == "last"
+        return frozenset([*(["rating"] if rated else []), *(["time"] if timed else [])])
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files, how to read them, and the registry entry if they belong to one."""
+    """Files, how to read them, and the registry entry if they belong to one.
+
+    read: takes what of ``rating`` and ``time`` is used.
+    """
 
     name: str
     paths: Mapping[str, Path]
-    read: Callable[[], Records]
-    columns: Mapping[str, str | None]
+    read: Callable[[Collection[str]], Records]
+    columns: Columns
     known: KnownDataset | None = None
     above: float | None = None  # keep ratings above it unless the user gives a threshold
 
@@ -60,7 +86,7 @@ def load_generated(name: str, shape: Mapping[str, object], cut: Cut) -> Interact
     users, items = (np.concatenate(side) for side in zip(*parts, strict=True))
     labels = np.repeat(np.arange(3, dtype=np.int8), [len(part[0]) for part in parts])
     records = Records(users, items, parts=labels, numbered=True, min_size=data.train.shape)
-    again = _prepare(records, name, cut)
+    again = _prepare(records, name, cut, file_order=True)
     kept_users = slice(None) if again.user_ids is None else again.user_ids
     kept_items = slice(None) if again.item_ids is None else again.item_ids
     user_mass, item_mass = data.true_user_mass[kept_users], data.true_item_mass[kept_items]
@@ -71,49 +97,89 @@ def load_generated(name: str, shape: Mapping[str, object], cut: Cut) -> Interact
 
 
 def find_source(
-    dataset: str,
-    data_root: str | os.PathLike[str] | None,
-    columns: Mapping[str, str | None],
-    *,
-    allow_download: bool = True,
+    dataset: str, data_root: str | os.PathLike[str] | None, columns: Columns = Columns(), *, allow_download: bool = True
 ) -> Source:
-    """A known name, else a folder, else a file; UserError with the known names otherwise."""
+    """A known name, else a folder, else a file, else a folder under a data root; UserError with the known names otherwise."""
     name = registry.ALIASES.get(dataset, dataset)
     known, path = registry.KNOWN.get(name), Path(dataset).expanduser()
-    given = [f"--{column.replace('_', '-')}" for column, value in columns.items() if value is not None]
-    if given and (known is not None or path.is_dir()):
-        raise UserError(f"{given[0]} names a column of one's own table, but {dataset} is not one: drop it")
     if known is not None:
+        _no_columns(dataset, columns)
         layout, paths = registry.find(known, data_root, allow_download=allow_download)
-        return Source(name, paths, lambda: layout.read(paths), columns, known, layout.threshold)
+        return Source(name, paths, _ordered(lambda uses: layout.read(paths), columns), columns, known, layout.threshold)
     if path.is_dir():
-        layout, paths = _folder_layout(path)
-        return Source(path.resolve().name, paths, lambda: layout.read(paths), columns)
+        return _folder_source(path, columns)
     if path.is_file():
-        return Source(path.name.split(".")[0], {"all": path}, lambda: read_table(path, **columns), columns)
+        return _file_source(path, columns)
+    below = next((root / dataset for root in registry.data_roots(data_root) if (root / dataset).is_dir()), None)
+    if below is not None:
+        return _folder_source(below, columns)
     if os.sep in dataset or path.suffix:
         names = ", ".join(registry.known_names())
         raise UserError(f"no file or folder {path}: give --dataset a path that exists or one of {names}")
     raise choice_error("data set", dataset, [*registry.known_names(), *registry.ALIASES])
 
 
-def _folder_layout(path: Path) -> tuple[registry.Layout, registry.Paths]:
-    """Adjacency lists (or MCL pickles) called train, test and maybe valid."""
-    for suffix, read in (("txt", read_adjacency_parts), ("pkl", read_mcl_parts)):
+def _no_columns(dataset: str, columns: Columns) -> None:
+    """Lists and published files have no columns to name; the order of their rows may still be time."""
+    flags = {
+        "user": "user-col",
+        "item": "item-col",
+        "rating": "rating-col",
+        "time": "time-col",
+        "sep": "sep",
+        "header": "no-header",
+    }
+    for field, flag in flags.items():
+        value = getattr(columns, field)
+        if value is not None and not (field == "time" and value in ("order", "none")):
+            raise UserError(f"--{flag} names a column of one's own table, but {dataset} is not one: drop it")
+
+
+def _ordered(read: Callable[[Collection[str]], Records], columns: Columns) -> Callable[[Collection[str]], Records]:
+    return (lambda uses: read(uses).in_order()) if columns.time == "order" else read
+
+
+def _file_source(path: Path, columns: Columns) -> Source:
+    """One file: a table, pairs in an ``.npz``, or adjacency lists."""
+    name, paths = path.name.split(".")[0], {"all": path}
+    if suffix(path) == "npz":
+        _no_columns(str(path), columns)
+        return Source(name, paths, _ordered(lambda uses: read_pairs_npz(path), columns), columns)
+    if columns.sep is None and columns.user is None and columns.item is None and is_adjacency(path):
+        _no_columns(str(path), columns)
+        return Source(name, paths, _ordered(lambda uses: read_adjacency(path), columns), columns)
+    return Source(name, paths, lambda uses: read_table(path, columns, uses=uses), columns)
+
+
+def _folder_source(path: Path, columns: Columns) -> Source:
+    """Adjacency lists or MCL pickles called train, test and maybe valid; else tables in parts; else one table."""
+    name = path.resolve().name
+    for ending, read in (("txt", read_adjacency_parts), ("pkl", read_mcl_parts)):
         for parts in (("train", "valid", "test"), ("train", "test"), ("train",)):
-            layout = registry.Layout({part: f"{part}.{suffix}" for part in parts}, read)
+            layout = registry.Layout({part: f"{part}.{ending}" for part in parts}, read)
             paths = registry.present(path, layout)
-            if paths is not None:
-                return layout, paths
-    wanted = "adjacency lists train.txt and test.txt (plain or .gz)"
-    raise UserError(f"{path} holds no train.txt: wanted {wanted}, or give one file")
+            if paths is not None and (ending == "pkl" or is_adjacency(paths["train"])):
+                _no_columns(str(path), columns)
+                return Source(name, paths, _ordered(lambda uses: layout.read(paths), columns), columns)
+    paths = registry.table_parts(path)
+    if "train" in paths:
+        return Source(name, paths, lambda uses: read_table_parts(paths, columns, uses=uses), columns)
+    table = registry.only_table(path)
+    if table is None:
+        wanted = (
+            "adjacency lists (train.txt, test.txt), tables in parts (train.csv, test.csv) or one table (NAME.inter)"
+        )
+        raise UserError(
+            f"{path} holds no train.txt, no train.csv and no {name}.inter: wanted {wanted}, or give one file"
+        )
+    return Source(name, {"all": table}, lambda uses: read_table(table, columns, uses=uses), columns)
 
 
 def load_source(source: Source, cut: Cut, cache_dir: Path | None = None, *, use_cache: bool = True) -> Interactions:
     """Read, filter, cut and check ``source``, or take what the cache holds for the same bytes and options."""
     if not use_cache:
         return _build(source, cut)
-    options = {"name": source.name, "columns": dict(source.columns), "known": source.known is not None, **asdict(cut)}
+    options = {"name": source.name, "columns": asdict(source.columns), "known": source.known is not None, **asdict(cut)}
     options["files"] = {part: path.name for part, path in source.paths.items()}
     key = cache.cache_key(source.paths.values(), options)
     return cache.cached(key, cache_dir or cache.default_cache_dir(), lambda: _build(source, cut))
@@ -121,7 +187,8 @@ def load_source(source: Source, cut: Cut, cache_dir: Path | None = None, *, use_
 
 def _build(source: Source, cut: Cut) -> Interactions:
     known = source.known
-    data = _prepare(source.read(), source.name, cut, above=source.above, known=known)
+    records = source.read(cut.uses(source.above, known))
+    data = _prepare(records, source.name, cut, above=source.above, known=known, file_order=known is not None)
     if known is None:
         return data
     notes = registry.checksum_notes(known, source.paths)
@@ -131,25 +198,44 @@ def _build(source: Source, cut: Cut) -> Interactions:
 
 
 def _prepare(
-    records: Records, name: str, cut: Cut, *, above: float | None = None, known: KnownDataset | None = None
+    records: Records,
+    name: str,
+    cut: Cut,
+    *,
+    above: float | None = None,
+    known: KnownDataset | None = None,
+    file_order: bool = False,
 ) -> Interactions:
     """:func:`prepare` with the data set's own defaults where the user asks nothing."""
     if cut.kcore < 0:
         raise UserError(f"found --kcore {cut.kcore}, wanted 0 or more")
-    if cut.ratios is not None and cut.split in ("native", "leave-one-out"):
-        raise UserError(f"--split {cut.split} has no ratios: drop --split-ratios or choose per-user, global or time")
+    if cut.ratios is not None and cut.split in ("native", "leave-one-out", "leave-k-out"):
+        raise UserError(
+            f"--split {cut.split} has no ratios: drop --split-ratios or choose per-user, user-time, global or time"
+        )
+    if cut.leave is not None and (cut.split != "leave-k-out" or cut.leave < 1):
+        raise UserError(f"found --leave-k {cut.leave}, wanted a number from 1 with --split leave-k-out")
+    if cut.dates is not None and (cut.split != "time" or cut.ratios is not None):
+        raise UserError("--split-date is for --split time, without --split-ratios: add the one or drop the other")
     split = cut.split
     if split is None and (cut.ratios is not None or records.parts is None):
         split = (known and known.split) or "per-user"
     strict = cut.threshold is None and above is not None and records.ratings is not None
     usual = USUAL_RATIOS if known is None else known.ratios
+    how = Split(
+        split,
+        usual if cut.ratios is None else check_ratios(cut.ratios),
+        cut.seed,
+        cut.leave or 1,
+        tuple(sorted(moment(date, "--split-date") for date in cut.dates or ())),
+    )
     return prepare(
         records,
         name,
+        how,
         threshold=above if strict else cut.threshold,
         strict=strict,
         kcore=cut.kcore,
-        split=split,
-        ratios=usual if cut.ratios is None else check_ratios(cut.ratios),
-        seed=cut.seed,
+        duplicates=cut.duplicates,
+        file_order=file_order,
     )

@@ -14,14 +14,15 @@ from gfml.base.errors import UserError
 if TYPE_CHECKING:
     from gfml.data.interactions import Interactions
 
-SPLIT_CHOICES = ("native", "per-user", "global", "leave-one-out", "time")
+SPLIT_CHOICES = ("native", "per-user", "global", "leave-one-out", "leave-k-out", "time", "user-time")
+DUPLICATE_CHOICES = ("first", "last", "sum")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo", short: Sequence[str] = ()) -> None:
     """Add the flags of :func:`load_dataset`; their names are its keywords. short: further names of ``--dataset``."""
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", *short, default=dataset,
-                      help="a known name, a file (CSV, TSV, .inter, Parquet) or a folder with train.txt")  # fmt: skip
+                      help="a known name, a file (CSV, TSV, .inter, Parquet, JSON lines) or a folder with one or with train and test")  # fmt: skip
     data.add_argument("--data-root", metavar="DIR",
                       help="where data sets lie (default: $GFML_DATA, ./data, ~/.cache/gfml/data)")  # fmt: skip
     data.add_argument("--download", action=argparse.BooleanOptionalAction, default=True,
@@ -29,14 +30,34 @@ def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo", sh
     data.add_argument("--cache-dir", metavar="DIR", help="where parsed data is kept (default: ~/.cache/gfml/parsed)")
     data.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
                       help="keep parsed data; otherwise read the source files each time")  # fmt: skip
+    more = {
+        "rating": "; none: it has none",
+        "time": "; DATE,CLOCK: two columns of one moment; order: the order of the rows; none",
+    }
     for role in ("user", "item", "rating", "time"):
-        data.add_argument(f"--{role}-col", metavar="NAME", help=f"column of the {role} (default: the usual names)")
+        data.add_argument(f"--{role}-col", metavar="NAME",
+                          help=f"column of the {role} (default: the usual names{more.get(role, '')})")  # fmt: skip
+    data.add_argument("--no-header", dest="header", action="store_const", const=False,
+                      help="the first line is data: columns go by number, 1 user, 2 item, 3 rating, 4 time unless named so")  # fmt: skip
+    data.add_argument(
+        "--sep", metavar="CHAR", help="what separates cells: a character, ::, tab, comma, ... (default: found)"
+    )
+    data.add_argument("--time-format", metavar="FORM",
+                      help="form of the times: s, ms, us, ns, or a strptime form such as %%d/%%m/%%Y (default: found)")  # fmt: skip
     data.add_argument("--threshold", type=float, metavar="T", help="keep interactions with rating >= T (default: all)")
+    data.add_argument("--duplicates", choices=DUPLICATE_CHOICES, default="first",
+                      help="a repeated pair counts once: at its first time of those kept by --threshold, at its last with "
+                      "the rating it has there, or with the sum of its ratings (default: first)")  # fmt: skip
     data.add_argument("--kcore", type=int, default=0, metavar="K",
                       help="keep users and items with K interactions or more (default: 0, all)")  # fmt: skip
-    data.add_argument("--split", choices=SPLIT_CHOICES, help="how to cut (default: the published split, else per-user)")
+    data.add_argument("--split", choices=SPLIT_CHOICES,
+                      help="how to cut: each user's pairs at random (per-user) or by time (user-time), all pairs at random "
+                      "(global) or by time (time), each user's last one or K (default: the published split, else per-user)")  # fmt: skip
     data.add_argument("--split-ratios", type=float, nargs=3, metavar=("TRAIN", "VALID", "TEST"),
                       help="shares (default: 0.8 0.1 0.1)")  # fmt: skip
+    data.add_argument("--split-date", nargs="+", metavar="DATE",
+                      help="with --split time: where test begins, or where validation and test begin (2017-07-14)")  # fmt: skip
+    data.add_argument("--leave-k", type=int, metavar="K", help="with --split leave-k-out: pairs of a user in each part")
     data.add_argument("--split-seed", type=int, default=2020, metavar="SEED",
                       help="seed of every random cut (default: 2020)")  # fmt: skip
     data.add_argument("--val-ratio", "--val_ratio", dest="val_ratio", type=float, default=0.1, metavar="R",
@@ -67,10 +88,16 @@ def load_dataset(
     item_col: str | None = None,
     rating_col: str | None = None,
     time_col: str | None = None,
+    header: bool | None = None,
+    sep: str | None = None,
+    time_format: str | None = None,
     threshold: float | None = None,
+    duplicates: str = "first",
     kcore: int = 0,
     split: str | None = None,
     split_ratios: Sequence[float] | None = None,
+    split_date: Sequence[str] | None = None,
+    leave_k: int | None = None,
     split_seed: int = 2020,
     val_ratio: float = 0.1,
     demo_users: int | None = None,
@@ -85,13 +112,22 @@ def load_dataset(
     ``split`` None: the published split; a data set without one is cut as its registry entry says,
     a file of one's own ``per-user`` 0.8/0.1/0.1. Data without validation part loses ``val_ratio``
     of each user's train pairs to one. Raises UserError, one line, for everything a user can mend.
+
+    Examples:
+        >>> data = load_dataset("demo", demo_users=100, demo_items=80, demo_interactions=2000)
+        >>> data.num_users, data.num_items, data.train.nnz + data.valid.nnz + data.test.nnz
+        (100, 80, 2000)
     """
     from gfml.data import load, registry
+    from gfml.data.readers import Columns
 
-    columns = {"user_col": user_col, "item_col": item_col, "rating_col": rating_col, "time_col": time_col}
+    columns = Columns(user_col, item_col, rating_col, time_col, sep, header, time_format)
     sizes = {"num_users": demo_users, "num_items": demo_items, "num_interactions": demo_interactions}
     shape = {**sizes, "tail_exponent": demo_tail, "noise": demo_noise, "seed": demo_seed}
-    cut = load.Cut(threshold, kcore, split, None if split_ratios is None else tuple(split_ratios), split_seed)
+    if split_date is not None and len(split_date) > 2:
+        raise UserError(f"found --split-date {' '.join(split_date)}, wanted one date or two")
+    ratios, dates = (None if given is None else tuple(given) for given in (split_ratios, split_date))
+    cut = load.Cut(threshold, kcore, split, ratios, split_seed, duplicates, leave_k, dates)
     if str(dataset) in registry.GENERATED:
         data = load.load_generated(str(dataset), {key: value for key, value in shape.items() if value is not None}, cut)
     elif any(value is not None for value in shape.values()):

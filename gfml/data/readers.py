@@ -6,29 +6,61 @@ the file and the line of what it cannot accept in a one-line :class:`UserError`.
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from gfml.base.errors import UserError, suggest
+from gfml.base.errors import UserError
+from gfml.data.names import Ids, encode, from_values, merge, spelled
+from gfml.data.tables import (
+    Table,
+    TextTable,
+    as_strings,
+    is_number,
+    normal,
+    open_table,
+    read_bytes,
+    short,
+    suffix,
+    utf8_bytes,
+)
+from gfml.data.times import read_times
 
 PARTS = ("train", "valid", "test")
 
-USER_NAMES = ("user_id", "userid", "user", "uid", "u", "reviewerid", "reviewer_id", "customer_id", "session_id")
-ITEM_NAMES = ("item_id", "itemid", "item", "iid", "i", "movieid", "movie_id", "movie", "product_id", "productid",
-              "asin", "parent_asin", "book_id", "business_id", "artist_id", "artistid", "track_id")  # fmt: skip
+# Usual names, whatever their case, blanks, underscores and hyphens; the first that a table has counts.
+USER_NAMES = (
+    "user_id",
+    "user",
+    "uid",
+    "u",
+    "reviewer_id",
+    "customer_id",
+    "customer",
+    "visitor_id",
+    "member_id",
+    "session_id",
+)
+ITEM_NAMES = ("item_id", "item", "iid", "i", "movie_id", "movie", "product_id", "parent_asin", "asin", "book_id",
+              "business_id", "artist_id", "track_id", "song_id", "video_id", "game_id", "article_id")  # fmt: skip
 RATING_NAMES = ("rating", "ratings", "score", "stars", "overall", "weight", "count", "label")
-TIME_NAMES = ("timestamp", "time", "unixreviewtime", "datetime", "date", "ts")
+TIME_NAMES = ("timestamp", "time", "unix_review_time", "datetime", "date_time", "date", "ts", "order_date", "created_at",
+              "event_time")  # fmt: skip
+DATE_NAMES = ("date", "day", "order_date", "event_date", "review_date")
+CLOCK_NAMES = ("time", "clock", "order_time", "event_time", "review_time")
+_USUAL = {"user": USER_NAMES, "item": ITEM_NAMES, "rating": RATING_NAMES, "time": TIME_NAMES}
 PART_NAMES = ("x_label",)
 
 
@@ -36,8 +68,10 @@ PART_NAMES = ("x_label",)
 class Records:
     """Interactions as a source lists them, one array entry per row.
 
-    users, items: int64 (never negative) or strings.
-    ratings, times: float64, or None where the source has none.
+    users, items: whole numbers, never negative: the ids themselves, or rows of the names where there are any.
+    user_names, item_names: sorted distinct ids, int64 or str (see :mod:`gfml.data.names`); None for plain numbers.
+    ratings: float64, or None where the source has none or nobody asked. times: int64 or float64, the smaller the
+        earlier; per_second: how many of them make a second, None where they are no times.
     parts: int8 index into :data:`PARTS` when the source ships its own split, else None.
     numbered: ids are row numbers that start at ``first_id``; nobody is renamed and the size is
         ``max id - first_id + 1``, or ``min_size`` (users, items) when that is larger.
@@ -49,6 +83,9 @@ class Records:
     ratings: np.ndarray | None = None
     times: np.ndarray | None = None
     parts: np.ndarray | None = None
+    user_names: np.ndarray | None = None
+    item_names: np.ndarray | None = None
+    per_second: int | None = None
     numbered: bool = False
     first_id: int = 0
     min_size: tuple[int, int] = (0, 0)
@@ -62,6 +99,19 @@ class Records:
         columns = ("users", "items", "ratings", "times", "parts")
         chosen = {name: getattr(self, name) for name in columns}
         return replace(self, **{name: None if column is None else column[keep] for name, column in chosen.items()})
+
+    def ids(self, side: str) -> np.ndarray:
+        """The source's id of every row of ``users`` or ``items``."""
+        rows, names = getattr(self, side), getattr(self, f"{side[:-1]}_names")
+        return rows if names is None else names[rows]
+
+    def in_order(self) -> Records:
+        """The same with the order of the rows for times: within each part where the source has parts, train first."""
+        order = np.arange(len(self))
+        if self.parts is not None:
+            order[np.argsort(self.parts, kind="stable")] = np.arange(len(self))
+        notes = self.notes | {"time": "the order of the rows (--time-col order)"}
+        return replace(self, times=order, per_second=None, notes=notes)
 
 
 def largest_table(count: int) -> int:
@@ -78,9 +128,11 @@ def join_parts(parts: Mapping[str, Records]) -> Records:
         arrays = [getattr(one, column) for one in several]
         return None if any(array is None for array in arrays) else np.concatenate(arrays)
 
+    if len({one.per_second for one in several if one.times is not None}) > 1:
+        several = [one if one.times is None else _in_seconds(one) for one in several]
     labels = [np.full(len(parts[name]), PARTS.index(name), dtype=np.int8) for name in names]
     sizes = np.max([one.min_size for one in several], axis=0)
-    return replace(
+    joined = replace(
         several[0],
         users=stack("users"),
         items=stack("items"),
@@ -88,35 +140,42 @@ def join_parts(parts: Mapping[str, Records]) -> Records:
         times=stack("times"),
         parts=np.concatenate(labels),
         min_size=(int(sizes[0]), int(sizes[1])),
-        notes={key: value for one in several for key, value in one.notes.items()},
+        notes=_joined_notes(dict(zip(names, several, strict=True))),
     )
+    for side in ("user", "item"):
+        if any(getattr(one, f"{side}_names") is not None for one in several):
+            codes, common = merge([_as_ids(one, side) for one in several])
+            joined = replace(joined, **{f"{side}s": np.concatenate(codes), f"{side}_names": common, "numbered": False})
+    return joined
 
 
-# Bytes ------------------------------------------------------------------------------------------
+def _joined_notes(parts: Mapping[str, Records]) -> dict[str, object]:
+    """The notes of all parts; one that differs between them names its part."""
+    every: dict[str, dict[str, object]] = {}
+    for part, records in parts.items():
+        for key, value in records.notes.items():
+            every.setdefault(key, {})[part] = value
+    joined: dict[str, object] = {}
+    for key, found in every.items():
+        alike = len({str(value) for value in found.values()}) == 1
+        joined |= (
+            {key: next(iter(found.values()))} if alike else {f"{key} ({part})": note for part, note in found.items()}
+        )
+    return joined
 
 
-def _short(error: Exception) -> str:
-    """The text of an error on one line."""
-    return " ".join(str(error).split())[:160]
+def _as_ids(records: Records, side: str) -> Ids:
+    rows, names = getattr(records, f"{side}s"), getattr(records, f"{side}_names")
+    return from_values(rows) if names is None else Ids(rows, names)
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The content of ``path``, unpacked if it is gzip (told by its first bytes, not its name)."""
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: check the path given with --dataset or --data-root") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is truncated or damaged gzip ({error}): fetch the file again") from error
-    if not raw.strip():
-        raise UserError(f"{path} is empty: wanted interactions, fetch or write the file again")
-    return raw.removeprefix(b"\xef\xbb\xbf")
+def _in_seconds(records: Records) -> Records:
+    if records.per_second is None:
+        raise UserError("one part of the data has plain numbers for times and another has dates: write them alike")
+    return replace(records, times=records.times / records.per_second, per_second=1)
+
+
+# Runs of non-blank bytes ------------------------------------------------------------------------
 
 
 class _Tokens(NamedTuple):
@@ -152,79 +211,73 @@ def _tokens(raw: bytes, path: Path) -> _Tokens:
     return _Tokens(path, data, start, end, line)
 
 
-def _integers(tokens: _Tokens, what: str = "an id (an integer >= 0)") -> np.ndarray:
-    """int64 value of each token; a token that is not a whole number from 0 to 2^63 - 1 is an error."""
+def _integers(tokens: _Tokens) -> tuple[np.ndarray, np.ndarray]:
+    """int64 value of each token, and where one is not the plain spelling of a number from 0 to 2^63 - 1."""
     length = tokens.end - tokens.start
     value = np.zeros(len(length), dtype=np.uint64)
-    bad = length > 19
+    bad = (length > 19) | ((length > 1) & (tokens.data[tokens.start] == 48))
     for position in range(int(np.minimum(length, 19).max(initial=0))):
         inside = np.flatnonzero(length > position)
         digit = tokens.data[tokens.start[inside] + position] - np.uint8(48)
         bad[inside[digit > 9]] = True
         value[inside] = value[inside] * np.uint64(10) + digit
     bad |= value > np.uint64(2**63 - 1)
-    if bad.any():
-        raise _explain_integer(tokens, int(np.flatnonzero(bad)[0]), what)
-    return value.astype(np.int64)
-
-
-def _explain_integer(tokens: _Tokens, index: int, what: str) -> UserError:
-    text = tokens.data[tokens.start[index] : tokens.end[index]].tobytes()
-    if re.fullmatch(rb"-\d+", text):
-        return tokens.error(index, f"{what}, ids are never negative")
-    if re.fullmatch(rb"\d+", text):
-        return tokens.error(index, f"{what} that fits in 64 bits (at most {2**63 - 1})")
-    return tokens.error(index, what)
-
-
-def _floats(tokens: _Tokens, what: str) -> np.ndarray:
-    """float64 value of each token; scientific notation is read, nan and inf are errors."""
-    length = tokens.end - tokens.start
-    too_long = np.flatnonzero(length > 64)
-    if len(too_long):
-        raise tokens.error(int(too_long[0]), what)
-    width = int(length.max(initial=1))
-    column = np.arange(width)
-    inside = column < length[:, None]
-    padded = np.where(inside, tokens.data[np.where(inside, tokens.start[:, None] + column, 0)], 0).astype(np.uint8)
-    texts = padded.view(f"S{width}").ravel()
-    try:
-        value = texts.astype(np.float64)
-    except ValueError:
-        value = np.array([_float_or_nan(text) for text in texts.tolist()])
-    bad = np.flatnonzero(~np.isfinite(value))
-    if len(bad):
-        raise tokens.error(int(bad[0]), what)
-    return value
-
-
-def _float_or_nan(text: bytes) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
+    return value.astype(np.int64), bad
 
 
 # Formats ----------------------------------------------------------------------------------------
 
 
 def read_adjacency(path: str | os.PathLike[str]) -> Records:
-    """LightGCN text: one user per line, ``user item item ...``, 0-based ids.
+    """LightGCN text: one user per line, ``user item item ...``, 0-based ids, or names without blanks.
 
     Any blanks, trailing blanks, CRLF, blank lines, users without items and users on several
-    lines are accepted. A user without items still counts for the size.
+    lines are accepted. A user without items still counts for the size. Ids of which one is not a
+    plain number (``007``, ``-5``, ``B00X``) are names; that is noted.
     """
     path = Path(path)
-    tokens = _tokens(read_bytes(path), path)
-    value = _integers(tokens)
-    first = np.ones(len(value), dtype=bool)
+    notes: dict[str, object] = {}
+    tokens = _tokens(utf8_bytes(read_bytes(path), path, notes), path)
+    first = np.ones(len(tokens.line), dtype=bool)
     first[1:] = tokens.line[1:] != tokens.line[:-1]
-    owner = value[first][np.cumsum(first) - 1]
-    listed = int(owner.max()) + 1
+    owner = np.cumsum(first) - 1
     empty = int(first.sum()) - len(np.unique(tokens.line[~first]))
-    notes = {f"lines without items in {path.name}": empty} if empty else {}
+    if empty:
+        notes[f"lines without items in {path.name}"] = empty
+    value, bad = _integers(tokens)
+    if bad.any():
+        return _named_lists(tokens, first, owner, int(np.flatnonzero(bad)[0]), notes)
+    owner = value[first][owner]
+    listed = int(owner.max()) + 1
     least = listed if listed <= largest_table(len(value)) else 0
     return Records(owner[~first], value[~first], numbered=True, min_size=(least, 0), notes=notes)
+
+
+def _named_lists(tokens: _Tokens, first: np.ndarray, owner: np.ndarray, odd: int, notes: dict[str, object]) -> Records:
+    texts = [
+        tokens.data[start:end].tobytes().decode() for start, end in zip(tokens.start.tolist(), tokens.end.tolist())
+    ]
+    comma = next((index for index, text in enumerate(texts) if "," in text), None)
+    if comma is not None:
+        raise tokens.error(comma, "ids separated by blanks (a table with commas is one pair a line, and a .csv)")
+    names = np.array(texts, dtype=np.str_)
+    users, items = from_values(names[first]), from_values(names[~first])
+    notes[f"ids of {tokens.path.name}"] = (
+        f"names, not numbers, as {texts[odd]!r} in line {tokens.line[odd] + 1} is none"
+    )
+    return Records(users.codes[owner][~first], items.codes, user_names=users.names, item_names=items.names, notes=notes)
+
+
+def is_adjacency(path: Path) -> bool:
+    """Whether a text file is lists of ids, not a table: lines of blanks and words, of several lengths or more than four."""
+    if suffix(path) != "txt":
+        return False
+    lines = [line for line in read_bytes(path)[: 1 << 20].splitlines()[:2000] if line.strip()]
+    if any(mark in line for line in lines[:4] for mark in (b",", b";", b"|", b"::")):
+        return False
+    widths = {len(line.split()) for line in lines}
+    header = {normal(word) for word in lines[0].decode("utf-8", "replace").split()}
+    return (len(widths) > 1 or max(widths) > 4) and not header & {normal(name) for name in USER_NAMES}
 
 
 def read_adjacency_parts(paths: Mapping[str, str | os.PathLike[str]]) -> Records:
@@ -240,7 +293,9 @@ def read_counted_lists(path: str | os.PathLike[str], *, counts_as_items: bool = 
     """
     path = Path(path)
     tokens = _tokens(read_bytes(path), path)
-    value = _integers(tokens)
+    value, bad = _integers(tokens)
+    if bad.any():
+        raise tokens.error(int(np.flatnonzero(bad)[0]), "a number of items or an item (an integer >= 0)")
     first = np.ones(len(value), dtype=bool)
     first[1:] = tokens.line[1:] != tokens.line[:-1]
     listed = np.bincount(tokens.line)
@@ -253,26 +308,25 @@ def read_counted_lists(path: str | os.PathLike[str], *, counts_as_items: bool = 
     return Records(tokens.line[keep].astype(np.int64), value[keep])
 
 
-def _read_numbers(
-    path: str | os.PathLike[str], columns: Sequence[str], *, separator: bytes = b"\t"
-) -> list[np.ndarray]:
-    """Columns of a headerless numeric table: ``user`` and ``item`` int64, the others float64.
-
-    ``columns`` names all columns; a line with another number of fields is an error.
-    """
-    path = Path(path)
-    raw = read_bytes(path)
-    tokens = _tokens(raw if separator.isspace() else raw.replace(separator, b"\t"), path)
-    count = np.bincount(tokens.line)
-    wrong = np.flatnonzero((count != len(columns)) & (count > 0))
-    if len(wrong):
+def _read_numbers(path: str | os.PathLike[str], columns: Sequence[str], separator: str = "\t") -> list[np.ndarray]:
+    """Columns of a headerless numeric table, in the order of ``columns``: ``user`` and ``item`` int64, others float64."""
+    table = open_table(path, separator=separator, header=False)
+    if len(table.names) != len(columns):
         wanted = f"{len(columns)} fields ({', '.join(columns)})"
-        line = int(wrong[0])
-        raise UserError(f"{path}, line {line + 1}: found {count[line]} fields, wanted {wanted}: correct or remove it")
-    read = []
-    for index, name in enumerate(columns):
-        column = tokens.at(slice(index, None, len(columns)))
-        read.append(_integers(column) if name in ("user", "item") else _floats(column, f"a number for the {name}"))
+        raise UserError(
+            f"{path}, line 1: found {len(table.names)} fields, wanted {wanted}: is this the published file?"
+        )
+    cells, read = table.read(table.names), []
+    for own, name in zip(table.names, columns, strict=True):
+        if name in ("user", "item"):
+            ids = encode(table, own, cells[own])
+            if ids.names.dtype.kind != "i":
+                texts = cells[own].to_pylist()
+                row = next(row for row, text in enumerate(texts) if from_values([text]).names.dtype.kind != "i")
+                raise table.error(row, texts[row], "an id (an integer from 0 to 2^63 - 1)")
+            read.append(ids.names[ids.codes])
+        else:
+            read.append(_ratings(table, own, cells[own]))
     return read
 
 
@@ -294,10 +348,8 @@ def read_lastfm(paths: Mapping[str, str | os.PathLike[str]]) -> Records:
 
 def read_movielens(path: str | os.PathLike[str]) -> Records:
     """MovieLens ``ratings.dat`` (``user::item::rating::time``) or ``u.data`` (the same, tabs)."""
-    raw = read_bytes(path)
-    separator = b"::" if b"::" in raw[:200] else b"\t"
-    users, items, ratings, times = _read_numbers(path, ("user", "item", "rating", "time"), separator=separator)
-    return Records(users, items, ratings, times)
+    separator = "::" if b"::" in read_bytes(path)[:200] else "\t"
+    return Records(*_read_numbers(path, ("user", "item", "rating", "time"), separator), per_second=1)
 
 
 def read_pairs_npz(path: str | os.PathLike[str]) -> Records:
@@ -309,11 +361,16 @@ def read_pairs_npz(path: str | os.PathLike[str]) -> Records:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files if name in ("user", "movie", "item")}
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no readable .npz ({_short(error)}): fetch the file again") from error
+        raise UserError(f"{path} is no readable .npz ({short(error)}): fetch the file again") from error
     item = arrays.get("item", arrays.get("movie"))
     if "user" not in arrays or item is None:
         raise UserError(f"{path}: found arrays {sorted(arrays)}, wanted user and item: fetch the file again")
-    return Records(_array_ids(arrays["user"], path, "user"), _array_ids(item, path, "item"))
+    if len(arrays["user"]) != len(item) or arrays["user"].ndim != 1 or item.ndim != 1:
+        raise UserError(
+            f"{path}: found {arrays['user'].shape} users and {item.shape} items, wanted two lists of one length"
+        )
+    users, items = from_values(arrays["user"]), from_values(item)
+    return Records(users.codes, items.codes, user_names=users.names, item_names=items.names)
 
 
 def _is_no_id(array: np.ndarray) -> np.ndarray:
@@ -428,10 +485,10 @@ def load_pickled(path: str | os.PathLike[str]) -> object:
     except pickle.UnpicklingError as error:
         wanted = "only lists, dicts, numbers, strings and numpy arrays"
         raise UserError(
-            f"{path} was refused ({_short(error)}): wanted a pickle with {wanted}; convert it to text"
+            f"{path} was refused ({short(error)}): wanted a pickle with {wanted}; convert it to text"
         ) from error
     except Exception as error:  # a damaged pickle fails in any way at all
-        reason = f"{type(error).__name__}: {_short(error)}"
+        reason = f"{type(error).__name__}: {short(error)}"
         raise UserError(f"{path} is no readable pickle ({reason}): fetch the file again") from error
 
 
@@ -469,179 +526,187 @@ def read_mcl_parts(paths: Mapping[str, str | os.PathLike[str]]) -> Records:
 # Tables with named columns ----------------------------------------------------------------------
 
 
-def read_table(
-    path: str | os.PathLike[str],
-    *,
-    user_col: str | None = None,
-    item_col: str | None = None,
-    rating_col: str | None = None,
-    time_col: str | None = None,
-) -> Records:
-    """CSV, TSV, RecBole/MMRec ``.inter`` or Parquet, gzip or not, with string or integer ids.
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table mean what, and how it is spelled; None: by the usual names, by what stands there.
 
-    Columns not named are looked for under usual names (``user_id``, ``movieId``, ...), any case;
-    ``name:token`` headers lose what follows the colon. A CSV whose first line is all numbers has
-    no header: its columns are user, item, rating, time in this order. A column ``x_label``
-    (0 train, 1 valid, 2 test) is the published split. Raises UserError with the columns found.
+    ``rating`` and ``time`` may be ``none`` (the table has none that counts), ``time`` also ``order`` (the order of the
+    rows is time) or ``DATE,CLOCK`` (two columns of one moment).
     """
-    path = Path(path)
-    frame = _parquet_frame(path) if ".parquet" in path.suffixes else _text_frame(path)
-    names = [str(name) for name in frame.columns]
-    pick = {
-        "user": _find_column(path, names, user_col, USER_NAMES, "user", required=True),
-        "item": _find_column(path, names, item_col, ITEM_NAMES, "item", required=True),
-        "rating": _find_column(path, names, rating_col, RATING_NAMES, "rating"),
-        "time": _find_column(path, names, time_col, TIME_NAMES, "time"),
-        "part": _find_column(path, names, None, PART_NAMES, "part"),
-    }
-    column = {role: None if name is None else frame[name] for role, name in pick.items()}
-    first_line = frame.attrs.get("first_line", 0)
-    return Records(
-        _column_ids(column["user"], path, first_line),
-        _column_ids(column["item"], path, first_line),
-        _column_numbers(column["rating"], path, first_line),
-        _column_times(column["time"], path, first_line),
-        _column_parts(column["part"], path, first_line),
-        numbered=column["part"] is not None and column["user"].dtype.kind == column["item"].dtype.kind == "i",
+
+    user: str | None = None
+    item: str | None = None
+    rating: str | None = None
+    time: str | None = None
+    sep: str | None = None
+    header: bool | None = None
+    time_format: str | None = None
+
+
+def read_table(
+    path: str | os.PathLike[str], columns: Columns = Columns(), *, uses: Collection[str] = ("rating", "time")
+) -> Records:
+    """CSV, TSV, atomic files, Parquet or JSON lines, packed or not; ids are names (:mod:`gfml.data.names`).
+
+    Columns not named are looked for under usual names (``user_id``, ``movieId``, ``Item ID``, ...). A text file whose
+    first line is all numbers has no header: its columns are user, item, rating, time in this order. A column
+    ``x_label`` (0 train, 1 valid, 2 test) is the published split.
+    uses: ``rating`` and ``time`` where the run needs them; the cells of columns that nobody uses are not looked at.
+    Raises UserError with the columns found, or with the line of a cell that cannot be what its column is.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     for line in ("user,item,rating", "ann,007,4", "ann,7,5"):
+        ...         print(line, file=file)
+        ...     file.flush()
+        ...     records = read_table(file.name)
+        >>> len(records.users), records.ratings.tolist()
+        (2, [4.0, 5.0])
+    """
+    usual = (*USER_NAMES, *ITEM_NAMES, *RATING_NAMES, *TIME_NAMES, *filter(None, (columns.user, columns.item)))
+    table = open_table(path, separator=columns.sep, header=columns.header, wanted=usual)
+    pick = _roles(table, columns)
+    if "time" in uses and columns.time is None and not pick["bare"]:
+        _find_clock(table, pick)
+    roles = ("user", "item", "rating", "part", *(("time", "clock") if "time" in uses else ()))
+    needed = list(dict.fromkeys(pick[role] for role in roles if pick[role] is not None))
+    cells = table.read(needed, whole=[pick["time"]] if pick["time"] in needed else [])
+    users = encode(table, pick["user"], cells.pop(pick["user"]))
+    items = encode(table, pick["item"], cells.pop(pick["item"]))
+    if pick["bare"] and columns.user is None and columns.item is None and _is_item_first(users, items):
+        users, items = items, users
+        table.notes["columns by position"] = "item, user, rating, time: the first holds Amazon's item numbers"
+    times = None
+    if "time" in uses and pick["time"]:
+        clock = None if pick["clock"] is None else cells[pick["clock"]]
+        times = read_times(table, pick["time"], cells.pop(pick["time"]), columns.time_format, clock=clock)
+    ratings = None
+    if pick["rating"]:
+        found = cells.pop(pick["rating"])
+        if "rating" in uses:
+            ratings = _ratings(table, pick["rating"], found)
+        else:
+            table.notes[f"rating {pick['rating']}"] = f"recognised, not thresholded (--threshold): {_stars(found)}"
+    parts = None if pick["part"] is None else _parts(table, pick["part"], cells[pick["part"]])
+    numbered = parts is not None and users.names.dtype.kind == items.names.dtype.kind == "i"
+    records = Records(
+        users.names[users.codes] if numbered else users.codes,
+        items.names[items.codes] if numbered else items.codes,
+        ratings,
+        None if times is None else times.values,
+        parts,
+        None if numbered else users.names,
+        None if numbered else items.names,
+        None if times is None else times.per_second,
+        numbered,
+        notes=table.notes,
+    )
+    return records.in_order() if columns.time == "order" else records
+
+
+def _roles(table: Table, columns: Columns) -> dict[str, Any]:
+    """The column of each role, None where there is none; ``bare``: whether there is no header."""
+    bare = isinstance(table, TextTable) and not table.header
+    asked = {"user": columns.user, "item": columns.item, "rating": columns.rating, "time": columns.time}
+    pick: dict[str, Any] = dict.fromkeys(("user", "item", "rating", "time", "clock", "part"))
+    for place, (role, usual) in enumerate(_USUAL.items()):
+        given = asked[role]
+        if given in ("none", "order") and role in ("rating", "time"):
+            continue
+        if given is not None and role == "time" and "," in given and given not in table.names:
+            pick["time"], pick["clock"] = (table.column(name.strip(), "--time-col") for name in given.split(",", 1))
+        elif given is not None:
+            pick[role] = table.column(given, f"--{role}-col")
+        elif bare:
+            free = table.names[place] if place < len(table.names) else None
+            pick[role] = None if free in [value for key, value in asked.items() if key != role] else free
+        else:
+            pick[role] = table.find(usual)
+        if pick[role] is None and role in ("user", "item"):
+            raise UserError(
+                f"{table.path} has no {role} column that is recognised: found {', '.join(table.names)}; name it with --{role}-col, "
+                "or give --no-header if the first line is data"
+            )
+    twice = [name for name, count in Counter(name for name in pick.values() if name).items() if count > 1]
+    if twice:
+        raise UserError(
+            f"{table.path}: column {twice[0]} stands for two things: name other columns with --user-col, --item-col, ..."
+        )
+    pick["part"], pick["bare"] = None if bare else table.find(PART_NAMES), bare
+    if bare:
+        listed = ", ".join(f"{role} {name}" for role, name in pick.items() if isinstance(name, str))
+        table.notes["columns by position"] = f"{listed} (no header)"
+    return pick
+
+
+def _find_clock(table: Table, pick: dict[str, Any]) -> None:
+    """A date and a clock in two columns are one moment."""
+    date, clock = table.find(DATE_NAMES), table.find(CLOCK_NAMES)
+    if date is None or clock is None or pick["time"] not in (date, clock):
+        return
+    first = table.read([clock])[clock]
+    if len(first) and pa.types.is_string(first.type) and ":" in first[0].as_py() and len(first[0].as_py()) < 16:
+        pick["time"], pick["clock"] = date, clock
+
+
+def _is_item_first(users: Ids, items: Ids) -> bool:
+    """Whether columns taken for user and item are Amazon's item and user, as in the 2018 rating files."""
+    if users.names.dtype.kind != "U" or items.names.dtype.kind != "U":
+        return False
+    is_item = pc.match_substring_regex(spelled(users.names), "^(B[0-9A-Z]{9}|[0-9]{9}[0-9X])$")
+    is_user = pc.match_substring_regex(spelled(items.names), "^A[0-9A-Z]{9,}$")
+    return bool(pc.all(is_item).as_py() and pc.all(is_user).as_py())
+
+
+def _ratings(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarray:
+    """float64, finite."""
+    wanted = f"a number in column {column}"
+    if cells.null_count:
+        raise table.error(int(np.flatnonzero(np.asarray(pc.is_null(cells)))[0]), "", wanted)
+    try:
+        text = pa.types.is_string(cells.type)
+        values = np.asarray((pc.utf8_trim_whitespace(cells) if text else cells).cast(pa.float64()))
+    except pa.ArrowInvalid:
+        texts = as_strings(cells).to_pylist()
+        row = next(row for row, text in enumerate(texts) if not is_number(text))
+        raise table.error(row, texts[row], wanted) from None
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise table.error(int(bad[0]), str(values[bad[0]]), wanted)
+    return values
+
+
+def _stars(cells: pa.ChunkedArray, most: int = 12) -> str:
+    """How often each value stands in a column; of many values, how many there are."""
+    counts = pc.value_counts(cells)
+    if len(counts) > most:
+        return f"{len(counts):,} different values"
+    found = [
+        (str(one["values"].as_py() if one["values"].as_py() not in (None, "") else "empty"), one["counts"].as_py())
+        for one in counts
+    ]
+    return ", ".join(
+        f"{value}: {count:,}" for value, count in sorted(found, key=lambda one: (not is_number(one[0]), one[0]))
     )
 
 
-def _parquet_frame(path: Path) -> Any:
-    import pandas as pd
-
-    if not path.exists():
-        raise UserError(f"no file {path}: check the path given with --dataset or --data-root")
-    try:
-        return pd.read_parquet(path)
-    except ImportError as error:
-        raise UserError(f"reading {path} needs pyarrow: pip install pyarrow, or write the data as CSV") from error
-    except Exception as error:
-        raise UserError(f"{path} is no readable Parquet file ({type(error).__name__}): write it again") from error
-
-
-def _text_frame(path: Path) -> Any:
-    import pandas as pd
-
-    raw = read_bytes(path).replace(b"::", b"\t") if ".dat" in path.suffixes else read_bytes(path)
-    raw = _utf8(raw)
-    head = raw.split(b"\n", 1)[0].decode("utf-8").strip("\r")
-    separator = _separator(path, head)
-    bare = all(_is_number(cell) for cell in head.split(separator))
-    options = {"header": None} if bare else {}
-    try:
-        frame = pd.read_csv(io.BytesIO(raw), sep=separator, low_memory=False, keep_default_na=False, na_values=[""],
-                            skipinitialspace=True, **options)  # fmt: skip
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
-        hint = "correct it, or give the folder if it is an adjacency list"
-        raise UserError(f"{path} is no readable table ({_short(error)}): {hint}") from error
-    if bare:
-        frame.columns = [*("user", "item", "rating", "time")[: frame.shape[1]], *map(str, range(4, frame.shape[1]))]
-    else:
-        frame.columns = [str(name).split(":")[0].strip() for name in frame.columns]
-    if not len(frame):
-        raise UserError(f"{path} has a header and no rows: wanted interactions, write the file again")
-    frame.attrs["first_line"] = 1 if bare else 2
-    return frame
-
-
-def _utf8(raw: bytes) -> bytes:
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1").encode("utf-8")
-    return raw
-
-
-def _separator(path: Path, head: str) -> str:
-    if {".inter", ".tsv", ".dat"} & set(path.suffixes):
-        return "\t"
-    counts = {separator: head.count(separator) for separator in ("\t", ",", ";", "|", " ")}
-    best = max(counts, key=lambda separator: counts[separator])
-    if counts[best] == 0:
-        wanted = "at least user and item, separated by commas or tabs"
-        raise UserError(f"{path}, line 1: found one column {head[:40]!r}, wanted {wanted}")
-    return best
-
-
-def _is_number(cell: str) -> bool:
-    return bool(re.fullmatch(r'\s*"?[-+]?\d+(\.\d+)?([eE][-+]?\d+)?"?\s*', cell))
-
-
-def _find_column(
-    path: Path, names: list[str], asked: str | None, usual: Sequence[str], role: str, *, required: bool = False
-) -> str | None:
-    """The column for ``role``: the one asked for, else the first usual name present, else None."""
-    listed = ", ".join(names)
-    if asked is not None:
-        if asked not in names:
-            raise UserError(f"{path} has no column {asked!r} for --{role}-col: found {listed}{suggest(asked, names)}")
-        return asked
-    lower = {name.lower(): name for name in reversed(names)}
-    found = next((lower[name] for name in usual if name in lower), None)
-    if found is None and required:
-        raise UserError(f"{path} has no {role} column that is recognised: found {listed}; name it with --{role}-col")
-    return found
-
-
-def _row_error(path: Path, first_line: int, row: int, found: object, wanted: str) -> UserError:
-    place = f"line {first_line + row}" if first_line else f"row {row + 1}"
-    return UserError(f"{path}, {place}: found {found!r}, wanted {wanted}: correct or remove it")
-
-
-def _column_ids(column: Any, path: Path, first_line: int) -> np.ndarray:
-    """A pandas column as int64 ids, or as strings where some id is not a number."""
-    wanted = f"a {column.name} id (an integer from 0 to 2^63 - 1, or a name)"
-    missing = np.flatnonzero(column.isna().to_numpy())
-    if len(missing):
-        raise _row_error(path, first_line, int(missing[0]), "", wanted)
-    if column.dtype.kind in "iuf":
-        value = column.to_numpy()
-        bad = np.flatnonzero(_is_no_id(value))
-        if len(bad):
-            row = int(bad[0])
-            raise _row_error(path, first_line, row, value[row].item(), wanted)
-        return value.astype(np.int64)
-    text = column.astype(str).to_numpy().astype(np.str_)
-    # Text files give numbers as numbers, so that only those beyond 64 bits arrive here as strings.
-    if first_line and np.char.isdecimal(text).all():
-        row = int(np.argmax(np.char.str_len(text)))
-        raise _row_error(path, first_line, row, text[row].item(), wanted)
-    return text
-
-
-def _column_numbers(column: Any, path: Path, first_line: int) -> np.ndarray | None:
-    import pandas as pd
-
-    if column is None:
-        return None
-    value = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    bad = np.flatnonzero(~np.isfinite(value))
-    if len(bad):
-        row = int(bad[0])
-        raise _row_error(path, first_line, row, str(column.iloc[row]), f"a number in column {column.name}")
-    return value
-
-
-def _column_times(column: Any, path: Path, first_line: int) -> np.ndarray | None:
-    """Seconds or any other number as they are; dates become seconds since 1970."""
-    import pandas as pd
-
-    if column is None or column.dtype.kind in "iuf":
-        return _column_numbers(column, path, first_line)
-    dates = pd.to_datetime(column, errors="coerce", utc=True, format="mixed")
-    bad = np.flatnonzero(dates.isna().to_numpy())
-    if len(bad):
-        row = int(bad[0])
-        raise _row_error(path, first_line, row, str(column.iloc[row]), f"a number or a date in column {column.name}")
-    return (dates - pd.Timestamp(0, tz="UTC")).dt.total_seconds().to_numpy(dtype=np.float64)
-
-
-def _column_parts(column: Any, path: Path, first_line: int) -> np.ndarray | None:
-    value = _column_numbers(column, path, first_line)
-    if value is None:
-        return None
+def _parts(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarray:
+    value = _ratings(table, column, cells)
     bad = np.flatnonzero(~np.isin(value, (0, 1, 2)))
     if len(bad):
-        row = int(bad[0])
-        raise _row_error(path, first_line, row, value[row].item(), "0 (train), 1 (valid) or 2 (test) in column x_label")
+        raise table.error(int(bad[0]), value[bad[0]].item(), f"0 (train), 1 (valid) or 2 (test) in column {column}")
     return value.astype(np.int8)
+
+
+def read_table_parts(
+    paths: Mapping[str, str | os.PathLike[str]],
+    columns: Columns = Columns(),
+    *,
+    uses: Collection[str] = ("rating", "time"),
+) -> Records:
+    """Tables of ``train``, ``test`` and maybe ``valid``, all with the same columns, as one labelled table."""
+    order = columns.time == "order"
+    plain = replace(columns, time="none") if order else columns
+    joined = join_parts({name: read_table(path, plain, uses=uses) for name, path in paths.items()})
+    return joined.in_order() if order else joined

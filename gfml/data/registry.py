@@ -22,6 +22,7 @@ from gfml.data.readers import (
     read_pairs_npz,
     read_table,
 )
+from gfml.data.tables import PACKED, TABLE_SUFFIXES, suffix
 
 logger = logging.getLogger("gfml.data")
 
@@ -81,6 +82,10 @@ class KnownDataset:
     ratios: tuple[float, float, float] = (0.8, 0.1, 0.1)
     download: Download | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+PART_FILES = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
+              "test": "test"}  # fmt: skip
 
 
 def _one(read: Callable[[Path], Records]) -> Callable[[Paths], Records]:
@@ -281,14 +286,42 @@ def folders_of(known: KnownDataset, roots: Iterable[Path]) -> list[Path]:
 
 
 def present(folder: Path, layout: Layout) -> Paths | None:
-    """The files of ``layout`` in ``folder``, plain or gzip, or None when one is missing."""
+    """The files of ``layout`` in ``folder``, plain or packed, or None when one is missing."""
     found = {}
     for part, name in layout.files.items():
-        paths = [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()]
+        ends = ("", *(f".{packer}" for packer in PACKED))
+        paths = [path for end in ends if (path := folder / f"{name}{end}").is_file()]
         if not paths:
             return None
         found[part] = paths[0]
     return found
+
+
+def table_parts(folder: Path) -> dict[str, Path]:
+    """Tables of a split that a folder ships: ``train.csv``, ``NAME.valid.inter``, ``test.parquet.gz`` and the like."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        words = path.name.lower().split(".")
+        while len(words) > 1 and words[-1] in PACKED:
+            words.pop()
+        part = PART_FILES.get(words[-2]) if len(words) in (2, 3) and words[-1] in TABLE_SUFFIXES else None
+        if part is None or not path.is_file() or words[-1] in ("item", "user", "kg", "link", "net"):
+            continue
+        if part in found:
+            raise UserError(
+                f"{folder} holds {found[part].name} and {path.name}, wanted one table for {part}: give one file"
+            )
+        found[part] = path
+    return found
+
+
+def only_table(folder: Path) -> Path | None:
+    """The interactions of a folder: ``FOLDER.inter``, else its only ``.inter``, else its only table."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    atomic = [path for path in files if suffix(path) == "inter"]
+    named = [path for path in atomic if path.name.split(".")[0] == folder.resolve().name]
+    others = [path for path in files if suffix(path) in ("csv", "tsv", "parquet", "jsonl")]
+    return next((some[0] for some in (named, atomic, others) if len(some) == 1), None)
 
 
 def locate(known: KnownDataset, roots: Iterable[Path]) -> tuple[Layout, Paths] | None:

@@ -6,15 +6,15 @@ options and seed give equal data.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gfml.base.errors import UserError, choice_error
-from gfml.data.interactions import Interactions, csr_from_pairs, sorted_unique
+from gfml.data.interactions import Interactions, csr_from_pairs, grouped, place_in_groups, random_key, sorted_unique
 from gfml.data.readers import PARTS, Records, largest_table
 
-SPLITS = ("native", "per-user", "global", "leave-one-out", "time")
+SPLITS = ("native", "per-user", "global", "leave-one-out", "leave-k-out", "time", "user-time")
 TRAIN, VALID, TEST = range(3)
 
 
@@ -30,14 +30,17 @@ def check_ratios(ratios: tuple[float, float, float]) -> tuple[float, float, floa
     return ratios[0] / total, ratios[1] / total, ratios[2] / total
 
 
-def _rank_in_group(groups: np.ndarray, *keys: np.ndarray) -> np.ndarray:
-    """Position 0, 1, ... of each entry among the entries of its group, ordered by ``keys`` (first key decides)."""
-    order = np.lexsort((*reversed(keys), groups))
-    ordered = groups[order]
-    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]]) if len(ordered) else np.empty(0, np.int64)
-    rank = np.empty(len(groups), dtype=np.int64)
-    rank[order] = np.arange(len(groups)) - np.repeat(first, np.diff(np.r_[first, len(groups)]))
-    return rank
+def time_key(times: np.ndarray | None, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers >= 0 that order ``count`` pairs by time, those of one moment at random."""
+    draws = random_key(count, rng)
+    if times is None or not count:
+        return draws
+    late = times
+    if times.dtype.kind not in "iu" or (int(times.max()) - int(times.min())).bit_length() > 42:
+        late = np.unique(times, return_inverse=True)[1]
+    late = late.astype(np.int64) - int(late.min())
+    spare = min(62 - int(late.max()).bit_length(), 53)
+    return (late << np.int64(spare)) | (draws >> np.int64(53 - spare))
 
 
 def split_per_user(users: np.ndarray, ratios: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
@@ -51,9 +54,34 @@ def split_per_user(users: np.ndarray, ratios: tuple[float, float, float], rng: n
     degree = np.bincount(users)
     take_test = _take(degree, test, spare=2 if valid else 1)
     take_valid = np.minimum(_take(degree, valid, spare=1), np.maximum(degree - take_test - 1, 0))
-    rank = _rank_in_group(users, rng.random(len(users)))
-    cut_test, cut_valid = take_test[users], (take_test + take_valid)[users]
-    return np.select([rank < cut_test, rank < cut_valid], [TEST, VALID], TRAIN).astype(np.int8)
+    place = place_in_groups(users, len(degree), random_key(len(users), rng))
+    return _held(place, take_test[users], take_valid[users])
+
+
+def split_user_time(
+    users: np.ndarray, times: np.ndarray, ratios: tuple[float, float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """Cut each user's pairs by time: as many as :func:`split_per_user` takes, the latest to test, those before to valid.
+
+    Pairs of one moment come in a random order. Shape: as there.
+    """
+    _, valid, test = check_ratios(ratios)
+    degree = np.bincount(users)
+    take_test = _take(degree, test, spare=2 if valid else 1)
+    take_valid = np.minimum(_take(degree, valid, spare=1), np.maximum(degree - take_test - 1, 0))
+    return _held(_from_the_end(users, degree, times, rng), take_test[users], take_valid[users])
+
+
+def _from_the_end(
+    users: np.ndarray, degree: np.ndarray, times: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+    """How many pairs of its user are later than each pair."""
+    return degree[users] - 1 - place_in_groups(users, len(degree), time_key(times, len(users), rng))
+
+
+def _held(place: np.ndarray, test: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Labels: the first ``test`` places test, the next ``valid`` ones valid."""
+    return np.select([place < test, place < test + valid], [TEST, VALID], TRAIN).astype(np.int8)
 
 
 def _take(degree: np.ndarray, share: float, spare: int) -> np.ndarray:
@@ -72,16 +100,18 @@ def split_global(count: int, ratios: tuple[float, float, float], rng: np.random.
     return labels
 
 
-def split_leave_one_out(users: np.ndarray, times: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-    """Each user's last pair to test, the one before to valid; ties and missing times at random.
+def split_leave_out(
+    users: np.ndarray, times: np.ndarray | None, rng: np.random.Generator, count: int = 1
+) -> np.ndarray:
+    """Each user's last ``count`` pairs to test, the ``count`` before to valid; ties and missing times at random.
 
-    Users with two pairs give only a test pair, users with one stay in train. int8 [N].
+    Train keeps at least one: users with ``2 count`` pairs or fewer give no valid pair, those with ``count`` or fewer
+    none at all. int8 [N].
     """
-    when = np.zeros(len(users)) if times is None else times
-    degree = np.bincount(users)[users] if len(users) else np.empty(0, np.int64)
-    left = degree - 1 - _rank_in_group(users, when, rng.random(len(users)))
-    is_test, is_valid = (left == 0) & (degree >= 2), (left == 1) & (degree >= 3)
-    return np.select([is_test, is_valid], [TEST, VALID], TRAIN).astype(np.int8)
+    degree = np.bincount(users)
+    left = _from_the_end(users, degree, times, rng)
+    test, valid = count * (degree > count), count * (degree > 2 * count)
+    return _held(left, test[users], valid[users])
 
 
 def split_by_time(times: np.ndarray, ratios: tuple[float, float, float]) -> np.ndarray:
@@ -97,22 +127,55 @@ def split_by_time(times: np.ndarray, ratios: tuple[float, float, float]) -> np.n
     return np.where(times <= end_train, TRAIN, np.where(times <= end_valid, VALID, TEST)).astype(np.int8)
 
 
-def split_labels(
-    kind: str, users: np.ndarray, times: np.ndarray | None, ratios: tuple[float, float, float], rng: np.random.Generator
-) -> np.ndarray:
-    """Labels of the split named ``kind`` (one of :data:`SPLITS` except ``native``)."""
-    if kind == "per-user":
-        return split_per_user(users, ratios, rng)
-    if kind == "global":
-        return split_global(len(users), ratios, rng)
-    if kind == "leave-one-out":
-        return split_leave_one_out(users, times, rng)
-    if kind == "time":
+def split_at_dates(times: np.ndarray, per_second: int | None, dates: tuple[float, ...]) -> np.ndarray:
+    """Cut at moments (seconds since 1970): pairs from the last of ``dates`` on test, with two those from the first valid."""
+    if per_second is None:
+        raise UserError(
+            "a split at a date needs times that are dates, found plain numbers: use --split time or name --time-col"
+        )
+    first, last = (dates[0] * per_second, dates[-1] * per_second)
+    return np.select([times >= last, times >= first], [TEST, VALID], TRAIN).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How to cut. kind: one of :data:`SPLITS`, None for the source's own, else ``per-user``.
+
+    leave: pairs of a user that ``leave-k-out`` takes for each part. dates: moments (seconds since 1970) for ``time``
+    instead of ratios, one or two.
+    """
+
+    kind: str | None = None
+    ratios: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    seed: int = 2020
+    leave: int = 1
+    dates: tuple[float, ...] = ()
+
+
+TIMED = ("leave-one-out", "leave-k-out", "time", "user-time")
+
+
+def split_labels(split: Split, records: Records) -> np.ndarray:
+    """Labels of the split of that kind (one of :data:`SPLITS` except ``native``)."""
+    users, times, rng = records.users, records.times, np.random.default_rng(split.seed)
+    if split.kind == "per-user":
+        return split_per_user(users, split.ratios, rng)
+    if split.kind == "global":
+        return split_global(len(users), split.ratios, rng)
+    if split.kind in ("leave-one-out", "leave-k-out"):
+        return split_leave_out(users, times, rng, split.leave if split.kind == "leave-k-out" else 1)
+    if split.kind in ("time", "user-time"):
         if times is None:
-            todo = "name it with --time-col or use another --split"
+            todo = "name it with --time-col (order: the order of the rows) or use another --split"
             raise UserError(f"a split by time needs a time column and none was found: {todo}")
-        return split_by_time(times, ratios)
-    raise choice_error("split", kind, SPLITS)
+        if split.kind == "user-time":
+            return split_user_time(users, times, split.ratios, rng)
+        return (
+            split_at_dates(times, records.per_second, split.dates)
+            if split.dates
+            else split_by_time(times, split.ratios)
+        )
+    raise choice_error("split", split.kind, SPLITS)
 
 
 # Filtering and numbering ------------------------------------------------------------------------
@@ -154,27 +217,31 @@ def renumber(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows.astype(np.int64), ids
 
 
-def _number(records: Records, raw: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """(row numbers, ids or None, how many rows) of one side."""
-    if not records.numbered:
-        rows, ids = renumber(raw)
-        return rows, ids, len(ids)
-    size = max(int(raw.max()) - records.first_id + 1 if len(raw) else 0, least)
-    if size > largest_table(len(raw)):
-        rows, ids = renumber(raw)
-        return rows, ids, len(ids)
-    ids = np.arange(records.first_id, records.first_id + size) if records.first_id else None
-    return raw - records.first_id, ids, size
+def _as_rows(records: Records) -> Records:
+    """With names for ids that are no small numbers, so that every id is a row of something."""
+    for side in ("user", "item"):
+        raw, names = getattr(records, f"{side}s"), getattr(records, f"{side}_names")
+        if names is not None or not len(raw):
+            continue
+        shifted = raw - records.first_id
+        if records.numbered and int(shifted.max()) < largest_table(len(raw)):
+            records = replace(records, **{f"{side}s": shifted})
+        else:
+            rows, ids = renumber(raw)
+            records = replace(records, **{f"{side}s": rows, f"{side}_names": ids})
+    return records
 
 
-def _first_of_each(keys: np.ndarray) -> np.ndarray | None:
-    """Mask of the first row with each key, or None when all keys differ."""
-    ordered = np.sort(keys)
-    if not (ordered[1:] == ordered[:-1]).any():
-        return None
-    mask = np.zeros(len(keys), dtype=bool)
-    mask[np.unique(keys, return_index=True)[1]] = True
-    return mask
+def _compact(records: Records, side: str, least: int, *, core: bool) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """(rows, ids or None, how many) of one side, without names that no row has. core: without numbers either."""
+    rows, names = getattr(records, f"{side}s"), getattr(records, f"{side}_names")
+    size = int(rows.max()) + 1 if len(rows) else 0
+    if names is None and not core:
+        size = max(size, least)
+        return rows, np.arange(records.first_id, records.first_id + size) if records.first_id else None, size
+    used = np.bincount(rows, minlength=size) > 0
+    ids = np.flatnonzero(used) + records.first_id if names is None else names[: len(used)][used]
+    return rows if used.all() else (np.cumsum(used) - 1)[rows], ids, len(ids)
 
 
 def _is_in(values: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -190,70 +257,119 @@ def _is_in(values: np.ndarray, known: np.ndarray) -> np.ndarray:
 def prepare(
     records: Records,
     name: str,
+    split: Split = Split(),
     *,
     threshold: float | None = None,
     strict: bool = False,
     kcore: int = 0,
-    split: str | None = None,
-    ratios: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    seed: int = 2020,
+    duplicates: str = "first",
+    file_order: bool = False,
 ) -> Interactions:
-    """Threshold, number, drop duplicates, k-core, split and check ``records``.
+    """Threshold, drop duplicates, k-core, number, split and check ``records``.
 
-    ``split`` None takes the source's own split if it has one, else ``per-user``. A test pair that
+    A split of kind None takes the source's own split if it has one, else ``per-user``. A test pair that
     is in train or valid too, and a valid pair that is in train, is dropped and counted in notes.
+    duplicates: a repeated pair counts once, at its ``first`` time (among the rows that the threshold keeps), at its
+        ``last`` with the rating it has there, or at its first with the ``sum`` of its ratings; the threshold follows.
+    file_order: random cuts draw in the order of the rows, as for published files; else that order decides nothing.
     Raises UserError when nothing is left to train on.
     """
-    records = keep_positive(records, threshold, strict=strict)
-    users, user_ids, num_users = _number(records, records.users, records.min_size[0])
-    items, item_ids, num_items = _number(records, records.items, records.min_size[1])
-    records = replace(records, users=users, items=items)
-    records = _without_duplicates(records, num_items, own_split=split in (None, "native"))
+    counts = {"read": len(records)}
+    if duplicates == "first":
+        records = _counted(counts, keep_positive(records, threshold, strict=strict), "below --threshold, dropped")
+    records = _as_rows(records)
+    own_split = split.kind in (None, "native") and records.parts is not None
+    records = _counted(
+        counts,
+        _without_duplicates(records, duplicates, own_split=own_split, file_order=file_order),
+        "repeated pairs, merged",
+    )
+    if duplicates != "first":
+        records = _counted(counts, keep_positive(records, threshold, strict=strict), "below --threshold, dropped")
     if kcore > 1:
-        records, user_ids, item_ids = _cored(records, kcore, user_ids, item_ids)
-        num_users, num_items = len(user_ids), len(item_ids)
-    labels = _labels(records, name, split, ratios, seed)
+        records = _counted(counts, _cored(records, kcore), f"outside the {kcore}-core, dropped")
+    users, user_ids, num_users = _compact(records, "user", records.min_size[0], core=kcore > 1)
+    items, item_ids, num_items = _compact(records, "item", records.min_size[1], core=kcore > 1)
+    records = replace(records, users=users, items=items, notes=_row_notes(records.notes, counts, always=not file_order))
+    labels = _labels(records, name, split)
     shape, ids = (num_users, num_items), {"user_ids": user_ids, "item_ids": item_ids}
     return assemble(name, records.users, records.items, labels, shape, notes=records.notes, **ids)
 
 
-def _without_duplicates(records: Records, num_items: int, *, own_split: bool) -> Records:
-    """Each pair once (once per part if the source's own split is kept); the number dropped is noted."""
-    keys = records.users * max(num_items, 1) + records.items
-    if own_split and records.parts is not None:
-        keys = keys * len(PARTS) + records.parts
-    first = _first_of_each(keys)
-    if first is None:
-        return records
-    return replace(records.take(first), notes={**records.notes, "duplicate pairs dropped": int((~first).sum())})
+def _counted(counts: dict[str, int], records: Records, why: str) -> Records:
+    """``records``, with how many rows fewer they are than were kept before."""
+    gone = counts["read"] - sum(count for key, count in counts.items() if key != "read") - len(records)
+    if gone:
+        counts[why] = gone
+    return records
 
 
-def _cored(
-    records: Records, k: int, user_ids: np.ndarray | None, item_ids: np.ndarray | None
-) -> tuple[Records, np.ndarray, np.ndarray]:
+def _row_notes(notes: dict[str, object], counts: dict[str, int], *, always: bool) -> dict[str, object]:
+    """The notes with one line for the rows: how many were read, dropped or merged and why, and are left."""
+    if len(counts) == 1 and not always:
+        return notes
+    gone = {why: count for why, count in counts.items() if why != "read"}
+    told = [f"{counts['read']:,} read", *(f"{count:,} {why}" for why, count in gone.items())]
+    return {"rows": "; ".join([*told, f"{counts['read'] - sum(gone.values()):,} left"]), **notes}
+
+
+def _without_duplicates(records: Records, which: str, *, own_split: bool, file_order: bool) -> Records:
+    """Each pair once (once per part if the source's own split is kept), in the order of users and items.
+
+    file_order: in the order of the file, by the place of the row that is kept.
+    """
+    num_users, num_items = (int(side.max(initial=-1)) + 1 for side in (records.users, records.items))
+    order = np.lexsort((records.parts, records.items)) if own_split else grouped(records.items, num_items)[0]
+    order = grouped(records.users[order], num_users, order)[0]
+    users, items = records.users[order], records.items[order]
+    same = (users[1:] == users[:-1]) & (items[1:] == items[:-1])
+    if own_split:
+        parts = records.parts[order]
+        same &= parts[1:] == parts[:-1]
+    if not same.any():
+        return records if file_order else records.take(order)
+    first = np.concatenate([[True], ~same])
+    keep, ratings = _representatives(records, order, np.cumsum(first) - 1, which)
+    merged = replace(records.take(keep), ratings=ratings)
+    return merged.take(np.argsort(keep, kind="stable")) if file_order else merged
+
+
+def _representatives(
+    records: Records, order: np.ndarray, pair: np.ndarray, which: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The row that stands for each pair, and the ratings. order: rows by pair; pair: the number of each one's pair."""
+    times, ratings = records.times, records.ratings
+    if which == "last" and times is None:
+        raise UserError(
+            "--duplicates last needs a time column and none was found: name it with --time-col, or use first or sum"
+        )
+    keys = [column[order] for column in (ratings, times) if column is not None]
+    inner = np.lexsort((*keys, pair)) if keys else np.arange(len(order))
+    ends = np.flatnonzero(np.concatenate([pair[1:] != pair[:-1], [True]]))
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    keep = order[inner[ends if which == "last" else starts]]
+    if ratings is None:
+        return keep, None
+    return keep, np.add.reduceat(ratings[order], starts) if which == "sum" else ratings[keep]
+
+
+def _cored(records: Records, k: int) -> Records:
     # A pair that two parts of the source hold is one interaction.
-    keys = records.users * (records.items.max() + 1) + records.items
+    keys = records.users.astype(np.int64) * (int(records.items.max(initial=0)) + 1) + records.items
     _, row, pair = np.unique(keys, return_index=True, return_inverse=True)
     kept = records.take(k_core(records.users[row], records.items[row], k)[pair])
     if not len(kept):
         raise UserError(f"the {k}-core is empty: no set of users and items has {k} interactions each, lower --kcore")
-    users, old_users = renumber(kept.users)
-    items, old_items = renumber(kept.items)
-    user_ids = old_users if user_ids is None else user_ids[old_users]
-    item_ids = old_items if item_ids is None else item_ids[old_items]
-    return replace(kept, users=users, items=items), user_ids, item_ids
+    return kept
 
 
-def _labels(
-    records: Records, name: str, split: str | None, ratios: tuple[float, float, float], seed: int
-) -> np.ndarray:
-    if split == "native" and records.parts is None:
+def _labels(records: Records, name: str, split: Split) -> np.ndarray:
+    if split.kind == "native" and records.parts is None:
         others = ", ".join(SPLITS[1:])
         raise UserError(f"{name} ships no split of its own: choose --split from {others}")
-    if split in (None, "native") and records.parts is not None:
+    if split.kind in (None, "native") and records.parts is not None:
         return records.parts
-    kind = "per-user" if split is None else split
-    return split_labels(kind, records.users, records.times, ratios, np.random.default_rng(seed))
+    return split_labels(replace(split, kind=split.kind or "per-user"), records)
 
 
 def assemble(
@@ -271,7 +387,7 @@ def assemble(
     notes = dict(notes or {})
     if not len(users):
         raise UserError(f"{name} has no interaction at all: check the file and the filters")
-    keys = users * max(shape[1], 1) + items
+    keys = users.astype(np.int64) * max(shape[1], 1) + items
     taken, parts = np.empty(0, np.int64), []
     for label, part in enumerate(PARTS):
         own = sorted_unique(keys[labels == label])
@@ -279,8 +395,8 @@ def assemble(
         if known.any():
             earlier = "train" if part == "valid" else "train or valid"
             notes[f"{part} pairs also in {earlier}, dropped"] = int(known.sum())
-        own = own[~known]
-        taken = np.sort(np.concatenate([taken, own])) if len(taken) else own
+            own = own[~known]
+        taken = np.sort(np.concatenate([taken, own])) if part != PARTS[-1] else own
         parts.append(csr_from_pairs(*np.divmod(own, max(shape[1], 1)), *shape))
     if parts[TRAIN].nnz == 0:
         raise UserError(f"{name} has no training interaction: check the split, --split-ratios and the filters")
@@ -289,14 +405,21 @@ def assemble(
 
 
 def _observations(data: Interactions) -> dict[str, object]:
-    """Counts worth telling: users and items without train pairs, parts without pairs."""
-    test_users = np.diff(data.test.indptr) > 0
+    """Counts worth telling: users and items without train pairs, parts without pairs, a test part of strangers."""
+    test_users, test_items = np.diff(data.test.indptr) > 0, np.bincount(data.test.indices, minlength=data.num_items) > 0
+    strange_users = int((test_users & (data.user_activity == 0)).sum())
+    strange_items = int((test_items & (data.item_popularity == 0)).sum())
     counts = {
         "users without train pairs": int((data.user_activity == 0).sum()),
-        "test users without train pairs": int((test_users & (data.user_activity == 0)).sum()),
+        "test users without train pairs": strange_users,
         "items without train pairs": int((data.item_popularity == 0).sum()),
     }
     found: dict[str, object] = {what: count for what, count in counts.items() if count}
     if data.test.nnz == 0:
         found["test part"] = "empty"
+    elif 2 * strange_users > test_users.sum() or 2 * strange_items > test_items.sum():
+        found["most of the test part is unknown to train"] = (
+            f"{strange_users:,} of {int(test_users.sum()):,} test users and {strange_items:,} of {int(test_items.sum()):,} test "
+            "items: results say little of a model, another --split keeps more"
+        )
     return found

@@ -14,7 +14,7 @@ Array = np.ndarray
 Pattern = tuple[np.ndarray, np.ndarray]  # where each row of a sparse matrix starts, and the columns it stores
 
 # Columns that are compared with the threshold in one go.
-GROUP = 64
+GROUP = 128
 # Squared length of a residual at which conjugate gradients stop.
 SMALL = 1e-20
 
@@ -70,16 +70,15 @@ def keep_best(
             row[seen[place[r]] - first] = -np.inf
             place[r] += 1
         for start in range(0, width, GROUP):
-            stop = min(start + GROUP, width)
-            above = 0
-            for score in row[start:stop]:
-                above += not (score <= value[0])  # NaN is not <= either
+            part, above = row[start : start + GROUP], 0
+            for column in range(len(part)):
+                above += not (part[column] <= value[0])  # NaN is not <= either
             if not above:
                 continue
-            for column in range(start, stop):
-                score = row[column]
+            for column in range(len(part)):
+                score = part[column]
                 if score > value[0]:
-                    put(value, number, score, first + column)
+                    put(value, number, score, first + start + column)
                 elif score != score:
                     broken[r] = True
 

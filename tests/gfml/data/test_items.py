@@ -112,7 +112,7 @@ def test_standardised_tables_have_no_mean_and_unit_deviation(tmp_path):
         (lambda p: write(p / "f.csv", "item,a\n7,x\n"), None, "no column of numbers or genres"),
         (lambda p: write(p / "f.csv", "item,a\n7,1\n"), ["b"], "no column 'b', found item, a"),
         (lambda p: write(p / "f.csv", "name,a\n7,1\n"), None, "no id column, found name, a"),
-        (lambda p: write(p / "f.csv", "item,a\n7,1,2\n"), None, "row 1: found 3 cells, wanted 2"),
+        (lambda p: write(p / "f.csv", "item,a\n7,1,2\n"), None, "line 2: found 3 cells, wanted 2"),
         (lambda p: write(p / "f.npz", "no archive"), None, "cannot read"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from gfml.base.errors import UserError
 from gfml.data import splits
-from gfml.data.interactions import pairs_from_csr, sorted_unique
+from gfml.data.interactions import grouped, pairs_from_csr, sorted_in_groups, sorted_unique
 from gfml.data.readers import Records
+from gfml.data.splits import Split
 
 RATIOS = (0.6, 0.2, 0.2)
 
@@ -50,7 +52,7 @@ def test_k_core_equals_naive_removal(pairs, k):
 
 def test_k_core_renumbers_and_keeps_ids():
     records = Records(np.array([10, 10, 20, 20, 30]), np.array([5, 6, 5, 6, 7]))
-    data = splits.prepare(records, "toy", kcore=2, ratios=(1, 0, 0))
+    data = splits.prepare(records, "toy", Split(ratios=(1, 0, 0)), kcore=2)
     assert data.user_ids.tolist() == [10, 20] and data.item_ids.tolist() == [5, 6]
     assert data.train.nnz == 4
     with pytest.raises(UserError, match="the 3-core is empty"):
@@ -67,17 +69,17 @@ def test_k_core_keeps_the_published_split():
 @pytest.mark.parametrize("kind", splits.SPLITS[1:])
 def test_parts_are_disjoint_and_complete_and_repeatable(kind):
     records = toy()
-    data = splits.prepare(records, "toy", split=kind, ratios=RATIOS, seed=3)
+    data = splits.prepare(records, "toy", Split(kind, RATIOS, 3))
     columns = [[side.tolist() for side in pairs_from_csr(data.split(part))] for part in ("train", "valid", "test")]
     parts = [set(zip(users, items, strict=True)) for users, items in columns]
     assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
     ids = {(data.user_ids[u], data.item_ids[i]) for part in parts for u, i in part}
     assert ids == set(zip(records.users.tolist(), records.items.tolist(), strict=True))
     assert all(parts)
-    again = splits.prepare(records, "toy", split=kind, ratios=RATIOS, seed=3)
+    again = splits.prepare(records, "toy", Split(kind, RATIOS, 3))
     assert again.fingerprint == data.fingerprint
     if kind != "time":
-        assert splits.prepare(records, "toy", split=kind, ratios=RATIOS, seed=4).fingerprint != data.fingerprint
+        assert splits.prepare(records, "toy", Split(kind, RATIOS, 4)).fingerprint != data.fingerprint
 
 
 @settings(max_examples=50, deadline=None)
@@ -107,8 +109,8 @@ def test_global_counts():
 
 def test_leave_one_out_takes_the_last():
     users, times = np.array([0, 0, 0, 1, 1, 2]), np.array([5.0, 9.0, 7.0, 2.0, 1.0, 3.0])
-    assert splits.split_leave_one_out(users, times, rng()).tolist() == [0, 2, 1, 2, 0, 0]
-    random = splits.split_leave_one_out(np.repeat(np.arange(50), 4), None, rng()).reshape(50, 4)
+    assert splits.split_leave_out(users, times, rng()).tolist() == [0, 2, 1, 2, 0, 0]
+    random = splits.split_leave_out(np.repeat(np.arange(50), 4), None, rng()).reshape(50, 4)
     assert (np.sort(random, axis=1) == [0, 0, 1, 2]).all()
     assert len(np.unique(random.argmax(axis=1))) == 4  # not always the same place
 
@@ -135,7 +137,7 @@ def test_duplicates_and_overlap_are_dropped_and_counted():
     parts = np.array([0, 0, 1, 0, 0, 2, 2], dtype=np.int8)
     data = splits.prepare(Records(users, items, parts=parts, numbered=True), "toy")
     assert (data.train.nnz, data.valid.nnz, data.test.nnz) == (3, 1, 1)
-    assert data.notes["duplicate pairs dropped"] == 1
+    assert data.notes["rows"] == "7 read; 1 repeated pairs, merged; 6 left"
     assert data.notes["test pairs also in train or valid, dropped"] == 1
     assert data.notes["users without train pairs"] == data.notes["test users without train pairs"] == 1
     assert data.notes["items without train pairs"] == 1  # item 0
@@ -153,11 +155,115 @@ def test_wrong_requests_are_named():
     records = toy()
     untimed = Records(records.users, records.items)
     with pytest.raises(UserError, match="needs a time column"):
-        splits.prepare(untimed, "toy", split="time")
+        splits.prepare(untimed, "toy", Split("time"))
     with pytest.raises(UserError, match="ships no split of its own"):
-        splits.prepare(untimed, "toy", split="native")
+        splits.prepare(untimed, "toy", Split("native"))
     with pytest.raises(UserError, match="unknown split 'weekly': choose one of"):
-        splits.prepare(untimed, "toy", split="weekly")
+        splits.prepare(untimed, "toy", Split("weekly"))
     for ratios in ((0, 0.5, 0.5), (0.8, -0.1, 0.3), (float("nan"), 0, 1)):
         with pytest.raises(UserError, match="split ratios"):
-            splits.prepare(untimed, "toy", ratios=ratios)
+            splits.prepare(untimed, "toy", Split(ratios=ratios))
+
+
+# Times decide, the order of the rows does not ----------------------------------------------------
+
+
+def as_sets(data) -> list[set]:
+    parts = [pairs_from_csr(data.split(part)) for part in ("train", "valid", "test")]
+    return [{(data.user_ids[u], data.item_ids[i]) for u, i in zip(*side, strict=True)} for side in parts]
+
+
+def test_cuts_by_time_equal_plain_loops():
+    records = toy(seed=3)
+    first = {}
+    for user, item, time in zip(
+        *(column.tolist() for column in (records.users, records.items, records.times)), strict=True
+    ):
+        first[user, item] = min(time, first.get((user, item), np.inf))
+    by_user = {}
+    for (user, _), time in first.items():
+        by_user.setdefault(user, []).append(time)
+    for kind, leave in (("user-time", 1), ("leave-k-out", 2), ("leave-one-out", 1)):
+        parts = as_sets(splits.prepare(records, "toy", Split(kind, RATIOS, leave=leave)))
+        for user, times in by_user.items():
+            own = [sorted(first[pair] for pair in part if pair[0] == user) for part in parts]
+            count = len(times)
+            if kind == "user-time":
+                test = min(max(1, round(0.2 * count)), count - 2) if count >= 3 else 0
+                valid = min(test, count - test - 1) if count >= 3 else 0
+            else:
+                test, valid = leave * (count > leave), leave * (count > 2 * leave)
+            assert [len(part) for part in own] == [count - valid - test, valid, test]
+            assert own[0] + own[1] + own[2] == sorted(times)  # nothing in train is later than what is held out
+
+
+def test_a_date_cuts_at_that_moment():
+    records = Records(
+        np.array([0, 0, 0, 1]),
+        np.array([0, 1, 2, 0]),
+        times=np.array([10_000, 20_000, 30_000, 20_000]),
+        per_second=1000,
+    )
+    two = splits.prepare(records, "toy", Split("time", dates=(15.0, 30.0)))
+    assert as_sets(two) == [{(0, 0)}, {(0, 1), (1, 0)}, {(0, 2)}]
+    one = splits.prepare(records, "toy", Split("time", dates=(20.0,)))
+    assert (one.train.nnz, one.valid.nnz, one.test.nnz) == (1, 0, 3)
+    with pytest.raises(UserError, match="needs times that are dates"):
+        splits.prepare(toy(), "toy", Split("time", dates=(20.0,)))
+
+
+@pytest.mark.parametrize("kind", splits.SPLITS[1:])
+@pytest.mark.parametrize("duplicates", ["first", "last", "sum"])
+def test_the_order_of_the_rows_decides_nothing(kind, duplicates):
+    records = toy(seed=5)
+    shuffled = records.take(np.random.default_rng(1).permutation(len(records)))
+    one, other = (
+        splits.prepare(r, "toy", Split(kind, RATIOS), threshold=3, duplicates=duplicates) for r in (records, shuffled)
+    )
+    assert one.fingerprint == other.fingerprint and one.notes == other.notes
+
+
+def test_repeated_pairs_count_once_at_the_time_asked_for():
+    users, items = np.array([0, 0, 0, 0, 1]), np.array([5, 6, 5, 7, 5])
+    records = Records(users, items, np.array([2.0, 4.0, 3.0, 4.0, 1.0]), np.array([9, 5, 1, 7, 2]))
+    last = lambda **options: as_sets(splits.prepare(records, "toy", Split("leave-one-out"), **options))[2]  # noqa: E731
+    assert last(duplicates="first") == {(0, 7)} and last(duplicates="last") == {(0, 5)}
+    kept = lambda **options: set().union(*as_sets(splits.prepare(records, "toy", **options)))  # noqa: E731
+    assert kept(threshold=3, duplicates="first") == {(0, 5), (0, 6), (0, 7)}  # its second rating is 3
+    assert kept(threshold=3, duplicates="last") == {(0, 6), (0, 7)}  # its last rating is 2
+    assert kept(threshold=5, duplicates="sum") == {(0, 5)}
+    notes = splits.prepare(records, "toy", threshold=5, duplicates="sum").notes
+    assert notes["rows"] == "5 read; 1 repeated pairs, merged; 3 below --threshold, dropped; 1 left"
+    with pytest.raises(UserError, match="--duplicates last needs a time column"):
+        splits.prepare(replace(records, times=None), "toy", duplicates="last")
+
+
+def test_every_dropped_row_is_counted():
+    records = toy(seed=2)
+    pairs = len({*zip(records.users.tolist(), records.items.tolist(), strict=True)})
+    data = splits.prepare(records, "toy", kcore=5)
+    left = data.train.nnz + data.valid.nnz + data.test.nnz
+    found = f"400 read; {400 - pairs} repeated pairs, merged; {pairs - left} outside the 5-core, dropped; {left} left"
+    assert data.notes["rows"] == found and 0 < left < pairs < 400
+
+
+def test_a_test_part_of_strangers_says_so():
+    records = Records(
+        np.array([0, 1, 2, 0]), np.array([0, 1, 2, 3]), parts=np.array([0, 2, 2, 2], np.int8), numbered=True
+    )
+    note = splits.prepare(records, "toy").notes["most of the test part is unknown to train"]
+    assert note.startswith("2 of 3 test users and 3 of 3 test items")
+    assert (
+        "most of the test part is unknown to train" not in splits.prepare(toy(), "toy", Split("per-user", RATIOS)).notes
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(groups=st.lists(st.integers(0, 5), min_size=1, max_size=40), seed=st.integers(0, 9))
+def test_counting_sorts_equal_sorting(groups, seed):
+    groups = np.array(groups)
+    key = np.random.default_rng(seed).permutation(len(groups)) * 2**40
+    order, starts = sorted_in_groups(groups, 6, key)
+    assert order.tolist() == np.lexsort((key, groups)).tolist()
+    assert starts.tolist() == [int((groups < group).sum()) for group in range(7)]
+    assert grouped(groups, 6)[0].tolist() == np.argsort(groups, kind="stable").tolist()
