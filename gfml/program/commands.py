@@ -113,14 +113,16 @@ def read_command(words: Sequence[str], root: Path) -> Command:
 def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Options, frozenset[str]]]:
     """Family, flags and flags without identity of every run, from the program itself."""
     folder = program.parent.name
+    if not (program.parent / "__init__.py").is_file():
+        raise UserError(f"{folder} is no paper, so {program.name} makes no runs (in: {text})")
     old = (program.parent / "options.py").is_file()
     module = importlib.import_module(f"{folder}.options" if old else f"{folder}.{program.stem}")
-    said = io.StringIO()
+    said, made = io.StringIO(), []
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             if not old:
-                program = getattr(module, "PROGRAM", None)
-                made = [(program.family, one) for one in program.runs(argv)] if program else []
+                found = getattr(module, "PROGRAM", None)
+                made = [(found.family, one) for one in found.runs(argv)] if found else []
             elif hasattr(module, "runs_of"):
                 made = module.runs_of(program.stem, argv)
             else:

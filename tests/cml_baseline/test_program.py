@@ -295,7 +295,7 @@ def test_neighbours_and_genre_agreement():
 
 def test_movielens_is_the_usual_data_where_it_lies(shared_data, capsys):
     options = PROGRAM.parse(["--data-root", str(shared_data)])
-    assert (options.dataset, options.split, options.split_ratios) == ("ml1m", "per-user", [0.6, 0.2, 0.2])
+    assert (options.dataset, options.split, options.split_ratios) == ("ml1m", "per-user", (0.6, 0.2, 0.2))
     assert "MovieLens-1M" in capsys.readouterr().err
     assert PROGRAM.parse(["--dataset", "citeulike-a"]).split is None
     assert PROGRAM.parse(["--dataset", "ml100k", "--split", "time"]).split == "time"
