@@ -204,10 +204,10 @@ class Vision(Experiment):
             return {"model": {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}}
 
     @classmethod
-    def finale(cls, settings: VisionSettings, data: VisionData, paths: list[Path]) -> Path | None:
+    def joint_page(cls, settings: VisionSettings, paths: list[Path]) -> Path | None:
         from vision.report import write_report
 
-        return write_report(paths, data)
+        return write_report(paths, data_root=settings.data_root)
 
     # -- words
 

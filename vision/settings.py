@@ -160,7 +160,6 @@ class TrainingSettings(Settings):
         choices=("natural", "original"),
     )
     precision: int = setting(16, "16: bfloat16 autocast on CUDA (the CPU computes in 32 always)", choices=(16, 32))
-    compile: bool = changed(RunSettings, "compile", False, late=False)
     clip_grad: float | None = setting(None, "largest gradient norm, or none", kinds.norm, unit="NORM")
     ema: float | None = setting(
         None,
@@ -174,7 +173,6 @@ class TrainingSettings(Settings):
     dry_run: bool = setting(False, "one step and one batch of the test part, to see that everything runs")
     off_benchmark: bool = setting(False, "no search for the fastest convolutions on CUDA", beside=True)
     project_name: str = setting("vit-gravity", "a word for the name of the run directory", unit="NAME", beside=True)
-    report: int = changed(RunSettings, "report", 1, late=False)
 
 
 @dataclass(frozen=True)
@@ -237,6 +235,7 @@ class VisionSettings(
     """Everything that ``vision/main.py`` takes."""
 
     seed: int = changed(RunSettings, "seed", 42)
+    compile: bool = changed(RunSettings, "compile", False, late=False)
 
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:

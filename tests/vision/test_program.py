@@ -294,7 +294,7 @@ def test_bad_input_is_one_line_and_code_2(words, message, tmp_path, capsys):
 
 
 def test_a_wrong_flag_answers_before_torch():
-    code = "import sys, vision.options; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'matplotlib', 'pandas', 'sklearn', 'numpy'}))"
+    code = "import sys, vision.main; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'matplotlib', 'pandas', 'sklearn', 'numpy'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
