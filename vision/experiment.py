@@ -176,7 +176,7 @@ class Vision(Experiment):
     def _data_facts(self) -> dict[str, Any]:
         """Which images a result is about."""
         s, data, source = self.settings, self.data, self.data.source
-        name = f"{source.name}{f' {s.imb_type} {s.imb_factor:g}' if s.imb_factor else ''}"
+        name = f"{source.name} {s.imb_type} {s.imb_factor:g}" if s.imb_factor else source.name
         return {
             "name": name, "classes": list(source.classes),
             "images": {name: len(part) for name, part in source.parts.items()}, "train_counts": data.counts.tolist(),
@@ -218,10 +218,11 @@ class Vision(Experiment):
     def data_lines(self) -> list[str]:
         s, source, counts = self.settings, self.data.source, self.data.counts
         parts = ", ".join(f"{name} {len(part):,}" for name, part in source.parts.items())
-        tail = f", {counts.max()} to {counts.min()} train images a class ({s.imb_type} {s.imb_factor:g})"
+        shape = f"{s.imb_type} {s.imb_factor:g}" if s.imb_factor else ""
+        tail = f", {counts.max()} to {counts.min()} train images a class ({shape})" if shape else ""
         size = f"{self.data.image_size} x {self.data.image_size}"
         return [
-            f"{source.name}: {self.data.num_classes} classes, {size}; {parts} images{tail if s.imb_factor else ''}",
+            f"{source.name}: {self.data.num_classes} classes, {size}; {parts} images{tail}",
             *(f"note: {note}" for note in source.notes),
         ]
 

@@ -61,7 +61,9 @@ def result_of(path):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Lines of metrics.jsonl without what the clock says."""
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds/")} for row in rows]
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -166,8 +168,8 @@ def test_a_done_run_is_shown_not_repeated(tmp_path, capsys):
     second = capsys.readouterr()
     assert (
         code == 0
-        and "is done" in second.err
-        and second.out == first
+        and "is done" in second.out
+        and second.out.endswith(first)
         and (path / "result.json").stat().st_mtime_ns == written
     )
     assert run(tmp_path, "--model-name vit --eval-only")[0] == 0
