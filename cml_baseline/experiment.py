@@ -82,7 +82,7 @@ class CML(Recommender):
         s = self.settings
         optimizer = self._optimizer(model)
         step = ProjectedStep(build_step(s, optimizer, s.clip_grad), model)
-        loss = self.shared(model, reduction=s.reduction)
+        loss = self.shared(model.loss, model, reduction=s.reduction)
         return Training(optimizer, self._sampler(model).epoch, loss, step=step)
 
     def _optimizer(self, model: MetricLearner) -> torch.optim.Optimizer | Optimizers:

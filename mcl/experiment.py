@@ -68,7 +68,7 @@ class MCL(Recommender):
             self.data.train, batch_size=s.batch_size, num_negatives=s.num_neg, seed=s.seed, drop_last=s.drop_last,
             duplicate_batches=s.duplicate_batches, device=self.device,
         )  # fmt: skip
-        loss = self.shared(model, reduction="mean")
+        loss = self.shared(model.loss, model, reduction="mean")
         return Training(optimizer, sampler.epoch, loss, build_step(s, optimizer, s.clip_grad), ema=ema)
 
     def sharing_problem(self) -> str | None:

@@ -13,6 +13,7 @@ from gfml.base.errors import UserError
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.distances import SquaredDistance
 from gfml.engine.train import WeightAverage
+from gfml.fused import FusedPairLoss
 from gfml.gravity import Gravity, GravityScorer, Mass, unit_rows
 from gfml.program.experiment import Training
 from gfml.program.recommender import Recommender
@@ -102,10 +103,22 @@ class Recsys(Recommender):
             self.data.train, batch_size=s.batch_size, seed=s.seed, scheme=s.sampler, num_negatives=s.num_neg,
             device=self.device,
         )  # fmt: skip
+        fused = self.fused_or_reason(model)
+        loss = self.shared(
+            model.loss if isinstance(fused, str) else fused, model, reduction="sum" if s.loss_mode == "cml" else "mean"
+        )
         return Training(
-            optimizer, sampler.epoch, self.shared(model, reduction="sum" if s.loss_mode == "cml" else "mean"),
+            optimizer, sampler.epoch, loss,
             step=ProjectedStep(step, model) if s.model == "cml" else step, scheduler=_schedule(s, optimizer), ema=ema,
         )  # fmt: skip
+
+    def fused_or_reason(self, model: Model) -> FusedPairLoss | str:
+        """The loss with gradients by formula, or why autograd makes them."""
+        if self.settings.kernel == "autograd":
+            return "--kernel autograd"
+        if self.settings.compile or self.world.size > 1:
+            return "--compile" if self.settings.compile else "several processes"
+        return model.fused_loss()
 
     def sharing_problem(self) -> str | None:
         s = self.settings
@@ -159,7 +172,11 @@ class Recsys(Recommender):
     def describe(self, model: Model) -> list[str]:
         s = self.settings
         gravity = f", {s.dist_mode} distance, {s.mass_mode} mass, lambda {s.lamb:g}"
-        return [f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}"]
+        fused = self.fused_or_reason(model)
+        return [
+            f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}",
+            f"gradients by {f'autograd: {fused}' if isinstance(fused, str) else 'formula, row by row'}",
+        ]
 
 
 def _schedule(s: Any, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:

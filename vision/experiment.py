@@ -127,7 +127,7 @@ class Vision(Experiment):
             logits = self.predict(model, source.test)
         result["test"] = metrics(data, logits, source.test)
         result["per_class"] = _per_class(data, logits)
-        if s.imb_factor and s.long_tail == "ce":
+        if s.imb_factor and s.long_tail == "ce" and data.counts.all():
             adjusted = metrics(data, without_prior(logits, data.counts), source.test)
             result["also"] = {"log-prior taken off afterwards": adjusted}
         result["parameters"] = sum(parameter.numel() for parameter in model.parameters())

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gfml.base.errors import UserError
+from gfml.engine import distributed
 from gfml.engine.train import Closure, Step, Terms
 from gfml.longtail import class_loss, deferred_weights
 from vision.data import Batch
@@ -32,10 +34,17 @@ class Objective(nn.Module):
         super().__init__()
         self.counts, self.epochs = counts, settings.epochs
         eps = settings.smoothing if settings.label_smoothing else 0.0
-        self.loss = class_loss(
-            LOSS_NAMES.get(settings.long_tail, settings.long_tail), counts, smoothing=eps * len(counts) / (len(counts) - 1),
-            beta=settings.cb_beta, tau=settings.tau, gamma=settings.gamma, max_margin=settings.ldam_margin, scale=settings.ldam_scale,
-        )  # fmt: skip
+        try:
+            self.loss = class_loss(
+                LOSS_NAMES.get(settings.long_tail, settings.long_tail), counts, smoothing=eps * len(counts) / (len(counts) - 1),
+                beta=settings.cb_beta, tau=settings.tau, gamma=settings.gamma, max_margin=settings.ldam_margin,
+                scale=settings.ldam_scale,
+            )  # fmt: skip
+        except ValueError as error:
+            raise UserError(
+                f"--long-tail {settings.long_tail}: {error}: raise --imb-factor, or give another loss"
+            ) from None
+        self.weighted = settings.long_tail in ("class-balanced", "ldam-drw")
         self.deferred = settings.long_tail == "ldam-drw"
         self.first_deferred, self.beta = math.floor(settings.drw_start * settings.epochs) + 1, settings.cb_beta
 
@@ -51,14 +60,19 @@ class Objective(nn.Module):
 
         def both(measure: Callable[[Tensor], Tensor]) -> Tensor:
             own = measure(batch.labels)
-            return batch.share * (
-                own if batch.keep == 1 else batch.keep * own + (1 - batch.keep) * measure(batch.others)
-            )
+            return own if batch.keep == 1 else batch.keep * own + (1 - batch.keep) * measure(batch.others)
 
         return {
-            "loss": both(lambda labels: self.loss(logits, labels)),
-            "accuracy": both(lambda labels: (answers == labels).float().mean()),
+            "loss": self._share(batch) * both(lambda labels: self.loss(logits, labels)),
+            "accuracy": batch.share * both(lambda labels: (answers == labels).float().mean()),
         }
+
+    def _share(self, batch: Batch) -> Tensor | float:
+        """Weight of this process's mean loss: by numbers of images, of a weighted loss by the sums of their weights."""
+        if not self.weighted or distributed.world_size() == 1:
+            return batch.share
+        own = self.loss.weight[batch.labels].sum()
+        return own * distributed.world_size() / distributed.sum_over(own)
 
 
 class Schedule:

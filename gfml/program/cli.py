@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfml.base import settings as kinds
 from gfml.base.errors import Terminated, UserError, suggest
+from gfml.base.home import find_config
 from gfml.base.settings import Setting, flags_of, groups, help_text
 from gfml.base.settings import TopksAction as TopksAction
 from gfml.base.settings import count as count
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
 BASELINES = ("popularity", "item-knn", "ease")
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
+CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
@@ -204,7 +206,7 @@ class Parser(argparse.ArgumentParser):
 
     def _read_toml(self, path: str) -> dict[str, Any]:
         try:
-            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            return tomllib.loads(find_config(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             self.error(f"no config file {path}: check --config")
         except OSError as error:
@@ -330,6 +332,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU threads; 0 leaves the choice to PyTorch",
     )
+    add(
+        "--cuda-graph",
+        choices=("auto", "0", "1"),
+        default="auto",
+        help="record training steps on CUDA: faster, same numbers",
+    )
     add("--out", default="runs", metavar="DIR", help="directory that holds the run directories")
     add("--run-name", metavar="NAME", help="name of the run directory instead of the automatic one")
     add("--config", metavar="FILE", action="append", help="TOML file of flags; a later file wins")
@@ -366,6 +374,30 @@ def add_mirror_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NORM",
         help="largest gradient norm, or none",
     )
+
+
+def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False) -> None:
+    """Which definitions of the metrics are used; graded: also that of graded relevance, for data with ratings."""
+    group.add_argument(
+        "--metrics-as",
+        nargs="+",
+        choices=CONVENTIONS,
+        default=[],
+        metavar="NAME",
+        help=f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
+    )
+    group.add_argument(
+        "--map-denominator",
+        choices=("min", "k", "n"),
+        default="min",
+        help="what map divides by: min(T, K), K, or T, the number of a user's held-out items",
+    )
+    if graded:
+        group.add_argument(
+            "--graded",
+            choices=("linear", "exp", "exp1"),
+            help="add graded_ndcg with the gain r, 2^r - 1 or 2^(r+1) - 1 of the ratings r in the truth",
+        )
 
 
 def add_judging_flags(

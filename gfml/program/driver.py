@@ -115,6 +115,7 @@ def _how(this: Experiment, training: Training) -> dict[str, Any]:
     return {
         "optimizer": training.optimizer, "batches": training.batches, "loss_fn": training.loss, "step": training.step,
         "scheduler": training.scheduler, "ema": training.ema, "compile_loss": settings.compile if training.compile is None else training.compile,
+        "cuda_graph": settings.cuda_graph,
         "amp": settings.amp if training.amp is None else training.amp, "checkpoint_every": settings.checkpoint_every,
         "progress": this.progress,
     }  # fmt: skip

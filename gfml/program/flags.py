@@ -30,6 +30,9 @@ class RunSettings(Settings):
         beside=True,
     )
     threads: int = setting(0, "CPU threads; 0 leaves the choice to PyTorch", kinds.whole, unit="N", beside=True)
+    cuda_graph: str = setting(
+        "auto", "record training steps on CUDA: faster, same numbers", choices=("auto", "0", "1"), beside=True
+    )
     out: str = setting("runs", "directory that holds the run directories", unit="DIR", beside=True)
     run_name: str | None = setting(None, "name of the run directory instead of the automatic one", unit="NAME")
     config: tuple[str, ...] | None = setting(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from gfml.distances import SquaredDistance
 from gfml.engine import distributed
 from gfml.engine.runs import Run
 from gfml.engine.tracking import Tracker
-from gfml.engine.train import FitResult
+from gfml.engine.train import FitResult, Terms
 from gfml.gravity import Mass
 from gfml.program.experiment import Experiment, Judged
 from gfml.program.steps import shared_loss
@@ -87,10 +87,10 @@ class Recommender(Experiment):
 
     # -- training
 
-    def shared(self, model: nn.Module, *, reduction: str) -> Any:
-        """``model.loss``; with several processes that of this one's rows, all of which make one step together."""
+    def shared(self, loss: Callable[[Any], Terms], model: nn.Module, *, reduction: str) -> Callable[[Any], Terms]:
+        """The loss; with several processes that of this one's rows, all of which make one step together."""
         distributed.average_gradients(model)
-        return shared_loss(model.loss, self.world, reduction=reduction)
+        return shared_loss(loss, self.world, reduction=reduction)
 
     # -- judging
 
