@@ -368,16 +368,36 @@ class GravityAttention(nn.Module):
 
     def _gravity_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mixed values [B, G, n, d] of the gravity heads."""
-        if self.settings.distance != "l2" or self._query_mass() is not None:
-            return self.attn_drop(self._gravity_logits(q, k).softmax(-1)).to(v.dtype) @ v
-        share, column = self.settings.blend, self._key_mass(k)
-        beta, alpha = share * self.lamb / self.divisor, (1 - share) / (2 * self.dot_divisor)
         dropout = self.training and self.attn_drop.p > 0
-        if q.device.type == "cuda" and not dropout and self._has_kernel(q, k, v):
-            column = q.new_zeros((1, 1, 1)) if column is None else column
-            return power_law_attention(q, k, v, column, beta, scale=share / self.divisor, alpha=alpha)
-        column = q.new_zeros((), dtype=at_least_float32(q).dtype) if column is None else column * (share / self.divisor)
-        return self.attn_drop(power_law_weights(q, k, column, beta, alpha)).to(v.dtype) @ v
+        if q.device.type != "cuda" or dropout or not (self._has_closed_form and self._has_kernel(q, k, v)):
+            return self.attn_drop(self._gravity_weights(q, k)).to(v.dtype) @ v
+        column = self._key_mass(k)
+        column = q.new_zeros((1, 1, 1)) if column is None else column
+        return power_law_attention(q, k, v, column, self._beta, scale=self._mass_scale, alpha=self._alpha)
+
+    def _gravity_weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Weights [B, G, n, n] of the gravity heads' queries and keys."""
+        if not self._has_closed_form:
+            return self._gravity_logits(q, k).softmax(-1)
+        column = self._key_mass(k)
+        column = q.new_zeros((), dtype=at_least_float32(q).dtype) if column is None else column * self._mass_scale
+        return power_law_weights(q, k, column, self._beta, self._alpha)
+
+    @property
+    def _has_closed_form(self) -> bool:
+        return self.settings.distance == "l2" and self._query_mass() is None
+
+    @property
+    def _mass_scale(self) -> float:
+        return self.settings.blend / self.divisor
+
+    @property
+    def _beta(self) -> Tensor | float:
+        return self.settings.blend * self.lamb / self.divisor
+
+    @property
+    def _alpha(self) -> float:
+        return (1 - self.settings.blend) / (2 * self.dot_divisor)
 
     def _has_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         return q.dtype == k.dtype == v.dtype != torch.float64 and self.head_width <= 128

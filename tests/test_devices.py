@@ -180,3 +180,16 @@ def test_backward_passes_by_hand_stay_on_their_device(name: str) -> None:
     grads = grads if isinstance(grads, tuple) else (grads,)
     assert any(isinstance(grad, Tensor) for grad in grads)
     assert all(grad.device == CUDA for grad in grads if isinstance(grad, Tensor))
+
+
+def test_lazy_steps_count_on_the_device() -> None:
+    """A number read on the host would be a constant of a recorded step."""
+    from gfml.engine.optimizers import LazyAdamW
+
+    with FakeTensorMode():
+        parameter = nn.Parameter(torch.empty(7, 3, device=CUDA))
+        parameter.grad = torch.empty_like(parameter)
+        optimizer = LazyAdamW([parameter])
+        for _ in range(2):
+            optimizer.step()
+        assert all(value.device == CUDA for value in optimizer.state[parameter].values())
