@@ -182,7 +182,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[None, None, None, Tensor | None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "found create_graph with a fused loss, which has no second derivative: use --kernel autograd"
+                "found create_graph with a fused loss, which has no second derivative: use `kernel autograd`"
             )
         ctx.loss.scatter(ctx.out, float(upstream))
         return None, None, None, upstream * ctx.by_log_lamb if ctx.has_lamb else None

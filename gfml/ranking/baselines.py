@@ -225,7 +225,7 @@ def select_knn(data: Interactions, grid: Iterable[Mapping[str, Any]], memory_mb:
 
 def _select(build: Callable[..., Scorer], data: Interactions, grid: list[dict[str, Any]]) -> Selection:
     if data.valid.nnz == 0:
-        raise UserError(f"{data.name} has no validation part to choose on: cut one off (--val_ratio)")
+        raise UserError(f"{data.name} has no validation part to choose on: cut one off (`val_ratio`)")
     if not grid:
         raise ValueError("the grid is empty")
     best, scores = None, []
