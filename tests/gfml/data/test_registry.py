@@ -154,7 +154,9 @@ def test_offline_and_missing_is_one_clear_line(server, toy, tmp_path, monkeypatc
     )
     with pytest.raises(UserError, match="downloading is off"):
         load_dataset("toy", data_root=tmp_path, download=False)
-    with pytest.raises(UserError, match="citeulike-a not found in .*no download is offered.*train.txt.*`data_root`"):
+    with pytest.raises(
+        UserError, match="citeulike-a not found in .*no download is offered.*train.txt.*`data_root DIR`"
+    ):
         load_dataset("citeulike-a", data_root=tmp_path)
 
 
