@@ -89,7 +89,7 @@ def _batches(path: Path, user: str, item: str):
             raise UserError(f"{path} has no column {missing[0]}: it has {', '.join(file.schema_arrow.names)}")
         for name in (user, item):
             if not pa.types.is_integer(file.schema_arrow.field(name).type):
-                raise UserError(f"column {name} of {path} holds no whole numbers: read it with --dataset instead")
+                raise UserError(f"column {name} of {path} holds no whole numbers: read it as a table of names")
         for batch in file.iter_batches(ROWS, columns=[user, item]):
             columns = [batch.column(name).to_numpy(zero_copy_only=False) for name in (user, item)]
             for name, column in zip((user, item), columns, strict=True):
