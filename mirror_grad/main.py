@@ -118,7 +118,9 @@ def judge_weights(options: Options) -> int:
     device = resolve_device(options)
     set_threads(options)
     data = load(options, needs_features=MODELS[options.model].needs_features)
-    model = experiment.load_weights(options, experiment.build_model(options, data, device), Path(options.weights))
+    model, notes = experiment.weights_model(options, data, device, Path(options.weights))
+    for note in notes:
+        print(f"note: {options.weights}: {note}", file=sys.stderr)
     rows = {options.model: experiment.judge_split(options, data, model, "test", beyond=True).means}
     print(f"test of {data.interactions.name}, weights of {options.weights}")
     print(

@@ -270,6 +270,11 @@ def _add_evaluation_flags(parser: Parser) -> None:
         help="what the test lists leave out: train and validation items, or train items alone as published",
     )
     group.add_argument(
+        "--published-protocol",
+        action="store_true",
+        help="judge as published: --test-mask train (validation items stay in the test lists) and --round-metrics 4",
+    )
+    group.add_argument(
         "--round-metrics",
         type=number(int, least=1, none=True),
         default=None,
@@ -312,6 +317,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         options.dataset = DATASETS[options.dataset]
     if options.behaviour == "published" and not MODELS[options.model].has_published:
         print(f"note: published and fixed {options.model} are the same", file=sys.stderr)
+    if options.published_protocol:
+        options.test_mask, options.round_metrics = "train", 4
+    del options.published_protocol
     _choose_mirror(parser, options)
     _check(parser, options)
     points = _grid(parser, options)
