@@ -408,10 +408,19 @@ def replace_attention(
     """Give layers of a timm vision transformer gravity attention, in place; returns the model.
 
     Every attention of timm's standard kind that ``mass_pos`` selects is replaced. Its maps, norms and
-    dropouts are carried over as they are (trained or not) and dot logits keep its divisor, so ``num_split=0``
-    computes what the model computed before. num_tokens: by default patches and prefix tokens of the model.
+    dropouts are carried over as they are (trained or not) and dot logits keep its divisor, so ``PLAIN`` settings
+    (``mix="split", num_split=0``) compute what the model computed before. num_tokens: by default patches and prefix tokens of the model.
 
     ValueError when the model has no such attention, or one that is gated or masked.
+
+    Examples:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
+        >>> vit = replace_attention(vit, AttentionSettings(lamb=3.0), mass_pos="tail")
+        >>> [name for name, _ in gravity_attentions(vit)]
+        ['blocks.1.attn']
+        >>> vit(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
     from timm.models.vision_transformer import Attention
 

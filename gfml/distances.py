@@ -50,6 +50,13 @@ class SquaredDistance:
 
     kind: l2, l1, emd or kl. emd_input: raw or softmax. emd_power: 1, or 2 as in the published code.
     kl_kind: bernoulli, softmax or compat.
+
+    Examples:
+        >>> x, y = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> SquaredDistance("l2").all_pairs(x, y)
+        tensor([[25.,  1.]])
+        >>> SquaredDistance("l1").paired(x, y)
+        tensor([49.,  1.])
     """
 
     kind: str = "l2"

@@ -84,6 +84,14 @@ class Mass(nn.Module):
         self.user = nn.Parameter(_initial_mass(num_users, param, init)) if mode in ("user", "both") else None
         self.item = nn.Parameter(_initial_mass(num_items, param, init)) if mode in ("item", "both") else None
 
+    def extra_repr(self) -> str:
+        sizes = [
+            f"{len(table)} {side}s" for side, table in (("user", self.user), ("item", self.item)) if table is not None
+        ]
+        how = [self.param] if sizes else []
+        how += [self.combine] if self.mode == "both" else []
+        return f"{', '.join([self.mode, *how])}{': ' if sizes else ''}{', '.join(sizes)}"
+
     def forward(self, users: Tensor | None = None, items: Tensor | None = None) -> Tensor | float:
         """mu of matching ids. Shape: users [B], items [B] or [B, W] -> like items ([B] for user mode), 0 for none."""
         user = self.log_user(users) if self.user is not None else None
@@ -133,6 +141,19 @@ class Gravity(nn.Module):
     emb_norm: rows are L2-normalised first, in training and in ranking (the published code forgets it when
     ranking). Ranking takes a ``mass_scale``, a factor on mu: below 1 it damps popularity without retraining.
     Distances are computed in float32 at least, also under autocast.
+
+    Examples:
+        Two items at squared distances 0 and 1 from a user; a new item mass is log 2.
+
+        >>> gravity = Gravity(num_users=1, num_items=2, mass="item", lamb=3.0, eps=1.0, emb_norm=False)
+        >>> user, items = torch.zeros(1, 2), torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+        >>> gravity(user, items, torch.tensor([0]), torch.tensor([[0, 1]])).detach()
+        tensor([[ 0.6931, -1.3863]])
+        >>> gravity
+        Gravity(
+          lambda 3, eps 1, SquaredDistance(kind='l2', emd_input='raw', emd_power=1, kl_kind='bernoulli')
+          (mass): Mass(item, softplus: 2 items)
+        )
     """
 
     def __init__(
@@ -162,6 +183,15 @@ class Gravity(nn.Module):
         if learn_lamb:
             self.log_lamb = nn.Parameter(log_lamb)
         self._fixed_lamb = None if learn_lamb else lamb
+
+    def extra_repr(self) -> str:
+        lamb = (
+            f"{float(self.log_lamb.detach().exp()):.4g} learned"
+            if self._fixed_lamb is None
+            else f"{self._fixed_lamb:.4g}"
+        )
+        norm = ", unit vectors" if self.emb_norm else ""
+        return f"lambda {lamb}, eps {self.eps:.4g}, {self.distance}{norm}"
 
     @property
     def lamb(self) -> Tensor | float:

@@ -205,6 +205,13 @@ def class_loss(name: str, counts: np.ndarray, *, smoothing: float = 0.0, beta: f
     """The loss with this name for training counts [C]: a module of (logits, targets).
 
     ce; cb, CE with effective-number weights; focal; balanced-softmax; logit-adjustment (tau); ldam.
+
+    Examples:
+        Equal logits: balanced softmax answers with the prior, here 1/10 for the rare class.
+
+        >>> loss = class_loss("balanced-softmax", np.array([90, 10]))
+        >>> loss(torch.zeros(1, 2), torch.tensor([1])).exp()
+        tensor(10.)
     """
     if name == "ce":
         return ClassLoss(len(counts), smoothing=smoothing)

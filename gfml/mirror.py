@@ -131,6 +131,15 @@ class MirrorGradient:
         mirrored batch and read one flag from the device.
     params: restricts the inverted half to these parameters; the others take the alpha1 step alone.
 
+    Examples:
+        One mirrored step of SGD on L = w^2 / 2 from w = 1 with rate 0.5: down to 1 - 0.5 = 0.5, then up by 0.4 * 0.5 * 0.5.
+
+        >>> w = torch.nn.Parameter(torch.tensor(1.0))
+        >>> mirror = MirrorGradient(torch.optim.SGD([w], lr=0.5), alpha1=1.0, alpha2=0.4, every=1)
+        >>> report = mirror.step(lambda: w.square() / 2)
+        >>> w.item(), report.mirrored, report.loss, report.mirror_loss
+        (0.6000000238418579, True, tensor(0.5000), tensor(0.1250))
+
     Errors: UserError for settings out of range, ValueError for wrong calls. Without ``guard`` an exception
     raised in the second half leaves the parameters at the intermediate point (``fused``: at theta).
     """

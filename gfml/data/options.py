@@ -112,6 +112,11 @@ def load_dataset(
     ``split`` None: the published split; a data set without one is cut as its registry entry says,
     a file of one's own ``per-user`` 0.8/0.1/0.1. Data without validation part loses ``val_ratio``
     of each user's train pairs to one. Raises UserError, one line, for everything a user can mend.
+
+    Examples:
+        >>> data = load_dataset("demo", demo_users=100, demo_items=80, demo_interactions=2000)
+        >>> data.num_users, data.num_items, data.train.nnz + data.valid.nnz + data.test.nnz
+        (100, 80, 2000)
     """
     from gfml.data import load, registry
     from gfml.data.readers import Columns

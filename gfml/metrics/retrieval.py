@@ -59,6 +59,11 @@ def retrieve(
     memory_mib: size of one block's working memory; results do not depend on it. 60k x 60k in 256 MiB needs below
         1 GiB in all.
     Raises ValueError when shapes disagree, there is nothing to rank, a K is not positive or an embedding not finite.
+
+    Examples:
+        >>> points = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> retrieve(points, torch.tensor([0, 0, 1, 1]), ks=[1]).means
+        {'recall@1': 1.0, 'map@r': 1.0, 'r_precision': 1.0}
     """
     alone = reference is None
     if reference is None:

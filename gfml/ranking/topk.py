@@ -129,6 +129,12 @@ def topk_items(scorer: Scorer, users: Tensor, k: int, *, seen: sp.csr_array | No
         device of the scores, -1 where no candidate is left.
     Memory: about ``memory_mb`` MiB beside the tables and the result, however many users.
     Errors: UserError if k exceeds the catalogue; ValueError for a NaN score, naming the first user.
+
+    Examples:
+        >>> scorer = DenseScorer(torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]))
+        >>> seen = sp.csr_array(np.array([[0, 1, 0], [0, 0, 0]]))
+        >>> topk_items(scorer, torch.tensor([0, 1]), 2, seen=seen).tolist()
+        [[2, 0], [0, 1]]
     """
     check_request(scorer, users, k, seen)
     if len(users) == 0:
