@@ -84,7 +84,15 @@ def judge_split(
     options: Options, data: Interactions, model: MetricLearner, split: str, *, beyond: bool = False
 ) -> Evaluation:
     """Full ranking of one part by squared distance."""
-    return evaluate(model.scorer(), data, split, cut_offs(options), beyond=beyond, device=model.encoder.nodes.device)
+    return evaluate(
+        model.scorer(),
+        data,
+        split,
+        cut_offs(options),
+        beyond=beyond,
+        device=model.encoder.nodes.device,
+        definitions=program.definitions_of(options, judging=beyond),
+    )
 
 
 def refit(

@@ -19,7 +19,15 @@ from gfml.engine.train import FitResult
 from gfml.program.cli import Options
 from gfml.program.steps import selection_of
 from gfml.ranking.evaluation import Evaluation
-from gfml.report.recommenders import baseline_results, data_facts, table_columns, text_table
+from gfml.report.recommenders import (
+    USUAL_METRICS,
+    baseline_results,
+    data_facts,
+    list_names,
+    other_conventions,
+    table_columns,
+    text_table,
+)
 
 # Recall of item groups, by popularity in train: the most popular fifth, the other 80 %, and items train never shows.
 GROUPS = ("q1", "tail", "cold")
@@ -57,7 +65,7 @@ def store(data: Interactions, model: MetricLearner, result: Mapping[str, Any], t
     save_state(run.file("final.pt"), {"model": model.state_dict(), "selection": result["selection"]})
     user, item = (part.cpu().numpy() for part in model.vectors())
     arrays = {"item_popularity": data.item_popularity, "user_activity": data.user_activity, "test_users": test.users,
-              "top": test.top.astype(np.int32), "user": user, "item": item}  # fmt: skip
+              "top": test.top.astype(np.int32), **list_names(data, test.users), "user": user, "item": item}  # fmt: skip
     if (offsets := model.offsets()) is not None:
         arrays["item_offset"] = offsets.cpu().numpy()
     if data.item_ids is not None:
@@ -79,14 +87,14 @@ def print_result(result: Mapping[str, Any], path: Path) -> None:
     rows = {result["model"]: result["test"]}
     rows |= {name: found["test"] for name, found in result["baselines"].items() if "test" in found}
     selection, k = result["selection"], max(result["topks"])
-    print(f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}")
+    print(f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}; {USUAL_METRICS}")
     groups = [f"{group}_recall@{k}" for group in GROUPS if any(f"{group}_recall@{k}" in row for row in rows.values())]
     usual = [name for name in table_columns(rows, result["topks"]) if not name.startswith(("head_", "tail_"))]
     print(text_table(rows, usual))
     print(
         f"\nby popularity in train: q1 the most popular fifth, tail the other 80 %, cold {result['cold_items']:,} items without interactions"
     )
-    print(text_table(rows, groups))
+    print("\n".join([text_table(rows, groups), *other_conventions(rows)]))
     for name, found in result["baselines"].items():
         if "skipped" in found:
             print(f"{name} left out: {found['skipped']}")

@@ -12,7 +12,7 @@ from gfml.engine.train import FitResult, Step, WeightAverage
 from gfml.gravity import Gravity
 from gfml.program import steps as program
 from gfml.program.cli import Options
-from gfml.program.steps import build_step, cut_offs
+from gfml.program.steps import build_step, cut_offs, definitions_of
 from gfml.ranking.encoders import LightGCN, Tables
 from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.graph import build_graph
@@ -90,6 +90,7 @@ def judge_split(
         cut_offs(options.topks, options.select_metric),
         beyond=beyond,
         device=model.encoder.nodes.device,
+        definitions=definitions_of(options, judging=beyond),
     )
 
 

@@ -17,7 +17,7 @@ from gfml.engine.train import FitResult
 from gfml.program.cli import Options
 from gfml.program.steps import cut_offs, selection_of
 from gfml.ranking.evaluation import Evaluation
-from gfml.report.recommenders import baseline_results, data_facts, judged_text, mass_report
+from gfml.report.recommenders import baseline_results, data_facts, judged_text, list_names, mass_report
 from mcl.experiment import judge_split
 from mcl.model import SCORES, MetricRecommender
 
@@ -66,7 +66,7 @@ def store(
     """Write the reported weights, the arrays behind comparisons between runs, and ``result.json``."""
     save_state(run.file("final.pt"), {"model": model.state_dict(), "selection": result["selection"]})
     arrays = {"item_popularity": data.item_popularity, "user_activity": data.user_activity, "test_users": test.users,
-              "top": test.top.astype(np.int32)}  # fmt: skip
+              "top": test.top.astype(np.int32), **list_names(data, test.users)}  # fmt: skip
     arrays |= {
         f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name
     }

@@ -138,6 +138,7 @@ def judge_split(
         beyond=beyond,
         mask_valid=options.test_mask == "seen",
         device=device,
+        definitions=program.definitions_of(options, judging=beyond),
     )
 
 

@@ -111,7 +111,7 @@ def train(options: Options) -> tuple[dict[str, Any], Path]:
 
 def judge_weights(options: Options) -> int:
     """``--resume FILE``: the test figures of stored weights. Nothing is trained or written."""
-    from gfml.report.recommenders import table_columns, text_table
+    from gfml.report.recommenders import USUAL_METRICS, other_conventions, table_columns, text_table
     from mirror_grad import experiment
     from mirror_grad.data import load
 
@@ -122,7 +122,8 @@ def judge_weights(options: Options) -> int:
     for note in notes:
         print(f"note: {options.weights}: {note}", file=sys.stderr)
     rows = {options.model: experiment.judge_split(options, data, model, "test", beyond=True).means}
-    print(f"test of {data.interactions.name}, weights of {options.weights}")
+    masked = "train and validation" if options.test_mask == "seen" else "train"
+    print(f"test of {data.interactions.name}, weights of {options.weights}, {masked} items masked; {USUAL_METRICS}")
     print(
         text_table(
             rows,
@@ -132,6 +133,7 @@ def judge_weights(options: Options) -> int:
             ],
         )
     )
+    print("\n".join(other_conventions(rows)), end="")
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from gfml.base.errors import UserError
 from gfml.base.home import configs
 from gfml.data.options import add_data_flags
-from gfml.program.cli import MIRROR_MODES, Options, Parser, TopksAction, add_run_flags, number
+from gfml.program.cli import MIRROR_MODES, Options, Parser, TopksAction, add_definition_flags, add_run_flags, number
 from mirror_grad.models import MODELS
 
 # The published programs' names for data that this one knows by a longer one.
@@ -269,6 +269,7 @@ def _add_evaluation_flags(parser: Parser) -> None:
         default="seen",
         help="what the test lists leave out: train and validation items, or train items alone as published",
     )
+    add_definition_flags(group)
     group.add_argument(
         "--published-protocol",
         action="store_true",

@@ -17,9 +17,9 @@ from gfml.engine.runs import Run
 from gfml.engine.tracking import Tracker
 from gfml.engine.train import FitResult
 from gfml.program.cli import Options
-from gfml.program.steps import cut_offs, selection_of
+from gfml.program.steps import cut_offs, definitions_of, selection_of
 from gfml.ranking.evaluation import Evaluation, evaluate
-from gfml.report.recommenders import baseline_results, data_facts, judged_text, mass_report, table_columns
+from gfml.report.recommenders import baseline_results, data_facts, judged_text, list_names, mass_report, table_columns
 from recsys.experiment import scorer_of
 from recsys.model import Recommender
 
@@ -64,7 +64,13 @@ def evaluation(options: Options, data: Interactions, model: Recommender, split: 
     """Accuracy and beyond of one part."""
     device = model.encoder.nodes.device
     return evaluate(
-        scorer_of(options, model), data, split, cut_offs(options.topks, options.es_metric), beyond=True, device=device
+        scorer_of(options, model),
+        data,
+        split,
+        cut_offs(options.topks, options.es_metric),
+        beyond=True,
+        device=device,
+        definitions=definitions_of(options, judging=True),
     )
 
 
@@ -119,7 +125,7 @@ def _mass_curve(options: Options, data: Interactions, model: Recommender) -> dic
 def _arrays(data: Interactions, model: Recommender, test: Evaluation) -> dict[str, np.ndarray]:
     """What the report and comparisons between runs read."""
     arrays = {"item_popularity": data.item_popularity, "user_activity": data.user_activity, "test_users": test.users,
-              "top": test.top.astype(np.int32)}  # fmt: skip
+              "top": test.top.astype(np.int32), **list_names(data, test.users)}  # fmt: skip
     arrays |= {
         f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if _is_kept(name)
     }

@@ -108,7 +108,8 @@ def _shells(path: Path) -> Any:
         load=lambda stream, **options: _Unpickler(stream, **options).load(),
     )
     try:
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
+        # With an unpickler of one's own torch.load uses that one alone; ours builds tensors and shells.
+        return torch.load(path, map_location="cpu", pickle_module=module)
     except Exception as error:  # a damaged file raises almost anything
         raise UserError(f"{path} cannot be read as weights ({_line(error)}): give another file") from error
 

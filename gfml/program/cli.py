@@ -460,6 +460,7 @@ def add_judging_flags(
         default=list(BASELINES),
         help="simple recommenders judged beside the model",
     )
+    add_definition_flags(group)
     return group
 
 
