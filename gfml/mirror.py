@@ -360,7 +360,8 @@ class MirrorGradient:
             pair.raw = {p: gradient.clone() for p, gradient in self._gradients().items()}
         if self.mode == "fused":
             self._clip()
-            pair.held = self._gradients()
+            # Copies: a loss may write its next gradient where this one is (gfml.fused).
+            pair.held = {p: gradient.clone() for p, gradient in self._gradients().items()}
             pair.start = {p: p.clone() for p in pair.held if self._is_mirrored(p)}
             self._move(-self.alpha1)
         else:

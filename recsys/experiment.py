@@ -18,6 +18,7 @@ from gfml.engine import distributed
 from gfml.engine.distributed import World
 from gfml.engine.runs import Run, seed_everything
 from gfml.engine.train import FitResult, Step, Terms, WeightAverage
+from gfml.fused import FusedPairLoss
 from gfml.gravity import Gravity
 from gfml.program import steps as program
 from gfml.program.cli import Options
@@ -101,7 +102,21 @@ def loss_of(options: Options, model: Recommender, world: World) -> Callable[[Tri
     if world.size > 1:
         _check_shareable(options)
         distributed.average_gradients(model)
-    return program.shared_loss(model.loss, world, reduction="sum" if options.loss_mode == "cml" else "mean")
+    fused = fused_or_reason(options, model)
+    return program.shared_loss(
+        model.loss if isinstance(fused, str) else fused,
+        world,
+        reduction="sum" if options.loss_mode == "cml" else "mean",
+    )
+
+
+def fused_or_reason(options: Options, model: Recommender) -> FusedPairLoss | str:
+    """The loss with gradients by formula, or why autograd makes them."""
+    if options.kernel == "autograd":
+        return "--kernel autograd"
+    if options.compile or distributed.world_size() > 1:
+        return "--compile" if options.compile else "several processes"
+    return model.fused_loss()
 
 
 def _check_shareable(options: Options) -> None:
@@ -183,12 +198,14 @@ def describe(options: Options, data: Interactions, model: Recommender, device: t
     )
     notes = [f"note: {key}: {value}" for key, value in data.notes.items()]
     count = sum(p.numel() for p in model.parameters())
+    fused = fused_or_reason(options, model)
     return "\n".join(
         [
             f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
             f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
             *notes,
             f"{options.model}, loss {options.loss_mode}{gravity}; {count:,} parameters on {device}; seed {options.seed}",
+            f"gradients by {f'autograd: {fused}' if isinstance(fused, str) else 'formula, row by row'}",
             f"selecting by {options.es_metric} on {'TEST, the original protocol: optimistic' if options.es_on == 'test' else 'validation'}",
             f"run directory {run.path}",
         ]

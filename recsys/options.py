@@ -197,6 +197,12 @@ def _add_training_flags(parser: Parser) -> None:
         default=False,
         help="bfloat16 autocast; distances stay in float32",
     )
+    group.add_argument(
+        "--kernel",
+        choices=("auto", "autograd"),
+        default="auto",
+        help="gradients; auto: by formula for the pair losses of tables on a CPU, else by autograd",
+    )
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the loss")
     group.add_argument(
         "--load", type=int, choices=(0, 1), default=0, help="1: insist on continuing the earlier run of these flags"

@@ -18,8 +18,18 @@ PAPERS = tuple(
 # The rooms of the core, lowest first: a room imports itself and lower ones. Scores of whole
 # catalogues stand on ranking: gravity and cml say what a scorer factorises into.
 MATHEMATICS = ("distances", "longtail", "losses", "mirror")
-SCORES = ("cml", "gravity", "attention")
-LAYERS = (("base",), MATHEMATICS, ("metrics", "data"), ("ranking",), SCORES, ("engine",), ("program",), ("report",))
+SCORES = ("cml", "gravity", "attention", "fused")
+LAYERS = (
+    ("base",),
+    ("kernels",),
+    MATHEMATICS,
+    ("metrics", "data"),
+    ("ranking",),
+    SCORES,
+    ("engine",),
+    ("program",),
+    ("report",),
+)
 
 
 def sources(*folders: str) -> list[Path]:
