@@ -123,17 +123,20 @@ def loss_options(options: Options) -> LossOptions:
 
 
 def _start_from(model: Retriever, path: Path) -> None:
-    """The network's weights of an earlier run; its projector and proxies are for other classes and stay behind."""
-    from gfml.base.checkpoints import damaged, load_state
+    """The network's weights of an earlier run, or of the published programs' files; projector and proxies stay behind."""
+    from contextual.foreign import contextual
+    from gfml.base.errors import UserError
+    from gfml.base.weights import read_weights
 
-    prefix = "encoder.0."
-    saved = {
-        key.removeprefix(prefix): value for key, value in load_state(path)["model"].items() if key.startswith(prefix)
-    }
+    state, prefix = read_weights(path), "encoder.0."
+    saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not saved:
+        saved = dict(state) if "head.weight" in state else contextual(state)
     try:
         model.net.load_state_dict(saved)
     except RuntimeError as error:
-        raise damaged(path, f"of another network: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+        raise UserError(f"{path} is of another network ({why}): give its --backbone and --embedding_size") from error
 
 
 class WarmStep:

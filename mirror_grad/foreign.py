@@ -292,3 +292,14 @@ def _numpy_positions(graph: Any, data: MultimodalData, seed: int, dim: int) -> T
 def other_model(asked: str, found: list[str], path: object) -> UserError:
     """The error for weights of another of the published models."""
     return UserError(f"{path} has the names of {' or '.join(found)}, not of {asked}: give --model {found[0]}")
+
+
+def published(state: Mapping[str, Tensor]) -> State:
+    """A file of any of the thirteen models under our names; what the file lacks is not drawn here."""
+    found = recognise(state)
+    if not found:
+        raise UserError(f"these are names of none of {', '.join(NAMES)}: choose another --from")
+    return rename(found[0], state)
+
+
+SOURCES: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], State], str]] = {"mirror-gradient": (published, "")}

@@ -388,7 +388,6 @@ def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False
         "--metrics-as",
         nargs="+",
         choices=CONVENTIONS,
-        default=[],
         metavar="NAME",
         help=f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
     )

@@ -39,7 +39,7 @@ def cut_offs(topks: Collection[int], select_metric: str) -> tuple[int, ...]:
 
 def definitions_of(options: Options, *, judging: bool) -> Definitions:
     """``--metrics-as`` and ``--map-denominator``, for the reported figures; selection keeps the usual ones."""
-    return Definitions(tuple(options.metrics_as), options.map_denominator) if judging else USUAL
+    return Definitions(tuple(options.metrics_as or ()), options.map_denominator) if judging else USUAL
 
 
 def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> None:
