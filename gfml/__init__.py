@@ -1,7 +1,8 @@
 """GFML core: metric learning with a gravity function.
 
 Importing this package does no work. ``gfml.Gravity`` and the other parts listed by ``dir(gfml)`` are imported when they are
-first asked for; everything else by its module, for example ``from gfml.losses import bpr``.
+first asked for; everything else by its module, for example ``from gfml.losses import bpr``. A finished run is ready to use
+in one line: ``gfml.load(RUN)``.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
     from gfml.engine.train import fit
     from gfml.gravity import Gravity, GravityScorer, Mass
     from gfml.mirror import MirrorGradient
+    from gfml.program.loading import load
     from gfml.ranking.evaluation import evaluate
     from gfml.ranking.topk import topk_items
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionSettings", "Gravity", "GravityScorer", "Mass", "MirrorGradient", "SquaredDistance", "evaluate", "fit",
-    "load_dataset", "replace_attention", "topk_items",
+    "load", "load_dataset", "replace_attention", "topk_items",
 ]  # fmt: skip
 _PLACES = {
     "gfml.attention": ("AttentionSettings", "replace_attention"),
@@ -31,6 +33,7 @@ _PLACES = {
     "gfml.engine.train": ("fit",),
     "gfml.gravity": ("Gravity", "GravityScorer", "Mass"),
     "gfml.mirror": ("MirrorGradient",),
+    "gfml.program.loading": ("load",),
     "gfml.ranking.evaluation": ("evaluate",),
     "gfml.ranking.topk": ("topk_items",),
 }

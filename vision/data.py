@@ -65,9 +65,8 @@ def load(options: Options) -> VisionData:
         raise UserError(
             f"found --num-classes {options.num_classes}, wanted {len(data.classes)} for {data.name}: mend or drop the flag"
         )
-    data = replace(
-        data, train=_thinned(data, options), name=options.dataset if options.dataset in IMBALANCED else data.name
-    )
+    train, name = _thinned(data, options), options.dataset if options.dataset in IMBALANCED else data.name
+    data = replace(data, train=train, name=name, notes=(*data.notes, *_empty_classes(train)))
     data = _with_valid(data, options.val_fraction, options.split_seed)
     mean, std = data.statistics or channel_statistics(data.train.array())
     return VisionData(data, data.train.array().shape[1], data.train.counts, (torch.tensor(mean), torch.tensor(std)))
@@ -98,6 +97,13 @@ def _thinned(data: ImageData, options: Options) -> ImageSet:
     except ValueError as error:
         raise UserError(f"{data.train.name}: {error}; mend --imb-factor") from None
     return data.train.subset(select_indices(data.train.labels, counts, options.rand_number))
+
+
+def _empty_classes(train: ImageSet) -> tuple[str, ...]:
+    """A note on classes that the long tail left without a train image."""
+    empty = [train.classes[label] for label in np.flatnonzero(train.counts == 0)]
+    names = f"{', '.join(empty[:3])}{' ...' if len(empty) > 3 else ''}"
+    return (f"{len(empty)} classes have no train image ({names}), as in the published draw",) if empty else ()
 
 
 # -- batches
@@ -157,7 +163,7 @@ def class_weights(sampler: str, counts: np.ndarray) -> np.ndarray | None:
     """Weight of one image of each class [C] in drawing an epoch; None: every image once."""
     if sampler == "none":
         return None
-    return 1 / counts if sampler == "balanced" else effective_number_weights(counts)
+    return 1 / np.maximum(counts, 1) if sampler == "balanced" else effective_number_weights(counts)
 
 
 class TrainBatches:

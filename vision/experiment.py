@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gfml.attention import AttentionSettings, parameter_groups
+from gfml.base.errors import UserError
 from gfml.data.images import ImageSet
 from gfml.engine import distributed
 from gfml.engine.distributed import World
@@ -78,10 +79,17 @@ class Objective(nn.Module):
         super().__init__()
         self.counts, self.epochs = counts, options.epochs
         eps = options.smoothing if options.label_smoothing else 0.0
-        self.loss = class_loss(
-            LOSS_NAMES.get(options.long_tail, options.long_tail), counts, smoothing=eps * len(counts) / (len(counts) - 1),
-            beta=options.cb_beta, tau=options.tau, gamma=options.gamma, max_margin=options.ldam_margin, scale=options.ldam_scale,
-        )  # fmt: skip
+        try:
+            self.loss = class_loss(
+                LOSS_NAMES.get(options.long_tail, options.long_tail), counts, smoothing=eps * len(counts) / (len(counts) - 1),
+                beta=options.cb_beta, tau=options.tau, gamma=options.gamma, max_margin=options.ldam_margin,
+                scale=options.ldam_scale,
+            )  # fmt: skip
+        except ValueError as error:
+            raise UserError(
+                f"--long-tail {options.long_tail}: {error}: raise --imb-factor, or give another loss"
+            ) from None
+        self.weighted = options.long_tail in ("class-balanced", "ldam-drw")
         self.deferred = options.long_tail == "ldam-drw"
         self.first_deferred, self.beta = math.floor(options.drw_start * options.epochs) + 1, options.cb_beta
 
@@ -97,14 +105,19 @@ class Objective(nn.Module):
 
         def both(measure: Callable[[Tensor], Tensor]) -> Tensor:
             own = measure(batch.labels)
-            return batch.share * (
-                own if batch.keep == 1 else batch.keep * own + (1 - batch.keep) * measure(batch.others)
-            )
+            return own if batch.keep == 1 else batch.keep * own + (1 - batch.keep) * measure(batch.others)
 
         return {
-            "loss": both(lambda labels: self.loss(logits, labels)),
-            "accuracy": both(lambda labels: (answers == labels).float().mean()),
+            "loss": self._share(batch) * both(lambda labels: self.loss(logits, labels)),
+            "accuracy": batch.share * both(lambda labels: (answers == labels).float().mean()),
         }
+
+    def _share(self, batch: Batch) -> Tensor | float:
+        """Weight of this process's mean loss: by numbers of images, of a weighted loss by the sums of their weights."""
+        if not self.weighted or distributed.world_size() == 1:
+            return batch.share
+        own = self.loss.weight[batch.labels].sum()
+        return own * distributed.world_size() / distributed.sum_over(own)
 
 
 # -- training

@@ -77,7 +77,7 @@ def judge(
         logits = experiment.predict(options, data, model, source.test, world)
     result["test"] = experiment.metrics(options, data, logits, source.test)
     result["per_class"] = _per_class(data, logits)
-    if options.imb_factor and options.long_tail == "ce":
+    if options.imb_factor and options.long_tail == "ce" and data.counts.all():
         adjusted = experiment.metrics(options, data, without_prior(logits, data.counts), source.test)
         result["also"] = {"log-prior taken off afterwards": adjusted}
     result["parameters"] = sum(parameter.numel() for parameter in model.parameters())

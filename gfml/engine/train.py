@@ -467,7 +467,8 @@ def fit(
                 row |= {f"train/{key}": value for key, value in means.items()}
                 if scheduler is not None:
                     scheduler.step()
-                state.seconds["train"] += time.perf_counter() - started
+                row["seconds/train"] = time.perf_counter() - started
+                state.seconds["train"] += row["seconds/train"]
             better, judged = False, select is not None and (epoch % eval_every == 0 or epoch == epochs)
             if judged:
                 started = time.perf_counter()
@@ -477,7 +478,8 @@ def fit(
                 row |= {f"{prefix}/{key}": value for key, value in values.items()}
                 better = state.best.offer(epoch, value)
                 state.stopping.update(value)
-                state.seconds["eval"] += time.perf_counter() - started
+                row["seconds/eval"] = time.perf_counter() - started
+                state.seconds["eval"] += row["seconds/eval"]
             elif select is None and epoch == epochs:
                 better = state.best.offer(epoch, float(epoch))
             checkpoint = judged or epoch % checkpoint_every == 0 or epoch == epochs or ending.asked

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib
+import importlib.util
 import io
 import os
 import re
@@ -116,16 +117,20 @@ def read_command(words: Sequence[str], root: Path) -> Command:
 
 
 def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Options, frozenset[str]]]:
-    """Family, flags and flags without identity of every run, from the options module beside the program."""
+    """Family, flags and flags without identity of every run, from the program itself."""
     folder = program.parent.name
-    try:
-        module = importlib.import_module(f"{folder}.options")
-    except ModuleNotFoundError:
-        raise UserError(f"{folder} has no options.py that says what {program.name} makes (in: {text})") from None
-    said = io.StringIO()
+    spec = importlib.util.find_spec(folder) if folder.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise UserError(f"{folder} is no paper, so {program.name} makes no runs (in: {text})")
+    old = (Path(spec.origin).parent / "options.py").is_file()
+    module = importlib.import_module(f"{folder}.options" if old else f"{folder}.{program.stem}")
+    said, made = io.StringIO(), []
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            if hasattr(module, "runs_of"):
+            if not old:
+                found = getattr(module, "PROGRAM", None)
+                made = [(found.family, one) for one in found.runs(argv)] if found else []
+            elif hasattr(module, "runs_of"):
                 made = module.runs_of(program.stem, argv)
             else:
                 made = [(folder, module.parse(argv))] if program.stem == "main" else []
@@ -135,7 +140,7 @@ def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Options, 
         raise UserError(f"{said.getvalue().strip().splitlines()[-1]} (in: {text})") from None
     if not made:
         raise UserError(f"{program} makes no runs (in: {text})")
-    return [(family, options, module.NOT_IDENTITY) for family, options in made]
+    return [(family, options, module.NOT_IDENTITY if old else options.beside()) for family, options in made]
 
 
 def _planned(family: str, options: Options, not_identity: frozenset[str]) -> PlannedRun:

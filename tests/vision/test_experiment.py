@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gfml.base.errors import UserError
 from gfml.engine.distributed import World
-from gfml.longtail import class_weights
+from gfml.longtail import class_weights, imbalanced_counts
 from vision.data import Batch, load
 from vision.experiment import Objective, Schedule, ScheduledStep, Training, build_model, groups, metrics, predict
 from vision.options import for_model, parse
@@ -67,6 +69,67 @@ def test_smoothing_is_that_of_the_other_classes(batch, logits, eps):
     # The library's uniform smoothing with eps C / (C - 1) is the same.
     one = F.cross_entropy(logits, batch.labels, label_smoothing=eps * 4 / 3)
     torch.testing.assert_close(smoothed(logits, batch.labels, eps), one)
+
+
+def loop(name, logits, labels, eps, weights):
+    """The loss of hard labels in float64: label smoothing of the other classes, an image counting with its label's weight."""
+    total = weight_sum = 0.0
+    prior = COUNTS / COUNTS.sum()
+    for row, y in zip(logits.double(), labels.tolist(), strict=True):
+        z = row.clone()
+        if name == "balanced-softmax":
+            z = z + torch.tensor(prior).log()
+        elif name.startswith("ldam"):
+            z[y] -= 0.5 * (COUNTS[y] / COUNTS.min()) ** -0.25
+            z = 30 * z
+        p = z.softmax(0)
+        each = -sum((1 - eps if k == y else eps / (len(COUNTS) - 1)) * p[k].log() for k in range(len(COUNTS)))
+        each = each * (1 - p[y]) if name == "focal" else each
+        total, weight_sum = total + weights[y] * each, weight_sum + weights[y]
+    return total / weight_sum
+
+
+@pytest.mark.parametrize("name", ["ce", "class-balanced", "focal", "balanced-softmax", "ldam", "ldam-drw"])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_smoothed_and_weighted_losses_by_loops(batch, logits, name, eps, dtype):
+    """Every loss with mixed images, smoothing, and logits of a network under autocast."""
+    if name == "focal" and eps:
+        pytest.skip("the focal loss has no smoothed labels")
+    # The partner's label is another image's of the batch.
+    batch = replace(batch, others=batch.labels[torch.randperm(12, generator=torch.Generator().manual_seed(2))])
+    words = f"--epochs 10 --long-tail {name}" + (f" --label-smoothing --smoothing {eps}" if eps else "")
+    objective, logits = Objective(options_of(words), COUNTS), (0.1 * logits).detach().to(dtype)
+    objective.new_epoch(10)
+    weights = class_weights(COUNTS) if name in ("class-balanced", "ldam-drw") else np.ones(4)
+    wanted = sum(
+        share * loop(name, logits, labels, eps, weights) for share, labels in ((0.7, batch.labels), (0.3, batch.others))
+    )
+    assert objective.terms(logits, batch)["loss"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_a_smoothed_weighted_loss_trains_an_image_towards_its_class():
+    """10 classes, 10,000 images, factor 0.01: at .9 for the label and .011 for each other class the gradient is 0."""
+    counts = imbalanced_counts("exp", 10, 10_000, 0.01)
+    target = torch.full((10,), 0.1 / 9).index_fill(0, torch.tensor(0), 0.9)
+    for name in ("class-balanced", "ldam-drw"):
+        objective = Objective(
+            options_of("--epochs 1 --label-smoothing --drw-start 0 --ldam-scale 1 --long-tail", name), counts
+        )
+        objective.new_epoch(1)
+        z = target.log()
+        z[0] += 0 if name == "class-balanced" else objective.loss.margin[0]
+        z = z[None].requires_grad_()
+        label = torch.zeros(1, dtype=torch.long)
+        objective.terms(z, Batch(torch.zeros(1, 3, 4, 4), label, label, 1.0))["loss"].backward()
+        assert z.grad.abs().max() < 1e-6
+
+
+def test_a_loss_that_needs_every_class_says_so():
+    with pytest.raises(
+        UserError, match="balanced-softmax: found a class without training examples.*raise --imb-factor"
+    ):
+        Objective(options_of("--long-tail balanced-softmax"), np.array([9, 3, 0]))
 
 
 def test_without_the_flag_nothing_is_smoothed(batch, logits):
