@@ -36,6 +36,7 @@ COMMANDS = {
     "results-table": "gfml.report.results_table",
     "judge": "gfml.report.judge",
     "import": "gfml.program.import_weights",
+    "export": "gfml.program.export",
 }
 FIRST = ("main", "train")
 IS_PROGRAM = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
