@@ -80,7 +80,7 @@ def test_rectools(case):
     rank = pytest.importorskip("rectools.models.rank", reason="rectools is not installed; a tool of others")
     ranker = rank.ImplicitRanker(rank.Distance.DOT, read(case, "user"), read(case, "item"))
     seen = sp.csr_matrix(sp.load_npz(case.out / "seen.npz"))
-    users, items, _ = ranker.rank(np.arange(case.data.num_users), k=TOP, filter_pairs_csr=seen)
+    users, items, _ = map(np.asarray, ranker.rank(np.arange(case.data.num_users), k=TOP, filter_pairs_csr=seen))
     found = np.array([items[users == user] for user in range(case.data.num_users)])
     assert (found == case.unseen).mean() > 0.999
 
