@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
-BASELINES = ("popularity", "item-knn", "ease")
+BASELINES = ("popularity", "item-knn", "ease", "ials")
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
