@@ -320,7 +320,7 @@ def _start_from(model: Retriever, path: Path) -> None:
     except RuntimeError as error:
         why = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
         raise UserError(
-            f"{path} is of another network ({why}): give its --backbone, --pooling and --embedding_size"
+            f"cannot use the checkpoint {path}, of another network ({why}): give its --backbone, --pooling and --embedding_size"
         ) from error
 
 
