@@ -258,12 +258,13 @@ class _FusedPowerLaw(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from gfml.kernels import power_law
 
-        *inputs, column, out, lse, power = ctx.saved_tensors
+        q, k, v, column, out, lse, power = ctx.saved_tensors
         beta = ctx.power if power is None else power
-        found = power_law.backward(grad.to(out.dtype), out, lse, *inputs, column, beta, ctx.options)
-        to_column = found[3].unsqueeze(-2).sum_to_size(ctx.column_shape)
-        to_beta = None if ctx.beta_shape is None else found[4].reshape(ctx.beta_shape)
-        return *found[:3], to_column, to_beta, None
+        to_q, to_k, to_v, to_column, to_beta = power_law.backward(
+            grad.to(out.dtype), out, lse, q, k, v, column, beta, ctx.options
+        )
+        to_column = to_column.unsqueeze(-2).sum_to_size(ctx.column_shape)
+        return to_q, to_k, to_v, to_column, None if to_beta is None else to_beta.reshape(ctx.beta_shape), None
 
 
 def power_law_attention(
