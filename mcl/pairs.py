@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gfml.ranking.graph import csr_times_dense
 
@@ -37,6 +38,7 @@ class _PairDistances(torch.autograd.Function):
         return dots.mul_(-2).add_(own).add_(norm.index_select(0, nodes)).clamp_min_(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         vectors, queries = ctx.saved_tensors
         users, indptr, nodes, rows = ctx.pattern

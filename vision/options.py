@@ -455,6 +455,8 @@ def _check(parser: Parser, options: Options, given: frozenset[str]) -> None:
     if "vit_gra" in names and options.mix_on and options.mix_mode == "split" and options.num_split > options.head:
         found = f"found --num_split {options.num_split} and --head {options.head}"
         parser.error(f"{found}: num_split may be 0 to the number of heads")
+    if not options.num_split and not (options.mix_on and options.mix_mode == "split"):
+        parser.error("--num_split 0, no gravity heads, belongs to --mix_on 1 --mix_mode split: add these or drop it")
     if options.hidden % options.head and {"vit", "vit_gra"} & set(names):
         parser.error(f"found --hidden {options.hidden} and --head {options.head}: heads must divide the width")
     if options.min_lr > options.lr:
