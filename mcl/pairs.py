@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gfml.ranking.graph import csr_times_dense
 
@@ -38,8 +37,9 @@ class _PairDistances(torch.autograd.Function):
         return dots.mul_(-2).add_(own).add_(norm.index_select(0, nodes)).clamp_min_(0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("found create_graph: pair distances have no second derivative")
         vectors, queries = ctx.saved_tensors
         users, indptr, nodes, rows = ctx.pattern
         # d/dx sum g |x - y|^2 = 2 (sum of g) x - 2 S y, and the same for y with S^T.
