@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def config_of(self, options: argparse.Namespace) -> dict[str, Any]:
-        """Every flag's value under its name, ready for :func:`toml_text`: the resolved config.
+        """Every flag's value under its name, ready for :func:`gfml.base.toml.toml_text`: the resolved config.
 
         A value of None is left out when it is the default and written as "none" when it is not.
         """
