@@ -110,7 +110,7 @@ def test_importing_a_module_runs_nothing() -> None:
         "mcl.main",
         "contextual.names",
         "contextual.options",
-        "vision.options",
+        "vision.main",
         "mirror_grad.options",
     ],
 )
