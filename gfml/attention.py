@@ -26,6 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -173,6 +174,8 @@ def pairwise(q: Tensor, k: Tensor, distance: SquaredDistance) -> Tensor:
     return found.square() if distance.is_squared_form else found.clamp_min(0)
 
 
+# What is wrapped is traced by torch.fx as it stands: it looks at types and devices, which a trace does not know.
+@torch.fx.wrap
 def gravity_logits(q: Tensor, k: Tensor, mu: Tensor | float, *, lamb: Tensor | float, divisor: float,
                    distance: SquaredDistance = SquaredDistance()) -> Tensor:  # fmt: skip
     """( mu_ij - lambda log(1 + Q(q_i, k_j)) ) / divisor, in float32 at least, also under autocast.
@@ -183,6 +186,7 @@ def gravity_logits(q: Tensor, k: Tensor, mu: Tensor | float, *, lamb: Tensor | f
         return (mu - lamb * torch.log1p(pairwise(q, k, distance))) / divisor
 
 
+@torch.fx.wrap
 def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float, alpha: float = 0.0) -> Tensor:
     """softmax_j( column_j - beta log(1 + D2_ij) + 2 alpha q_i . k_j ) with D2 = |q_i - k_j|^2 in float32 at least.
 
@@ -202,17 +206,14 @@ def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float
             raise ValueError(f"gravity attention's own kernel: {error} Give the settings kernel='explicit'") from error
 
 
-# Traced by torch.fx as they stand: they look at types and devices, which a trace does not know.
-for _name in ("power_law_weights", "gravity_logits", "_dot_logits", "_content_mass", "_without_masks", "_check_tokens"):
-    torch.fx.wrap(_name)
-
-
+@torch.fx.wrap
 def _dot_logits(q: Tensor, k: Tensor, divisor: float) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         q, k = common_floats(q, k)
         return q @ k.mT / divisor
 
 
+@torch.fx.wrap
 def _content_mass(weight: Tensor, bias: Tensor | None, k: Tensor, param: str) -> Tensor:
     with torch.autocast(k.device.type, enabled=False):
         k, weight = common_floats(k, weight)
@@ -220,6 +221,7 @@ def _content_mass(weight: Tensor, bias: Tensor | None, k: Tensor, param: str) ->
         return _log_mass(raw if bias is None else raw + bias[:, None], param)
 
 
+@torch.fx.wrap
 def _without_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """x itself; ValueError when there is a mask."""
     if attn_mask is not None or is_causal:
@@ -227,6 +229,7 @@ def _without_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tens
     return x
 
 
+@torch.fx.wrap
 def _check_tokens(x: Tensor, wanted: int) -> Tensor:
     """x itself; ValueError when it has not so many tokens."""
     if x.shape[1] != wanted:

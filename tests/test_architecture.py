@@ -109,7 +109,7 @@ def test_importing_a_module_runs_nothing() -> None:
         "recsys.main",
         "mcl.main",
         "contextual.names",
-        "contextual.options",
+        "contextual.main",
         "vision.main",
         "mirror_grad.options",
     ],
