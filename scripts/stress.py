@@ -47,7 +47,7 @@ PROGRAMS = {
     "recsys": f"recsys.main {RANKING} --model lgn --loss_mode mix_bpr --embedding-dim 8 --batch-size 64 --es_metric ndcg@5 --refit",
     "mcl": f"mcl.main {RANKING} --dim 8 --batch_size 10 --num_neg 40 --select-metric recall@5",
     "cml_baseline": f"cml_baseline.main {RANKING} --dim 8 --batch-size 50 --select-metric recall@5",
-    "mirror_grad": f"mirror_grad.main {RANKING.removesuffix(' --report 0')} -m FREEDOM --embedding-dim 8 --batch-size 64 --select-metric recall@5",
+    "mirror_grad": f"mirror_grad.main {RANKING.removesuffix(' --report 0')} -m FREEDOM --features random --embedding-dim 8 --batch-size 64 --select-metric recall@5",
     "hlrm": f"hlrm.train {DEMO} --emb_size 8 --num_relations 3 --num_inter 4 --train_batch_size 64 --epochs 12 --topk 5 --eval_size 10",
     "vision": "vision.main --model-name vit_gra --hidden 16 --mlp-hidden 16 --num-layers 1 --head 2 --num_split 1 --patch 2 --epochs 8 "
     "--batch-size 64 --device cpu --threads 1 --no-progress --checkpoint-every 1 --report 0 --mixup --val_fraction 0.2 --ema 0.9",
