@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -115,6 +115,17 @@ class Parser(argparse.ArgumentParser):
             elif action.default is not None:
                 config[key] = "none"
         return config
+
+    def tokens_of(self, values: Mapping[str, Any]) -> list[str]:
+        """Values by name as words of a command line; None stands for "none" where it is not the default."""
+        tokens: list[str] = []
+        for name, value in values.items():
+            flag = self._flag_of(name, "the settings")
+            if value is None and self._option_string_actions[flag].default is None:
+                continue
+            value = list(value) if isinstance(value, tuple) else "none" if value is None else value
+            tokens += self._tokens_of(flag, name, value, "the settings")
+        return tokens
 
     # -- spelling
 

@@ -47,6 +47,11 @@ class Recommender(Experiment):
     def whole(self) -> Self:
         return type(self)(self.settings, self.data.refit(), self.world)
 
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The list lengths to judge."""
+        return cut_offs(self.settings)
+
     # -- to be said by a paper
 
     def scorer(self, model: nn.Module, split: str = "test") -> Scorer:
@@ -99,7 +104,7 @@ class Recommender(Experiment):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with torch.no_grad():
             scorer = how.pop("scorer", None) or self.scorer(model, split)
-        return evaluate(scorer, self.interactions, split, cut_offs(self.settings), beyond=beyond, device=device, **how)
+        return evaluate(scorer, self.interactions, split, self.ks, beyond=beyond, device=device, **how)
 
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
         return self.evaluation(model, split).means
@@ -115,7 +120,7 @@ class Recommender(Experiment):
             "data": data_facts(data),
             "test": test.means,
             "cold_users": test.cold_users,
-            "baselines": baseline_results(names, data, cut_offs(settings), cache_dir=cache),
+            "baselines": baseline_results(names, data, self.ks, cache_dir=cache),
         }
         if data.valid.nnz:
             result["val"] = self.evaluation(model, "valid", beyond=True).means

@@ -55,7 +55,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every program; mirror_grad has one for each model."""
 
     import contextual.options
-    import hlrm.options
+    import hlrm.settings
     import mirror_grad.options
     import vision.options
     from mirror_grad.models import MODELS
@@ -64,8 +64,8 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         "recsys": program_of("recsys.main").parser(),
         "mcl": program_of("mcl.main").parser(),
         "cml_baseline": program_of("cml_baseline.main").parser(),
-        "hlrm": hlrm.options.build_train_parser(),
-        "hlrm-eval": hlrm.options.build_eval_parser(),
+        "hlrm": program_of("hlrm.train").parser(),
+        "hlrm-eval": hlrm.settings.build_eval_parser(),
         "vision": vision.options.build_parser(),
         "contextual-256": contextual.options.build_parser("256"),
         "contextual-224": contextual.options.build_parser("224"),
@@ -101,7 +101,7 @@ def test_published_commands_parse(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in json.loads(NAMES.read_text(encoding="utf-8")) if not line.startswith(("mirror", "hlrm"))]
+    "line", [line for line in json.loads(NAMES.read_text(encoding="utf-8")) if not line.startswith("mirror")]
 )
 def test_runs_keep_their_names(line: str) -> None:
     """The end of a run directory's name: what was trained before is found again."""
@@ -109,7 +109,7 @@ def test_runs_keep_their_names(line: str) -> None:
 
 
 def test_published_evaluation_parses() -> None:
-    from hlrm.options import parse_eval
+    from hlrm.settings import parse_eval
 
     line = "--eval_batch_size --num_inter --hlrm_type --save_dir --eval_size --emb_size --topk --num_relations --is_pretrained_embs"
     assert parse_eval(line.split()).save_dir == "hlrm_base.pt"
