@@ -37,9 +37,7 @@ def drive(program: Program, settings: Any) -> int:
     with distributed.session(resolve_device(settings)) as world:
         found = [run_one(program, kind, own, world) for own in settings.each()]
         if world.is_main:
-            print(kind.text(settings, found))
-            for _, path in found:
-                print(places(path))
+            print(kind.conclude(settings, found))
     return 0
 
 
@@ -169,7 +167,7 @@ def store(this: Experiment, model: nn.Module, judged: Judged, run: Run, tracker:
     run.note(peak_memory_gib=peak_memory_gib(this.device))
     run.finish(result)
     with open(run.file(LOG), "a", encoding="utf-8") as log:
-        log.write(this.text(this.settings, [(result, run.path)]) + "\n")
+        log.write(this.result_text(result) + "\n")
     this.finished(model, judged, run)
     if this.settings.report:
         this.page(run, judged)
@@ -218,22 +216,6 @@ def _opening(this: Experiment, model: nn.Module, run: Run) -> Iterator[str]:
         part, _, metric = this.select.partition("/")
         yield f"selecting by {metric} on {'TEST, the original protocol: optimistic' if part == 'test' else 'validation'}"
     yield f"run directory {run.path}"
-
-
-def places(path: Path) -> str:
-    """Where everything of a run is, a line each."""
-    lines = [f"run directory   {path}"]
-    for what, name in (
-        ("report", "report/report.html"),
-        ("report", "report.html"),
-        ("epochs", "epochs.csv"),
-        ("index", "ann"),
-    ):
-        if (path / name).exists():
-            lines.append(f"{what:<15} {path / name}")
-    if (path / "tensorboard").exists():
-        lines.append(f"TensorBoard     tensorboard --logdir {path / 'tensorboard'}")
-    return "\n".join(lines)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -182,6 +182,27 @@ class Experiment:
         return []
 
     @classmethod
-    def text(cls, settings: Any, results: list[tuple[Mapping[str, Any], Path]]) -> str:
-        """What is printed of the results of a command line, one for each of its runs."""
+    def result_text(cls, result: Mapping[str, Any]) -> str:
+        """What is printed of a result."""
         raise NotImplementedError
+
+    @classmethod
+    def conclude(cls, settings: Any, results: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
+        """What is printed at the end of a command line: each of its results, and where everything is."""
+        return "\n".join(f"{cls.result_text(result)}\n{places(path)}" for result, path in results)
+
+
+def places(path: Path) -> str:
+    """Where everything of a run is, a line each."""
+    lines = [f"run directory   {path}"]
+    for what, name in (
+        ("report", "report/report.html"),
+        ("report", "report.html"),
+        ("epochs", "epochs.csv"),
+        ("index", "ann"),
+    ):
+        if (path / name).exists():
+            lines.append(f"{what:<15} {path / name}")
+    if (path / "tensorboard").exists():
+        lines.append(f"TensorBoard     tensorboard --logdir {path / 'tensorboard'}")
+    return "\n".join(lines)

@@ -82,7 +82,10 @@ class Program:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """The program: parse, then one life of a run for each that the flags ask for."""
-        settings = self.parse(argv)
+        return self.run(self.parse(argv))
+
+    def run(self, settings: Any) -> int:
+        """The runs of these settings."""
         # Heavy imports wait until the flags are known to be good.
         from gfml.program.driver import drive
 

@@ -160,10 +160,6 @@ class Recommender(Experiment):
         return data_lines(self.interactions)
 
     @classmethod
-    def text(cls, settings: Any, results: list[tuple[Mapping[str, Any], Path]]) -> str:
-        return "\n".join(cls.result_text(result) for result, _ in results)
-
-    @classmethod
     def result_text(cls, result: Mapping[str, Any]) -> str:
         """The table of one result."""
         return judged_text(result, {result["model"]: result["test"]}) + mass_text(result.get("mass", {}))
