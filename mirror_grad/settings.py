@@ -229,9 +229,7 @@ class MirrorGradSettings(
         _choose_mirror(options)
         super().resolve(options)
         _check(options)
-        points = grid_points(cls, options)
-        if points and (options.run_name or options.resume or options.eval_only):
-            raise UserError("--grid makes runs with names of their own: drop --run-name, --resume and --eval-only")
+        grid_points(cls, options)
         options.unused = frozenset({"not_mg", "grid", "weights"})
 
     @property
@@ -242,6 +240,8 @@ class MirrorGradSettings(
     def each(self) -> Sequence[Any]:
         from mirror_grad.main import PROGRAM
 
+        if self.points and (self.run_name or self.resume or self.eval_only):
+            raise UserError("--grid makes runs with names of their own: drop --run-name, --resume and --eval-only")
         same = self.resolved | {"overwrite": self.overwrite, "progress": self.progress}
         return [
             PROGRAM.of(same, grid=["none"], **{flag[2:].replace("-", "_"): value for flag, value in point.items()})
