@@ -28,6 +28,8 @@ from mirror_grad.models import MODELS
 if TYPE_CHECKING:
     from torch import nn
 
+    from mirror_grad.experiment import MirrorGrad
+
 
 def build_parser() -> Parser:
     """The command line of ``mirror_grad/robustness.py``."""

@@ -17,8 +17,8 @@ from gfml.base.errors import UserError
 from gfml.data.images import ImageData, ImageSet, channel_statistics, load_images, stratified_split
 from gfml.engine.distributed import World
 from gfml.longtail import effective_number_weights, imbalanced_counts, select_indices
-from gfml.program.cli import Options
 from vision.augment import AutoAugment, crop_and_flip, crop_paste, cutmix, mixup, normalize
+from vision.settings import VisionSettings
 
 # Images that are augmented at once: enough that each AutoAugment operation has several of them.
 CHUNK_IMAGES = 2048
@@ -48,7 +48,7 @@ class VisionData:
         return self.source.fingerprint
 
 
-def load(options: Options) -> VisionData:
+def load(options: VisionSettings) -> VisionData:
     """The data set that the flags ask for: read, made one size, thinned out class by class, cut."""
     name = IMBALANCED.get(options.dataset, options.dataset)
     data = load_images(
@@ -89,7 +89,7 @@ def _with_valid(data: ImageData, fraction: float, seed: int) -> ImageData:
     return replace(data, train=data.train.subset(rest), valid=data.train.subset(part, f"{data.name} valid"))
 
 
-def _thinned(data: ImageData, options: Options) -> ImageSet:
+def _thinned(data: ImageData, options: VisionSettings) -> ImageSet:
     """The long-tailed train part of ``--imb-type`` and ``--imb-factor``."""
     if options.imb_type == "balanced":
         return data.train
@@ -143,7 +143,7 @@ class Augmentation:
         return Batch(mixed.images, labels, labels[mixed.partner], mixed.keep, share)
 
 
-def augmentation(options: Options, data: VisionData) -> Augmentation:
+def augmentation(options: VisionSettings, data: VisionData) -> Augmentation:
     """As the flags say. AutoAugment's policy is that of CIFAR-10, for SVHN its own."""
     auto = None
     if options.autoaugment and not (options.aa_skip_imbalanced and options.dataset in IMBALANCED):

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
-from gfml.program.cli import Options, Parser, run_main
-from vision.options import for_model, parse
+from gfml.program.cli import Parser, run_main
+from vision.main import PROGRAM
+from vision.settings import VisionSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +64,7 @@ class StoredRun:
     """A finished run: its flags, result, arrays, and its name and colour in the report."""
 
     path: Path
-    options: Options
+    options: VisionSettings
     result: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
     label: str
@@ -124,13 +125,14 @@ def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
 
     from gfml.engine.runs import read_config, read_result
     from gfml.report.page import COLORS
-    from vision.results import label_of
+    from vision.experiment import label_of
 
     runs: list[StoredRun] = []
     for number, path in enumerate(paths):
         read_config(path)
-        options = parse(["--config", str(path / "config.toml"), *(["--data-root", data_root] if data_root else [])])
-        options = for_model(options, options.model_name[0])
+        options = PROGRAM.parse(
+            ["--config", str(path / "config.toml"), *(["--data-root", data_root] if data_root else [])]
+        )
         with np.load(path / "analysis.npz", allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         label = label_of(options)
@@ -148,7 +150,7 @@ def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
 
 
 def _results(page: Page, runs: Sequence[StoredRun]) -> None:
-    from vision.results import others
+    from vision.experiment import others
 
     rows = [(run.label, run.color, run.result["test"]) for run in runs]
     rows += [(f"{run.label}, {name}", run.color, found) for run in runs for name, found in others(run.result).items()]
@@ -472,9 +474,9 @@ def _weights(run: StoredRun, data: VisionData) -> dict[str, Tensor]:
 
     from gfml.attention import attention_weights
     from vision.augment import normalize
-    from vision.experiment import load_reported
+    from vision.experiment import Vision
 
-    model = load_reported(run.options, data, torch.device("cpu"), run.path)
+    model = Vision(run.options, data).restore(run.path)
     images = torch.from_numpy(data.source.test.array()[_pictured(data)].transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         found = attention_weights(model, normalize(images, *data.statistics))

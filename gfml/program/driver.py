@@ -88,7 +88,7 @@ def train_and_judge(program: Program, this: Experiment, run: Run) -> Judged:
         if training is not None:
             fitted = fit(
                 model, select=this.select, evaluate=None if this.select is None else lambda split: evaluate(this, model, split),
-                run=run, epochs=settings.epochs, eval_every=getattr(settings, "eval_every", 1), patience=this.patience,
+                run=run, epochs=this.epochs, eval_every=getattr(settings, "eval_every", 1), patience=this.patience,
                 tracker=tracker, **_how(this, training),
             )  # fmt: skip
             if getattr(settings, "refit", False):
@@ -106,7 +106,7 @@ def _how(this: Experiment, training: Training) -> dict[str, Any]:
     settings = this.settings
     return {
         "optimizer": training.optimizer, "batches": training.batches, "loss_fn": training.loss, "step": training.step,
-        "scheduler": training.scheduler, "ema": training.ema, "compile_loss": settings.compile,
+        "scheduler": training.scheduler, "ema": training.ema, "compile_loss": settings.compile if training.compile is None else training.compile,
         "cuda_graph": settings.cuda_graph,
         "amp": settings.amp if training.amp is None else training.amp, "checkpoint_every": settings.checkpoint_every,
         "progress": this.progress,

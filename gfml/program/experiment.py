@@ -21,7 +21,7 @@ from gfml.engine.train import FitResult, Step, Terms, WeightAverage, load_best, 
 
 @dataclass
 class Training:
-    """How a model is trained; see :func:`gfml.engine.train.fit`. amp: None takes ``--amp``."""
+    """How a model is trained; see :func:`gfml.engine.train.fit`. amp, compile: None takes ``--amp``, ``--compile``."""
 
     optimizer: Any
     batches: Callable[[int], Iterable[Any]]
@@ -30,6 +30,7 @@ class Training:
     scheduler: Any = None
     ema: WeightAverage | None = None
     amp: bool | None = None
+    compile: bool | None = None
 
 
 @dataclass
@@ -140,6 +141,11 @@ class Experiment:
         except (KeyError, RuntimeError) as error:
             raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
         return model.eval()
+
+    @property
+    def epochs(self) -> int:
+        """The last epoch."""
+        return self.settings.epochs
 
     @property
     def progress(self) -> bool | None:

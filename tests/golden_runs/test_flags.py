@@ -56,7 +56,6 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
     import contextual.options
     import hlrm.settings
-    import vision.options
     from mirror_grad.models import MODELS
 
     found: dict[str, argparse.ArgumentParser] = {
@@ -65,7 +64,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         "cml_baseline": program_of("cml_baseline.main").parser(),
         "hlrm": program_of("hlrm.train").parser(),
         "hlrm-eval": hlrm.settings.build_eval_parser(),
-        "vision": vision.options.build_parser(),
+        "vision": program_of("vision.main").parser(),
         "contextual-256": contextual.options.build_parser("256"),
         "contextual-224": contextual.options.build_parser("224"),
     }

@@ -13,9 +13,9 @@ from mirror_grad import diagnostics, experiment
 from mirror_grad.data import load
 from mirror_grad.main import PROGRAM, main
 from mirror_grad.models import MODELS
+from mirror_grad.robustness import main as robustness
 
 parse = PROGRAM.parse
-from mirror_grad.robustness import main as robustness
 
 SHORT = "--epochs 2 --batch-size 100 --lr 0.02 --embedding-dim 8 --topks 5 20 --device cpu --no-progress --baselines none --no-cache".split()
 FEATURED = [name for name, entry in MODELS.items() if entry.needs_features]
