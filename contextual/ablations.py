@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from contextual.main import PROGRAM
 from contextual.names import ABLATIONS
-from contextual.options import NOT_IDENTITY, parse
 from gfml.base.errors import UserError, choice_error
 from gfml.base.toml import LOCATION_FLAGS
-from gfml.program.cli import Options, Parser, number, run_main
+from gfml.program.cli import Parser, number, run_main
 
 COLUMNS = ("recall@1", "map@r", "r_precision")
 
@@ -77,11 +77,11 @@ def command(variant: Variant, common: Sequence[str], seed: int) -> list[str]:
     return [*common, *variant.flags, "--seed", str(seed)]
 
 
-def result_of(options: Options) -> dict[str, Any]:
+def result_of(options: Any) -> dict[str, Any]:
     """The stored result of the finished run with these settings."""
     from gfml.engine.runs import read_result, run_id
 
-    mark = run_id("contextual-256", "", options.resolved, LOCATION_FLAGS | NOT_IDENTITY).rpartition("-")[2]
+    mark = run_id("contextual-256", "", options.resolved, LOCATION_FLAGS | options.beside()).rpartition("-")[2]
     found = sorted(Path(options.out).glob(f"contextual-256-*-{mark}"))
     if len(found) != 1:
         raise UserError(f"found {len(found)} runs in {options.out} with the mark {mark}, wanted one: see what is there")
@@ -121,18 +121,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, common = _parse(sys.argv[1:] if argv is None else list(argv))
     runs = [(variant, command(variant, common, seed)) for variant in chosen(own.only) for seed in own.seeds]
     # Every command is understood before the first one runs or is shown.
-    checked = [(variant, flags, parse("256", flags)) for variant, flags in runs]
+    checked = [(variant, flags, PROGRAM.parse(flags)) for variant, flags in runs]
     if not own.launch:
         for variant, flags in runs:
             print(f"python contextual/main.py {shlex.join(flags)}  # {variant.about}")
         return 0
 
-    from contextual.main import main as train
-
     results: dict[str, list[dict[str, Any]]] = {}
-    for variant, flags, options in checked:
+    for variant, _, options in checked:
         print(f"-- {variant.name}: {variant.about}", file=sys.stderr)
-        train(flags)
+        PROGRAM.run(options)
         results.setdefault(variant.name, []).append(result_of(options))
     print(table(results))
     return 0

@@ -65,6 +65,8 @@ def run_one(program: Program, kind: type[Experiment], settings: Any, world: Worl
         if settings.eval_only:
             this, model = reported(this, run)
             judged = judge(this, model, None, run)
+            if this.redrawn:
+                this.page(run, judged)
         else:
             if world.is_main:
                 run.note(program=program.module)

@@ -51,6 +51,8 @@ class Experiment:
 
     # Whether all processes judge together; otherwise the first one does it for all.
     judged_by_all = False
+    # Whether --eval-only draws the page again.
+    redrawn = False
 
     def __init__(self, settings: Any, data: Any, world: World | None = None) -> None:
         self.settings, self.data = settings, data
