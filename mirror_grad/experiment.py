@@ -21,7 +21,8 @@ from gfml.engine.runs import Run
 from gfml.engine.train import FitResult, Step, plain_step
 from gfml.mirror import MirrorGradient
 from gfml.program.experiment import Training
-from gfml.program.recommender import Recommender, check_judgeable, cut_offs
+from gfml.program.recommender import Recommender
+from gfml.program.steps import check_judgeable, cut_offs
 from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleBatches, TripleSampler
 from gfml.ranking.topk import FactorScorer, Scorer
@@ -47,7 +48,7 @@ class MirrorGrad(Recommender):
     @classmethod
     def load(cls, settings: Any) -> MultimodalData:
         data = load(settings, needs_features=MODELS[settings.model].needs_features)
-        check_judgeable(data.interactions, cut_offs(settings), settings.select_on)
+        check_judgeable(data.interactions, cut_offs(settings.topks, settings.select_metric), settings.select_on)
         return data
 
     @property

@@ -20,7 +20,7 @@ from gfml.engine.tracking import Tracker
 from gfml.engine.train import FitResult, Terms
 from gfml.gravity import Mass
 from gfml.program.experiment import Experiment, Judged
-from gfml.program.steps import shared_loss
+from gfml.program.steps import check_judgeable, cut_offs, shared_loss
 from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.topk import Scorer
 from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, mass_report
@@ -32,7 +32,7 @@ class Recommender(Experiment):
     @classmethod
     def load(cls, settings: Any) -> Any:
         data = load_from_args(settings)
-        check_judgeable(data, cut_offs(settings), getattr(settings, "select_on", "val"))
+        check_judgeable(data, cut_offs(settings.topks, settings.select_metric), settings.select_on)
         return data
 
     @property
@@ -50,7 +50,7 @@ class Recommender(Experiment):
     @property
     def ks(self) -> tuple[int, ...]:
         """The list lengths to judge."""
-        return cut_offs(self.settings)
+        return cut_offs(self.settings.topks, self.settings.select_metric)
 
     # -- to be said by a paper
 
@@ -188,24 +188,3 @@ def mass_text(mass: Mapping[str, float]) -> str:
     line = f"\nitem mass: Spearman {mass['item_spearman_popularity']:.3f} with popularity"
     line += f", {mass['item_spearman_true']:.3f} with the true mass" if "item_spearman_true" in mass else ""
     return line + (f", {mass['item_dead']:.0%} without gradient" if "item_dead" in mass else "")
-
-
-def cut_offs(settings: Any) -> tuple[int, ...]:
-    """The list lengths to judge, ascending: those asked for and that of the metric that selects (``ndcg@20``)."""
-    k = settings.select_metric.partition("@")[2]
-    return tuple(sorted({*settings.topks, *([int(k)] if k else [])}))
-
-
-def check_judgeable(data: Interactions, ks: tuple[int, ...], select_on: str) -> None:
-    """UserError unless lists of these lengths can be ranked and the split that selects, and test, have interactions."""
-    if max(ks) > data.num_items:
-        found = f"found a list length of {max(ks)}, wanted at most the {data.num_items} items of {data.name}"
-        raise UserError(f"{found}: mend --topks")
-    if select_on == "val" and data.valid.nnz == 0:
-        raise UserError(
-            f"{data.name} has no validation part to select on: give --val-ratio 0.1, or --select-on test and say so"
-        )
-    if data.test.nnz == 0:
-        raise UserError(
-            f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off"
-        )
