@@ -256,7 +256,9 @@ def settings_of(model: str) -> type[MirrorGradSettings]:
     if model not in MODELS:
         return MirrorGradSettings
     own = MODELS[model].settings
-    fields: dict[str, Any] = {"__annotations__": {}, "__doc__": MirrorGradSettings.__doc__}
+    fields: dict[str, Any] = {"__annotations__": {"model": "str"}, "__doc__": MirrorGradSettings.__doc__}
+    # Models may be added while the program runs.
+    fields["model"] = changed(MirrorGradSettings, "model", "SELFCFED_LGN", choices=MODELS)
     for name, old in (("mirror_alpha1", "alpha1"), ("mirror_alpha2", "alpha2"), ("mirror_every", "beta")):
         if old in about(own):
             default = MirrorGradSettings.__dataclass_fields__[name].default

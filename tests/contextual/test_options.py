@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from contextual.options import build_parser, parse
+from contextual import main as program_256
+from contextual import train as program_224
+from contextual.settings import ContextualSettings
+
+PROGRAMS = {"256": program_256.PROGRAM, "224": program_224.PROGRAM}
 
 ORIGINAL_256 = (
     "--trainxform bigtrain --testxform bigtest --root DIR --lam 0.4 --gamma 0.1 --loss hybrid --embedding_size 512 --batch_size 128 --n_epochs 80 "
@@ -21,6 +25,10 @@ ORIGINAL_224 = (
     "--embedding_lr_multi 1.0 --data_root DIR --gamma 0.1 --lam 0.5 --pos_margin 0.75 --neg_margin 0.6 --regsim 0.3 --seed 0 --alpha 32 --mrg 0.1 "
     "--IPC 4 --warm 0 --hierarchical 0 --bn-freeze 1 --testfreq 10 --eps 0.05 --xform_scale 0.08"
 ).split()
+
+
+def parse(pipeline: str, words: list[str]) -> ContextualSettings:
+    return PROGRAMS[pipeline].parse(words)
 
 
 def test_every_original_flag_is_accepted() -> None:
@@ -164,9 +172,9 @@ def test_a_wrong_flag_is_one_line(argv: list[str], words: str, capsys: pytest.Ca
 
 @pytest.mark.parametrize("pipeline", ["256", "224"])
 def test_every_flag_has_help(pipeline: str) -> None:
-    assert all(action.help for action in build_parser(pipeline)._actions)
+    assert all(action.help for action in PROGRAMS[pipeline].parser()._actions)
 
 
 def test_flags_import_nothing_heavy() -> None:
-    code = "import sys, contextual.options; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'pandas', 'scipy', 'sklearn', 'matplotlib'}))"
+    code = "import sys, contextual.main; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'pandas', 'scipy', 'sklearn', 'matplotlib'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -44,7 +44,8 @@ def result_of(path):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds/")} for line in lines]
 
 
 def weights_of(path, name="last.pt"):

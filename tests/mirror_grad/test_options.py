@@ -207,7 +207,9 @@ def test_grid_points():
     options = parse(["-m", "BPR", "--grid", "reg_weight=1,2", "learning-rate=0.1,0.2", "--not_mg"])
     assert options.points == [{"--reg-weight": r, "--learning-rate": lr} for r in "12" for lr in ("0.1", "0.2")]
     published = parse(["-m", "BPR", "--grid", "published"])
-    assert len(published.points) == 3 * len(MODELS["BPR"].settings.__dataclass_fields__["reg_weight"].metadata["grid"])
+    assert len(published.points) == 3 * len(
+        MODELS["BPR"].settings.__dataclass_fields__["reg_weight"].metadata["setting"].grid
+    )
     assert len(parse(["-m", "BPR", "--grid", "published", "--not_mg"]).points) * 3 == len(published.points)
     assert "grid" not in published.resolved
 
@@ -220,7 +222,7 @@ def test_grid_points():
         (["--alpha1", "0.1", "--alpha2", "0.2"], "wanted alpha1 > alpha2"),
         (["--mirror-phase", "3"], "wanted less than --mirror-every 3"),
         (["--mirror", "fused", "--mirror-clip-halves", "second"], "two_step"),
-        (["--select-metric", "recall"], "recall@20"),
+        (["--select-metric", "recall"], "ndcg@20"),
         (["--grid", "reg_weight"], "wanted published or NAME=V,V"),
         (["--grid", "reg_wight=1,2"], "did you mean '--reg-weight'"),
         (["--baselines", "none", "ease"], "cannot stand beside"),

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from gfml.engine.distributed import World
 from gfml.longtail import class_weights
 from vision.data import Batch, load
-from vision.experiment import Objective, Schedule, ScheduledStep, Training, build_model, groups, metrics, predict
-from vision.options import for_model, parse
+from vision.experiment import Objective, Schedule, ScheduledStep, Trainer, Vision, groups, metrics, predict
+from vision.main import PROGRAM
+
+parse = PROGRAM.parse
 
 COUNTS = np.array([100, 40, 10, 4])
 SEED_COMMAND = (
@@ -27,7 +29,7 @@ SEED_COMMAND = (
 
 def options_of(*words):
     options = parse([*" ".join(map(str, words)).split()])
-    return for_model(options, options.model_name[0])
+    return options.each()[0]
 
 
 @pytest.fixture
@@ -178,8 +180,8 @@ def test_the_step_sets_the_rate_and_goes_on_from_a_checkpoint():
 
 def test_masses_and_lambdas_do_not_decay(digits):
     options = options_of("--model-name vit_gra --learn_lamb 1 --weight-decay 0.01")
-    model = build_model(options, digits, torch.device("cpu"))
-    training = Training(options, digits, model, World(0, 1, torch.device("cpu")))
+    model = Vision(options, digits).build()
+    training = Trainer(options, digits, model, World(0, 1, torch.device("cpu")))
     free = [p for group in training.optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]]
     names = {name for name, p in model.named_parameters() if any(p is q for q in free)}
     assert len(free) == 8 and all("mass" in name or "lamb" in name for name in names)
@@ -189,9 +191,7 @@ def test_masses_and_lambdas_do_not_decay(digits):
 @pytest.mark.parametrize("kind", ["adam", "adamw"])
 def test_the_optimizer_is_the_one_asked_for(digits, kind):
     options = options_of(f"--model-name vit --optimizer {kind} --beta1 0.8 --beta2 0.95")
-    training = Training(
-        options, digits, build_model(options, digits, torch.device("cpu")), World(0, 1, torch.device("cpu"))
-    )
+    training = Trainer(options, digits, Vision(options, digits).build(), World(0, 1, torch.device("cpu")))
     assert type(training.optimizer).__name__.lower() == kind and training.optimizer.defaults["betas"] == (0.8, 0.95)
 
 
@@ -220,7 +220,7 @@ def test_predictions_are_those_of_the_network(digits):
     """Block by block equals at once, normalised by the train part's statistics."""
     options = options_of("--model-name vit --eval-batch-size 64")
     torch.manual_seed(0)
-    model = build_model(options, digits, torch.device("cpu")).eval()
+    model = Vision(options, digits).build().eval()
     found = predict(options, digits, model, digits.source.test, World(0, 1, torch.device("cpu")))
     pixels = torch.from_numpy(digits.source.test.array()).permute(0, 3, 1, 2).float() / 255
     mean, std = digits.statistics
@@ -248,7 +248,7 @@ def test_64_images_are_learned_by_heart(digits, words):
         "--model-name vit_gra --hidden 32 --mlp-hidden 32 --head 2 --num_split 1 --num-layers 2 --lr 3e-3", words
     )
     torch.manual_seed(0)
-    model = build_model(options, digits, torch.device("cpu"))
+    model = Vision(options, digits).build()
     where = np.random.default_rng(0).permutation(len(digits.source.train))[:64]
     images = torch.from_numpy(digits.source.train.array()[where]).permute(0, 3, 1, 2).float() / 128 - 1
     labels = torch.from_numpy(digits.source.train.labels[where])
@@ -276,7 +276,7 @@ def test_stored_settings_are_flags(path):
 
 def test_the_published_command_parses_word_for_word():
     options = options_of(SEED_COMMAND)
-    assert (options.model_name, options.epochs, options.hidden, options.head, options.lamb_gra, options.mass_pos) == (
+    assert (options.name, options.epochs, options.hidden, options.head, options.lamb_gra, options.mass_pos) == (
         "vit_gra",
         200,
         384,
@@ -300,7 +300,7 @@ def test_published_defaults():
     """Every flag of the published program, by its name, with its default (the bare program aside)."""
     options = options_of("--dataset c10")
     published = {
-        "api_key": None, "model_name": "vit_gra", "patch": 8, "batch_size": 128, "eval_batch_size": 1024, "lr": 1e-3, "min_lr": 1e-5, "beta1": 0.9,
+        "api_key": None, "model_name": ("vit_gra",), "patch": 8, "batch_size": 128, "eval_batch_size": 1024, "lr": 1e-3, "min_lr": 1e-5, "beta1": 0.9,
         "beta2": 0.999, "off_benchmark": False, "epochs": 200, "dry_run": False, "weight_decay": 5e-5, "warmup_epoch": 5, "precision": 16,
         "autoaugment": False, "criterion": "ce", "label_smoothing": False, "smoothing": 0.1, "rcpaste": False, "cutmix": False, "mixup": False,
         "dropout": 0.0, "head": 12, "num_layers": 7, "hidden": 384, "mlp_hidden": 384, "off_cls_token": False, "seed": 42, "project_name": "vit-gravity",
