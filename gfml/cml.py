@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gfml.distances import common_floats
 from gfml.losses import Hinge, covariance, project_to_ball_, sum_terms, warp_hinge
 from gfml.ranking.encoders import Embedded, Tables
 from gfml.ranking.sampling import Triples
@@ -151,6 +152,7 @@ class FeatureProjection(nn.Module):
 
 def feature_loss(projected: Tensor, items: Tensor) -> Tensor:
     """Sum over the given items of |f(x_j) - v_j|^2. Shape: both [n, D]."""
+    projected, items = common_floats(projected, items)
     return (projected - items).square().sum()
 
 
@@ -309,9 +311,9 @@ class SquaredDistanceScorer:
     """
 
     def __init__(self, user: Tensor, item: Tensor, offset: Tensor | None = None) -> None:
-        self.user, self.item = user, item
+        self.user, self.item = common_floats(user, item)
         self.num_users, self.num_items = user.shape[0], item.shape[0]
-        self._item_term = item.detach().square().sum(1) + (0.0 if offset is None else offset)
+        self._item_term = self.item.detach().square().sum(1) + (0.0 if offset is None else offset)
 
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gfml.distances import SquaredDistance, softplus
+from gfml.distances import SquaredDistance, at_least_float32, common_floats, softplus
 from gfml.ranking.topk import Factors
 
 MASS_MODES = ("user", "item", "both", "none")
@@ -93,15 +93,23 @@ class Mass(nn.Module):
         return f"{', '.join([self.mode, *how])}{': ' if sizes else ''}{', '.join(sizes)}"
 
     def forward(self, users: Tensor | None = None, items: Tensor | None = None) -> Tensor | float:
-        """mu of matching ids. Shape: users [B], items [B] or [B, W] -> like items ([B] for user mode), 0 for none."""
+        """mu of matching ids. Shape: users [B], items [B] or [B, W] -> like items ([B] for user mode), 0 for none.
+
+        ValueError without the ids that the mode needs.
+        """
+        for side, table, ids in (("user", self.user, users), ("item", self.item, items)):
+            if table is not None and ids is None:
+                raise ValueError(f"mass mode {self.mode!r} needs {side} ids, found none: give {side}s")
         user = self.log_user(users) if self.user is not None else None
         item = self.log_item(items) if self.item is not None else None
-        if user is not None and users is not None and items is not None and items.dim() == users.dim() + 1:
+        if users is not None and user is not None and items is not None and items.dim() == users.dim() + 1:
             user = user.unsqueeze(-1)
         return self._combine(user, item)
 
     def all_items(self, users: Tensor | None = None) -> Tensor | float:
-        """mu of users [B] with every item: [B, I], or a shape that broadcasts to it."""
+        """mu of users [B] with every item: [B, I], or a shape that broadcasts to it. ValueError without needed ids."""
+        if self.user is not None and users is None:
+            raise ValueError(f"mass mode {self.mode!r} needs user ids, found none: give users")
         user = self.log_user(users)[:, None] if self.user is not None else None
         return self._combine(user, self.log_item() if self.item is not None else None)
 
@@ -241,7 +249,7 @@ class Gravity(nn.Module):
         """
         if self.mass.mode == "both" and self.mass.combine == "product":
             return None
-        x, y = self._prepare(x, emb_norm), self._prepare(y, emb_norm)
+        x, y = common_floats(self._prepare(x, emb_norm), self._prepare(y, emb_norm))
         if self.distance.kind in ("l2", "emd") and self.distance.emd_input == "raw":
             centre = y.mean(0)
             x, y = x - centre, y - centre
@@ -259,7 +267,7 @@ class Gravity(nn.Module):
         return Factors(query, key.neg_())
 
     def _prepare(self, rows: Tensor, emb_norm: bool | None = None) -> Tensor:
-        rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        rows = at_least_float32(rows)
         return unit_rows(rows) if (self.emb_norm if emb_norm is None else emb_norm) else rows
 
 
@@ -290,7 +298,11 @@ class GravityScorer:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Rows divided by max(|row|, 1e-12), as in the library's ``normalize`` with a cheaper backward pass."""
+    """Rows divided by max(|row|, 1e-12), as in the library's ``normalize`` with a cheaper backward pass.
+
+    In float32 at least: in half precision 1e-24 is 0.
+    """
+    rows = at_least_float32(rows)
     return rows * rows.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfml.distances import softplus
+from gfml.distances import common_floats, softplus
 
 LOSS_MODES = ("dot", "bpr", "gravity", "mix", "bpr_gra", "mix_bpr", "cml")
 
@@ -32,6 +32,7 @@ def bpr(pos: Tensor, neg: Tensor) -> Tensor:
         >>> bpr(torch.tensor([50.0]), torch.tensor([[0.0, 0.0]]))
         tensor(1.9287e-22)
     """
+    pos, neg = common_floats(pos, neg)
     return softplus(neg - _like(pos, neg)).mean()
 
 
@@ -45,6 +46,7 @@ def bce(pos: Tensor, neg: Tensor) -> Tensor:
         >>> bce(torch.tensor([0.0]), torch.tensor([[0.0, 0.0]]))
         tensor(0.6931)
     """
+    pos, neg = common_floats(pos, neg)
     _like(pos, neg)
     return 0.5 * (softplus(-pos).mean() + softplus(neg).mean())
 
@@ -57,7 +59,7 @@ def half_mean_square(*rows: Tensor) -> Tensor:
     """
     if not rows:
         raise ValueError("no rows to regularise")
-    return 0.5 * sum_terms(part.square().sum() / part.shape[0] for part in rows)
+    return 0.5 * sum_terms(part.square().sum() / part.shape[0] for part in common_floats(*rows))
 
 
 def sum_terms(terms: Iterable[Tensor]) -> Tensor:
@@ -96,7 +98,7 @@ def mass_reg_compat(user: Tensor | None, pos: Tensor | None, neg: Tensor | None)
     """
     if pos is None or neg is None:
         return torch.zeros(()) if user is None else half_mean_square(user)
-    whole = pos.square().sum() if user is None else user.square().sum() + pos.square().sum()
+    whole = sum_terms(part.square().sum() for part in common_floats(*(pos,) if user is None else (user, pos)))
     return 0.5 * whole + half_mean_square(neg)
 
 
@@ -223,6 +225,7 @@ def warp_hinge(
         raise ValueError(f"found distances {tuple(sq_pos.shape)} and {tuple(sq_neg.shape)}, wanted [B] and [B, W]")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"unknown reduction {reduction!r}: choose sum or mean")
+    sq_pos, sq_neg = common_floats(sq_pos, sq_neg)
     hardest = sq_neg.detach().argmin(1)
     imposters = (margin + sq_pos.detach()[:, None] - sq_neg.detach() > 0).sum(1)
     if sq_hardest is None:
@@ -244,6 +247,7 @@ def covariance(rows: Tensor, form: str = "squared", weight: Tensor | None = None
     that their number need not be known on the host.
     Reference: Hsieh et al., WWW 2017 (after Cogswell et al., DeCov, ICLR 2016).
     """
+    (rows,) = common_floats(rows)
     number: int | Tensor = rows.shape[0]
     if weight is None:
         centred = rows - rows.mean(0)
@@ -255,7 +259,8 @@ def covariance(rows: Tensor, form: str = "squared", weight: Tensor | None = None
     if form == "squared":
         return matrix.square().sum() - diagonal.square().sum()
     if form == "paper":
-        return (matrix.square().sum().sqrt() - diagonal.square().sum()) / number
+        # The norm's gradient at 0, where all rows are equal, is 0; that of a root is infinite.
+        return (matrix.norm() - diagonal.square().sum()) / number
     if form == "signed":
         return matrix.sum() - diagonal.sum()
     raise ValueError(f"unknown covariance form {form!r}: choose squared, paper or signed")

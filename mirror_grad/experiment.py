@@ -190,11 +190,11 @@ class MirrorGrad(Recommender):
         return text
 
     @classmethod
-    def conclude(cls, settings: Any, results: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
+    def text(cls, settings: Any, results: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
         """Of a grid the comparison, stored beside the runs. The winner has the highest selected value on ``--select-on``;
         equal values go to the earlier point. Only its test figures are shown."""
         if not settings.points:
-            return super().conclude(settings, results)
+            return super().text(settings, results)
         part = "test" if settings.select_on == "test" else "val"
         rows = [
             {"flags": point, "run": path.name, "value": result[part][settings.select_metric], "test": result["test"]}

@@ -12,6 +12,7 @@ from torch import Tensor
 from gfml.base.errors import UserError
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.distances import SquaredDistance
+from gfml.engine.optimizers import build_optimizer
 from gfml.engine.train import WeightAverage
 from gfml.fused import FusedPairLoss
 from gfml.gravity import Gravity, GravityScorer, Mass, unit_rows
@@ -93,7 +94,7 @@ class Recsys(Recommender):
 
     def training(self, model: Model) -> Training:
         s = self.settings
-        optimizer = torch.optim.AdamW(model.parameter_groups(s.adamw_decay, bool(s.mass_adamw)), lr=s.lr, fused=True)
+        optimizer = build_optimizer(s.optimizer, model.parameter_groups(s.adamw_decay, bool(s.mass_adamw)), s.lr)
         step = build_step(s, optimizer, s.clip_grad)
         ema = None
         if s.ema_on:

@@ -125,6 +125,12 @@ class TrainingSettings(Settings):
     lam_d: float = setting(0.995, "decay of the running averages", kinds.share)
     ema_scope: str = setting("mass", "what is averaged", choices=("mass", "all"))
     clip_grad: float | None = setting(None, "largest gradient norm, or none", kinds.norm, unit="NORM")
+    optimizer: str = setting(
+        "adamw",
+        "adamw moves every row at every step, the others only the rows that a batch touches",
+        choices=("adamw", "lazy_adamw", "adagrad"),
+        late=True,
+    )
     kernel: str = setting(
         "auto",
         "gradients; auto: by formula for the pair losses of tables on a CPU, else by autograd",

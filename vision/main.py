@@ -30,8 +30,8 @@ PROGRAM = Program(
     "vision",
     VisionSettings,
     "vision.experiment:Vision",
-    "Train vision transformers with and without gravity attention on balanced and long-tailed images. Without flags: the "
-    "embedded digits, vit and vit_gra side by side.",
+    "Train vision transformers with and without gravity attention on balanced and long-tailed images. Without flags: "
+    "the embedded digits, vit and vit_gra side by side.",
 )
 main = PROGRAM.main
 

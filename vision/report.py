@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
 from gfml.program.cli import Parser, run_main
-from vision.main import PROGRAM
-from vision.settings import VisionSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
 
     from gfml.report.page import Cell, Page
     from vision.data import VisionData
+    from vision.settings import VisionSettings
 
 COLUMNS = {
     "accuracy": "accuracy", "accuracy_many": "many", "accuracy_medium": "medium", "accuracy_few": "few", "accuracy_head": "head",
@@ -64,7 +63,7 @@ class StoredRun:
     """A finished run: its flags, result, arrays, and its name and colour in the report."""
 
     path: Path
-    options: VisionSettings
+    settings: VisionSettings
     result: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
     label: str
@@ -95,7 +94,7 @@ def write_report(
     from vision.data import load
 
     runs = _read(paths, data_root)
-    data = data or load(runs[0].options)
+    data = data or load(runs[0].settings)
     if data.fingerprint != runs[0].result["data"]["fingerprint"]:
         raise UserError(f"the images of {runs[0].path} have changed since it was trained: bring the old ones back")
     first = runs[0].result
@@ -125,19 +124,18 @@ def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
 
     from gfml.engine.runs import read_config, read_result
     from gfml.report.page import COLORS
-    from vision.experiment import label_of
+    from vision.main import PROGRAM
 
     runs: list[StoredRun] = []
     for number, path in enumerate(paths):
         read_config(path)
-        options = PROGRAM.parse(
-            ["--config", str(path / "config.toml"), *(["--data-root", data_root] if data_root else [])]
-        )
+        changes = {"data_root": data_root} if data_root else {}
+        settings = PROGRAM.with_changes(str(path / "config.toml"), changes)
         with np.load(path / "analysis.npz", allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-        label = label_of(options)
+        label = settings.label
         label = label if label not in [run.label for run in runs] else f"{label} [{path.name[-8:]}]"
-        runs.append(StoredRun(path, options, read_result(path), arrays, label, COLORS[number % len(COLORS)]))
+        runs.append(StoredRun(path, settings, read_result(path), arrays, label, COLORS[number % len(COLORS)]))
     names = {(run.result["data"]["name"], run.result["data"]["fingerprint"]) for run in runs}
     if len(names) > 1:
         raise UserError(
@@ -476,7 +474,7 @@ def _weights(run: StoredRun, data: VisionData) -> dict[str, Tensor]:
     from vision.augment import normalize
     from vision.experiment import Vision
 
-    model = Vision(run.options, data).restore(run.path)
+    model = Vision(run.settings, data).restore(run.path)
     images = torch.from_numpy(data.source.test.array()[_pictured(data)].transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         found = attention_weights(model, normalize(images, *data.statistics))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Self
 
 from gfml.base import settings as kinds
 from gfml.base.errors import UserError
@@ -18,7 +18,7 @@ from gfml.program.flags import MirrorSettings, RunSettings
 
 # What the embedded digits use where a flag is not given: made for a minute on one core, long-tailed.
 DIGITS = {
-    "model_name": ("vit", "vit_gra"), "imb_type": "exp", "imb_factor": 0.1, "epochs": 30, "batch_size": 32,
+    "model_name": ["vit", "vit_gra"], "imb_type": "exp", "imb_factor": 0.1, "epochs": 30, "batch_size": 32,
     "warmup_epoch": 3, "patch": 4, "num_layers": 4, "hidden": 64, "mlp_hidden": 128, "head": 4, "num_split": 2,
     "lamb_gra": 1.0, "gra_scale": "none", "dot_scale": "sqrt_head",
 }  # fmt: skip
@@ -53,7 +53,7 @@ class ImageSettings(Settings):
         kinds.number(above=0, most=1),
         unit="F",
     )
-    rand_number: int = setting(0, "seed of the choice of images that stay", kinds.number(int, least=0), unit="N")
+    rand_number: int = setting(0, "seed of the choice of images that stay", kinds.whole, unit="N")
     val_fraction: float = setting(
         0.0,
         "share of each class of the (long-tailed) train part cut off for validation",
@@ -63,7 +63,7 @@ class ImageSettings(Settings):
     test_fraction: float = setting(
         0.2, "test share of a folder without test images", kinds.number(above=0, most=0.9), unit="R"
     )
-    split_seed: int = setting(2020, "seed of random cuts", kinds.number(int, least=0), unit="N")
+    split_seed: int = setting(2020, "seed of random cuts", kinds.whole, unit="N")
     unreadable: str = setting("error", "what an unreadable image does", choices=("error", "skip"))
 
 
@@ -71,11 +71,11 @@ class ImageSettings(Settings):
 class ModelSettings(Settings):
     """model"""
 
-    model_name: tuple[Any, ...] = setting(
+    model_name: tuple[str, ...] = setting(
         ("vit_gra",),
         "one or more of vit, vit_gra, resnet18, densenet121, efficientnetb2, vgg19, a timm model, a timm vision transformer with _gra at the end; one run each",
-        nargs="+",
         unit="NAME",
+        nargs="+",
     )
     patch: int = setting(8, "patches per side", kinds.count, unit="P")
     num_layers: int = setting(7, "transformer blocks", kinds.count, unit="L")
@@ -113,7 +113,7 @@ class GravitySettings(Settings):
         choices=("normal", "split"),
     )
     lamb_mix: float = setting(0.5, "share of gravity in a blended head", kinds.share, unit="R")
-    num_split: int = setting(6, "gravity heads of mix mode split", kinds.number(int, least=0), unit="N")
+    num_split: int = setting(6, "gravity heads of mix mode split", kinds.whole, unit="N")
     split_mix: int = setting(0, "1: these heads blend too", choices=(0, 1))
     gra_scale: str = setting(
         "sqrt_hidden", "divisor S; none: lambda is the exponent itself", choices=("sqrt_hidden", "sqrt_head", "none")
@@ -142,7 +142,7 @@ class GravitySettings(Settings):
 class TrainingSettings(Settings):
     """training"""
 
-    epochs: int = setting(200, "passes over the train part", kinds.number(int, least=0), unit="N", also="max-epochs")
+    epochs: int = setting(200, "passes over the train part", kinds.whole, unit="N", also="max-epochs")
     batch_size: int = setting(128, "images of one step, over all processes", kinds.count, unit="N")
     eval_batch_size: int = setting(1024, "images judged at once", kinds.count, unit="N", beside=True)
     optimizer: str = setting(
@@ -153,16 +153,14 @@ class TrainingSettings(Settings):
     beta1: float = setting(0.9, "Adam's decay of the first moment", kinds.number(least=0, most=0.9999999), unit="B")
     beta2: float = setting(0.999, "Adam's decay of the second moment", kinds.number(least=0, most=0.9999999), unit="B")
     weight_decay: float = setting(5e-05, "of everything but masses and lambdas", kinds.nonnegative, unit="W")
-    warmup_epoch: int = setting(5, "epochs of linear warm-up", kinds.number(int, least=0), unit="N")
+    warmup_epoch: int = setting(5, "epochs of linear warm-up", kinds.whole, unit="N")
     schedule: str = setting(
         "natural",
         "natural: per step, ends at --min-lr; original: per epoch, its first epoch has learning rate 0, the cosine 200 epochs",
         choices=("natural", "original"),
     )
     precision: int = setting(16, "16: bfloat16 autocast on CUDA (the CPU computes in 32 always)", choices=(16, 32))
-    clip_grad: float | None = setting(
-        None, "largest gradient norm, or none", kinds.number(above=0, none=True), unit="NORM"
-    )
+    clip_grad: float | None = setting(None, "largest gradient norm, or none", kinds.norm, unit="NORM")
     ema: float | None = setting(
         None,
         "judge running averages of the weights with this decay",
@@ -170,7 +168,7 @@ class TrainingSettings(Settings):
         unit="D",
     )
     num_workers: int = setting(
-        0, "processes that augment; results do not depend on it", kinds.number(int, least=0), unit="N", beside=True
+        0, "processes that augment; results do not depend on it", kinds.whole, unit="N", beside=True
     )
     dry_run: bool = setting(False, "one step and one batch of the test part, to see that everything runs")
     off_benchmark: bool = setting(False, "no search for the fastest convolutions on CUDA", beside=True)
@@ -195,7 +193,7 @@ class AugmentationSettings(Settings):
 
 
 @dataclass(frozen=True)
-class LongTailSettings(Settings):
+class LossSettings(Settings):
     """loss and long tail"""
 
     criterion: str = setting("ce", "the published program's only loss; see --long-tail", choices=("ce",))
@@ -222,44 +220,48 @@ class LongTailSettings(Settings):
 
 
 @dataclass(frozen=True)
-class OldFlags(Settings):
+class OldSettings(Settings):
     """accepted from the original, without effect"""
 
     api_key: str | None = inert(None, "runs are recorded in run directories and TensorBoard, not at Comet", unit="KEY")
-    score_norm: int = inert(1, "the published programs set it and never read it", unit="N")
+    score_norm: int = inert(1, "the published programs set it and never read it", kind=int, unit="N")
 
 
 @dataclass(frozen=True)
 class VisionSettings(
-    OldFlags, RunSettings, MirrorSettings, LongTailSettings, AugmentationSettings, TrainingSettings, GravitySettings,
+    OldSettings, RunSettings, MirrorSettings, LossSettings, AugmentationSettings, TrainingSettings, GravitySettings,
     ModelSettings, ImageSettings,
 ):  # fmt: skip
-    """all settings of vision/main.py"""
+    """Everything that ``vision/main.py`` takes."""
 
     seed: int = changed(RunSettings, "seed", 42)
-    compile: bool = changed(RunSettings, "compile", False, help="torch.compile the network", late=False)
-    refit: bool = setting(
-        False,
-        "with --val_fraction: report a model trained anew on train and validation for the epochs that validation selected",
-        late=True,
-    )
-
-    @property
-    def name(self) -> str:
-        """The network of a run, which has one."""
-        return self.model_name[0]
+    compile: bool = changed(RunSettings, "compile", False, late=False)
 
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:
         if options.dataset == "digits":
             fill(options, DIGITS)
         _choose_imbalance(options)
-        _check(options)
         super().resolve(options)
+        _check(options)
 
-    def each(self) -> Sequence[Any]:
-        """One run for each network."""
+    def each(self) -> Sequence[Self]:
+        """One run for each model."""
         return [replace(self, model_name=(name,)) for name in self.model_name]
+
+    @property
+    def model(self) -> str:
+        """The name of the model of a run."""
+        return self.model_name[0]
+
+    @property
+    def label(self) -> str:
+        """A model's short name in tables: with its attention, where it has gravity."""
+        if not self.model.endswith("_gra"):
+            return self.model
+        mix = f", {self.mix_mode} mix" if self.mix_on else ""
+        mass = {"position": "", "content": ", content mass", "none": ", no mass"}[self.mass_from]
+        return f"{self.model} ({self.dist_mode}, lambda {self.lamb_gra:g}{mass}{mix}, {self.mass_pos})"
 
 
 def _choose_imbalance(options: argparse.Namespace) -> None:
@@ -288,8 +290,6 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"{found}: num_split may be 0 to the number of heads")
     if options.hidden % options.head and {"vit", "vit_gra"} & set(names):
         raise UserError(f"found --hidden {options.hidden} and --head {options.head}: heads must divide the width")
-    if options.refit and not options.val_fraction:
-        raise UserError("--refit needs a validation part: give --val_fraction, such as 0.1")
     if options.min_lr > options.lr:
         raise UserError(f"found --min-lr {options.min_lr:g} above --lr {options.lr:g}")
     if options.long_tail == "focal" and options.label_smoothing:

@@ -14,7 +14,7 @@ LOCATION_FLAGS = UNSAVED | {"device", "threads", "out", "progress", "tensorboard
 
 
 def toml_text(config: Mapping[str, Any]) -> str:
-    """A flat TOML document, keys in the order given; :class:`Parser` reads it back to equal values."""
+    """A flat TOML document, keys in the order given; :class:`gfml.program.cli.Parser` reads it back to equal values."""
     return "".join(f"{key} = {_toml_value(value)}\n" for key, value in config.items())
 
 

@@ -244,7 +244,7 @@ def _put_together(value: Any, tensors: Any) -> Any:
     """The batch with other tensors, in the order of :func:`_taken_apart`."""
     if isinstance(value, Tensor):
         return next(tensors)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(
             value, **{part.name: _put_together(getattr(value, part.name), tensors) for part in fields(value)}
         )

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from gfml.base.compiled import compiled, prefetch
 
 scalar = njit(error_model="numpy", nogil=True, forceinline=True)
-# Rows are asked for so many occurrences before they are used.
-AHEAD = 12
+# Rows are asked for so many occurrences before they are used, and rows of several tables so many rows before.
+AHEAD, SOON = 12, 4
 
 
 class Tables(NamedTuple):
@@ -59,9 +59,12 @@ def set_part(part, parts, num_users, tables, places, rows, masses, scale, touche
                 stamps[r] = now
                 touched.rows[part, number] = r
                 number += 1
-                set_row(r, num_users, tables, 0)
-            for d in range(nodes.shape[1]):
-                nodes[r, d] += factor * rows[b, k, d]
+                clear_masses(r, num_users, tables)
+                for d in range(nodes.shape[1]):
+                    nodes[r, d] = factor * rows[b, k, d]
+            else:
+                for d in range(nodes.shape[1]):
+                    nodes[r, d] += factor * rows[b, k, d]
             if r < num_users:
                 if len(tables.user):
                     tables.user[r] += factor * masses[b, k]
@@ -71,15 +74,13 @@ def set_part(part, parts, num_users, tables, places, rows, masses, scale, touche
 
 
 @scalar
-def set_row(r, num_users, tables, value):
-    """Row r of the vectors and of the masses becomes ``value``."""
-    for d in range(tables.nodes.shape[1]):
-        tables.nodes[r, d] = value
+def clear_masses(r, num_users, tables):
+    """The masses' gradients at node r become 0."""
     if r < num_users:
         if len(tables.user):
-            tables.user[r] = value
+            tables.user[r] = 0
     elif len(tables.item):
-        tables.item[r - num_users] = value
+        tables.item[r - num_users] = 0
 
 
 @scalar
@@ -88,7 +89,9 @@ def clear_part(part, num_users, tables, old, now):
     for i in range(old.counts[part]):
         r = old.rows[part, i]
         if old.stamps[r] != now:
-            set_row(r, num_users, tables, 0)
+            for d in range(tables.nodes.shape[1]):
+                tables.nodes[r, d] = 0
+            clear_masses(r, num_users, tables)
 
 
 @compiled
@@ -117,3 +120,63 @@ def add_rows(num_users, tables, places, rows, masses, scale):
                     tables.user[r] += factor * masses[b, k]
             elif len(tables.item):
                 tables.item[r - num_users] += factor * masses[b, k]
+
+
+@scalar
+def is_zero(table, r):
+    """Whether row r is 0."""
+    d = 0
+    while d < table.shape[1] and table[r, d] == 0:
+        d += 1
+    return d == table.shape[1]
+
+
+@compiled
+def adamw_rows(rows, table, gradient, first, second, keep, rate, beta1, beta2, root, eps):
+    """AdamW at ``rows`` of a table [N, D] and its moments; rows whose gradient is 0 are left out.
+
+        row *= keep;  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2;  row -= rate m / (sqrt(v) root + eps)
+
+    keep = 1 - lr decay; rate = lr / (1 - beta1^t); root = 1 / sqrt(1 - beta2^t).
+    """
+    kind = table.dtype.type
+    keep, rate, root, eps = kind(keep), kind(rate), kind(root), kind(eps)
+    old1, new1, old2, new2 = kind(beta1), kind(1 - beta1), kind(beta2), kind(1 - beta2)
+    for n in range(len(rows)):
+        if n + SOON < len(rows):
+            fetch(table, rows[n + SOON])
+            fetch(gradient, rows[n + SOON])
+            fetch(first, rows[n + SOON])
+            fetch(second, rows[n + SOON])
+        r = rows[n]
+        if is_zero(gradient, r):
+            continue
+        for d in range(table.shape[1]):
+            g = gradient[r, d]
+            m = old1 * first[r, d] + new1 * g
+            v = old2 * second[r, d] + new2 * g * g
+            first[r, d], second[r, d] = m, v
+            table[r, d] = keep * table[r, d] - rate * m / (np.sqrt(v) * root + eps)
+
+
+@compiled
+def adagrad_rows(rows, table, gradient, total, keep, rate, eps):
+    """Adagrad at ``rows`` of a table [N, D] and its sums of squares; rows whose gradient is 0 are left out.
+
+    row *= keep;  s += g^2;  row -= rate g / (sqrt(s) + eps)
+    """
+    kind = table.dtype.type
+    keep, rate, eps = kind(keep), kind(rate), kind(eps)
+    for n in range(len(rows)):
+        if n + SOON < len(rows):
+            fetch(table, rows[n + SOON])
+            fetch(gradient, rows[n + SOON])
+            fetch(total, rows[n + SOON])
+        r = rows[n]
+        if is_zero(gradient, r):
+            continue
+        for d in range(table.shape[1]):
+            g = gradient[r, d]
+            s = total[r, d] + g * g
+            total[r, d] = s
+            table[r, d] = keep * table[r, d] - rate * g / (np.sqrt(s) + eps)

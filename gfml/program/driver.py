@@ -24,7 +24,7 @@ from gfml.engine.runs import EXTENDABLE, Run, seed_everything
 from gfml.engine.tracking import Tracker
 from gfml.engine.train import FitResult, fit
 from gfml.program.cli import resolve_device, set_threads
-from gfml.program.experiment import Experiment, Judged, Training
+from gfml.program.experiment import Experiment, Judged, Training, places
 from gfml.program.program import Program
 
 LOG = "log.txt"
@@ -37,7 +37,12 @@ def drive(program: Program, settings: Any) -> int:
     with distributed.session(resolve_device(settings)) as world:
         found = [run_one(program, kind, own, world) for own in settings.each()]
         if world.is_main:
-            print(kind.conclude(settings, found))
+            print(kind.text(settings, found))
+            for _, path in found:
+                print(places(path))
+            if settings.report and not settings.eval_only:
+                page = kind.joint_page(settings, [path for _, path in found])
+                print(*([f"{'report':<15} {page}"] if page else []), end="\n" if page else "")
     return 0
 
 
@@ -169,7 +174,7 @@ def store(this: Experiment, model: nn.Module, judged: Judged, run: Run, tracker:
     run.note(peak_memory_gib=peak_memory_gib(this.device))
     run.finish(result)
     with open(run.file(LOG), "a", encoding="utf-8") as log:
-        log.write(this.result_text(result) + "\n")
+        log.write(this.text(this.settings, [(result, run.path)]) + "\n")
     this.finished(model, judged, run)
     if this.settings.report:
         this.page(run, judged)

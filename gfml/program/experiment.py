@@ -171,6 +171,11 @@ class Experiment:
         """Draw the report of a run; the path of its page."""
         return None
 
+    @classmethod
+    def joint_page(cls, settings: Any, paths: list[Path]) -> Path | None:
+        """Draw one report of all runs of a command line, where a paper compares them; the path of its page."""
+        return None
+
     def again(self, run: Run) -> None:
         """What is made of a run that was done already, before its result is shown."""
 
@@ -195,9 +200,9 @@ class Experiment:
         raise NotImplementedError
 
     @classmethod
-    def conclude(cls, settings: Any, results: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
-        """What is printed at the end of a command line: each of its results, and where everything is."""
-        return "\n".join(f"{cls.result_text(result)}\n{places(path)}" for result, path in results)
+    def text(cls, settings: Any, results: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
+        """What is printed of the results of a command line, one for each of its runs."""
+        return "\n".join(cls.result_text(result) for result, _ in results)
 
 
 def places(path: Path) -> str:

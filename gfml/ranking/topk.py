@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gfml.base.errors import UserError
+from gfml.distances import common_floats
 
 # Items per group in the two-stage selection: large enough that few groups are left to rank, small
 # enough that the k + 1 groups gathered again are a few percent of the catalogue.
@@ -192,7 +193,7 @@ def _by_tiles(factors: Factors, users: Tensor, k: int, seen: sp.csr_array | None
     """
     from gfml.base.compiled import in_threads
 
-    user, item = (table if table.dtype == torch.float64 else table.float() for table in factors)
+    user, item = common_floats(*factors)
     lists = _Lists(users, k, seen, user.dtype)
 
     def rank(start: int) -> None:
@@ -285,7 +286,7 @@ def factor_blocks(factors: Factors, users: Tensor, memory_mb: float) -> Iterator
     The last block is multiplied at full height too, so that a user's scores are rounded alike whoever
     else is asked for.
     """
-    user, item = (table if table.dtype == torch.float64 else table.float() for table in factors)
+    user, item = common_floats(*factors)
     users = users.to(user.device)
     rows = rows_per_block(len(users), len(item), memory_mb)
     query, block = user.new_zeros((rows, user.shape[1])), user.new_empty((rows, len(item)))

@@ -249,11 +249,29 @@ def test_a_bare_flag_picks_what_is_there_also_later(run, capsys):
     assert (path / "ann" / "vectors.npz").exists() and "is done" in capsys.readouterr().out
 
 
-def test_overlap_counts_what_was_found():
-    exact = np.array([[1, 2, 3], [4, 5, 6]])
-    assert ann.overlap(exact[:, ::-1], exact) == 1 and ann.overlap(
-        np.array([[1, 2, 9], [9, 8, -1]]), exact
-    ) == pytest.approx(2 / 6)
+def test_recall_counts_what_is_as_near_as_the_exact_list():
+    """Of equally near items any may stand in it; repeats and places without an item count nothing."""
+    items = np.array([[1, 0], [0, 1], [-1, 0], [0, -1], [3, 0], [0.5, 0]], dtype=np.float32)
+    query, exact = np.zeros((1, 2), np.float32), np.array([[5, 0]])
+    for found, wanted in (
+        ([5, 0], 1),
+        ([3, 5], 1),
+        ([1, 2], 1),
+        ([5, 4], 0.5),
+        ([5, 5], 0.5),
+        ([5, -1], 0.5),
+        ([4, -1], 0),
+    ):
+        assert ann.distance_recall(query, items, np.array([found]), exact) == wanted
+
+
+def test_exact_indexes_are_exact_where_items_are_equally_near():
+    generator = np.random.default_rng(0)
+    items = generator.integers(0, 3, (300, 4)).astype(np.float32)  # many equal points
+    queries = generator.integers(0, 3, (50, 4)).astype(np.float32)
+    exact = ann.exact_search(queries, items, 20)
+    (row,) = ann._tree_rows(items, queries, exact, 20)
+    assert row["recall"] == 1.0
 
 
 def test_the_report_shows_map_and_neighbours(run, tmp_path):

@@ -371,6 +371,8 @@ def stop_at_evaluation(monkeypatch, number):
         "--model cml --loss_mode cml --use_rank_weight --sampler interaction",
         "--loss_mode bpr_gra --mirror two_step --num-neg 3 --checkpoint-every 1",
         "--loss_mode gravity --refit --eval-every 2",
+        "--loss_mode mix_bpr --optimizer lazy_adamw --mirror fused",
+        "--loss_mode gravity --optimizer adagrad --kernel autograd",
     ],
 )
 def test_an_interrupted_run_continues_exactly(train, tmp_path, monkeypatch, capsys, flags):
