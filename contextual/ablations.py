@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from contextual.main import PROGRAM
 from contextual.names import ABLATIONS
+from contextual.settings import ContextualSettings
 from gfml.base.errors import UserError, choice_error
 from gfml.base.toml import LOCATION_FLAGS
 from gfml.program.cli import Parser, number, run_main
@@ -77,14 +78,16 @@ def command(variant: Variant, common: Sequence[str], seed: int) -> list[str]:
     return [*common, *variant.flags, "--seed", str(seed)]
 
 
-def result_of(options: Any) -> dict[str, Any]:
+def result_of(settings: ContextualSettings) -> dict[str, Any]:
     """The stored result of the finished run with these settings."""
     from gfml.engine.runs import read_result, run_id
 
-    mark = run_id("contextual-256", "", options.resolved, LOCATION_FLAGS | options.beside()).rpartition("-")[2]
-    found = sorted(Path(options.out).glob(f"contextual-256-*-{mark}"))
+    mark = run_id("contextual-256", "", settings.resolved, LOCATION_FLAGS | settings.beside()).rpartition("-")[2]
+    found = sorted(Path(settings.out).glob(f"contextual-256-*-{mark}"))
     if len(found) != 1:
-        raise UserError(f"found {len(found)} runs in {options.out} with the mark {mark}, wanted one: see what is there")
+        raise UserError(
+            f"found {len(found)} runs in {settings.out} with the mark {mark}, wanted one: see what is there"
+        )
     return read_result(found[0])
 
 
@@ -128,10 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     results: dict[str, list[dict[str, Any]]] = {}
-    for variant, _, options in checked:
+    for variant, flags, settings in checked:
         print(f"-- {variant.name}: {variant.about}", file=sys.stderr)
-        PROGRAM.run(options)
-        results.setdefault(variant.name, []).append(result_of(options))
+        PROGRAM.main(flags)
+        results.setdefault(variant.name, []).append(result_of(settings))
     print(table(results))
     return 0
 

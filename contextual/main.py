@@ -26,7 +26,7 @@ PROGRAM = Program(
     "contextual/main.py",
     "contextual-256",
     ContextualSettings,
-    "contextual.experiment:Contextual",
+    "contextual.experiment:Retrieve",
     "Train and judge image retrieval, the 256 x 256 pipeline. Without flags: embedded digits.",
 )
 main = PROGRAM.main

@@ -1,4 +1,4 @@
-"""Settings of both programs and the rules between them. Imports nothing heavy: ``--help`` is quick.
+"""Settings of both retrieval programs and the rules between them. Imports nothing heavy: ``--help`` is quick.
 
 The two published programs share one trainer here, so both take nearly all flags; they differ in names and defaults.
 Each original flag is accepted under its name. A flag left out takes the value of the data set or of the pipeline.
@@ -69,16 +69,11 @@ class ImageSettings(Settings):
         beside=True,
     )
     val_share: float = setting(
-        0.2,
-        "share of the training classes that validation takes; none of them is trained on",
-        kinds.number(above=0, most=1),
-        unit="S",
+        0.2, "share of the training classes that validation takes; none of them is trained on", kinds.share, unit="S"
     )
-    split_seed: int = setting(
-        2020, "draws the validation classes, and the split of iNat", kinds.number(int, least=0), unit="N"
-    )
-    split_lists: tuple[str, str] | None = setting(
-        None, "iNat: the authors' two lists, path,super,label", nargs=2, unit=("TRAIN", "TEST")
+    split_seed: int = setting(2020, "draws the validation classes, and the split of iNat", kinds.whole, unit="N")
+    split_lists: tuple[str, ...] | None = setting(
+        None, "iNat: the authors' two lists, path,super,label", unit=("TRAIN", "TEST"), nargs=2
     )
     check_counts: int = setting(1, "1: numbers of images and classes must be the published ones", choices=(0, 1))
     skip_bad_images: bool = setting(False, "read every image first, name those that cannot be read and leave them out")
@@ -97,14 +92,10 @@ class ImageSettings(Settings):
         None, "bigtest: resized by 288 / 256 (or 256 / 224), centre cut; none: resized", choices=("bigtest", "none")
     )
     xform_scale: float | None = setting(
-        None, "least share of a picture that the random crop keeps", kinds.number(above=0, most=1), unit="S"
+        None, "least share of a picture that the random crop keeps", kinds.share, unit="S"
     )
     workers: int | None = setting(
-        None,
-        "processes that read pictures; results do not depend on it",
-        kinds.number(int, least=0),
-        unit="N",
-        beside=True,
+        None, "processes that read pictures; results do not depend on it", kinds.whole, unit="N", beside=True
     )
 
 
@@ -114,12 +105,7 @@ class BatchSettings(Settings):
 
     batch_size: int | None = setting(None, "pictures per step, over all processes", kinds.count, unit="B")
     ipc: int | None = setting(
-        None,
-        "pictures per class in a batch; 0: plain shuffling",
-        kinds.number(int, least=0),
-        unit="M",
-        also="IPC",
-        key="IPC",
+        None, "pictures per class in a batch; 0: plain shuffling", kinds.whole, unit="M", also="IPC", key="IPC"
     )
     hierarchical: int | None = setting(
         None, "1: a batch is two halves, of two super-classes (sop, inat)", int, choices=(0, 1)
@@ -167,7 +153,7 @@ class NetworkSettings(Settings):
 class LossSettings(Settings):
     """loss"""
 
-    loss: str = setting("hybrid", f"one of {', '.join(known_names())}", choices=known_names(), unit="NAME")
+    loss: str = setting("hybrid", f"one of {', '.join(known_names())}", unit="NAME", choices=known_names())
     lam: float | None = setting(
         None,
         "hybrid: weight of the contextual term (main.py, 0.4) or of the CONTRASTIVE term (train.py, 0.5); see --lam-convention",
@@ -211,7 +197,7 @@ class LossSettings(Settings):
     mrg: float = setting(0.1, "margin of proxy-anchor", kinds.number(), unit="M")
     loss_backend: str = setting("fused", "fused: gradient in closed form; reference: automatic", choices=BACKENDS)
     ablation: str = setting(
-        "none", f"variant of the contextual similarity: {', '.join(ABLATIONS)}", choices=tuple(ABLATIONS), unit="NAME"
+        "none", f"variant of the contextual similarity: {', '.join(ABLATIONS)}", unit="NAME", choices=tuple(ABLATIONS)
     )
 
 
@@ -230,13 +216,13 @@ class TrainingSettings(Settings):
     )
     optimizer: str = setting("adam", "adamw decouples the weight decay", choices=("adam", "adamw"))
     weight_decay: float | None = setting(None, "weight decay", kinds.nonnegative, unit="W")
-    epochs: int | None = setting(None, "epochs", kinds.number(int, least=0), unit="N", also="n_epochs")
+    epochs: float | None = setting(None, "epochs", kinds.whole, unit="N", also="n_epochs")
     milestones: tuple[int, ...] = setting(
         (15, 30, 45),
         "epochs after which the learning rate falls, unless --lr-decay-step is given",
+        unit="EPOCH",
         nargs="+",
         action=TopksAction,
-        unit="EPOCH",
     )
     lr_decay_step: int | None = setting(
         None,
@@ -244,27 +230,26 @@ class TrainingSettings(Settings):
         kinds.number(int, least=1, none=True),
         unit="N",
     )
-    lr_decay_gamma: float = setting(0.3, "factor of every fall", kinds.number(above=0, most=1), unit="F")
-    start_epoch: int = setting(
-        0, "the learning rate starts where it would be after N epochs", kinds.number(int, least=0), unit="N"
-    )
+    lr_decay_gamma: float = setting(0.3, "factor of every fall", kinds.share, unit="F")
+    start_epoch: int = setting(0, "the learning rate starts where it would be after N epochs", kinds.whole, unit="N")
     projector_lr_multi: float = setting(2.0, "factor of the bottleneck's learning rate", kinds.positive, unit="F")
     embedding_lr_multi: float = setting(
         2.0, "factor of the head's learning rate over the backbone's", kinds.positive, unit="F"
     )
-    warm: int | None = setting(
-        None, "first epochs in which the backbone does not train", kinds.number(int, least=0), unit="N"
+    warm: float | None = setting(None, "first epochs in which the backbone does not train", kinds.whole, unit="N")
+    amp: int | None = setting(
+        None, "bfloat16 in the network; the loss is float32 always (default: 1 on CUDA)", int, choices=(0, 1)
     )
 
 
 @dataclass(frozen=True)
-class EvaluationSettings(Settings):
+class RetrievalSettings(Settings):
     """evaluation and selection"""
 
     eval_every: int | None = setting(
         None, "epochs between evaluations", kinds.count, unit="N", also="test_freq testfreq"
     )
-    ks: tuple[int, ...] | None = setting(None, "list lengths of recall", nargs="+", action=TopksAction, unit="K")
+    ks: tuple[int, ...] | None = setting(None, "list lengths of recall", unit="K", nargs="+", action=TopksAction)
     select_on: str = setting(
         "val",
         "val: classes kept out of training; test: the originals' protocol, all training classes, selection on the reported classes; labelled in every result",
@@ -294,9 +279,7 @@ class EvaluationSettings(Settings):
         nargs="+",
         beside=True,
     )
-    pictures: int = setting(
-        8, "queries on the page of neighbours; 0: no page", kinds.number(int, least=0), unit="N", beside=True
-    )
+    pictures: int = setting(8, "queries on the page of neighbours; 0: no page", kinds.whole, unit="N", beside=True)
     memory_mib: int = setting(
         256, "working memory of the ranking; results do not depend on it", kinds.count, unit="MIB", beside=True
     )
@@ -315,33 +298,33 @@ class LateMirrorSettings(MirrorSettings):
 
 @dataclass(frozen=True)
 class ContextualSettings(
-    RunSettings, LateMirrorSettings, EvaluationSettings, TrainingSettings, LossSettings, NetworkSettings, BatchSettings,
+    RunSettings, LateMirrorSettings, RetrievalSettings, TrainingSettings, LossSettings, NetworkSettings, BatchSettings,
     ImageSettings,
 ):  # fmt: skip
-    """all settings of contextual/main.py, the 256 x 256 pipeline"""
+    """Everything that ``contextual/main.py`` takes."""
 
     pipeline: ClassVar[str] = "256"
+
     amp: int | None = setting(
         None, "bfloat16 in the network; the loss is float32 always (default: 1 on CUDA)", int, choices=(0, 1)
     )
 
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:
-        """Every default is filled in."""
         options.dataset = dataset_name(options.dataset)
         options.loss = canonical(options.loss)
         _take_old_names(options)
         _fill(options, cls.pipeline)
-        _check(options)
         super().resolve(options)
-        options.unused = frozenset({"gem", "bn_freeze"})
+        _check(options)
 
 
 @dataclass(frozen=True)
-class SmallContextualSettings(ContextualSettings):
-    """all settings of contextual/train.py, the 224 x 224 pipeline"""
+class SmallSettings(ContextualSettings):
+    """Everything that ``contextual/train.py`` takes: other defaults."""
 
     pipeline: ClassVar[str] = "224"
+
     lam_convention: str = changed(LossSettings, "lam_convention", "contrast")
     optimizer: str = changed(TrainingSettings, "optimizer", "adamw")
     lr_decay_step: int | None = changed(TrainingSettings, "lr_decay_step", 5)
@@ -372,6 +355,7 @@ def _take_old_names(options: argparse.Namespace) -> None:
                 flags = f"--{old.replace('_', '-')} {value} and --{new.replace('_', '-')} {getattr(options, new)}"
                 raise UserError(f"found {flags}, which contradict each other: give one of them")
             setattr(options, new, meaning[value])
+        delattr(options, old)
 
 
 def _fill(options: argparse.Namespace, pipeline: str) -> None:
@@ -433,3 +417,7 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.loss_lr is not None and options.loss not in HAS_PROXIES:
         raise UserError(f"found --loss-lr with --loss {options.loss}, which has no parameters of its own: leave it out")
+    if options.mirror != "off" and options.warm:
+        raise UserError(
+            f"found --mirror {options.mirror} and --warm {options.warm}: a mirror step moves every weight, give --warm 0"
+        )

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import sys
 
-from contextual.settings import SmallContextualSettings
+from contextual.settings import SmallSettings
 from gfml.program.cli import run_main
 from gfml.program.program import Program
 
 PROGRAM = Program(
     "contextual/train.py",
     "contextual-224",
-    SmallContextualSettings,
-    "contextual.experiment:Contextual",
+    SmallSettings,
+    "contextual.experiment:Retrieve",
     "Train and judge image retrieval, the 224 x 224 pipeline. Without flags: embedded digits.",
 )
 main = PROGRAM.main

@@ -9,12 +9,17 @@ import torch
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning import miners
 
-from contextual import main as program_256
-from contextual import train as program_224
+from contextual import main as pipeline_256
+from contextual import train as pipeline_224
 from contextual.baselines import LossOptions, RetrievalLoss, build_loss, parameter_groups
 from contextual.losses import ContextualHybridLoss, cosine_similarities, similarity_regulariser
 from contextual.names import ABLATIONS, ALIASES, HAS_PROXIES, LOSSES, PIPELINES, canonical, describe_lam, known_names
 from gfml.base.errors import UserError
+
+
+def parse(pipeline, argv):
+    return {"256": pipeline_256, "224": pipeline_224}[pipeline].PROGRAM.parse(argv)
+
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "contextual"
 
@@ -200,7 +205,7 @@ COMMANDS = {
 def test_configs_hold_the_published_table(dataset: str) -> None:
     batch, epochs, step, factor, crop, lam, eps = COMMANDS[dataset]
     for loss, row in TUNED[dataset].items():
-        options = program_224.PROGRAM.parse(["--config", str(CONFIGS / f"224-{dataset}-{loss.replace('+', '-')}.toml")])
+        options = parse("224", ["--config", str(CONFIGS / f"224-{dataset}-{loss.replace('+', '-')}.toml")])
         assert (options.dataset, options.loss) == (dataset, loss)
         assert (options.lr, options.bottleneck, options.gamma, options.ipc, options.warm) == row
         long = dataset == "sop" and loss in HAS_PROXIES
@@ -214,7 +219,7 @@ def test_configs_hold_the_published_table(dataset: str) -> None:
 
 def test_configs_of_the_256_pipeline() -> None:
     for dataset, rate in {"cub": 8e-5, "cars": 1.6e-4, "sop": 4e-5, "inat": 8e-5, "inshop": 4e-5}.items():
-        options = program_256.PROGRAM.parse(["--config", str(CONFIGS / f"256-{dataset}.toml")])
+        options = parse("256", ["--config", str(CONFIGS / f"256-{dataset}.toml")])
         found = (options.dataset, options.loss, options.lr, options.batch_size, options.epochs)
         assert found == (dataset, "hybrid", rate, 256 if dataset == "inat" else 128, 80)
         assert (options.lam, options.gamma, options.eps, options.lam_convention) == (0.4, 0.1, 0.05, "context")

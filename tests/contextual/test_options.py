@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from contextual import main as program_256
-from contextual import train as program_224
-from contextual.settings import ContextualSettings
+from contextual import main as pipeline_256
+from contextual import train as pipeline_224
 
-PROGRAMS = {"256": program_256.PROGRAM, "224": program_224.PROGRAM}
+
+def parse(pipeline, argv):
+    return {"256": pipeline_256, "224": pipeline_224}[pipeline].PROGRAM.parse(argv)
+
 
 ORIGINAL_256 = (
     "--trainxform bigtrain --testxform bigtest --root DIR --lam 0.4 --gamma 0.1 --loss hybrid --embedding_size 512 --batch_size 128 --n_epochs 80 "
@@ -25,10 +27,6 @@ ORIGINAL_224 = (
     "--embedding_lr_multi 1.0 --data_root DIR --gamma 0.1 --lam 0.5 --pos_margin 0.75 --neg_margin 0.6 --regsim 0.3 --seed 0 --alpha 32 --mrg 0.1 "
     "--IPC 4 --warm 0 --hierarchical 0 --bn-freeze 1 --testfreq 10 --eps 0.05 --xform_scale 0.08"
 ).split()
-
-
-def parse(pipeline: str, words: list[str]) -> ContextualSettings:
-    return PROGRAMS[pipeline].parse(words)
 
 
 def test_every_original_flag_is_accepted() -> None:
@@ -172,9 +170,9 @@ def test_a_wrong_flag_is_one_line(argv: list[str], words: str, capsys: pytest.Ca
 
 @pytest.mark.parametrize("pipeline", ["256", "224"])
 def test_every_flag_has_help(pipeline: str) -> None:
-    assert all(action.help for action in PROGRAMS[pipeline].parser()._actions)
+    assert all(action.help for action in {"256": pipeline_256, "224": pipeline_224}[pipeline].PROGRAM.parser()._actions)
 
 
 def test_flags_import_nothing_heavy() -> None:
-    code = "import sys, contextual.main; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'pandas', 'scipy', 'sklearn', 'matplotlib'}))"
+    code = "import sys, contextual.main, contextual.train; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'pandas', 'scipy', 'sklearn', 'matplotlib'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
