@@ -124,7 +124,9 @@ def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Any]]:
     said, made = io.StringIO(), []
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            made = [(found.family, one) for one in found.runs(argv)] if found else []
+            # A companion, such as one that judges, may import the program beside it.
+            own = found is not None and found.module == f"{folder}.{program.stem}"
+            made = [(found.family, one) for one in found.runs(argv)] if own else []
     except SystemExit as stop:
         if stop.code in (0, None):
             raise UserError(f"found a command that only prints its help: {text}") from None
