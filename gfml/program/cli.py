@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfml.base import settings as kinds
-from gfml.base.errors import Terminated, UserError, suggest
+from gfml.base.errors import Terminated, UserError, as_flags, suggest
 from gfml.base.home import find_config
 from gfml.base.settings import Setting, flags_of, groups, help_text
 from gfml.base.settings import TopksAction as TopksAction
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {as_flags(' '.join(message.split()))}\n")
 
     def tokens_of(self, values: Mapping[str, Any]) -> list[str]:
         """Values by name as words of a command line; None stands for "none" where it is not the default."""
@@ -389,7 +389,7 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
         # The run directory, if one was open, left a note that says how to go on.
         note = "; ".join(getattr(interrupt, "__notes__", ())) or "run the same command again to continue"
         ended = isinstance(interrupt, Terminated)
-        print(f"{'terminated' if ended else 'interrupted'}: {note}", file=sys.stderr)
+        print(f"{'terminated' if ended else 'interrupted'}: {as_flags(note)}", file=sys.stderr)
         return 143 if ended else 130
     except (OSError, MemoryError, RuntimeError) as error:
         if (message := _mendable(error)) is None:
@@ -398,7 +398,7 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
 
 
 def _say(error: object) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {as_flags(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
 
 
