@@ -26,7 +26,7 @@ from gfml.ranking.evaluation import evaluate
 from gfml.ranking.pretrained import join_tables, read_nodes, read_table
 from gfml.ranking.sampling import TripleSampler, seeded_generator
 from gfml.ranking.topk import Scorer
-from gfml.report.recommenders import baseline_results, data_facts, text_table
+from gfml.report.recommenders import baseline_results, data_facts, other_conventions, text_table
 from hlrm.data import History, PairBatch, PairSampler, fixed_histories
 from hlrm.metrics import cohort_metrics, cohorts
 from hlrm.model import HingeOptions, RelationModel, TranslatedModel, clip_rows_
@@ -216,6 +216,7 @@ class HLRM(Recommender):
             f"\n{protocol['split']} of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}",
             f"\nfull catalogue, all {judged}, usual definitions",
             _tables(rows, COLUMNS, result["topks"]),
+            *other_conventions(rows),
             f"\nsampled users as in the paper, {groups}, published formulas",
             _tables(both, PAPER_COLUMNS, result["topks"]),
         ])  # fmt: skip

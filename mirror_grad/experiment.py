@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -13,10 +16,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gfml.base.checkpoints import FORMAT, damaged, load_state
 from gfml.base.errors import UserError
 from gfml.base.files import write_json
+from gfml.base.weights import read_weights
 from gfml.data.interactions import Interactions
+from gfml.engine.distributed import World
 from gfml.engine.runs import Run
 from gfml.engine.train import FitResult, Step, plain_step
 from gfml.mirror import MirrorGradient
@@ -26,7 +30,8 @@ from gfml.program.steps import check_judgeable, cut_offs
 from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleBatches, TripleSampler
 from gfml.ranking.topk import FactorScorer, Scorer
-from gfml.report.recommenders import judged_text, table_columns, text_table
+from gfml.report.recommenders import USUAL_METRICS, judged_text, other_conventions, table_columns, text_table
+from mirror_grad import foreign
 from mirror_grad.data import MultimodalData, load
 from mirror_grad.models import MODELS, load_model
 from mirror_grad.settings import arm_of
@@ -56,8 +61,6 @@ class MirrorGrad(Recommender):
         return self.data.interactions
 
     def whole(self) -> Self:
-        from dataclasses import replace
-
         data = replace(self.data, interactions=self.interactions.refit())
         return type(self)(self.settings, data, self.world)
 
@@ -254,45 +257,59 @@ def arm_factor(options: Any) -> float:
     return moved / math.sqrt((first**2 + second**2 + every - 1) / (every + 1))
 
 
-def judge_weights(settings: Any, world: Any) -> str:
+def judge_weights(settings: Any, world: World) -> str:
     """The test figures of stored weights. Nothing is trained or written."""
     this = MirrorGrad(settings, MirrorGrad.load(settings), world)
-    model = load_weights(settings.model, this.build(), Path(settings.weights))
+    model, notes = weights_model(this, Path(settings.weights))
+    for note in notes:
+        print(f"note: {settings.weights}: {note}", file=sys.stderr)
     rows = {settings.model: this.evaluation(model, "test", beyond=True).means}
     more = [f"{name}@{k}" for name in ("precision", "map") for k in settings.topks]
+    masked = "train and validation" if settings.test_mask == "seen" else "train"
     return "\n".join([
-        f"test of {this.interactions.name}, weights of {settings.weights}",
+        f"test of {this.interactions.name}, weights of {settings.weights}, {masked} items masked; {USUAL_METRICS}",
         text_table(rows, [*table_columns(rows, settings.topks), *more]),
+        *other_conventions(rows),
     ])  # fmt: skip
 
 
-def load_weights(name: str, model: nn.Module, path: Path) -> nn.Module:
-    """Put the weights of a file into the model, in eval mode: best.pt, last.pt, final.pt or a bare state of tensors.
+def weights_model(this: MirrorGrad, path: Path) -> tuple[nn.Module, list[str]]:
+    """The model with a file's weights, in eval mode, and notes: best.pt, last.pt, final.pt, a bare state of tensors, or a
+    file of Mirror-Gradient's or MMRec's own program, whose names are translated.
 
     UserError when the file is damaged, or its names or shapes are another model's.
     """
-    state = _tensors(path)
+    name, dim = this.settings.model, this.settings.embedding_dim
+    state, notes = read_weights(path)
+    found = foreign.recognise(state)
+    if found and name not in found:
+        raise foreign.other_model(name, found, path)
+    if found:
+        options = argparse.Namespace(**vars(this.settings), settings=this.settings.settings)
+        notes = foreign.adapt(options, state)
+        own = vars(options.settings)
+        changes = {key: getattr(options, key) for key in vars(this.settings) if key not in own}
+        this = type(this)(replace(this.settings, **changes | own), this.data, this.world)
+    model = type(this)(this.settings, this.data).build()
+    if found:
+        state = foreign.rename(name, state)
+        if this.settings.behaviour == "published":
+            notes += foreign.complete(model, name, state, this.data, this.settings.seed, dim)
+        else:
+            state = {key: value for key, value in state.items() if key != "item_weight"}
+    return load_weights(name, model, path, state).to(this.device), notes
+
+
+def load_weights(name: str, model: nn.Module, path: Path, state: dict[str, Tensor]) -> nn.Module:
+    """Put the named tensors of a file into the model, in eval mode. UserError when names or shapes are another model's."""
     wanted = model.state_dict()
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unknown:
         found = f"{path} lacks {', '.join(missing[:3]) or 'nothing'} and has {', '.join(unknown[:3]) or 'nothing'} beyond {name}'s"
         raise UserError(f"{found}: give the --model and the hyper-parameters it was trained with")
-    other = next((name for name, value in wanted.items() if state[name].shape != value.shape), None)
+    other = next((key for key, value in wanted.items() if state[key].shape != value.shape), None)
     if other is not None:
         shapes = f"{other} {tuple(state[other].shape)}, wanted {tuple(wanted[other].shape)}"
         raise UserError(f"{path} has {shapes}: give the --dataset and the hyper-parameters it was trained with")
     model.load_state_dict(state)
     return model.eval()
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file, or a pickle of classes, raises almost anything
-        raise damaged(path, "not a file of tensors") from error
-    if isinstance(content, dict) and content.get("format") == FORMAT:
-        content = load_state(path)
-    content = content.get("model", content) if isinstance(content, dict) else {}
-    if not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise damaged(path, "it holds no named tensors")
-    return content

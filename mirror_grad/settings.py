@@ -165,6 +165,9 @@ class MirrorJudgingSettings(JudgingSettings):
         "what the test lists leave out: train and validation items, or train items alone as published",
         choices=("seen", "train"),
     )
+    published_protocol: bool = setting(
+        False, "judge as published: --test-mask train (validation items stay in the test lists) and --round-metrics 4"
+    )
     round_metrics: int | None = setting(
         None,
         "round metrics before stopping and selecting; published: 4",
@@ -226,11 +229,13 @@ class MirrorGradSettings(
         options.dataset = DATASETS.get(options.dataset, options.dataset)
         if options.behaviour == "published" and not MODELS[options.model].has_published:
             print(f"note: published and fixed {options.model} are the same", file=sys.stderr)
+        if options.published_protocol:
+            options.test_mask, options.round_metrics = "train", 4
         _choose_mirror(options)
         super().resolve(options)
         _check(options)
         grid_points(cls, options)
-        options.unused = frozenset({"not_mg", "grid", "weights"})
+        options.unused = frozenset({"not_mg", "grid", "weights", "published_protocol"})
 
     @property
     def points(self) -> list[dict[str, str]]:

@@ -30,12 +30,10 @@ from gfml.base.settings import nonnegative as nonnegative
 from gfml.base.settings import number as number
 from gfml.base.settings import positive as positive
 from gfml.base.settings import share as share
+from gfml.program.flags import CONVENTIONS
 
 if TYPE_CHECKING:
     import torch
-
-# Frameworks whose definitions of metrics can stand beside ours.
-CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
 
 
 class Options(argparse.Namespace):
@@ -309,7 +307,6 @@ def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False
         "--metrics-as",
         nargs="+",
         choices=CONVENTIONS,
-        default=[],
         metavar="NAME",
         help=f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
     )

@@ -54,6 +54,9 @@ class Experiment:
     # Whether --eval-only draws the page again.
     redrawn = False
 
+    # What its runs cannot, by the name of a setting, and why.
+    without: Mapping[str, str] = {}
+
     def __init__(self, settings: Any, data: Any, world: World | None = None) -> None:
         self.settings, self.data = settings, data
         self.world = world or World(0, 1, torch.device("cpu"))
