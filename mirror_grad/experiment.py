@@ -280,7 +280,8 @@ def weights_model(this: MirrorGrad, path: Path) -> tuple[nn.Module, list[str]]:
     UserError when the file is damaged, or its names or shapes are another model's.
     """
     name, dim = this.settings.model, this.settings.embedding_dim
-    state, notes = read_weights(path)
+    state: dict[str, Tensor] = read_weights(path)
+    notes: list[str] = []
     found = foreign.recognise(state)
     if found and name not in found:
         raise foreign.other_model(name, found, path)

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError, choice_error
-from gfml.base.settings import TopksAction, number
 from gfml.data.options import DataSettings, DemoSettings, load_from_args
-from gfml.program.cli import Options, Parser, add_definition_flags, add_settings, run_main
+from gfml.program.cli import Options, Parser, TopksAction, add_definition_flags, add_settings, number, run_main
 from gfml.program.console import papers
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ def build_parser(sources: Sequence[str]) -> Parser:
         "--from", dest="source", required=True, metavar="NAME", help=f"whose it is: {', '.join(sources)}"
     )
     parser.add_argument("--out", metavar="FILE", help="where the safetensors go (default: FILE's name, here)")
-    add_settings(parser, DataSettings)
-    add_settings(parser, DemoSettings)
+    for part in (DataSettings, DemoSettings):
+        add_settings(parser, part)
     parser.set_defaults(dataset="none")
     group = parser.add_argument_group("judging tables of users and items, with --dataset")
     group.add_argument(
@@ -104,15 +103,15 @@ def sources() -> dict[str, tuple[Callable[[Mapping[str, Tensor]], dict[str, Tens
 
 def _judge(options: Options, state: Mapping[str, Tensor], users: int, score: str) -> None:
     """Print the test figures of tables."""
-    from gfml.program.steps import check_judgeable
-    from gfml.ranking.evaluation import Definitions, evaluate
+    from gfml.program.steps import check_judgeable, definitions_of
+    from gfml.ranking.evaluation import evaluate
 
     data = load_from_args(options)
     check_judgeable(data, options.topks, "test")
     scorer = _scorer(options, state, users, score, data)
     found = evaluate(
         scorer, data, "test", options.topks, beyond=True, mask_valid=options.mask == "seen",
-        definitions=Definitions(tuple(options.metrics_as or ()), options.map_denominator),
+        definitions=definitions_of(options, judging=True),
     )  # fmt: skip
     print(
         f"test of {data.name}: {len(found.users):,} users, {options.mask} items masked; metrics as in docs/metrics.md"

@@ -20,8 +20,8 @@ from gfml.engine.tracking import Tracker
 from gfml.engine.train import FitResult, Terms
 from gfml.gravity import Mass
 from gfml.program.experiment import Experiment, Judged
-from gfml.program.steps import check_judgeable, cut_offs, shared_loss
-from gfml.ranking.evaluation import USUAL, Definitions, Evaluation, evaluate
+from gfml.program.steps import check_judgeable, cut_offs, definitions_of, shared_loss
+from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.topk import Scorer
 from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, list_names, mass_report
 
@@ -104,8 +104,7 @@ class Recommender(Experiment):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with torch.no_grad():
             scorer = how.pop("scorer", None) or self.scorer(model, split)
-        asked = self.settings.metrics_as or (), self.settings.map_denominator
-        how = {"definitions": Definitions(*asked) if beyond else USUAL, **how}
+        how = {"definitions": definitions_of(self.settings, judging=beyond), **how}
         return evaluate(scorer, self.interactions, split, self.ks, beyond=beyond, device=device, **how)
 
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:

@@ -14,6 +14,7 @@ from gfml.engine.capture import graph_key, replayed
 from gfml.engine.distributed import World
 from gfml.engine.train import Closure, Step, Terms, plain_step
 from gfml.mirror import MirrorGradient
+from gfml.ranking.evaluation import USUAL, Definitions
 from gfml.ranking.sampling import Triples
 
 
@@ -25,6 +26,11 @@ def cut_offs(topks: Collection[int], select_metric: str) -> tuple[int, ...]:
     """The list lengths to judge, ascending: those asked for and that of the metric that selects (``ndcg@20``)."""
     k = select_metric.partition("@")[2]
     return tuple(sorted({*topks, *([int(k)] if k else [])}))
+
+
+def definitions_of(settings: Any, *, judging: bool) -> Definitions:
+    """``--metrics-as`` and ``--map-denominator``, for the reported figures; selection keeps the usual ones."""
+    return Definitions(tuple(settings.metrics_as or ()), settings.map_denominator) if judging else USUAL
 
 
 def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> None:
