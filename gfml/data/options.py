@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
-from gfml.base.settings import Settings, setting
+from gfml.base.settings import Settings, setting, whole
 
 if TYPE_CHECKING:
     from gfml.data.interactions import Interactions
@@ -83,7 +83,7 @@ class DataSettings(Settings):
         unit="DATE",
     )
     leave_k: int | None = setting(None, "with --split leave-k-out: pairs of a user in each part", int, unit="K")
-    split_seed: int = setting(2020, "seed of every random cut", unit="SEED")
+    split_seed: int = setting(2020, "seed of every random cut", whole, unit="SEED")
     val_ratio: float = setting(0.1, "share of train cut off for validation if the data has none", unit="R")
 
 
@@ -96,7 +96,7 @@ class DemoSettings(Settings):
     demo_interactions: int | None = setting(None, "interactions (default: 45000)", int, unit="N")
     demo_tail: float | None = setting(None, "exponent of the popularity law (default: 1.0)", float, unit="X")
     demo_noise: float | None = setting(None, "share of random interactions (default: 0.02)", float, unit="X")
-    demo_seed: int | None = setting(None, "seed of the generator (default: 2020)", int, unit="SEED")
+    demo_seed: int | None = setting(None, "seed of the generator (default: 2020)", whole, unit="SEED")
 
 
 def load_from_args(args: Any) -> Interactions:
