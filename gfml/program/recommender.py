@@ -20,6 +20,7 @@ from gfml.engine.tracking import Tracker
 from gfml.engine.train import FitResult, Terms
 from gfml.gravity import Mass
 from gfml.program.experiment import Experiment, Judged
+from gfml.program.flags import baseline_grids
 from gfml.program.steps import check_judgeable, cut_offs, definitions_of, shared_loss
 from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.topk import Scorer
@@ -121,7 +122,9 @@ class Recommender(Experiment):
             "data": data_facts(data),
             "test": test.means,
             "cold_users": test.cold_users,
-            "baselines": baseline_results(names, data, self.ks, cache_dir=cache),
+            "baselines": baseline_results(
+                names, data, self.ks, cache_dir=cache, grids=baseline_grids(settings.baseline_grid)
+            ),
         }
         if data.valid.nnz:
             result["val"] = self.evaluation(model, "valid", beyond=True).means
