@@ -31,6 +31,7 @@ from gfml.base.settings import number as number
 from gfml.base.settings import positive as positive
 from gfml.base.settings import share as share
 from gfml.base.toml import UNSAVED
+from gfml.program.flags import CONVENTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
 BASELINES = ("popularity", "item-knn", "ease", "ials")
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
-CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
@@ -382,7 +382,6 @@ def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False
         "--metrics-as",
         nargs="+",
         choices=CONVENTIONS,
-        default=[],
         metavar="NAME",
         help=f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
     )
@@ -454,6 +453,7 @@ def add_judging_flags(
         default=list(BASELINES),
         help="simple recommenders judged beside the model",
     )
+    add_definition_flags(group)
     return group
 
 
