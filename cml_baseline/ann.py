@@ -82,19 +82,15 @@ def export(run: str | os.PathLike[str], kind: str = "auto", top: int = 100) -> d
 
 def read_arrays(run: Path) -> dict[str, np.ndarray]:
     """The content of a finished run's ``analysis.npz``; UserError when there is none."""
-    import numpy as np
-
+    from gfml.base.checkpoints import train_anew
+    from gfml.base.files import read_arrays as read
     from gfml.engine.runs import run_state
 
     state = run_state(run)
     if state != "done":
         what = "there is no run at" if state == "not launched" else f"not finished ({state}):"
         raise UserError(f"{what} {run}: train it first with cml_baseline/main.py")
-    try:
-        with np.load(run / "analysis.npz", allow_pickle=False) as stored:
-            arrays = dict(stored)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {run / 'analysis.npz'} ({error}): train the run again with --overwrite") from None
+    arrays = read(run / "analysis.npz", train_anew(run))
     if not {"user", "item"} <= arrays.keys():
         raise UserError(f"{run} is no run of cml_baseline/main.py: give the directory of one")
     return arrays

@@ -285,6 +285,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--model-name names a model twice: each has one run")
     if len(names) > 1 and {"run_name", "resume"} & options.explicit:
         raise UserError("--run-name and --resume are for one run: give one --model-name")
+    if not options.num_split and not (options.mix_on and options.mix_mode == "split"):
+        raise UserError("--num_split 0, no gravity heads, belongs to --mix_on 1 --mix_mode split: add these or drop it")
     if "vit_gra" in names and options.mix_on and options.mix_mode == "split" and options.num_split > options.head:
         found = f"found --num_split {options.num_split} and --head {options.head}"
         raise UserError(f"{found}: num_split may be 0 to the number of heads")

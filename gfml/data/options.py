@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
-from gfml.base.settings import Settings, setting
+from gfml.base.settings import Settings, setting, whole
 
 if TYPE_CHECKING:
     from gfml.data.interactions import Interactions
@@ -84,7 +84,7 @@ class DataSettings(Settings):
         unit="DATE",
     )
     leave_k: int | None = setting(None, "with --split leave-k-out: pairs of a user in each part", int, unit="K")
-    split_seed: int = setting(2020, "seed of every random cut", unit="SEED")
+    split_seed: int = setting(2020, "seed of every random cut", whole, unit="SEED")
     val_ratio: float = setting(0.1, "share of train cut off for validation if the data has none", unit="R")
 
 
@@ -97,7 +97,7 @@ class DemoSettings(Settings):
     demo_interactions: int | None = setting(None, "interactions (default: 45000)", int, unit="N")
     demo_tail: float | None = setting(None, "exponent of the popularity law (default: 1.0)", float, unit="X")
     demo_noise: float | None = setting(None, "share of random interactions (default: 0.02)", float, unit="X")
-    demo_seed: int | None = setting(None, "seed of the generator (default: 2020)", int, unit="SEED")
+    demo_seed: int | None = setting(None, "seed of the generator (default: 2020)", whole, unit="SEED")
 
 
 def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo", short: Sequence[str] = ()) -> None:
@@ -140,7 +140,7 @@ def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo", sh
     data.add_argument("--split-date", nargs="+", metavar="DATE",
                       help="with --split time: where test begins, or where validation and test begin (2017-07-14)")  # fmt: skip
     data.add_argument("--leave-k", type=int, metavar="K", help="with --split leave-k-out: pairs of a user in each part")
-    data.add_argument("--split-seed", type=int, default=2020, metavar="SEED",
+    data.add_argument("--split-seed", type=whole, default=2020, metavar="SEED",
                       help="seed of every random cut (default: 2020)")  # fmt: skip
     data.add_argument("--val-ratio", "--val_ratio", dest="val_ratio", type=float, default=0.1, metavar="R",
                       help="share of train cut off for validation if the data has none (default: 0.1)")  # fmt: skip
@@ -150,7 +150,7 @@ def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo", sh
     demo.add_argument("--demo-interactions", type=int, metavar="N", help="interactions (default: 45000)")
     demo.add_argument("--demo-tail", type=float, metavar="X", help="exponent of the popularity law (default: 1.0)")
     demo.add_argument("--demo-noise", type=float, metavar="X", help="share of random interactions (default: 0.02)")
-    demo.add_argument("--demo-seed", type=int, metavar="SEED", help="seed of the generator (default: 2020)")
+    demo.add_argument("--demo-seed", type=whole, metavar="SEED", help="seed of the generator (default: 2020)")
 
 
 def load_from_args(args: Any) -> Interactions:

@@ -30,7 +30,9 @@ class RunSettings(Settings):
         unit="N",
         beside=True,
     )
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to PyTorch", kinds.whole, unit="N", beside=True)
+    threads: int = setting(
+        0, "CPU threads; 0 leaves the choice to PyTorch", kinds.number(int, least=0, most=1024), unit="N", beside=True
+    )
     cuda_graph: str = setting(
         "auto", "record training steps on CUDA: faster, same numbers", choices=("auto", "0", "1"), beside=True
     )
