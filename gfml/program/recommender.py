@@ -20,6 +20,7 @@ from gfml.engine.tracking import Tracker
 from gfml.engine.train import FitResult, Terms
 from gfml.gravity import Mass
 from gfml.program.experiment import Experiment, Judged
+from gfml.program.flags import baseline_grids
 from gfml.program.steps import shared_loss
 from gfml.ranking.evaluation import USUAL, Definitions, Evaluation, evaluate
 from gfml.ranking.topk import Scorer
@@ -117,7 +118,9 @@ class Recommender(Experiment):
             "data": data_facts(data),
             "test": test.means,
             "cold_users": test.cold_users,
-            "baselines": baseline_results(names, data, cut_offs(settings), cache_dir=cache),
+            "baselines": baseline_results(
+                names, data, cut_offs(settings), cache_dir=cache, grids=baseline_grids(settings.baseline_grid)
+            ),
         }
         if data.valid.nnz:
             result["val"] = self.evaluation(model, "valid", beyond=True).means
