@@ -197,7 +197,7 @@ def other_conventions(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
         lines.append("  ".join([f"{'metric':<{width}}", *(f"{name:<6}" for name in having)]))
         for column in own:
             cells = [f"{_figure(row.get(column)):<{max(len(name), 6)}}" for name, row in having.items()]
-            lines.append("  ".join([f"{column:<{width}}", *cells]))
+            lines.append("  ".join([f"{column:<{width}}", *cells]).rstrip())
     return lines
 
 
