@@ -67,6 +67,8 @@ class Retrieve(Experiment):
     """One network that maps pictures to unit vectors; classes of test are no classes of train."""
 
     judged_by_all = True
+    # Pictures of what no file of the run holds are drawn of this judgement.
+    redrawn = True
     settings: ContextualSettings
     data: RetrievalData
 
@@ -92,6 +94,11 @@ class Retrieve(Experiment):
         return type(self)(self.settings, self.load(replace(self.settings, select_on="test")), self.world)
 
     # -- model
+
+    def check(self) -> None:
+        """A --checkpoint that is there must fit the network."""
+        if self.settings.checkpoint is not None and Path(self.settings.checkpoint).is_file():
+            self.build()
 
     def build(self, *, start: bool = True) -> Retriever:
         return self._build(self.data.num_classes, start=start)
