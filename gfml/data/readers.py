@@ -578,6 +578,7 @@ def read_table(
             ratings = _ratings(table, pick["rating"], found)
         else:
             table.notes[f"rating {pick['rating']}"] = f"recognised, not thresholded (--threshold): {_stars(found)}"
+    pa.default_memory_pool().release_unused()
     parts = None if pick["part"] is None else _parts(table, pick["part"], cells[pick["part"]])
     numbered = parts is not None and users.names.dtype.kind == items.names.dtype.kind == "i"
     records = Records(

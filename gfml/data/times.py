@@ -86,6 +86,10 @@ def _numbers(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarray | 
 def _epoch(table: Table, column: str, values: np.ndarray, unit: str | None) -> Times:
     if unit is not None:
         return _noted(table, column, values, UNITS[unit], f"{_UNIT_NAMES[unit]} since 1970")
+    edges = [_LEAST * 10**3, _LEAST * 10**6, _LEAST * 10**9]
+    least, most = (int(np.searchsorted(edges, end, side="right")) for end in (values.min(), values.max()))
+    if values.min() >= _LEAST and least == most:
+        return _noted(table, column, values, list(UNITS.values())[most], f"{_UNIT_NAMES[list(UNITS)[most]]} since 1970")
     late = values >= _LEAST
     if not late.any():
         days = _as_days(values)
@@ -95,7 +99,7 @@ def _epoch(table: Table, column: str, values: np.ndarray, unit: str | None) -> T
             f"plain numbers from {values.min():g} to {values.max():g}, the smaller the earlier"
         )
         return Times(values, None)
-    group = np.searchsorted([_LEAST * 10**3, _LEAST * 10**6, _LEAST * 10**9], values, side="right")
+    group = np.searchsorted(edges, values, side="right")
     first, last = int(group[late].min()), int(group.max())
     names = list(UNITS)
     if first != last:
