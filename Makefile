@@ -1,12 +1,13 @@
 # make demo   install, then train and evaluate a gravity recommender on the embedded data set
 # make test   install, then run the test suite
+# make docs   install with the docs extra, then build the site into site/; a broken link or reference fails
 # make lint   install, then ruff check, ruff format --check and mypy
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo lint test test-slow bench clean
+.PHONY: install demo docs lint test test-slow bench clean
 
 install: $(STAMP)
 
@@ -18,6 +19,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python recsys/main.py --dataset demo --tensorboard 1 --overwrite
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -34,4 +42,4 @@ bench: $(STAMP)
 	$(BIN)/python scripts/bench.py recsys
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

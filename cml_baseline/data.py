@@ -6,23 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 
+from cml_baseline.settings import CMLSettings
 from gfml.data.interactions import Interactions, csr_from_pairs, pairs_from_csr
 from gfml.data.items import FeatureTable, ItemInfo, beside, read_item_features, read_item_info, standardised
 from gfml.data.options import load_from_args
-from gfml.program.cli import Options
-from gfml.program.steps import check_judgeable, cut_offs
 
 # Files with titles and genres that come with known data sets.
 INFO_FILES = ("movies.dat", "ml-100k.item")
 
 
-def load(options: Options) -> Interactions:
-    """The interactions, with items hidden as ``--hide-items`` asks; UserError when nothing can be judged."""
+def load(options: CMLSettings) -> Interactions:
+    """The interactions, with items hidden as ``--hide-items`` asks."""
     data = load_from_args(options)
-    if options.hide_items:
-        data = hide_items(data, options.hide_items, options.split_seed)
-    check_judgeable(data, cut_offs(options.topks, options.select_metric), options.select_on)
-    return data
+    return hide_items(data, options.hide_items, options.split_seed) if options.hide_items else data
 
 
 def hide_items(data: Interactions, share: float, seed: int) -> Interactions:
@@ -40,7 +36,7 @@ def hide_items(data: Interactions, share: float, seed: int) -> Interactions:
     return replace(data, **parts, notes=notes)
 
 
-def features(options: Options, data: Interactions) -> FeatureTable | None:
+def features(options: CMLSettings, data: Interactions) -> FeatureTable | None:
     """The features of ``--features``: a path, else the name of a file in the data set's folder."""
     if options.features is None:
         return None
@@ -49,7 +45,7 @@ def features(options: Options, data: Interactions) -> FeatureTable | None:
     return standardised(table) if options.feature_norm == "standard" else table
 
 
-def item_info(options: Options, data: Interactions) -> ItemInfo | None:
+def item_info(options: CMLSettings, data: Interactions) -> ItemInfo | None:
     """Titles and genres of ``--item-info`` or of the data set's own folder; None when there are none."""
     if data.name == "demo" and options.item_info is None:
         return None

@@ -1,137 +1,196 @@
-"""From flags to objects: model, optimizer, sampler, evaluation, and the refit on train and validation."""
+"""What a CML run is made of: points in a ball, their optimizer and triples, and how the catalogue is judged by groups."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from cml_baseline.data import features
+from cml_baseline import data as sources
+from cml_baseline.ann import export
+from cml_baseline.report import write_items, write_report
+from cml_baseline.table import EpochTable, read_epochs
 from gfml.cml import FeatureProjection, ItemFeatures, MetricLearner, MetricOptions
 from gfml.data.interactions import Interactions
-from gfml.engine.runs import Run, seed_everything
-from gfml.engine.train import FitResult, Optimizers, Step
-from gfml.program import steps as program
-from gfml.program.cli import Options
-from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.distances import SquaredDistance
+from gfml.engine.runs import Run
+from gfml.engine.train import FitResult, Optimizers
+from gfml.program.experiment import Judged, Training
+from gfml.program.recommender import Recommender, check_judgeable, cut_offs
+from gfml.program.steps import ProjectedStep, build_step
+from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleSampler, TwoStageSampler
+from gfml.report.recommenders import table_columns, text_table
+
+# Recall of item groups, by popularity in train: the most popular fifth, the other 80 %, and items train never shows.
+GROUPS = ("q1", "tail", "cold")
 
 
-def build_model(options: Options, data: Interactions, device: torch.device) -> MetricLearner:
-    """Points in a ball, with the feature network if there are features."""
-    loss = MetricOptions(
-        margin=options.margin, use_rank_weight=options.rank_weight, rank_floor=options.rank_floor,
-        reduction=options.reduction, cov_weight=options.cov_weight, cov_form=options.cov_form,
-        feature_weight=options.feature_weight,
-    )  # fmt: skip
-    model = MetricLearner(
-        data.num_users, data.num_items, options.embedding_dim, options=loss, radius=options.clip_norm,
-        std=options.init_std, features=_build_features(options, data),
-    )  # fmt: skip
-    return model.to(device)
+class CML(Recommender):
+    """Train pairs against the nearest of some drawn negatives, by squared distance."""
 
+    @classmethod
+    def load(cls, settings: Any) -> Interactions:
+        data = sources.load(settings)
+        check_judgeable(data, cut_offs(settings), settings.select_on)
+        return data
 
-def _build_features(options: Options, data: Interactions) -> ItemFeatures | None:
-    table = features(options, data)
-    if table is None:
-        return None
-    projection = FeatureProjection(
-        table.values.shape[1], options.embedding_dim, hidden_dim=options.hidden_dim, dropout=options.dropout,
-        scale=options.feature_scale, radius=options.clip_norm,
-    )  # fmt: skip
-    cold = torch.from_numpy(data.item_popularity == 0)
-    values, known = torch.from_numpy(table.values), torch.from_numpy(table.known)
-    return ItemFeatures(projection, values, known, cold, cold_offset=options.cold_offset)
+    @property
+    def name(self) -> str:
+        return "cml" if self.settings.features is None else "cml with features"
 
+    @property
+    def label(self) -> str:
+        return self.data.name
 
-def build_training(options: Options, model: MetricLearner) -> tuple[torch.optim.Optimizer | Optimizers, Step]:
-    """Optimizer and step; every step ends with the projection into the ball. The feature network takes Adam always."""
-    points = list(model.encoder.parameters())
-    network = [] if model.features is None else list(model.features.parameters())
-    if options.optimizer == "adam":
-        groups = [
-            {"params": points, "lr": options.lr},
-            *([{"params": network, "lr": options.feature_lr}] if network else []),
-        ]
-        optimizer: torch.optim.Optimizer | Optimizers = torch.optim.Adam(groups, fused=True)
-    else:
-        optimizer = torch.optim.Adagrad(points, options.lr, initial_accumulator_value=options.accumulator, foreach=True)
-        if network:
-            optimizer = Optimizers(optimizer, torch.optim.Adam(network, options.feature_lr, fused=True))
-    return optimizer, program.ProjectedStep(program.build_step(options, optimizer, options.clip_grad), model)
+    @property
+    def progress(self) -> bool | None:
+        """The table of epochs stands for the lines."""
+        return bool(self.settings.progress) and self.world.is_main
 
+    # -- building and training
 
-def build_sampler(options: Options, data: Interactions, model: MetricLearner, device: torch.device) -> TripleSampler:
-    """Every train pair once an epoch, with negatives as ``--sampler`` says."""
-    common = {
-        "batch_size": options.batch_size, "seed": options.seed, "scheme": "interaction",
-        "num_negatives": options.num_neg, "device": device,
-    }  # fmt: skip
-    if options.sampler == "two-stage":
-        return TwoStageSampler(
-            data.train, item_vectors=lambda: model.encoder.vectors()[1], num_candidates=options.candidates,
-            refresh=options.refresh, **common,
+    def build(self, *, start: bool = True) -> MetricLearner:
+        s = self.settings
+        loss = MetricOptions(
+            margin=s.margin, use_rank_weight=s.rank_weight, rank_floor=s.rank_floor, reduction=s.reduction,
+            cov_weight=s.cov_weight, cov_form=s.cov_form, feature_weight=s.feature_weight,
         )  # fmt: skip
-    return TripleSampler(data.train, negatives=options.sampler, **common)
+        model = MetricLearner(
+            self.data.num_users, self.data.num_items, s.embedding_dim, options=loss, radius=s.clip_norm, std=s.init_std,
+            features=self._features(),
+        )  # fmt: skip
+        return model.to(self.device)
 
+    def _features(self) -> ItemFeatures | None:
+        s, table = self.settings, sources.features(self.settings, self.data)
+        if table is None:
+            return None
+        projection = FeatureProjection(
+            table.values.shape[1], s.embedding_dim, hidden_dim=s.hidden_dim, dropout=s.dropout, scale=s.feature_scale,
+            radius=s.clip_norm,
+        )  # fmt: skip
+        cold = torch.from_numpy(self.data.item_popularity == 0)
+        values, known = torch.from_numpy(table.values), torch.from_numpy(table.known)
+        return ItemFeatures(projection, values, known, cold, cold_offset=s.cold_offset)
 
-def cut_offs(options: Options) -> tuple[int, ...]:
-    """The list lengths to judge: ``--topks`` and the one that selects."""
-    return program.cut_offs(options.topks, options.select_metric)
+    def training(self, model: MetricLearner) -> Training:
+        """Every step ends with the projection into the ball. The feature network takes Adam always."""
+        s = self.settings
+        optimizer = self._optimizer(model)
+        step = ProjectedStep(build_step(s, optimizer, s.clip_grad), model)
+        loss = self.shared(model.loss, model, reduction=s.reduction)
+        return Training(optimizer, self._sampler(model).epoch, loss, step=step)
 
+    def _optimizer(self, model: MetricLearner) -> torch.optim.Optimizer | Optimizers:
+        s, points = self.settings, list(model.encoder.parameters())
+        network = [] if model.features is None else list(model.features.parameters())
+        if s.optimizer == "adam":
+            groups = [{"params": points, "lr": s.lr}, *([{"params": network, "lr": s.feature_lr}] if network else [])]
+            return torch.optim.Adam(groups, fused=True)
+        optimizer = torch.optim.Adagrad(points, s.lr, initial_accumulator_value=s.accumulator, foreach=True)
+        return Optimizers(optimizer, torch.optim.Adam(network, s.feature_lr, fused=True)) if network else optimizer
 
-def judge_split(
-    options: Options, data: Interactions, model: MetricLearner, split: str, *, beyond: bool = False
-) -> Evaluation:
-    """Full ranking of one part by squared distance."""
-    return evaluate(model.scorer(), data, split, cut_offs(options), beyond=beyond, device=model.encoder.nodes.device)
+    def _sampler(self, model: MetricLearner) -> TripleSampler:
+        """Every train pair once an epoch, with negatives as ``--sampler`` says."""
+        s = self.settings
+        common = {"batch_size": s.batch_size, "seed": s.seed, "scheme": "interaction", "num_negatives": s.num_neg, "device": self.device}  # fmt: skip
+        if s.sampler == "two-stage":
+            return TwoStageSampler(
+                self.data.train, item_vectors=lambda: model.encoder.vectors()[1], num_candidates=s.candidates,
+                refresh=s.refresh, **common,
+            )  # fmt: skip
+        return TripleSampler(self.data.train, negatives=s.sampler, **common)
 
+    def sharing_problem(self) -> str | None:
+        if self.settings.cov_weight:
+            return "--cov-weight"
+        return "--features" if self.settings.features else None
 
-def refit(
-    options: Options, data: Interactions, device: torch.device, fitted: FitResult, run: Run
-) -> tuple[MetricLearner, Interactions]:
-    """A model trained anew on train and validation for the selected number of epochs, and that data."""
-    whole = data.refit()
-    seed_everything(options.seed)
-    model = build_model(options, whole, device)
-    optimizer, step = build_training(options, model)
-    program.refit(
-        model, optimizer, fitted=fitted, run=run, family="cml_baseline", step=step, loss_fn=model.loss,
-        batches=build_sampler(options, whole, model, device).epoch, checkpoint_every=options.checkpoint_every,
-        progress=options.progress or False,
-    )  # fmt: skip
-    return model, whole
+    # -- judging and files
 
+    def item_space(self, model: MetricLearner) -> tuple[torch.Tensor, SquaredDistance]:
+        return model.vectors()[1].detach(), SquaredDistance("l2")
 
-def load_reported(
-    options: Options, data: Interactions, device: torch.device, path: Path, *, done: bool
-) -> tuple[MetricLearner, Interactions]:
-    """The model that a run's result is about, in eval mode, and the data it was trained on."""
-    data = data.refit() if options.refit and done else data
-    return program.load_reported(build_model(options, data, device), path, done=done), data
+    def vectors(self, model: MetricLearner) -> tuple[torch.Tensor, torch.Tensor]:
+        user, item = model.vectors()
+        return user.detach(), item.detach()
 
+    def judge(self, model: MetricLearner, fitted: FitResult | None, run: Run) -> Judged:
+        judged = super().judge(model, fitted, run)
+        judged.result["epochs"] = read_epochs(run.path / "epochs.csv")
+        return judged
 
-def describe(options: Options, data: Interactions, model: MetricLearner, device: torch.device, run: Run) -> str:
-    """What is about to run, in a few lines."""
-    notes = [f"note: {key}: {value}" for key, value in data.notes.items()]
-    if model.features is not None:
-        known, cold = int(model.features.known.sum()), int(model.features.placed.sum())
-        notes.append(
-            f"features: {model.features.features.shape[1]} columns for {known:,} of {data.num_items:,} items; "
-            f"{cold:,} cold items are placed by them"
+    def facts(self, model: MetricLearner, test: Evaluation) -> dict[str, Any]:
+        return {"cold_items": int((self.data.item_popularity == 0).sum())}
+
+    def arrays(self, model: MetricLearner, test: Evaluation) -> dict[str, np.ndarray]:
+        user, item = (part.cpu().numpy() for part in self.vectors(model))
+        arrays = super().arrays(model, test) | {"user": user, "item": item}
+        if (offsets := model.offsets()) is not None:
+            arrays["item_offset"] = offsets.cpu().numpy()
+        if self.data.item_ids is not None:
+            arrays["item_ids"] = np.asarray([str(name) for name in self.data.item_ids.tolist()])
+        return arrays
+
+    def tracker(self, run: Run, training: Training | None) -> EpochTable:
+        s, first = self.settings, training.batches(1)
+        # The reported loss is a mean over batches; times this it is the sum over the epoch's pairs.
+        factor = len(first) if s.reduction == "sum" else len(first.users)
+        usual = super().tracker(run, training)
+        shown = [f"recall@{k}" for k in s.topks]
+        return EpochTable(
+            usual.log_dir, run.file("epochs.csv"), s.select_on, shown, factor, quiet=not self.world.is_main
         )
-    weight = "log(1 + rank)" if options.rank_weight else "none"
-    count = sum(p.numel() for p in model.parameters())
-    return "\n".join(
-        [
-            f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
-            f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
-            *notes,
-            f"CML: D {options.embedding_dim}, margin {options.margin:g}, ball {options.clip_norm:g}, rank weight {weight}, "
-            f"covariance {options.cov_weight:g}; {options.num_neg} {options.sampler} negatives, "
-            f"{options.optimizer} {options.lr:g}, batch {options.batch_size:,}",
-            f"{count:,} parameters on {device}; seed {options.seed}",
-            f"selecting by {options.select_metric} on {'TEST: optimistic' if options.select_on == 'test' else 'validation'}",
-            f"run directory {run.path}",
+
+    def finished(self, model: MetricLearner, judged: Judged, run: Run) -> None:
+        write_items(run.path, self.data, sources.item_info(self.settings, self.data))
+        self.again(run)
+
+    def again(self, run: Run) -> None:
+        if self.settings.ann != "off" and self.world.is_main:
+            export(run.path, self.settings.ann)
+
+    def page(self, run: Run, judged: Judged) -> Path:
+        return write_report(run.path)
+
+    # -- words
+
+    def describe(self, model: MetricLearner) -> list[str]:
+        s, lines = self.settings, []
+        if model.features is not None:
+            known, cold = int(model.features.known.sum()), int(model.features.placed.sum())
+            lines.append(
+                f"note: features: {model.features.features.shape[1]} columns for {known:,} of {self.data.num_items:,} items; "
+                f"{cold:,} cold items are placed by them"
+            )
+        weight = "log(1 + rank)" if s.rank_weight else "none"
+        return [
+            *lines,
+            f"CML: D {s.embedding_dim}, margin {s.margin:g}, ball {s.clip_norm:g}, rank weight {weight}, "
+            f"covariance {s.cov_weight:g}; {s.num_neg} {s.sampler} negatives, {s.optimizer} {s.lr:g}, batch {s.batch_size:,}",
         ]
-    )
+
+    @classmethod
+    def result_text(cls, result: Mapping[str, Any]) -> str:
+        """The results table and the recall of item groups."""
+        rows = {result["model"]: result["test"]}
+        rows |= {name: found["test"] for name, found in result["baselines"].items() if "test" in found}
+        selection, k = result["selection"], max(result["topks"])
+        every = [f"{group}_recall@{k}" for group in GROUPS]
+        groups = [name for name in every if any(name in row for row in rows.values())]
+        usual = [name for name in table_columns(rows, result["topks"]) if not name.startswith(("head_", "tail_"))]
+        skipped = [
+            f"{name} left out: {found['skipped']}" for name, found in result["baselines"].items() if "skipped" in found
+        ]
+        return "\n".join([
+            f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}",
+            text_table(rows, usual),
+            f"\nby popularity in train: q1 the most popular fifth, tail the other 80 %, cold {result['cold_items']:,} items "
+            "without interactions",
+            text_table(rows, groups),
+            *skipped,
+        ])  # fmt: skip

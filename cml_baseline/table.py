@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,29 @@ class EpochTable(Tracker):
 
     total loss: sum over the epoch's pairs, penalties included: the mean over its batches times ``factor``.
     seconds: wall time of the epoch's training, without evaluation. A continued run keeps the lines before it.
+    quiet: print and write nothing, in all processes but the first.
     """
 
-    def __init__(self, log_dir: Path | None, path: Path, prefix: str, metrics: Sequence[str], factor: float) -> None:
+    def __init__(
+        self,
+        log_dir: Path | None,
+        path: Path,
+        prefix: str,
+        metrics: Sequence[str],
+        factor: float,
+        *,
+        quiet: bool = False,
+    ) -> None:
         super().__init__(log_dir)
-        self.path, self.factor = path, factor
+        self.path, self.factor, self.quiet = path, factor, quiet
         self.columns = {f"{prefix}/{name}": name for name in metrics}
         self.rows: list[dict[str, str]] = []
-        self._seconds, self._started = 0.0, 0.0
-
-    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; the clock runs from the first wish until after the last batch was used."""
-        self._started = time.perf_counter()
-        yield from batches
-        self._seconds = time.perf_counter() - self._started
 
     def start(self, first_step: int) -> None:
         """Keep the lines of earlier epochs and print the heading."""
         super().start(first_step)
+        if self.quiet:
+            return
         self.rows = [row for row in read_epochs(self.path) if int(row["epoch"]) < first_step]
         print(
             "  ".join(["epoch", f"{'total loss':>12}", *(f"{name:>10}" for name in self.columns.values()), "seconds"]),
@@ -44,11 +48,11 @@ class EpochTable(Tracker):
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """One line, from a row of :func:`gfml.engine.train.fit`."""
         super().scalars(step, values)
-        if "train/loss" not in values:
+        if "train/loss" not in values or self.quiet:
             return
         row = {"epoch": str(step), "total loss": f"{values['train/loss'] * self.factor:.1f}"}
         row |= {name: f"{values[key]:.4f}" if key in values else "" for key, name in self.columns.items()}
-        row["seconds"] = f"{self._seconds:.2f}"
+        row["seconds"] = f"{values['seconds/train']:.2f}"
         self.rows.append(row)
         numbers = (f"{row[name]:>10}" for name in self.columns.values())
         print("  ".join([f"{step:>5}", f"{row['total loss']:>12}", *numbers, f"{row['seconds']:>7}"]), flush=True)

@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from gfml.base.errors import UserError
-from gfml.data.images import SUFFIXES, ArrayPictures, FilePictures, ImageSet, load_images
+from gfml.data.images import (
+    ArrayPictures,
+    FilePictures,
+    ImageSet,
+    class_folders,
+    image_files,
+    load_images,
+    own_pictures,
+)
 
 
 @dataclass(frozen=True)
@@ -344,7 +352,7 @@ def _read_inat(folder: Path, split_lists: Sequence[str] | None, seed: int) -> Re
 
 def _drawn_inat(folder: Path, seed: int) -> tuple[Rows, Rows]:
     """Per super-category: classes shuffled, the first half (rounded down) tests, the rest trains."""
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[:5].isdigit())
+    classes = [name for name in class_folders(folder) if name[:5].isdigit()]
     if not classes:
         raise UserError(
             f"{folder} has no class folders such as 00000_Animalia_...: give the folder of train_mini's classes with --root"
@@ -356,9 +364,9 @@ def _drawn_inat(folder: Path, seed: int) -> tuple[Rows, Rows]:
         tested |= set(members[: len(members) // 2].tolist())
     parts: tuple[list, list] = ([], [])
     for number, name in enumerate(classes):
-        pictures = sorted(path.name for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
         parts[number in tested].extend(
-            (f"{name}/{picture}", int(name.split("_")[0]), above[number]) for picture in pictures
+            (str(path.relative_to(folder)), int(name.split("_")[0]), above[number])
+            for path in image_files(folder / name)
         )
     return tuple(
         Rows([row[0] for row in part], np.array([row[1] for row in part]), np.array([row[2] for row in part]))
@@ -487,17 +495,14 @@ def read_class_folder(folder: Path) -> RetrievalData:
 
 
 def _class_images(folder: Path, name: str) -> ImageSet:
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = [
-        sorted(str(path) for path in (folder / label).rglob("*") if path.suffix.lower() in SUFFIXES)
-        for label in classes
-    ]
+    classes = class_folders(folder)
+    found = [image_files(folder / label) for label in classes]
     if len(classes) < 2 or not all(found):
         empty = next((label for label, paths in zip(classes, found, strict=True) if not paths), None)
         what = f"{len(classes)} class folders" if empty is None else f"no image in the class folder {empty!r}"
         raise UserError(f"found {what} in {folder}, wanted two or more, each with images: check the path")
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in found])
-    return ImageSet(FilePictures([path for paths in found for path in paths]), labels, tuple(classes), name)
+    return ImageSet(own_pictures(path for paths in found for path in paths), labels, tuple(classes), name)
 
 
 def _first_half(

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gfml.distances import DISTANCES, SquaredDistance
+from gfml.distances import DISTANCES, SquaredDistance, at_least_float32, common_floats
 from gfml.gravity import log_mass
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class ContentMass(nn.Module):
 def pairwise(q: Tensor, k: Tensor, distance: SquaredDistance) -> Tensor:
     """Q of every query with every key of its head. Shape: q, k [..., n, d] -> [..., n, n]."""
     if distance.kind == "l1":
-        return torch.cdist(q, k, p=1).square()
+        return torch.cdist(*common_floats(q, k), p=1).square()
     form = distance.closed_form(q, k)
     found = form.query @ form.key.mT + form.query_bias.unsqueeze(-1) + form.key_bias.unsqueeze(-2)
     return found.square() if distance.is_squared_form else found.clamp_min(0)
@@ -177,7 +177,7 @@ def gravity_logits(q: Tensor, k: Tensor, mu: Tensor | float, *, lamb: Tensor | f
     Shape: q, k [B, H, n, d]; mu broadcasts to the result [B, H, n, n]; lamb a number or [H, 1, 1].
     """
     with torch.autocast(q.device.type, enabled=False):
-        return (mu - lamb * torch.log1p(pairwise(_full(q), _full(k), distance))) / divisor
+        return (mu - lamb * torch.log1p(pairwise(q, k, distance))) / divisor
 
 
 def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float, alpha: float = 0.0) -> Tensor:
@@ -190,7 +190,7 @@ def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float
     Gradient: to q, k, column and beta, once. Equals :func:`gravity_logits` with l2 and a softmax.
     """
     with torch.autocast(q.device.type, enabled=False):
-        q, k = _full(q), _full(k)
+        q, k = common_floats(q, k)
         column = column + alpha * k.square().sum(-1).unsqueeze(-2) if alpha else column
         return _PowerLaw.apply(q, k, column, beta, alpha)
 
@@ -329,7 +329,7 @@ class GravityAttention(nn.Module):
         if self.settings.distance != "l2" or self._query_mass() is not None:
             return self._gravity_logits(q, k).softmax(-1)
         share, column = self.settings.blend, self._key_mass(k)
-        column = q.new_zeros((), dtype=_full(q).dtype) if column is None else column * (share / self.divisor)
+        column = q.new_zeros((), dtype=at_least_float32(q).dtype) if column is None else column * (share / self.divisor)
         return power_law_weights(q, k, column, share * self.lamb / self.divisor, (1 - share) / (2 * self.dot_divisor))
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
@@ -348,13 +348,13 @@ class GravityAttention(nn.Module):
 
     def _dot_logits(self, q: Tensor, k: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            return _full(q) @ _full(k).mT / self.dot_divisor
+            return at_least_float32(q) @ at_least_float32(k).mT / self.dot_divisor
 
     def _key_mass(self, k: Tensor) -> Tensor | None:
         """Log-masses of the keys, broadcastable to [B, G, 1, n]; None without masses."""
         if isinstance(self.mass, ContentMass):
             with torch.autocast(k.device.type, enabled=False):
-                return self.mass(_full(k)).unsqueeze(-2)
+                return self.mass(at_least_float32(k)).unsqueeze(-2)
         return None if self.mass is None else self.mass.log_key()[:, None]
 
     def _query_mass(self) -> Tensor | None:
@@ -408,10 +408,19 @@ def replace_attention(
     """Give layers of a timm vision transformer gravity attention, in place; returns the model.
 
     Every attention of timm's standard kind that ``mass_pos`` selects is replaced. Its maps, norms and
-    dropouts are carried over as they are (trained or not) and dot logits keep its divisor, so ``num_split=0``
-    computes what the model computed before. num_tokens: by default patches and prefix tokens of the model.
+    dropouts are carried over as they are (trained or not) and dot logits keep its divisor, so ``PLAIN`` settings
+    (``mix="split", num_split=0``) compute what the model computed before. num_tokens: by default patches and prefix tokens of the model.
 
     ValueError when the model has no such attention, or one that is gated or masked.
+
+    Examples:
+        >>> import timm
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
+        >>> vit = replace_attention(vit, AttentionSettings(lamb=3.0), mass_pos="tail")
+        >>> [name for name, _ in gravity_attentions(vit)]
+        ['blocks.1.attn']
+        >>> vit(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
     from timm.models.vision_transformer import Attention
 
@@ -511,11 +520,6 @@ def summarize_weights(weights: Tensor) -> AttentionSummary:
     entropy = -torch.special.xlogy(weights, weights).sum(-1).mean((0, 2))
     received = weights.mean((0, 2))
     return AttentionSummary(entropy, received[:, 0], received)
-
-
-def _full(x: Tensor) -> Tensor:
-    """float32 for half precisions, otherwise as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _log_mass(raw: Tensor, param: str) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gfml.distances import common_floats
 from gfml.losses import Hinge, covariance, project_to_ball_, sum_terms, warp_hinge
 from gfml.ranking.encoders import Embedded, Tables
 from gfml.ranking.sampling import Triples
@@ -114,8 +115,8 @@ def metric_loss(
     )  # fmt: skip
     parts = {"hinge": mined.hinge.loss}
     if options.cov_weight:
-        rows = covariance_rows(encoder, batch.users, batch.pos)
-        parts["covariance"] = options.cov_weight * covariance(rows, options.cov_form)
+        rows, weight = covariance_rows(encoder, batch.users, batch.pos)
+        parts["covariance"] = options.cov_weight * covariance(rows, options.cov_form, weight)
     if features is not None and options.feature_weight:
         items = torch.cat([batch.pos, batch.neg.reshape(-1)])
         parts["features"] = options.feature_weight * features.loss(encoder, items)
@@ -151,6 +152,7 @@ class FeatureProjection(nn.Module):
 
 def feature_loss(projected: Tensor, items: Tensor) -> Tensor:
     """Sum over the given items of |f(x_j) - v_j|^2. Shape: both [n, D]."""
+    projected, items = common_floats(projected, items)
     return (projected - items).square().sum()
 
 
@@ -190,6 +192,9 @@ class ItemFeatures(nn.Module):
 
     def loss(self, encoder: Tables, items: Tensor) -> Tensor:
         """:func:`feature_loss` of the distinct ``items`` that have features and train interactions. items int64 [n]."""
+        if items.device.type != "cpu":
+            error = self.projection(self.features[items]) - F.embedding(items + encoder.num_users, encoder.nodes)
+            return (error.square().sum(1) * (first_of_each(items) & self.trained[items])).sum()
         chosen = torch.zeros_like(self.trained)
         chosen[items] = True
         rows = (chosen & self.trained).nonzero().squeeze(1)
@@ -281,10 +286,22 @@ class MetricLearner(nn.Module):
         return SquaredDistanceScorer(*self.vectors(), self.offsets())
 
 
-def covariance_rows(encoder: Tables, users: Tensor, pos: Tensor) -> Tensor:
-    """The rows whose covariance is penalised: distinct users of the batch, then its distinct positive items."""
-    nodes = torch.cat([users.unique(), pos.unique() + encoder.num_users])
-    return F.embedding(nodes, encoder.nodes)
+def covariance_rows(encoder: Tables, users: Tensor, pos: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The rows whose covariance is penalised: distinct users of the batch, then its distinct positive items.
+
+    On other devices than the CPU all rows of the batch, with a weight of 1 for the first of each and 0 for its copies.
+    """
+    if users.device.type == "cpu":
+        return F.embedding(torch.cat([users.unique(), pos.unique() + encoder.num_users]), encoder.nodes), None
+    nodes = torch.cat([users, pos + encoder.num_users])
+    return F.embedding(nodes, encoder.nodes), first_of_each(nodes).to(encoder.nodes.dtype)
+
+
+def first_of_each(ids: Tensor) -> Tensor:
+    """bool [n]: True at one place of every different id. Of constant shape, so that a device need not be waited for."""
+    ordered, place = ids.sort(stable=True)
+    first = torch.cat([torch.ones_like(ordered[:1], dtype=torch.bool), ordered[1:] != ordered[:-1]])
+    return torch.empty_like(first).scatter_(0, place, first)
 
 
 class SquaredDistanceScorer:
@@ -294,9 +311,9 @@ class SquaredDistanceScorer:
     """
 
     def __init__(self, user: Tensor, item: Tensor, offset: Tensor | None = None) -> None:
-        self.user, self.item = user, item
+        self.user, self.item = common_floats(user, item)
         self.num_users, self.num_items = user.shape[0], item.shape[0]
-        self._item_term = item.detach().square().sum(1) + (0.0 if offset is None else offset)
+        self._item_term = self.item.detach().square().sum(1) + (0.0 if offset is None else offset)
 
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:

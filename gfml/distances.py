@@ -15,7 +15,8 @@ Definitions (sums run over the D coordinates, s is the logistic sigmoid):
     kl   sum KL(Bernoulli(s(x)) || Bernoulli(s(y)))   asymmetric, the query comes first;
          ``kl_kind="softmax"`` is the categorical KL of softmax rows
 
-All are >= 0, zero at x = y, with finite gradients everywhere.
+All are >= 0, zero at x = y, with finite gradients everywhere. Vectors may be of any floating-point types; they are
+computed in the widest of these and in float32 at least.
 
 Differences from the published recommender code (Byun et al., Engineering Applications of Artificial
 Intelligence 139, 2025), which the compatibility options reproduce: there emd is squared once more
@@ -50,6 +51,13 @@ class SquaredDistance:
 
     kind: l2, l1, emd or kl. emd_input: raw or softmax. emd_power: 1, or 2 as in the published code.
     kl_kind: bernoulli, softmax or compat.
+
+    Examples:
+        >>> x, y = torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> SquaredDistance("l2").all_pairs(x, y)
+        tensor([[25.,  1.]])
+        >>> SquaredDistance("l1").paired(x, y)
+        tensor([49.,  1.])
     """
 
     kind: str = "l2"
@@ -77,6 +85,7 @@ class SquaredDistance:
 
         Shape: x [..., D], y [..., D] -> [...]; x [B, D], y [B, W, D] -> [B, W].
         """
+        x, y = common_floats(x, y)
         if y.dim() == x.dim() + 1:
             x = x.unsqueeze(-2)
         if x.shape[-1] != y.shape[-1]:
@@ -111,6 +120,7 @@ class SquaredDistance:
 
     def closed_form(self, x: Tensor, y: Tensor) -> BilinearForm:
         """:meth:`bilinear` of a kind that has one: all but l1."""
+        x, y = common_floats(x, y)
         if self.kind == "emd":
             if self.emd_input == "softmax":
                 x, y = x.softmax(-1), y.softmax(-1)
@@ -136,6 +146,7 @@ class SquaredDistance:
         digits for near points far from the origin (|x|^2 * 1e-7 absolute); l2 and emd are translation
         invariant, so both sets are centred on the keys' mean first.
         """
+        x, y = common_floats(x, y)
         if self.kind == "l1":
             return torch.cdist(x, y, p=1).square_()
         if self.kind in ("l2", "emd") and self.emd_input == "raw":
@@ -144,6 +155,23 @@ class SquaredDistance:
         form = self.closed_form(x, y)
         sq_distance = torch.addmm(form.key_bias, form.query, form.key.T).add_(form.query_bias[:, None])
         return sq_distance.square_() if self.is_squared_form else sq_distance.clamp_(min=0)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32 for the half precisions, otherwise as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def common_floats(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in the widest of their types, float32 at least: half precision overflows at squares of 256 already.
+
+    ValueError for what is not floating point.
+    """
+    wrong = next((x.dtype for x in tensors if not x.is_floating_point()), None)
+    if wrong is not None:
+        raise ValueError(f"found numbers of type {wrong}, wanted floating point")
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def softplus(x: Tensor) -> Tensor:

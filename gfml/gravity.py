@@ -22,7 +22,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gfml.distances import SquaredDistance, softplus
+from gfml.distances import SquaredDistance, at_least_float32, common_floats, softplus
 from gfml.ranking.topk import Factors
 
 MASS_MODES = ("user", "item", "both", "none")
@@ -84,16 +84,32 @@ class Mass(nn.Module):
         self.user = nn.Parameter(_initial_mass(num_users, param, init)) if mode in ("user", "both") else None
         self.item = nn.Parameter(_initial_mass(num_items, param, init)) if mode in ("item", "both") else None
 
+    def extra_repr(self) -> str:
+        sizes = [
+            f"{len(table)} {side}s" for side, table in (("user", self.user), ("item", self.item)) if table is not None
+        ]
+        how = [self.param] if sizes else []
+        how += [self.combine] if self.mode == "both" else []
+        return f"{', '.join([self.mode, *how])}{': ' if sizes else ''}{', '.join(sizes)}"
+
     def forward(self, users: Tensor | None = None, items: Tensor | None = None) -> Tensor | float:
-        """mu of matching ids. Shape: users [B], items [B] or [B, W] -> like items ([B] for user mode), 0 for none."""
+        """mu of matching ids. Shape: users [B], items [B] or [B, W] -> like items ([B] for user mode), 0 for none.
+
+        ValueError without the ids that the mode needs.
+        """
+        for side, table, ids in (("user", self.user, users), ("item", self.item, items)):
+            if table is not None and ids is None:
+                raise ValueError(f"mass mode {self.mode!r} needs {side} ids, found none: give {side}s")
         user = self.log_user(users) if self.user is not None else None
         item = self.log_item(items) if self.item is not None else None
-        if user is not None and users is not None and items is not None and items.dim() == users.dim() + 1:
+        if users is not None and user is not None and items is not None and items.dim() == users.dim() + 1:
             user = user.unsqueeze(-1)
         return self._combine(user, item)
 
     def all_items(self, users: Tensor | None = None) -> Tensor | float:
-        """mu of users [B] with every item: [B, I], or a shape that broadcasts to it."""
+        """mu of users [B] with every item: [B, I], or a shape that broadcasts to it. ValueError without needed ids."""
+        if self.user is not None and users is None:
+            raise ValueError(f"mass mode {self.mode!r} needs user ids, found none: give users")
         user = self.log_user(users)[:, None] if self.user is not None else None
         return self._combine(user, self.log_item() if self.item is not None else None)
 
@@ -133,6 +149,19 @@ class Gravity(nn.Module):
     emb_norm: rows are L2-normalised first, in training and in ranking (the published code forgets it when
     ranking). Ranking takes a ``mass_scale``, a factor on mu: below 1 it damps popularity without retraining.
     Distances are computed in float32 at least, also under autocast.
+
+    Examples:
+        Two items at squared distances 0 and 1 from a user; a new item mass is log 2.
+
+        >>> gravity = Gravity(num_users=1, num_items=2, mass="item", lamb=3.0, eps=1.0, emb_norm=False)
+        >>> user, items = torch.zeros(1, 2), torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+        >>> gravity(user, items, torch.tensor([0]), torch.tensor([[0, 1]])).detach()
+        tensor([[ 0.6931, -1.3863]])
+        >>> gravity
+        Gravity(
+          lambda 3, eps 1, SquaredDistance(kind='l2', emd_input='raw', emd_power=1, kl_kind='bernoulli')
+          (mass): Mass(item, softplus: 2 items)
+        )
     """
 
     def __init__(
@@ -162,6 +191,15 @@ class Gravity(nn.Module):
         if learn_lamb:
             self.log_lamb = nn.Parameter(log_lamb)
         self._fixed_lamb = None if learn_lamb else lamb
+
+    def extra_repr(self) -> str:
+        lamb = (
+            f"{float(self.log_lamb.detach().exp()):.4g} learned"
+            if self._fixed_lamb is None
+            else f"{self._fixed_lamb:.4g}"
+        )
+        norm = ", unit vectors" if self.emb_norm else ""
+        return f"lambda {lamb}, eps {self.eps:.4g}, {self.distance}{norm}"
 
     @property
     def lamb(self) -> Tensor | float:
@@ -211,7 +249,7 @@ class Gravity(nn.Module):
         """
         if self.mass.mode == "both" and self.mass.combine == "product":
             return None
-        x, y = self._prepare(x, emb_norm), self._prepare(y, emb_norm)
+        x, y = common_floats(self._prepare(x, emb_norm), self._prepare(y, emb_norm))
         if self.distance.kind in ("l2", "emd") and self.distance.emd_input == "raw":
             centre = y.mean(0)
             x, y = x - centre, y - centre
@@ -229,7 +267,7 @@ class Gravity(nn.Module):
         return Factors(query, key.neg_())
 
     def _prepare(self, rows: Tensor, emb_norm: bool | None = None) -> Tensor:
-        rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        rows = at_least_float32(rows)
         return unit_rows(rows) if (self.emb_norm if emb_norm is None else emb_norm) else rows
 
 
@@ -260,7 +298,11 @@ class GravityScorer:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Rows divided by max(|row|, 1e-12), as in the library's ``normalize`` with a cheaper backward pass."""
+    """Rows divided by max(|row|, 1e-12), as in the library's ``normalize`` with a cheaper backward pass.
+
+    In float32 at least: in half precision 1e-24 is 0.
+    """
+    rows = at_least_float32(rows)
     return rows * rows.square().sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
 
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gfml.distances import at_least_float32, common_floats
+
 PROFILES = ("exp", "step", "balanced")
 LOSSES = ("ce", "cb", "focal", "balanced-softmax", "logit-adjustment", "ldam")
 
@@ -32,7 +34,8 @@ def imbalanced_counts(profile: str, num_classes: int, num_samples: int, factor: 
                   number belongs to the first half
         balanced  N/C
 
-    factor: smallest over largest count, 0 < factor <= 1. ValueError outside that, or when a class would be empty.
+    factor: smallest over largest count, 0 < factor <= 1, ValueError outside that. As in the published draw a rare class
+    may end with no example at all: 500 images a class and factor 0.001.
     """
     if profile not in PROFILES:
         raise ValueError(f"unknown imbalance profile {profile!r}: choose one of {', '.join(PROFILES)}")
@@ -44,8 +47,8 @@ def imbalanced_counts(profile: str, num_classes: int, num_samples: int, factor: 
     else:
         share = np.where(position >= (num_classes + 1) // 2, factor if profile == "step" else 1.0, 1.0)
     counts = (largest * share).astype(np.int64)
-    if counts.min() < 1:
-        raise ValueError(f"found classes of {largest:.4g} examples and factor {factor}, wanted one example at least")
+    if counts.max() < 1:
+        raise ValueError(f"found classes of {largest:.4g} examples, wanted one example at least")
     return counts
 
 
@@ -117,16 +120,20 @@ def log_prior(counts: np.ndarray) -> Tensor:
 
 def without_prior(logits: Tensor, counts: np.ndarray, tau: float = 1.0) -> Tensor:
     """Logits minus tau log pi: adjustment after training, for a model trained with plain CE. Shape: [B, C]."""
+    logits = at_least_float32(logits)
     return logits - tau * log_prior(counts).to(logits)
 
 
 class ClassLoss(nn.Module):
-    """Cross entropy of transformed logits, a weighted mean over the batch: CE(self.transform(z, y), y; weight).
+    """Cross entropy of transformed logits, a weighted mean over the batch:
 
-    weight: [C], a buffer that may be changed between epochs (deferred re-weighting); the mean divides by the sum of
-    the weights of the batch. smoothing: uniform label smoothing over the C classes, as in the library.
+        sum_b w_{y_b} CE(self.transform(z_b, y_b), q_b) / sum_b w_{y_b},    q_b = (1 - s) e_{y_b} + s / C
 
-    Shape: logits [B, C], targets int64 [B] -> scalar.
+    weight: w [C], a buffer that may be changed between epochs (deferred re-weighting). smoothing: s, uniform over the
+    C classes. An example counts with the weight of its label and keeps its smoothed target; the library's own
+    combination weighs every class of the target instead, which trains frequent classes towards rare ones.
+
+    Half-precision logits are computed in float32. Shape: logits [B, C], targets int64 [B] -> scalar.
     """
 
     weight: Tensor
@@ -146,8 +153,10 @@ class ClassLoss(nn.Module):
         return logits
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        logits = self.transform(logits, targets)
-        return F.cross_entropy(logits, targets, self.weight.to(logits.dtype), label_smoothing=self.smoothing)
+        logits = self.transform(at_least_float32(logits), targets)
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.smoothing)
+        weight = self.weight.to(logits.dtype)[targets]
+        return (weight * losses).sum() / weight.sum()
 
 
 class LogitAdjustment(ClassLoss):
@@ -195,7 +204,7 @@ class Focal(nn.Module):
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Shape: logits [B, C], targets int64 [B] -> scalar."""
-        nll = F.cross_entropy(logits, targets, reduction="none")
+        nll = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
         # 1 - p by expm1: exact where p is near 1
         return ((-torch.expm1(-nll)).clamp_min(torch.finfo(nll.dtype).tiny) ** self.gamma * nll).mean()
 
@@ -205,6 +214,13 @@ def class_loss(name: str, counts: np.ndarray, *, smoothing: float = 0.0, beta: f
     """The loss with this name for training counts [C]: a module of (logits, targets).
 
     ce; cb, CE with effective-number weights; focal; balanced-softmax; logit-adjustment (tau); ldam.
+
+    Examples:
+        Equal logits: balanced softmax answers with the prior, here 1/10 for the rare class.
+
+        >>> loss = class_loss("balanced-softmax", np.array([90, 10]))
+        >>> loss(torch.zeros(1, 2), torch.tensor([1])).exp()
+        tensor(10.)
     """
     if name == "ce":
         return ClassLoss(len(counts), smoothing=smoothing)
@@ -227,14 +243,19 @@ def deferred_weights(counts: np.ndarray, epoch: int, start: int, beta: float = 0
 
 
 class CosineHead(nn.Module):
-    """Logits are cosines between features and class vectors, in [-1, 1]. Shape: [B, D] -> [B, C]."""
+    """Logits are cosines between features and class vectors, in [-1, 1], in float32 also under autocast.
+
+    LDAM multiplies them by 30, and its margins are smaller than steps of bfloat16. Shape: [B, D] -> [B, C].
+    """
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_classes, width).uniform_(-1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+        with torch.autocast(x.device.type, enabled=False):
+            x, weight = common_floats(x, self.weight)
+            return F.linear(F.normalize(x, dim=-1), F.normalize(weight, dim=-1))
 
 
 def use_cosine_head(model: nn.Module, num_classes: int) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gfml.distances import softplus
+from gfml.distances import common_floats, softplus
 
 LOSS_MODES = ("dot", "bpr", "gravity", "mix", "bpr_gra", "mix_bpr", "cml")
 
@@ -25,7 +25,14 @@ def bpr(pos: Tensor, neg: Tensor) -> Tensor:
 
     Shape: pos [B]; neg [B] or [B, W]; returns a scalar. On gravity scores this is log(1 + F_neg / F_pos)
     with the forces F = exp(score).
+
+    Examples:
+        >>> bpr(torch.tensor([2.0, 0.0]), torch.tensor([2.0, 0.0]))     # log 2: no better than a coin
+        tensor(0.6931)
+        >>> bpr(torch.tensor([50.0]), torch.tensor([[0.0, 0.0]]))
+        tensor(1.9287e-22)
     """
+    pos, neg = common_floats(pos, neg)
     return softplus(neg - _like(pos, neg)).mean()
 
 
@@ -34,7 +41,12 @@ def bce(pos: Tensor, neg: Tensor) -> Tensor:
 
     Shape: pos [B]; neg [B] or [B, W]; returns a scalar. On gravity scores the probability of a positive is
     sigmoid(score) = F / (1 + F). Finite for any finite logit.
+
+    Examples:
+        >>> bce(torch.tensor([0.0]), torch.tensor([[0.0, 0.0]]))
+        tensor(0.6931)
     """
+    pos, neg = common_floats(pos, neg)
     _like(pos, neg)
     return 0.5 * (softplus(-pos).mean() + softplus(neg).mean())
 
@@ -47,7 +59,7 @@ def half_mean_square(*rows: Tensor) -> Tensor:
     """
     if not rows:
         raise ValueError("no rows to regularise")
-    return 0.5 * sum_terms(part.square().sum() / part.shape[0] for part in rows)
+    return 0.5 * sum_terms(part.square().sum() / part.shape[0] for part in common_floats(*rows))
 
 
 def sum_terms(terms: Iterable[Tensor]) -> Tensor:
@@ -86,7 +98,7 @@ def mass_reg_compat(user: Tensor | None, pos: Tensor | None, neg: Tensor | None)
     """
     if pos is None or neg is None:
         return torch.zeros(()) if user is None else half_mean_square(user)
-    whole = pos.square().sum() if user is None else user.square().sum() + pos.square().sum()
+    whole = sum_terms(part.square().sum() for part in common_floats(*(pos,) if user is None else (user, pos)))
     return 0.5 * whole + half_mean_square(neg)
 
 
@@ -118,6 +130,11 @@ def pair_loss(
     compat: the published formulas: gravity passes through a sigmoid before the loss in mix, mix_bpr and
     bpr_gra (so it does twice under BCE), gravity and mix have no R, dot has none, bpr_gra halves both
     regularisers, mix_bpr scales R by (1 - rho) and R_m by rho.
+
+    Examples:
+        >>> scores = torch.tensor([1.0]), torch.tensor([0.0])
+        >>> pair_loss("mix", dot=scores, gravity=scores, mix_ratio=0.2, emb_reg=torch.tensor(2.0), decay=0.1)
+        {'loss': tensor(0.7032), 'dot': tensor(0.5032), 'gravity': tensor(0.5032), 'emb_reg': tensor(0.2000)}
     """
     if mode not in LOSS_MODES or mode == "cml":
         raise ValueError(f"unknown pair loss {mode!r}: choose one of {', '.join(LOSS_MODES[:-1])}")
@@ -196,11 +213,19 @@ def warp_hinge(
     taken without gradient (then only the hardest negative's rows need a graph), else sq_neg serves.
     Units: margin is in squared-distance units. reduction: sum (as published) or mean over the B pairs.
     Ties: the first of equal negatives. Reference: Hsieh et al., Collaborative Metric Learning, WWW 2017.
+
+    Examples:
+        One of two negatives is nearer than the positive plus the margin: rank 100 * 1 / 2, weight log 51.
+
+        >>> found = warp_hinge(torch.tensor([0.5]), torch.tensor([[0.6, 2.0]]), margin=0.5, num_items=100)
+        >>> found.loss, found.imposters, found.hardest
+        (tensor(1.5727), tensor([1]), tensor([0]))
     """
     if sq_neg.dim() != 2 or sq_neg.shape[:1] != sq_pos.shape:
         raise ValueError(f"found distances {tuple(sq_pos.shape)} and {tuple(sq_neg.shape)}, wanted [B] and [B, W]")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"unknown reduction {reduction!r}: choose sum or mean")
+    sq_pos, sq_neg = common_floats(sq_pos, sq_neg)
     hardest = sq_neg.detach().argmin(1)
     imposters = (margin + sq_pos.detach()[:, None] - sq_neg.detach() > 0).sum(1)
     if sq_hardest is None:
@@ -211,23 +236,31 @@ def warp_hinge(
     return Hinge(hinge.sum() if reduction == "sum" else hinge.mean(), hinge, imposters, hardest)
 
 
-def covariance(rows: Tensor, form: str = "squared") -> Tensor:
+def covariance(rows: Tensor, form: str = "squared", weight: Tensor | None = None) -> Tensor:
     """Penalty on correlated dimensions of a stack of vectors.
 
     With the centred covariance C = (1/n) sum (y - mean)(y - mean)^T, a D x D matrix:
         squared  sum over a != b of C_ab^2                     (default; = |C|_F^2 - |diag C|^2)
         paper    (|C|_F - |diag C|_2^2) / n                    as printed, dimensionally inconsistent
         signed   sum over a != b of C_ab                       can be negative; kept for comparison
-    Shape: rows [n, D] -> scalar. Cost O(n D^2); no n x n matrix.
+    Shape: rows [n, D] -> scalar. Cost O(n D^2); no n x n matrix. weight [n]: 1 for rows that count, 0 for others, so
+    that their number need not be known on the host.
     Reference: Hsieh et al., WWW 2017 (after Cogswell et al., DeCov, ICLR 2016).
     """
-    centred = rows - rows.mean(0)
-    matrix = centred.T @ centred / rows.shape[0]
+    (rows,) = common_floats(rows)
+    number: int | Tensor = rows.shape[0]
+    if weight is None:
+        centred = rows - rows.mean(0)
+    else:
+        number = weight.sum()
+        centred = (rows - weight @ rows / number) * weight[:, None]
+    matrix = centred.T @ centred / number
     diagonal = matrix.diagonal()
     if form == "squared":
         return matrix.square().sum() - diagonal.square().sum()
     if form == "paper":
-        return (matrix.square().sum().sqrt() - diagonal.square().sum()) / rows.shape[0]
+        # The norm's gradient at 0, where all rows are equal, is 0; that of a root is infinite.
+        return (matrix.norm() - diagonal.square().sum()) / number
     if form == "signed":
         return matrix.sum() - diagonal.sum()
     raise ValueError(f"unknown covariance form {form!r}: choose squared, paper or signed")

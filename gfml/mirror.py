@@ -29,7 +29,7 @@ What it does to the rest of a training program:
 - A scheduler is stepped by the caller, once per batch or epoch; both halves use the same learning rate.
 - Sampled negatives belong to the batch, not to the closure: both halves must see the same ones.
 - Dropout and other noise is drawn anew for the second half unless ``rng="replay"``.
-- Batch norm in train mode updates its running statistics in both halves.
+- Batch norm in train mode updates its running statistics in both halves, unless ``statistics="first"``.
 - The loss to report is that of the first half, at the parameters before the step.
 - The hook moves nothing from the device to the host, except the skip decision of ``scaler`` and ``guard``.
 
@@ -46,6 +46,7 @@ Local Minima, WWW 2024. ``backstitch`` has the order of Wang et al., Backstitch,
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from gfml.base.errors import UserError, choice_error
@@ -65,6 +67,7 @@ _CHOICES = {
     "rng": ("fresh", "replay"),
     "wd": ("both", "first", "once"),
     "clip_halves": ("both", "second"),
+    "statistics": ("both", "first"),
 }
 
 Closure = Callable[[], Tensor | Sequence[Tensor] | Mapping[str, Any]]
@@ -100,6 +103,7 @@ class _Pair:
     middle: dict[Tensor, Tensor] = field(default_factory=dict)  # theta' for the diagnostics
     start: dict[Tensor, Tensor] = field(default_factory=dict)  # theta, where a way back is needed
     state: dict[Tensor, Any] | None = None  # optimizer state at theta, where a way back is needed
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # the module's before the batch, likewise
     skipped: bool = False
 
 
@@ -127,11 +131,25 @@ class MirrorGradient:
         and the second is clipped after the multiplication.
     scaler: a GradScaler. A mirrored batch is done in full or not at all, and the scale is updated once.
         Within the contexts the caller runs ``scaler.scale(loss).backward()``; ``step`` does it itself.
-    guard: the same all-or-nothing rule without a scaler. Both keep a copy of parameters and state during a
-        mirrored batch and read one flag from the device.
+    guard: the same all-or-nothing rule without a scaler. Both keep a copy of parameters, state and buffers during
+        a batch and read one flag from the device.
+    module: the network whose buffers belong to the rule: a batch with NaN leaves NaN in the running statistics of
+        batch norm too. Needed by ``scaler`` and ``guard``, and by ``statistics="first"``.
+    statistics: ``first`` lets batch norm update its running statistics in the first half only, so that a mirrored
+        batch counts once in them, at the parameters before the step.
     params: restricts the inverted half to these parameters; the others take the alpha1 step alone.
 
-    Errors: UserError for settings out of range, ValueError for wrong calls. Without ``guard`` an exception
+    Examples:
+        One mirrored step of SGD on L = w^2 / 2 from w = 1 with rate 0.5: down to 1 - 0.5 = 0.5, then up by 0.4 * 0.5 * 0.5.
+
+        >>> w = torch.nn.Parameter(torch.tensor(1.0))
+        >>> mirror = MirrorGradient(torch.optim.SGD([w], lr=0.5), alpha1=1.0, alpha2=0.4, every=1)
+        >>> report = mirror.step(lambda: w.square() / 2)
+        >>> w.item(), report.mirrored, report.loss, report.mirror_loss
+        (0.6000000238418579, True, tensor(0.5000), tensor(0.1250))
+
+    Errors: UserError for settings out of range and for optimizers that call the closure themselves (LBFGS), ValueError
+    for wrong calls, such as a closure that calls backward. Without ``guard`` an exception
     raised in the second half leaves the parameters at the intermediate point (``fused``: at theta).
     """
 
@@ -154,6 +172,8 @@ class MirrorGradient:
         guard: bool = False,
         generators: Sequence[torch.Generator] = (),
         diagnostics: bool = False,
+        module: nn.Module | None = None,
+        statistics: str = "both",
     ) -> None:
         self.optimizer = optimizer
         self.alpha1, self.alpha2, self.every, self.mode = alpha1, alpha2, every or 0, mode
@@ -161,6 +181,7 @@ class MirrorGradient:
         self.clip, self.clip_halves = clip, clip_halves
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.guard, self.generators, self.diagnostics = guard, tuple(generators), diagnostics
+        self.module, self.statistics = module, statistics
         self._check_settings()
         self._filter = None if params is None else self._checked_filter(params)
         self._pair: _Pair | None = None
@@ -182,6 +203,21 @@ class MirrorGradient:
     def is_mirror_step(self) -> bool:
         """Whether the next batch is mirrored."""
         return self.enabled and self._index % self.every == self.phase
+
+    @property
+    def host_state(self) -> str:
+        """Why batches cannot be recorded; empty where they can."""
+        if self.rng == "replay" or self._must_check:
+            return "the mirror step reads back random states or the skip decision"
+        return ""
+
+    def graph_key(self) -> bool:
+        """What a recording of the next batch depends on: whether it is mirrored (:mod:`gfml.engine.capture`)."""
+        return self.is_mirror_step()
+
+    def replayed(self) -> None:
+        """Count a batch that a recording made."""
+        self._index += 1
 
     def new_epoch(self) -> None:
         """Start the batch count again, if ``counter`` is ``epoch``."""
@@ -228,11 +264,14 @@ class MirrorGradient:
         if self.is_mirror_step():
             raise ValueError("this batch is to be mirrored: ask is_mirror_step() and use first_half, second_half")
         self.optimizer.zero_grad(set_to_none=True)
+        buffers = self._buffers() if self._must_check else {}
         yield
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         skipped = self._must_skip()
-        if not skipped:
+        if skipped:
+            self._put_buffers(buffers)
+        else:
             self._clip()
             self.optimizer.step()
         self._close(skipped)
@@ -243,6 +282,7 @@ class MirrorGradient:
         if self._pair is not None or not self.is_mirror_step():
             raise ValueError("first_half belongs to a mirrored batch, once: ask is_mirror_step()")
         pair = _Pair(random_state=self._random_state() if self.rng == "replay" else [])
+        pair.buffers = self._buffers() if self._must_check else {}
         self.optimizer.zero_grad(set_to_none=True)
         yield
         if self.scaler is not None:
@@ -252,8 +292,10 @@ class MirrorGradient:
         pair.skipped = self._must_skip()
         if not pair.skipped:
             self._to_middle(pair)
-        elif self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)  # records what was found, so that update() lowers the scale
+        else:
+            self._put_buffers(pair.buffers)
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)  # records what was found, so that update() lowers the scale
 
     @contextmanager
     def second_half(self) -> Iterator[None]:
@@ -264,12 +306,14 @@ class MirrorGradient:
         self.optimizer.zero_grad(set_to_none=True)
         for restore in pair.random_state:
             restore()
+        still = self._buffers(_NormBase) if self.statistics == "first" else {}
         try:
             yield
         except BaseException:
             self._roll_back(pair)
             self._pair = None
             raise
+        self._put_buffers(still)
         if not pair.skipped:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
@@ -291,14 +335,26 @@ class MirrorGradient:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken; UserError if the settings differ."""
         for name, wanted in self._settings().items():
-            found = state["settings"].get(name)
+            found = state["settings"].get(name, "both" if name == "statistics" else None)
             if found != wanted:
                 raise UserError(f"the checkpoint has mirror {name}={found}, the run has {wanted}: resume with {found}")
         self.optimizer.load_state_dict(state["optimizer"])
         self._index = int(state["index"])
 
     def _settings(self) -> dict[str, Any]:
-        names = ("alpha1", "alpha2", "every", "mode", "counter", "phase", "rng", "wd", "clip", "clip_halves")
+        names = (
+            "alpha1",
+            "alpha2",
+            "every",
+            "mode",
+            "counter",
+            "phase",
+            "rng",
+            "wd",
+            "clip",
+            "clip_halves",
+            "statistics",
+        )
         return {name: getattr(self, name) for name in names}
 
     def _check_settings(self) -> None:
@@ -311,10 +367,19 @@ class MirrorGradient:
             raise UserError(f"found every={self.every}, wanted a whole number of batches, or 0 for no mirror")
         if self.phase != int(self.phase) or not 0 <= self.phase < max(self.every, 1):
             raise UserError(f"found phase={self.phase}, wanted 0 <= phase < every={self.every}")
+        if (self.guard or self.scaler is not None or self.statistics == "first") and self.module is None:
+            what = "guard, scaler and statistics='first' move a network's running statistics back or keep them still"
+            raise UserError(f"{what}, found no network: give module=MODEL, or module=nn.Module() where there is none")
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"found clip={self.clip}, wanted a norm above 0, or none")
         if self.clip_halves == "second" and self.mode != "two_step":
             raise UserError(f"clip_halves='second' is defined for mode two_step, not {self.mode}: use 'both'")
+        closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+        if isinstance(self.optimizer, torch.optim.LBFGS) or (closure and closure.default is inspect.Parameter.empty):
+            found = type(self.optimizer).__name__
+            raise UserError(
+                f"{found} calls the loss itself, several times a step: give SGD, Adam or another of one step"
+            )
         is_adam = isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW)
         if self.enabled and self.mode == "precond" and not is_adam:
             found = type(self.optimizer).__name__
@@ -336,7 +401,8 @@ class MirrorGradient:
             pair.raw = {p: gradient.clone() for p, gradient in self._gradients().items()}
         if self.mode == "fused":
             self._clip()
-            pair.held = self._gradients()
+            # Copies: a loss may write its next gradient where this one is (gfml.fused).
+            pair.held = {p: gradient.clone() for p, gradient in self._gradients().items()}
             pair.start = {p: p.clone() for p in pair.held if self._is_mirrored(p)}
             self._move(-self.alpha1)
         else:
@@ -356,7 +422,7 @@ class MirrorGradient:
             self._optimizer_step(second=True)
         else:
             if self.mode == "fused":
-                self._roll_back(pair)
+                self._put_parameters(pair)
             self._keep_mirrored_only()
             self._clip()
             if self.mode == "fused":
@@ -410,18 +476,40 @@ class MirrorGradient:
 
     @torch.no_grad()
     def _roll_back(self, pair: _Pair) -> None:
-        """Parameters, and where it was kept the optimizer state, as before the first half."""
-        for p, value in pair.start.items():
-            p.copy_(value)
+        """Parameters, and where they were kept the optimizer state and the buffers, as before the first half."""
+        self._put_parameters(pair)
+        self._put_buffers(pair.buffers)
         if pair.state is not None:
             self.optimizer.state.clear()
             self.optimizer.state.update(pair.state)
+
+    @staticmethod
+    def _put_parameters(pair: _Pair) -> None:
+        for p, value in pair.start.items():
+            p.copy_(value)
+
+    def _buffers(self, kind: type[nn.Module] = nn.Module) -> dict[str, Tensor]:
+        """Copies of the buffers of the module's parts of this kind, by name."""
+        parts = self.module.named_modules() if self.module is not None else ()
+        own = [(name, part) for name, part in parts if isinstance(part, kind)]
+        return {
+            f"{name}.{key}": value.clone() for name, part in own for key, value in part.named_buffers(recurse=False)
+        }
+
+    @torch.no_grad()
+    def _put_buffers(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            place, _, key = name.rpartition(".")
+            getattr(self.module.get_submodule(place), key).copy_(value)
 
     # ------------------------------------------------------------------ gradients
 
     def _backward(self, closure: Closure) -> tuple[Tensor, dict[str, Any]]:
         with torch.enable_grad():
-            loss, terms = _read_loss(closure())
+            output = closure()
+            if self._gradients():
+                raise ValueError("the closure called backward itself: let it compute and return the loss alone")
+            loss, terms = _read_loss(output)
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         return terms["loss"], terms
 
@@ -455,7 +543,8 @@ class MirrorGradient:
         """Reads one flag from the device, and only where skipping is on."""
         if not self._must_check:
             return False
-        return not bool(torch.stack([_dense(found).isfinite().all() for found in self._gradients().values()]).all())
+        finite = [_dense(found).isfinite().all() for found in self._gradients().values()]
+        return bool(finite) and not bool(torch.stack(finite).all())
 
     def _close(self, skipped: bool) -> None:
         """End of a batch: the scale is updated and the batch counted once, mirrored or not."""
@@ -532,7 +621,7 @@ def _adam_direction(state: Mapping[str, Any], gradient: Tensor, group: Mapping[s
 
 
 def _diagnose(pair: _Pair, second: dict[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Norms and cosines over the parameters that have both gradients (norms: that have the one)."""
+    """Norms and cosines over the parameters that have both gradients (norms: that have the one); 0 where none has."""
     both = [p for p in pair.raw if p in second]
     found = {
         "grad_norm": _inner(pair.raw.values(), pair.raw.values()).sqrt(),
@@ -549,8 +638,9 @@ def _dense(gradient: Tensor) -> Tensor:
 
 
 def _inner(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
-    """Inner product over lists of tensors, scalar []."""
-    return torch.stack([(_dense(x) * _dense(y)).sum() for x, y in zip(a, b, strict=True)]).sum()
+    """Inner product over lists of tensors, scalar []; 0 of empty lists."""
+    products = [(_dense(x) * _dense(y)).sum() for x, y in zip(a, b, strict=True)]
+    return torch.stack(products).sum() if products else torch.zeros(())
 
 
 def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -140,11 +140,15 @@ def _padded(window: Tensor, counts: Tensor) -> History:
 def fixed_histories(
     matrix: sp.csr_array, width: int, seed: int, *, kind: str, popularity: np.ndarray, device: torch.device | str
 ) -> History:
-    """The histories that judging uses: one draw for every row, a function of the seed. Ids [N, P], counts [N]."""
-    histories = Histories(matrix, width, kind=kind, popularity=popularity, device=device)
-    generator = seeded_generator(device, seed, 0, 7)
+    """The histories that judging uses: one draw for every row, a function of the seed. Ids [N, P], counts [N].
+
+    Drawn on the CPU, so that a model is judged alike on every device.
+    """
+    histories = Histories(matrix, width, kind=kind, popularity=popularity)
+    generator = seeded_generator("cpu", seed, 0, 7)
     order = histories.shuffled(generator)
-    return histories.of_rows(torch.arange(matrix.shape[0], device=device), generator, order)
+    found = histories.of_rows(torch.arange(matrix.shape[0]), generator, order)
+    return History(*(part.to(device) for part in found))
 
 
 @dataclass(frozen=True)

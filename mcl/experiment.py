@@ -1,172 +1,116 @@
-"""From flags to objects: data checks, model, optimizer, sampler, evaluation, and the refit on train and validation."""
+"""What an MCL run is made of: the model of the flags, its optimizer and batches of users, and both ways to rank."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from torch import nn
 
-from gfml.data.interactions import Interactions
-from gfml.engine.runs import Run, seed_everything
-from gfml.engine.train import FitResult, Step, WeightAverage
-from gfml.gravity import Gravity
-from gfml.program import steps as program
-from gfml.program.cli import Options
-from gfml.program.steps import build_step, cut_offs
+from gfml.engine.train import WeightAverage
+from gfml.gravity import Gravity, Mass
+from gfml.program.experiment import Training
+from gfml.program.recommender import Recommender, mass_text
+from gfml.program.steps import build_step
 from gfml.ranking.encoders import LightGCN, Tables
-from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.graph import build_graph
-from mcl.model import GravityOptions, MetricRecommender, MixedCentricOptions
+from gfml.ranking.topk import Scorer
+from gfml.report.recommenders import judged_text
+from mcl.model import SCORES, GravityOptions, MetricRecommender, MixedCentricOptions
 from mcl.sampler import UserBatchSampler
 
 
-def build_model(options: Options, data: Interactions, device: torch.device) -> MetricRecommender:
-    """Encoder, gravity and losses as the flags say, with fresh tables."""
-    # The encoder first: equal seeds give equal tables in every mode and for any masses.
-    encoder, gravity = _build_encoder(options, data), None
-    if options.mode != "mcl":
-        gravity = Gravity(
-            data.num_users,
-            data.num_items,
-            mass_param=options.mass_param,
-            mass_init=options.mass_init,
-            lamb=options.grav_lambda,
-            eps=1.0,
-            emb_norm=False,
+class MCL(Recommender):
+    """Users and their positives against the hardest negatives, by squared distance, gravity, or both."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.settings.encoder} {self.settings.mode}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.data.name}-{self.settings.encoder}-{self.settings.mode}"
+
+    def build(self, *, start: bool = True) -> MetricRecommender:
+        s, data = self.settings, self.data
+        # The encoder first: equal seeds give equal tables in every mode and for any masses.
+        encoder, gravity = self._encoder(), None
+        if s.mode != "mcl":
+            gravity = Gravity(
+                data.num_users, data.num_items, mass_param=s.mass_param, mass_init=s.mass_init, lamb=s.grav_lambda,
+                eps=1.0, emb_norm=False,
+            )  # fmt: skip
+            if s.ema and s.ema_scope == "frozen":
+                gravity.mass.requires_grad_(False)
+        mixed = MixedCentricOptions(s.batch_size, s.alpha, s.beta, s.mcl_lambda_p, s.mcl_lambda_n, s.margin)
+        attraction = GravityOptions(s.grav_weight_pos, s.grav_weight_neg, bool(s.gfml_opt), s.mix_ratio)
+        model = MetricRecommender(encoder, gravity, s.mode, mixed=mixed, attraction=attraction, decay=s.decay)
+        return model.to(self.device)
+
+    def _encoder(self) -> Tables:
+        s, data = self.settings, self.data
+        if s.encoder == "tables":
+            return Tables(data.num_users, data.num_items, s.embedding_dim)
+        kept = s.keep_prob if s.dropout else 1.0
+        graph = build_graph(data.train)
+        return LightGCN(graph, s.embedding_dim, s.num_layers, combine=s.combine, init="xavier_uniform", edge_keep=kept)
+
+    def training(self, model: MetricRecommender) -> Training:
+        s = self.settings
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=s.lr, fused=True)
+        ema = None
+        if s.ema:
+            averaged = model.parameters() if s.ema_scope == "all" else model.gravity.mass.parameters()
+            ema = WeightAverage(averaged, s.ema_decay)
+        sampler = UserBatchSampler(
+            self.data.train, batch_size=s.batch_size, num_negatives=s.num_neg, seed=s.seed, drop_last=s.drop_last,
+            duplicate_batches=s.duplicate_batches, device=self.device,
+        )  # fmt: skip
+        loss = self.shared(model.loss, model, reduction="mean")
+        return Training(optimizer, sampler.epoch, loss, build_step(s, optimizer, s.clip_grad), ema=ema)
+
+    def sharing_problem(self) -> str | None:
+        if self.settings.mode != "gfml":
+            return f"--mode {self.settings.mode}, one log-sum-exp over all pairs of a batch,"
+        return "--dropout 1" if self.settings.dropout else None
+
+    def scorer(self, model: MetricRecommender, split: str = "test") -> Scorer:
+        return model.scorer(self.settings.score)
+
+    def mass(self, model: MetricRecommender) -> Mass | None:
+        return None if model.gravity is None else model.gravity.mass
+
+    def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
+        """Ranking metrics; "sum" is recall + ndcg over ``--topks``."""
+        means = super().evaluate(model, split)
+        return means | {"sum": sum(means[f"{name}@{k}"] for name in ("recall", "ndcg") for k in self.settings.topks)}
+
+    def facts(self, model: MetricRecommender, test: Evaluation) -> dict[str, Any]:
+        """Models with masses are judged by both scores: "test" is that of ``--score``, "scores" holds both."""
+        facts: dict[str, Any] = {"score": self.settings.score}
+        if model.gravity is not None:
+            scorers = {score: model.scorer(score) for score in SCORES}
+            facts["scores"] = {
+                score: self.evaluation(model, "test", beyond=True, scorer=scorer).means
+                for score, scorer in scorers.items()
+            }
+        return facts
+
+    def describe(self, model: MetricRecommender) -> list[str]:
+        s = self.settings
+        mixed = (
+            f"alpha {s.alpha:g}, beta {s.beta:g}, lambda_p {s.mcl_lambda_p:g}, "
+            f"lambda_n {s.mcl_lambda_n:g}, margin {s.margin:g}"
         )
-        if options.ema and options.ema_scope == "frozen":
-            gravity.mass.requires_grad_(False)
-    mixed = MixedCentricOptions(
-        options.batch_size, options.alpha, options.beta, options.mcl_lambda_p, options.mcl_lambda_n, options.margin
-    )
-    attraction = GravityOptions(
-        options.grav_weight_pos, options.grav_weight_neg, bool(options.gfml_opt), options.mix_ratio
-    )
-    model = MetricRecommender(encoder, gravity, options.mode, mixed=mixed, attraction=attraction, decay=options.decay)
-    return model.to(device)
+        gravity = f"gravity lambda {s.grav_lambda:g}, weights {s.grav_weight_pos:g} / {s.grav_weight_neg:g}"
+        terms = {"mcl": mixed, "gfml": gravity, "mix": f"{mixed}; {gravity}, share {s.mix_ratio:g}"}[s.mode]
+        return [f"{s.encoder}, mode {s.mode}: {terms}; ranking by {s.score}"]
 
-
-def build_training(
-    options: Options, model: MetricRecommender
-) -> tuple[torch.optim.Optimizer, Step, WeightAverage | None]:
-    """Optimizer, step and running averages."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=options.lr, fused=True)
-    step = build_step(options, optimizer, options.clip_grad)
-    ema = None
-    if options.ema:
-        averaged = model.parameters() if options.ema_scope == "all" else model.gravity.mass.parameters()
-        ema = WeightAverage(averaged, options.ema_decay)
-    return optimizer, step, ema
-
-
-def build_sampler(options: Options, data: Interactions, device: torch.device) -> UserBatchSampler:
-    """Batches of users of the train part."""
-    return UserBatchSampler(
-        data.train,
-        batch_size=options.batch_size,
-        num_negatives=options.num_neg,
-        seed=options.seed,
-        drop_last=options.drop_last,
-        duplicate_batches=options.duplicate_batches,
-        device=device,
-    )
-
-
-def judge_split(
-    options: Options,
-    data: Interactions,
-    model: MetricRecommender,
-    split: str,
-    *,
-    score: str | None = None,
-    beyond: bool = False,
-) -> Evaluation:
-    """Full ranking of one part by ``--score``, or by another score."""
-    scorer = model.scorer(score or options.score)
-    return evaluate(
-        scorer,
-        data,
-        split,
-        cut_offs(options.topks, options.select_metric),
-        beyond=beyond,
-        device=model.encoder.nodes.device,
-    )
-
-
-def metrics(options: Options, data: Interactions, model: MetricRecommender, split: str) -> dict[str, float]:
-    """Ranking metrics of one part, for selection; "sum" is recall + ndcg over ``--topks``."""
-    means = judge_split(options, data, model, split).means
-    return means | {"sum": sum(means[f"{name}@{k}"] for name in ("recall", "ndcg") for k in options.topks)}
-
-
-def refit(
-    options: Options, data: Interactions, device: torch.device, fitted: FitResult, run: Run
-) -> tuple[MetricRecommender, Interactions]:
-    """A model trained anew on train and validation for the selected number of epochs, and that data."""
-    whole = data.refit()
-    seed_everything(options.seed)
-    model = build_model(options, whole, device)
-    optimizer, step, ema = build_training(options, model)
-    model = program.refit(
-        model,
-        optimizer,
-        fitted=fitted,
-        run=run,
-        family="mcl",
-        batches=build_sampler(options, whole, device).epoch,
-        loss_fn=model.loss,
-        step=step,
-        ema=ema,
-        checkpoint_every=options.checkpoint_every,
-        progress=options.progress,
-    )
-    return model, whole
-
-
-def load_reported(
-    options: Options, data: Interactions, device: torch.device, path: Path, *, done: bool
-) -> tuple[MetricRecommender, Interactions]:
-    """The model that a run's result is about, in eval mode, and the data it was trained on."""
-    data = data.refit() if options.refit and done else data
-    return program.load_reported(build_model(options, data, device), path, done=done), data
-
-
-def describe(
-    options: Options, data: Interactions, model: MetricRecommender, sampler: UserBatchSampler, run: Run
-) -> str:
-    """What is about to run, in a few lines."""
-    mixed = (
-        f"alpha {options.alpha:g}, beta {options.beta:g}, lambda_p {options.mcl_lambda_p:g}, "
-        f"lambda_n {options.mcl_lambda_n:g}, margin {options.margin:g}"
-    )
-    gravity = (
-        f"gravity lambda {options.grav_lambda:g}, weights {options.grav_weight_pos:g} / {options.grav_weight_neg:g}"
-    )
-    terms = {"mcl": mixed, "gfml": gravity, "mix": f"{mixed}; {gravity}, share {options.mix_ratio:g}"}[options.mode]
-    notes = [f"note: {key}: {value}" for key, value in data.notes.items()]
-    count = sum(p.numel() for p in model.parameters())
-    return "\n".join(
-        [
-            f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
-            f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
-            *notes,
-            f"{options.encoder}, mode {options.mode}: {terms}",
-            f"{count:,} parameters on {sampler.device}; {sampler.num_batches} steps an epoch; seed {options.seed}",
-            f"ranking by {options.score}; selecting by {options.select_metric} on "
-            f"{'TEST, the original protocol: optimistic' if options.select_on == 'test' else 'validation'}",
-            f"run directory {run.path}",
-        ]
-    )
-
-
-def _build_encoder(options: Options, data: Interactions) -> Tables:
-    if options.encoder == "tables":
-        return Tables(data.num_users, data.num_items, options.embedding_dim)
-    return LightGCN(
-        build_graph(data.train),
-        options.embedding_dim,
-        options.num_layers,
-        combine=options.combine,
-        init="xavier_uniform",
-        edge_keep=options.keep_prob if options.dropout else 1.0,
-    )
+    @classmethod
+    def result_text(cls, result: Mapping[str, Any]) -> str:
+        other = {score: means for score, means in result.get("scores", {}).items() if score != result["score"]}
+        rows = {f"{result['model']}, by {result['score']}": result["test"]}
+        rows |= {f"{result['model']}, by {score}": means for score, means in other.items()}
+        return judged_text(result, rows) + mass_text(result.get("mass", {}))

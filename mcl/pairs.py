@@ -61,6 +61,9 @@ def _by_node(nodes: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _dots(queries: Tensor, vectors: Tensor, indptr: Tensor, nodes: Tensor, rows: Tensor) -> Tensor:
     if vectors.device.type != "cpu":
         return (queries[rows] * vectors[nodes]).sum(1)
+    if len(nodes) > len(queries) * len(vectors):
+        # More places than cells: the whole product is smaller, and the library's pattern cannot hold them.
+        return (queries @ vectors.T)[rows, nodes]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
         shape = (len(queries), len(vectors))

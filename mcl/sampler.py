@@ -33,7 +33,8 @@ class UserBatchSampler:
     """Shuffles all users once per epoch and cuts them into batches of ``batch_size`` consecutive ones.
 
     Users without positives, or with every item, are left out of their batch, which is then smaller. Negatives are
-    uniform over the items the user has not in train. An epoch is a function of (seed, epoch) alone.
+    uniform over the items the user has not in train. An epoch is a function of (seed, epoch) alone: batches are drawn
+    on the CPU, which has to know their number of edges, and then go to ``device``.
     drop_last: leave an incomplete last batch out, as published (541 of 5 541 users in each epoch of Digital-Music).
     duplicate_batches: every batch, negatives included, is used this often in a row before the stream moves on. The
         published sampler forks five workers with one random state, so its batches come five times; an epoch keeps
@@ -62,14 +63,12 @@ class UserBatchSampler:
             raise UserError(
                 f"found {self.num_users} users, fewer than one batch of {batch_size}: lower --batch-size or give --no-drop-last"
             )
-        self._negatives = TripleSampler(
-            train, batch_size=batch_size, seed=seed, num_negatives=num_negatives, device=device
-        ).negatives
+        self._negatives = TripleSampler(train, batch_size=batch_size, seed=seed, num_negatives=num_negatives).negatives
         degree = torch.from_numpy(np.diff(train.indptr).astype(np.int64))
-        self._usable = ((degree > 0) & (degree < train.shape[1])).to(self.device)
-        self._degree = degree.to(self.device)
-        self._start = torch.from_numpy(train.indptr[:-1].astype(np.int64)).to(self.device)
-        self._items = torch.from_numpy(train.indices.astype(np.int64)).to(self.device)
+        self._usable = (degree > 0) & (degree < train.shape[1])
+        self._degree = degree
+        self._start = torch.from_numpy(train.indptr[:-1].astype(np.int64))
+        self._items = torch.from_numpy(train.indices.astype(np.int64))
 
     def epoch(self, epoch: int) -> UserBatches:
         """The batches of epoch 1, 2, ..."""
@@ -78,7 +77,7 @@ class UserBatchSampler:
     def batch(self, number: int) -> UserBatch | None:
         """The batch at a place 0, 1, ... of the whole stream; None when none of its users can be used."""
         shuffle, place = divmod(number, self.num_batches)
-        order = torch.randperm(self.num_users, generator=self._generator(shuffle, 0), device=self.device)
+        order = torch.randperm(self.num_users, generator=self._generator(shuffle, 0))
         users = order[place * self.batch_size : (place + 1) * self.batch_size]
         users = users[self._usable[users]]
         if len(users) == 0:
@@ -87,12 +86,13 @@ class UserBatchSampler:
         ends = counts.cumsum(0)
         segment = torch.repeat_interleave(counts)
         shift = self._start[users] - (ends - counts)
-        pos = self._items[torch.arange(len(segment), device=self.device) + shift[segment]]
+        pos = self._items[torch.arange(len(segment)) + shift[segment]]
         neg = self._negatives(users[segment], self._generator(shuffle, 1 + place))
-        return UserBatch(users, counts, segment, pos, neg.view(len(pos), self.num_negatives))
+        parts = users, counts, segment, pos, neg.view(len(pos), self.num_negatives)
+        return UserBatch(*(part.to(self.device, non_blocking=True) for part in parts))
 
     def _generator(self, shuffle: int, stream: int) -> torch.Generator:
-        return seeded_generator(self.device, self.seed, shuffle, stream)
+        return seeded_generator("cpu", self.seed, shuffle, stream)
 
 
 class UserBatches:

@@ -100,6 +100,7 @@ def train(options: Options) -> tuple[dict[str, Any], Path]:
                     eval_every=options.eval_every,
                     patience=None if options.patience is None else options.patience + 1,
                     checkpoint_every=options.checkpoint_every,
+                    cuda_graph=options.cuda_graph,
                     progress=options.progress,
                     tracker=tracker,
                 )

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gfml.base.errors import UserError
+from gfml.base.home import configs
 from gfml.data.options import add_data_flags
 from gfml.program.cli import MIRROR_MODES, Options, Parser, TopksAction, add_run_flags, number
 from mirror_grad.models import MODELS
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "mirror_grad"
 # The published programs' names for data that this one knows by a longer one.
 DATASETS = {"baby": "amazon-baby", "sports": "amazon-sports", "clothing": "amazon-clothing"}
 FEATURES = ("auto", "none", "tfidf-svd", "hashing", "random")
@@ -345,8 +345,14 @@ def layers(chosen: _Chosen) -> list[Path]:
     if chosen.resume is not None:
         return []
     short = next((name for name, long in DATASETS.items() if long == chosen.dataset), chosen.dataset)
-    names = ["overall", f"dataset/{short}", f"model/{chosen.model}", *(["mirror"] if chosen.mirrored else [])]
-    return [path for path in (CONFIGS / f"{name}.toml" for name in names) if path.is_file()]
+    names = {"overall": True, f"dataset/{short}": False, f"model/{chosen.model}": False}
+    # Not every data set and model has settings of its own; the others decide what selects an epoch.
+    names |= {"mirror": True} if chosen.mirrored else {}
+    paths = {configs() / "mirror_grad" / f"{name}.toml": needed for name, needed in names.items()}
+    for path, needed in paths.items():
+        if needed and not path.is_file():
+            raise UserError(f"the stored settings {path} are missing: install the package anew")
+    return [path for path in paths if path.is_file()]
 
 
 def arm_of(options: Options) -> str:

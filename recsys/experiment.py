@@ -1,9 +1,8 @@
-"""From flags to objects: data checks, model, optimizer, sampler, and the refit on train and validation."""
+"""What a recommender run is made of: encoder, gravity and loss of the flags, optimizer, triples, and what masses do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import time
 from typing import Any
 
 import numpy as np
@@ -12,228 +11,184 @@ from torch import Tensor
 
 from gfml.base.errors import UserError
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
-from gfml.data.interactions import Interactions
 from gfml.distances import SquaredDistance
-from gfml.engine import distributed
-from gfml.engine.distributed import World
-from gfml.engine.runs import Run, seed_everything
-from gfml.engine.train import FitResult, Step, Terms, WeightAverage
-from gfml.gravity import Gravity
-from gfml.program import steps as program
-from gfml.program.cli import Options
-from gfml.program.steps import ProjectedStep, build_step, cut_offs
+from gfml.engine.optimizers import build_optimizer
+from gfml.engine.train import WeightAverage
+from gfml.fused import FusedPairLoss
+from gfml.gravity import Gravity, GravityScorer, Mass, unit_rows
+from gfml.program.experiment import Training
+from gfml.program.recommender import Recommender
+from gfml.program.steps import ProjectedStep, build_step
 from gfml.ranking.encoders import LightGCN, Tables
-from gfml.ranking.evaluation import evaluate
+from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.graph import build_graph
 from gfml.ranking.pretrained import read_nodes, read_table
-from gfml.ranking.sampling import Triples, TripleSampler
-from recsys.model import PairOptions, Recommender
+from gfml.ranking.sampling import TripleSampler
+from gfml.ranking.topk import Scorer
+from recsys.model import BlendScorer, PairOptions
+from recsys.model import Recommender as Model
+
+MASS_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def build_model(options: Options, data: Interactions, device: torch.device) -> Recommender:
-    """Encoder, gravity and loss as the flags say, with fresh or given tables."""
-    distance = SquaredDistance(
-        options.dist_mode, emd_input=options.emd_input, emd_power=options.emd_power, kl_kind=options.kl_kind
-    )
-    gravity = Gravity(
-        data.num_users,
-        data.num_items,
-        distance=distance,
-        mass=options.mass_mode,
-        combine=options.mass_combine,
-        mass_param=options.mass_param,
-        mass_init=options.mass_init,
-        lamb=options.lamb,
-        learn_lamb=options.learn_lamb,
-        eps=options.eps,
-        emb_norm=bool(options.emb_norm),
-    )
-    model = Recommender(
-        _build_encoder(options, data),
-        gravity,
-        options.loss_mode,
-        pair=PairOptions(options.mix_ratio, options.decay, options.weight_decay, bool(options.compat)),
-        metric=MetricOptions(
-            margin=options.margin,
-            use_rank_weight=options.use_rank_weight,
-            cov_weight=options.cov_loss_weight if options.use_cov_loss else 0.0,
-            feature_weight=options.feature_l2_reg,
-        ),
-        radius=options.clip_norm if options.model == "cml" else None,
-        features=None if options.features is None else _build_features(options, data.num_items),
-    )
-    if options.pretrain:
-        shape = (data.num_users, data.num_items, options.embedding_dim)
-        model.encoder.nodes.data.copy_(read_nodes(options.pretrain_file, shape))
-    return model.to(device)
+class Recsys(Recommender):
+    """Users, positives and negatives, scored by the dot product, gravity, a blend of both, or CML's distance."""
 
+    @property
+    def name(self) -> str:
+        return f"{self.settings.model} {self.settings.loss_mode}"
 
-def build_training(
-    options: Options, model: Recommender
-) -> tuple[torch.optim.Optimizer, Any, Step, WeightAverage | None]:
-    """Optimizer, learning-rate schedule, step and running averages."""
-    groups = model.parameter_groups(options.lr_decay, bool(options.mass_adamw))
-    optimizer = torch.optim.AdamW(groups, lr=options.lr, fused=True)
-    step = build_step(options, optimizer, options.clip_grad)
-    if options.model == "cml":
-        step = ProjectedStep(step, model)
-    ema = None
-    if options.ema_on:
-        averaged = model.gravity.mass.parameters() if options.ema_scope == "mass" else model.parameters()
-        ema = WeightAverage(averaged, options.lam_d)
-    return optimizer, _schedule(options, optimizer), step, ema
+    @property
+    def label(self) -> str:
+        return f"{self.data.name}-{self.settings.model}-{self.settings.loss_mode}"
 
+    @property
+    def patience(self) -> int | None:
+        return self.settings.patience if self.settings.early_stopping else None
 
-def build_sampler(options: Options, data: Interactions, device: torch.device) -> TripleSampler:
-    """Triples of the train part."""
-    return TripleSampler(
-        data.train,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        scheme=options.sampler,
-        num_negatives=options.num_neg,
-        device=device,
-    )
+    # -- building
 
+    def build(self, *, start: bool = True) -> Model:
+        s, data = self.settings, self.data
+        distance = SquaredDistance(s.dist_mode, emd_input=s.emd_input, emd_power=s.emd_power, kl_kind=s.kl_kind)
+        gravity = Gravity(
+            data.num_users, data.num_items, distance=distance, mass=s.mass_mode, combine=s.mass_combine,
+            mass_param=s.mass_param, mass_init=s.mass_init, lamb=s.lamb, learn_lamb=s.learn_lamb, eps=s.eps,
+            emb_norm=bool(s.emb_norm),
+        )  # fmt: skip
+        metric = MetricOptions(
+            margin=s.margin, use_rank_weight=s.use_rank_weight, feature_weight=s.feature_l2_reg,
+            cov_weight=s.cov_loss_weight if s.use_cov_loss else 0.0,
+        )  # fmt: skip
+        model = Model(
+            self._encoder(), gravity, s.loss_mode, pair=PairOptions(s.mix_ratio, s.decay, s.mass_reg, bool(s.compat)),
+            metric=metric, radius=s.clip_norm if s.model == "cml" else None,
+            features=None if s.features is None else self._features(),
+        )  # fmt: skip
+        if s.pretrain and start:
+            shape = (data.num_users, data.num_items, s.embedding_dim)
+            model.encoder.nodes.data.copy_(read_nodes(s.pretrain_file, shape))
+        return model.to(self.device)
 
-def loss_of(options: Options, model: Recommender, world: World) -> Callable[[Triples], Terms]:
-    """The loss of a batch; with several processes that of this one's rows, all of which make one step together."""
-    if world.size > 1:
-        _check_shareable(options)
-        distributed.average_gradients(model)
-    return program.shared_loss(model.loss, world, reduction="sum" if options.loss_mode == "cml" else "mean")
-
-
-def _check_shareable(options: Options) -> None:
-    """UserError for losses that are no sum over the rows of a batch."""
-    whole = {"--compat 1": options.compat, "--use_cov_loss": options.loss_mode == "cml" and options.use_cov_loss,
-             "--features": options.features}  # fmt: skip
-    for flag, given in whole.items():
-        if given:
-            raise UserError(
-                f"found {flag} with several processes, wanted a loss that is a sum over rows: drop it or start one process"
-            )
-
-
-def metrics(options: Options, data: Interactions, model: Recommender, split: str) -> dict[str, float]:
-    """Ranking metrics of one part, for selection; the first process judges for all."""
-    return distributed.from_main(lambda: _metrics(options, data, model, split))
-
-
-def _metrics(options: Options, data: Interactions, model: Recommender, split: str) -> dict[str, float]:
-    return evaluate(
-        scorer_of(options, model),
-        data,
-        split,
-        cut_offs(options.topks, options.es_metric),
-        device=model.encoder.nodes.device,
-    ).means
-
-
-def scorer_of(options: Options, model: Recommender) -> Any:
-    """The model's all-item scores as ``--infer_mode`` and ``--mass-scale`` ask for them."""
-    return model.scorer(options.infer_mode, options.mass_scale)
-
-
-def refit(
-    options: Options, data: Interactions, world: World, fitted: FitResult, run: Run
-) -> tuple[Recommender, Interactions]:
-    """A model trained anew on train and validation for the selected number of epochs, and that data."""
-    whole = data.refit()
-    seed_everything(options.seed)
-    model = build_model(options, whole, world.device)
-    optimizer, scheduler, step, ema = build_training(options, model)
-    model = program.refit(
-        model,
-        optimizer,
-        fitted=fitted,
-        run=run,
-        family="recsys",
-        batches=build_sampler(options, whole, world.device).epoch,
-        loss_fn=loss_of(options, model, world),
-        step=step,
-        scheduler=scheduler,
-        ema=ema,
-        checkpoint_every=options.checkpoint_every,
-        amp=options.amp,
-        progress=options.progress,
-    )
-    return model, whole
-
-
-def trained_on(options: Options, data: Interactions) -> Interactions:
-    """The data that the reported weights saw: with ``--refit`` validation is part of train."""
-    return data.refit() if options.refit else data
-
-
-def load_reported(
-    options: Options, data: Interactions, device: torch.device, path: Path, *, done: bool = True
-) -> tuple[Recommender, Interactions]:
-    """The model that a run's result is about, in eval mode, and the data it was trained on."""
-    data = trained_on(options, data) if done else data
-    return program.load_reported(build_model(options, data, device), path, done=done), data
-
-
-def describe(options: Options, data: Interactions, model: Recommender, device: torch.device, run: Run) -> str:
-    """What is about to run, in a few lines."""
-    gravity = (
-        ""
-        if options.loss_mode in ("dot", "bpr", "cml")
-        else (f", {options.dist_mode} distance, {options.mass_mode} mass, lambda {options.lamb:g}")
-    )
-    notes = [f"note: {key}: {value}" for key, value in data.notes.items()]
-    count = sum(p.numel() for p in model.parameters())
-    return "\n".join(
-        [
-            f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
-            f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
-            *notes,
-            f"{options.model}, loss {options.loss_mode}{gravity}; {count:,} parameters on {device}; seed {options.seed}",
-            f"selecting by {options.es_metric} on {'TEST, the original protocol: optimistic' if options.es_on == 'test' else 'validation'}",
-            f"run directory {run.path}",
-        ]
-    )
-
-
-def _build_encoder(options: Options, data: Interactions) -> Tables:
-    if options.model == "lgn":
+    def _encoder(self) -> Tables:
+        s, data = self.settings, self.data
+        if s.model != "lgn":
+            return Tables(data.num_users, data.num_items, s.embedding_dim, init=s.init, std=s.init_std)
         return LightGCN(
-            build_graph(data.train),
-            options.embedding_dim,
-            options.num_layers,
-            combine=options.combine,
-            init=options.init,
-            std=options.init_std,
-            edge_keep=options.keepprob if options.dropout else 1.0,
-            undirected_dropout=options.undirected_dropout,
+            build_graph(data.train), s.embedding_dim, s.num_layers, combine=s.combine, init=s.init, std=s.init_std,
+            edge_keep=s.keepprob if s.dropout else 1.0, undirected_dropout=s.undirected_dropout,
+        )  # fmt: skip
+
+    def _features(self) -> ItemFeatures:
+        """CML's feature network over every item, as published: those without interactions take part too."""
+        s = self.settings
+        table = read_features(s.features, self.data.num_items)
+        projection = FeatureProjection(
+            table.shape[1], s.embedding_dim, hidden_dim=s.hidden_layer_dim, dropout=s.dropout_rate,
+            scale=s.feature_projection_scaling_factor, radius=s.clip_norm,
+        )  # fmt: skip
+        every = torch.ones(self.data.num_items, dtype=torch.bool)
+        return ItemFeatures(projection, table, every, ~every, cold_offset=0.0)
+
+    # -- training
+
+    def training(self, model: Model) -> Training:
+        s = self.settings
+        optimizer = build_optimizer(s.optimizer, model.parameter_groups(s.adamw_decay, bool(s.mass_adamw)), s.lr)
+        step = build_step(s, optimizer, s.clip_grad)
+        ema = None
+        if s.ema_on:
+            averaged = model.gravity.mass.parameters() if s.ema_scope == "mass" else model.parameters()
+            ema = WeightAverage(averaged, s.lam_d)
+        sampler = TripleSampler(
+            self.data.train, batch_size=s.batch_size, seed=s.seed, scheme=s.sampler, num_negatives=s.num_neg,
+            device=self.device,
+        )  # fmt: skip
+        fused = self.fused_or_reason(model)
+        loss = self.shared(
+            model.loss if isinstance(fused, str) else fused, model, reduction="sum" if s.loss_mode == "cml" else "mean"
         )
-    return Tables(data.num_users, data.num_items, options.embedding_dim, init=options.init, std=options.init_std)
+        return Training(
+            optimizer, sampler.epoch, loss,
+            step=ProjectedStep(step, model) if s.model == "cml" else step, scheduler=_schedule(s, optimizer), ema=ema,
+        )  # fmt: skip
+
+    def fused_or_reason(self, model: Model) -> FusedPairLoss | str:
+        """The loss with gradients by formula, or why autograd makes them."""
+        if self.settings.kernel == "autograd":
+            return "--kernel autograd"
+        if self.settings.compile or self.world.size > 1:
+            return "--compile" if self.settings.compile else "several processes"
+        return model.fused_loss()
+
+    def sharing_problem(self) -> str | None:
+        s = self.settings
+        whole = {
+            "--compat 1": s.compat,
+            "--use_cov_loss": s.loss_mode == "cml" and s.use_cov_loss,
+            "--features": s.features,
+        }
+        return next((flag for flag, given in whole.items() if given), None)
+
+    # -- judging
+
+    def scorer(self, model: Model, split: str = "test") -> Scorer:
+        return model.scorer(self.settings.infer_mode, self.settings.mass_scale)
+
+    def mass(self, model: Model) -> Mass | None:
+        return model.gravity.mass if model.ranks_by_gravity and model.gravity.mass.mode != "none" else None
+
+    def facts(self, model: Model, test: Evaluation) -> dict[str, Any]:
+        started = time.perf_counter()
+        curve = self.mass_curve(model) if self.mass(model) is not None else None
+        facts = {"seconds": {"report": time.perf_counter() - started}}
+        return facts if self.mass(model) is None else facts | {"mass_curve": curve}
+
+    def mass_curve(self, model: Model) -> dict[str, Any] | None:
+        """Overall, head and tail recall as the item masses are damped: on validation, so that test stays unread."""
+        if model.gravity.mass.item is None:
+            return None
+        split, k = "valid" if self.data.valid.nnz else "test", max(self.settings.topks)
+        names = (f"recall@{k}", f"ndcg@{k}", f"head_recall@{k}", f"tail_recall@{k}", f"arp@{k}")
+        points = []
+        for scale in MASS_SCALES:
+            scorer = model.scorer(self.settings.infer_mode, scale)
+            means = evaluate(scorer, self.data, split, [k], beyond=True, device=self.device).means
+            points.append({"mass_scale": scale} | {name: means[name] for name in names if name in means})
+        return {"split": split, "points": points}
+
+    def is_logit(self, model: Model) -> bool:
+        """A gravity score, a blend, or the dot product under loss dot."""
+        s = self.settings
+        plain = s.loss_mode == "dot" and s.infer_mode in ("mat", "dot")
+        return plain or isinstance(self.scorer(model), (GravityScorer, BlendScorer))
+
+    def item_space(self, model: Model) -> tuple[Tensor, SquaredDistance]:
+        """The gravity score's distance; for loss cml the squared Euclidean one; dot and bpr learn none."""
+        learned = model.loss_mode not in ("dot", "bpr", "cml")
+        vectors = model.encoder.vectors()[1].detach()
+        unit = model.gravity.emb_norm if learned else model.loss_mode != "cml"
+        return unit_rows(vectors) if unit else vectors, model.gravity.distance if learned else SquaredDistance("l2")
+
+    def describe(self, model: Model) -> list[str]:
+        s = self.settings
+        gravity = f", {s.dist_mode} distance, {s.mass_mode} mass, lambda {s.lamb:g}"
+        fused = self.fused_or_reason(model)
+        return [
+            f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}",
+            f"gradients by {f'autograd: {fused}' if isinstance(fused, str) else 'formula, row by row'}",
+        ]
 
 
-def _schedule(options: Options, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
-    if options.lr_schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(options.epochs, 1))
-    if options.lr_schedule == "step":
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, [options.epochs // 2, options.epochs * 3 // 4])
+def _schedule(s: Any, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
+    if s.lr_schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(s.epochs, 1))
+    if s.lr_schedule == "step":
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, [s.epochs // 2, s.epochs * 3 // 4])
     return None
 
 
-def _build_features(options: Options, num_items: int) -> ItemFeatures:
-    """CML's feature network over every item, as published: those without interactions take part too."""
-    table = _read_features(options.features, num_items)
-    projection = FeatureProjection(
-        table.shape[1],
-        options.embedding_dim,
-        hidden_dim=options.hidden_layer_dim,
-        dropout=options.dropout_rate,
-        scale=options.feature_projection_scaling_factor,
-        radius=options.clip_norm,
-    )
-    every = torch.ones(num_items, dtype=torch.bool)
-    return ItemFeatures(projection, table, every, ~every, cold_offset=0.0)
-
-
-def _read_features(file: str, num_items: int) -> Tensor:
+def read_features(file: str, num_items: int) -> Tensor:
     """Item features float32 [I, F] from an .npy or .npz with one table."""
     features = torch.from_numpy(read_table(file).astype(np.float32))
     if len(features) != num_items:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gfml import losses
 from gfml.cml import ItemFeatures, MetricOptions, SquaredDistanceScorer, metric_loss
+from gfml.fused import FusedPairLoss, why_not_fused
 from gfml.gravity import Gravity, GravityScorer
 from gfml.ranking.encoders import Embedded, Tables
 from gfml.ranking.sampling import Triples
@@ -69,6 +70,12 @@ class Recommender(nn.Module):
             mix_ratio=self.pair.mix_ratio,
             compat=self.pair.compat,
         )
+
+    def fused_loss(self) -> FusedPairLoss | str:
+        """:meth:`loss` with gradients by formula, or why there is none."""
+        reason = why_not_fused(self.encoder, self.gravity, self.loss_mode, compat=self.pair.compat)
+        weights = {"decay": self.pair.decay, "mass_decay": self.pair.mass_decay, "mix_ratio": self.pair.mix_ratio}
+        return reason or FusedPairLoss(self.encoder, self.gravity, self.loss_mode, **weights)
 
     def project(self) -> None:
         """After an optimizer step: pull every point into the ball, when there is one; momentum moves them all."""

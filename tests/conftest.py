@@ -109,9 +109,12 @@ def largest_tensor() -> LargestTensor:
 
 @pytest.fixture(scope="session")
 def processes() -> Callable[..., list[str]]:
-    """processes(n, script, *words): a program in n processes that find each other as torchrun's do; what each printed."""
+    """processes(n, script, *words): a program in n processes that find each other as torchrun's do; what each printed.
 
-    def run(number: int, script: str | Path, *words: object) -> list[str]:
+    fails: every process must end with exit code 2, a mistake of the user.
+    """
+
+    def run(number: int, script: str | Path, *words: object, fails: bool = False) -> list[str]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = {
@@ -131,7 +134,7 @@ def processes() -> Callable[..., list[str]]:
             for process in started:
                 process.kill()
         for process, text in zip(started, printed, strict=True):
-            assert process.returncode == 0, text
+            assert process.returncode == (2 if fails else 0), text
         return printed
 
     return run

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gfml.program.commands import read_command
+from gfml.program.console import programs_of
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = sorted(
@@ -37,16 +38,17 @@ def commands() -> list[tuple[str, str]]:
             found += [
                 (str(path.relative_to(ROOT)), line)
                 for line in lines
-                if line.startswith(("python ", ".venv/bin/python "))
+                if line.startswith(("python ", ".venv/bin/python ", "gfml "))
             ]
     return found
 
 
 @functools.cache
-def help_of(script: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT.parent
-    )
+def help_of(installed: bool, *called: str) -> str:
+    """What a script, or the command ``gfml ...``, prints for --help."""
+    words = ["-m", "gfml.program.console", *called] if installed else [str(ROOT / called[0])]
+    command = [sys.executable, *words, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -58,17 +60,16 @@ def test_there_are_commands_to_check() -> None:
 @pytest.mark.parametrize(("readme", "command"), commands(), ids=[command for _, command in commands()])
 def test_the_command_exists(readme: str, command: str) -> None:
     words = command.split()
-    script = words[1]
-    if script == "-m":
+    if words[1] == "-m":
         return
-    assert (ROOT / script).is_file(), f"{readme}: {script} is missing"
-    text = help_of(script)
-    for word in words[2:]:
+    called = words[1:3] if words[0] == "gfml" and words[2:] and words[2] in programs_of(words[1]) else words[1:2]
+    text = help_of(words[0] == "gfml", *called)
+    for word in words[1 + len(called) :]:
         flag = word.partition("=")[0]
         if flag.startswith("--"):
             spellings = {flag, "--" + flag[2:].replace("_", "-"), "--" + flag[2:].replace("-", "_")}
             assert any(re.search(rf"{re.escape(name)}(?![\w-])", text) for name in spellings), (
-                f"{readme}: {script} has no {flag}"
+                f"{readme}: {' '.join(called)} has no {flag}"
             )
         elif word.startswith("configs/"):
             assert (ROOT / word).is_file(), f"{readme}: {word} is missing"
@@ -81,6 +82,14 @@ def test_the_python_of_the_first_page_runs() -> None:
              "user_ids": torch.tensor([0, 1, 2, 0]), "item_ids": torch.tensor([4, 0, 1, 2])}  # fmt: skip
     exec(compile(block, "README.md", "exec"), names)
     assert names["score"].shape == (4,) and bool(torch.isfinite(names["score"]).all())
+
+
+@pytest.mark.parametrize("page", ["own-model.md", "library.md"])
+def test_the_python_of_the_pages_runs(page: str) -> None:
+    names: dict[str, object] = {}
+    for block in blocks(ROOT / "docs" / page, "python"):
+        exec(compile(block, page, "exec"), names)
+    assert names
 
 
 def test_the_two_commands_stand_first_and_exist() -> None:

@@ -45,7 +45,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int = 
     rows, columns = top + torch.arange(h), torch.arange(w).expand(b, w)
     columns = left + (torch.where(mirrored, columns.flip(1), columns) if flip else columns)
     padded = torch.nn.functional.pad(images, (padding,) * 4)
-    return _pick(padded, rows.to(images.device), columns.to(images.device))
+    return _pick(padded, rows.to(images.device, non_blocking=True), columns.to(images.device))
 
 
 def _pick(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class AutoAugment:
             keys = torch.where(fires[:, slot] < probability, 2 * chosen + signs[:, slot], -1)
             for key in keys.unique().tolist():
                 if key >= 0:
-                    rows = torch.nonzero(keys == key).flatten().to(images.device)
+                    rows = torch.nonzero(keys == key).flatten().to(images.device, non_blocking=True)
                     name, _, level = policies[key // 2][slot]
                     images[rows] = self.apply(images[rows], name, level, 1 - 2 * (key % 2))
         return images
@@ -159,7 +159,7 @@ def _pillow_affine(images: Tensor, name: str, amount: float) -> Tensor:
         done.append(
             pil_to_tensor(picture.transform(picture.size, Image.Transform.AFFINE, matrix, kind, fillcolor=(GREY,) * 3))
         )
-    return torch.stack(done).to(images.device)
+    return torch.stack(done).to(images.device, non_blocking=True)
 
 
 # -- mixtures of images
@@ -184,7 +184,7 @@ def cutmix(images: Tensor, generator: torch.Generator) -> Mixed:
     r, v, u = torch.rand(3, generator=generator).tolist()
     top, bottom = _ends(v * h, h * math.sqrt(1 - r), h)
     left, right = _ends(u * w, w * math.sqrt(1 - r), w)
-    partner = torch.randperm(len(images), generator=generator).to(images.device)
+    partner = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
     mixed = images.clone()
     mixed[..., top:bottom, left:right] = images[partner, ..., top:bottom, left:right]
     return Mixed(mixed, partner, 1 - (bottom - top) * (right - left) / (h * w))
@@ -198,7 +198,7 @@ def _ends(centre: float, side: float, most: int) -> tuple[int, int]:
 def mixup(images: Tensor, generator: torch.Generator, probability: float = 0.8) -> Mixed:
     """r x + (1 - r) x of another image, r ~ U(0, 1) for the batch; with 1 - ``probability`` the images as they are."""
     chance, r = torch.rand(2, generator=generator).tolist()
-    partner = torch.randperm(len(images), generator=generator).to(images.device)
+    partner = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
     if chance >= probability:
         return Mixed(images, partner, 1.0)
     return Mixed(r * images + (1 - r) * images[partner], partner, r)
@@ -223,9 +223,11 @@ def crop_paste(images: Tensor, generator: torch.Generator) -> Tensor:
     inside = ((rows >= 0) & (rows < tall))[:, :, None] & ((columns >= 0) & (columns < wide))[:, None, :]
     columns = torch.where(flip_box < 0.5, wide - 1 - columns, columns)
     where = (top + rows).clamp(0, height - 1), (left + columns).clamp(0, width - 1)
-    box = _pick(images, *(index.to(images.device) for index in where))
-    base = torch.where((flip_base < 0.5)[:, :, None, None].to(images.device), images.flip(-1), images)
-    weight = torch.where(inside, blend[:, :, None], 1.0)[:, None].to(images.device)
+    box = _pick(images, *(index.to(images.device, non_blocking=True) for index in where))
+    base = torch.where(
+        (flip_base < 0.5)[:, :, None, None].to(images.device, non_blocking=True), images.flip(-1), images
+    )
+    weight = torch.where(inside, blend[:, :, None], 1.0)[:, None].to(images.device, non_blocking=True)
     return weight * base + (1 - weight) * box
 
 

@@ -10,11 +10,11 @@ from typing import Any
 # Flags of the moment: never written to a config, or reading it back would repeat the deed.
 UNSAVED = frozenset({"help", "config", "resume", "overwrite", "eval_only", "run_name", "gpu_id"})
 # Where a run happens and what it prints, not what it computes: no part of a run's identity.
-LOCATION_FLAGS = UNSAVED | {"device", "threads", "out", "progress", "tensorboard", "checkpoint_every"}
+LOCATION_FLAGS = UNSAVED | {"device", "threads", "out", "progress", "tensorboard", "checkpoint_every", "cuda_graph"}
 
 
 def toml_text(config: Mapping[str, Any]) -> str:
-    """A flat TOML document, keys in the order given; :class:`Parser` reads it back to equal values."""
+    """A flat TOML document, keys in the order given; :class:`gfml.program.cli.Parser` reads it back to equal values."""
     return "".join(f"{key} = {_toml_value(value)}\n" for key, value in config.items())
 
 

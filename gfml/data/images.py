@@ -17,7 +17,7 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from gfml.data.registry import data_roots
 
 Unreadable = Literal["error", "skip"]
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"})
 TRAIN_NAMES, VALID_NAMES, TEST_NAMES = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
 # Mean and standard deviation of the channels, over the whole train part, pixels in 0..1.
 STATISTICS = {
@@ -82,22 +82,27 @@ class ArrayPictures:
 class FilePictures:
     """Images in files, or in members of a zip archive, decoded when they are asked for.
 
+    upright: turned as their EXIF data says and put on white where they are transparent, as a user's own pictures are
+    meant to be seen; published sets keep their pixels.
     Safe to send to worker processes: an archive is opened anew in each.
     """
 
-    def __init__(self, paths: Sequence[str], archive: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[str], archive: str | os.PathLike[str] | None = None, *, upright: bool = False
+    ) -> None:
         self.paths = np.asarray(paths, dtype=object)
         self.archive = None if archive is None else Path(archive)
+        self.upright = upright
         self._zip: tuple[int, zipfile.ZipFile] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return decode(self._bytes(self.paths[index]), self.name(index))
+        return decode(self._bytes(self.paths[index]), self.name(index), upright=self.upright)
 
     def take(self, indices: np.ndarray) -> FilePictures:
-        return FilePictures(self.paths[indices], self.archive)
+        return FilePictures(self.paths[indices], self.archive, upright=self.upright)
 
     def name(self, index: int) -> str:
         path = str(self.paths[index])
@@ -128,16 +133,35 @@ class FilePictures:
         return self._zip[1]
 
 
-def decode(content: bytes, name: str) -> np.ndarray:
-    """uint8 [H, W, 3] of an encoded image; UserError names it when it cannot be decoded."""
-    from PIL import Image
+def decode(content: bytes, name: str, *, upright: bool = False) -> np.ndarray:
+    """uint8 [H, W, 3] of an encoded image; UserError names it when it cannot be decoded.
+
+    16-bit grey is scaled by 255 / 65535. Floating-point and 32-bit pictures have no stated range and are refused.
+    upright: see :class:`FilePictures`.
+    """
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":
+                return _eight_bits(np.asarray(image), image.mode)
+            if upright and image.has_transparency_data:
+                whole = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         what = str(error).split(" <_io")[0] or type(error).__name__
         raise UserError(f"cannot read the image {name} ({what}): mend or remove it, or skip such images") from None
+
+
+def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Grey of 16 bits, which the library would cut off at 255, as uint8 [H, W, 3]."""
+    if mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"it has pixels of the kind {mode!r}, wanted 8 or 16 bits")
+    grey = ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(grey[..., None], (*grey.shape, 3)))
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -602,8 +626,9 @@ def read_folder(folder: Path, test_fraction: float = 0.2, seed: int = 2020) -> I
     """Images by class: ``train/CLASS/*`` with ``test/CLASS/*`` (and ``val/CLASS/*``), or ``CLASS/*``, then cut by class.
 
     Without ``test`` the ``val`` folder is the test part. Class names are those of the train folder, sorted.
+    Hidden files and folders are no part of it.
     """
-    below = {path.name.lower(): path for path in folder.iterdir() if path.is_dir()}
+    below = {name.lower(): folder / name for name in class_folders(folder)}
     train, valid, test = (
         next((below[n] for n in names if n in below), None) for names in (TRAIN_NAMES, VALID_NAMES, TEST_NAMES)
     )
@@ -630,8 +655,34 @@ def read_folder(folder: Path, test_fraction: float = 0.2, seed: int = 2020) -> I
     )
 
 
+def _hidden(name: str) -> bool:
+    """What systems and editors leave in folders: .DS_Store, ._1.png, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder of images by class, sorted; hidden ones are left out."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images below a folder at any depth, sorted; hidden files and folders are left out at every level."""
+
+    def walk(place: Path) -> Iterator[Path]:
+        for path in place.iterdir():
+            if not _hidden(path.name):
+                yield from walk(path) if path.is_dir() else (path,)
+
+    return sorted(path for path in walk(folder) if path.suffix.lower() in SUFFIXES)
+
+
+def own_pictures(paths: Iterable[Path]) -> FilePictures:
+    """Pictures in a user's own files."""
+    return FilePictures([str(path) for path in paths], upright=True)
+
+
 def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+    names = tuple(class_folders(folder))
     if len(names) < 2:
         raise UserError(
             f"{folder} has {len(names)} class folders, wanted at least 2, each with its images: check the path"
@@ -640,22 +691,16 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _class_folders(folder: Path, classes: tuple[str, ...], name: str) -> ImageSet:
-    strange = [
-        path.name
-        for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(".") and path.name not in classes
-    ]
+    strange = [name for name in class_folders(folder) if name not in classes]
     if strange:
         raise UserError(
             f"{folder} has the class {strange[0]!r} that the train folder has not: remove it or add train images"
         )
-    paths = [
-        sorted(path for path in (folder / label).rglob("*") if path.suffix.lower() in SUFFIXES) for label in classes
-    ]
+    paths = [image_files(folder / label) if (folder / label).is_dir() else [] for label in classes]
     if not any(paths):
         raise UserError(f"{folder} has no images ({', '.join(sorted(SUFFIXES))}) in its class folders: check the path")
     labels = np.repeat(np.arange(len(classes)), [len(part) for part in paths])
-    return ImageSet(FilePictures([str(path) for part in paths for path in part]), labels, classes, name)
+    return ImageSet(own_pictures(path for part in paths for path in part), labels, classes, name)
 
 
 def read_zip_with_table(folder: Path, name: str, label: str = "fine") -> ImageData:

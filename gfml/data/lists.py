@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -260,31 +259,26 @@ def ordered(table: ListTable) -> tuple[ListTable, np.ndarray]:
     return replace(table.take(order), notes=notes), np.arange(len(table)) - np.repeat(starts, lengths)
 
 
-def write_lists(
-    path: str | os.PathLike[str],
-    form: str,
-    users: Sequence[Any],
-    items: np.ndarray,
-    item_names: np.ndarray | None = None,
-) -> None:
-    """Lists in the form of another framework; where the form wants a score it is minus the rank, so that none are tied.
+def write_table(path: str | os.PathLike[str], form: str, table: ListTable) -> None:
+    """Lists in the form of another framework, each user's items best first.
 
-    Shape: users [n], items int [n, K] best first, -1 for no item. Scores descend by one and are above 0, as programs that
-    give unlisted items the score 0 need it. Errors: UserError for an unknown form.
+    Where the form wants a score it descends by one from place to place, so that none are tied, and ends at 1: programs
+    that give unlisted items the score 0 rank them below. Errors: UserError for an unknown form.
     """
     import pandas as pd
 
     if form not in FORMS:
         raise UserError(f"found the list form {form!r}, wanted one of {', '.join(FORMS)}")
-    rows, ranks = np.nonzero(items >= 0)
-    named = items[rows, ranks] if item_names is None else np.asarray(item_names)[items[rows, ranks]]
-    who, score = np.asarray(users)[rows], (items.shape[1] - ranks).astype(float)
+    table, place = ordered(table)
+    score = (place.max(initial=0) + 1 - place).astype(float)
+    columns = _COLUMNS[form] or ("user", "item", "score")
     if form == "trec":
-        frame = pd.DataFrame({"q": who, "q0": "Q0", "d": named, "rank": ranks + 1, "score": score, "run": "gfml"})
-    elif len(_COLUMNS[form] or ()) == 4:
-        frame = pd.DataFrame(dict(zip(_COLUMNS[form], (who, named, ranks + 1, score), strict=True)))
+        cells = {"q": table.users, "q0": "Q0", "d": table.items, "rank": place + 1, "score": score, "run": "gfml"}
+    elif len(columns) == 4:
+        cells = dict(zip(columns, (table.users, table.items, place + 1, score), strict=True))
     else:
-        frame = pd.DataFrame(dict(zip(_COLUMNS[form] or ("user", "item", "score"), (who, named, score), strict=True)))
+        cells = dict(zip(columns, (table.users, table.items, score), strict=True))
+    frame = pd.DataFrame(cells)
     with atomic_open(path, "wb") as stream:
         if form == "parquet":
             frame.to_parquet(stream, index=False)

@@ -553,6 +553,16 @@ def read_table(
     ``x_label`` (0 train, 1 valid, 2 test) is the published split.
     uses: ``rating`` and ``time`` where the run needs them; the cells of columns that nobody uses are not looked at.
     Raises UserError with the columns found, or with the line of a cell that cannot be what its column is.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     for line in ("user,item,rating", "ann,007,4", "ann,7,5"):
+        ...         print(line, file=file)
+        ...     file.flush()
+        ...     records = read_table(file.name)
+        >>> len(records.users), records.ratings.tolist()
+        (2, [4.0, 5.0])
     """
     usual = (*USER_NAMES, *ITEM_NAMES, *RATING_NAMES, *TIME_NAMES, *filter(None, (columns.user, columns.item)))
     table = open_table(path, separator=columns.sep, header=columns.header, wanted=usual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,8 +69,8 @@ def generate(
     Returns Interactions with ``true_user_mass`` and ``true_item_mass`` (log masses) and an empty
     valid part. Raises UserError for sizes and parameters outside their range.
     """
-    _check(num_users, num_items, num_interactions, tail_exponent, activity_spread, latent_dim, clusters,
-           cluster_spread, lamb, eps, noise, test_ratio)  # fmt: skip
+    _check(num_users, num_items, num_interactions)
+    _check_ranges(tail_exponent, activity_spread, latent_dim, clusters, cluster_spread, lamb, eps, noise, test_ratio)
     rng = np.random.default_rng([seed, 0])
     world = _make_world(num_users, num_items, tail_exponent, activity_spread, latent_dim, clusters, cluster_spread,
                         lamb, eps, rng)  # fmt: skip
@@ -81,27 +82,44 @@ def generate(
     return replace(data, true_user_mass=world.user_mass, true_item_mass=world.item_mass)
 
 
-def _check(num_users: int, num_items: int, num_interactions: int, tail: float, activity: float, dim: int, clusters: int,
-           spread: float, lamb: float, eps: float, noise: float, test_ratio: float) -> None:  # fmt: skip
+def _check(num_users: int, num_items: int, num_interactions: int) -> None:
     low, high = 3 * num_users, num_users * (num_items // 2)
-    limits = (
-        ("num_users >= 1", num_users >= 1),
-        ("num_items >= 6", num_items >= 6),
-        (f"num_interactions from 3 per user ({low}) to half of all pairs ({high})", low <= num_interactions <= high),
-        ("tail_exponent >= 0", tail >= 0),
-        ("activity_spread >= 0", activity >= 0),
-        ("latent_dim >= 2", dim >= 2),
-        ("clusters >= 1", clusters >= 1),
-        ("0 < cluster_spread < 1", 0 < spread < 1),
-        ("lamb > 0", lamb > 0),
-        ("eps > 0", eps > 0),
-        ("0 <= noise <= 1", 0 <= noise <= 1),
-        ("0 <= test_ratio < 1", 0 <= test_ratio < 1),
+    _require(
+        f"{num_users} users, {num_items} items, {num_interactions} interactions",
+        {
+            "num_users >= 1": num_users >= 1,
+            "num_items >= 6": num_items >= 6,
+            f"num_interactions from 3 per user ({low}) to half of all pairs ({high})": low <= num_interactions <= high,
+        },
     )
-    for wanted, holds in limits:
+
+
+def _check_ranges(tail: float, activity: float, dim: int, clusters: int, spread: float, lamb: float, eps: float,
+                  noise: float, test_ratio: float) -> None:  # fmt: skip
+    given = (
+        f"tail_exponent {tail}, activity_spread {activity}, latent_dim {dim}, clusters {clusters}, "
+        f"cluster_spread {spread}, lamb {lamb}, eps {eps}, noise {noise}, test_ratio {test_ratio}"
+    )
+    _require(
+        given,
+        {
+            "tail_exponent >= 0": tail >= 0,
+            "activity_spread >= 0": activity >= 0,
+            "latent_dim >= 2": dim >= 2,
+            "clusters >= 1": clusters >= 1,
+            "0 < cluster_spread < 1": 0 < spread < 1,
+            "lamb > 0": lamb > 0,
+            "eps > 0": eps > 0,
+            "0 <= noise <= 1": 0 <= noise <= 1,
+            "0 <= test_ratio < 1": 0 <= test_ratio < 1,
+        },
+    )
+
+
+def _require(given: str, limits: Mapping[str, bool]) -> None:
+    for wanted, holds in limits.items():
         if not holds:
-            sizes = f"{num_users} users, {num_items} items, {num_interactions} interactions"
-            raise UserError(f"the generator wants {wanted} and was given {sizes}: correct the --demo-* flags")
+            raise UserError(f"the generator wants {wanted} and was given {given}: correct that")
 
 
 # Places, masses, activity -----------------------------------------------------------------------

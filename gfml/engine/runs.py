@@ -160,6 +160,11 @@ class Run:
         return _is_done(self.path)
 
     @property
+    def is_open(self) -> bool:
+        """Whether this process may write to it."""
+        return self._lock is not None
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """The content of ``result.json``, None before the run is done."""
         return read_result(self.path) if self.is_done else None

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from gfml.base.checkpoints import damaged, load_state
 from gfml.base.errors import Terminated, UserError, choice_error
 from gfml.engine import distributed
+from gfml.engine.capture import MODES as CAPTURE_MODES
+from gfml.engine.capture import StepCapture, capture_problem
 from gfml.engine.runs import Run, rng_state, seed_everything, set_rng_state
 from gfml.engine.tracking import Tracker
 
@@ -397,6 +400,7 @@ def fit(
     check_every: int = 100,
     amp: bool = False,
     compile_loss: bool = False,
+    cuda_graph: str = "auto",
     progress: bool | None = None,
     tracker: Tracker | None = None,
 ) -> FitResult:
@@ -419,6 +423,8 @@ def fit(
     checkpoint_every: epochs between checkpoints, besides those at every evaluation and, where epochs are long,
         every two minutes.
     amp: bfloat16 autocast around loss_fn. compile_loss: torch.compile it.
+    cuda_graph: auto records steps on CUDA where that can be (:mod:`gfml.engine.capture`) and otherwise says in one line
+        why not; 1 insists; 0 leaves them alone. The numbers are the same.
     progress: True a bar, None a bar on a terminal and otherwise a line per evaluation, False silent.
     Several processes (:mod:`gfml.engine.distributed`): ``loss_fn`` calls the wrapped model, ``run`` is that of ``open_run``, and
         ``evaluate`` returns the same in each. Train terms are then means over processes, and each epoch starts from
@@ -442,6 +448,7 @@ def fit(
     fresh = state.epoch == 0 and not state.rows
     tracker.start(0 if fresh else state.epoch + 1)
     compute = torch.compile(loss_fn) if compile_loss else loss_fn
+    run_step = _Stepper(model, optimizer, step, compute, amp, "--compile is given" if compile_loss else "", cuda_graph)
     first = 0 if fresh and (evaluate_first or epochs == 0) else state.epoch + 1
 
     with show, _Ending() as ending:
@@ -456,11 +463,12 @@ def fit(
                     seed_everything(hash((seed, epoch, distributed.rank())) % 2**63)
                 if scheduler is not None:
                     row["lr"] = optimizer.param_groups[0]["lr"]
-                means = _train_epoch(epoch, model, optimizer, batches, compute, step, ema, amp, check_every, show)
+                means = _train_epoch(epoch, model, batches, run_step, ema, check_every, show)
                 row |= {f"train/{key}": value for key, value in means.items()}
                 if scheduler is not None:
                     scheduler.step()
-                state.seconds["train"] += time.perf_counter() - started
+                row["seconds/train"] = time.perf_counter() - started
+                state.seconds["train"] += row["seconds/train"]
             better, judged = False, select is not None and (epoch % eval_every == 0 or epoch == epochs)
             if judged:
                 started = time.perf_counter()
@@ -470,7 +478,8 @@ def fit(
                 row |= {f"{prefix}/{key}": value for key, value in values.items()}
                 better = state.best.offer(epoch, value)
                 state.stopping.update(value)
-                state.seconds["eval"] += time.perf_counter() - started
+                row["seconds/eval"] = time.perf_counter() - started
+                state.seconds["eval"] += row["seconds/eval"]
             elif select is None and epoch == epochs:
                 better = state.best.offer(epoch, float(epoch))
             checkpoint = judged or epoch % checkpoint_every == 0 or epoch == epochs or ending.asked
@@ -502,36 +511,84 @@ def _parse_select(select: str) -> tuple[str, str]:
     return SPLITS[part], metric
 
 
+class _Stepper:
+    """One training step for each batch: as it is, or recorded on CUDA."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        step: Step,
+        loss_fn: Callable[[Any], Terms],
+        amp: bool,
+        problem: str,
+        cuda_graph: str,
+    ) -> None:
+        if cuda_graph not in CAPTURE_MODES:
+            raise choice_error("cuda_graph", cuda_graph, CAPTURE_MODES)
+        self.model, self.step = model, step
+        device = next(model.parameters()).device
+        self._context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=amp)
+        self._parts = optimizer, loss_fn
+        problem = problem or ("several processes share each batch" if distributed.world_size() > 1 else "")
+        problem = problem or capture_problem(model, step, optimizer, device) or ""
+        if cuda_graph == "1" and problem:
+            raise UserError(f"found --cuda-graph 1, but {problem}: give --cuda-graph auto or 0")
+        self._capture = None
+        if cuda_graph != "0" and not problem:
+            self._capture = StepCapture(
+                model, optimizer, step, loss_fn, around=self._context, required=cuda_graph == "1"
+            )
+        self._problem = problem if cuda_graph == "auto" and device.type == "cuda" else ""
+
+    def new_epoch(self) -> None:
+        """What the step counts by epoch; recordings of a model that changes its tensors then end."""
+        if hasattr(self.step, "new_epoch"):
+            self.step.new_epoch()
+        if self._capture is not None and hasattr(self.model, "new_epoch"):
+            self._capture.forget()
+
+    def __call__(self, batch: Any) -> Terms:
+        if self._capture is not None:
+            return self._capture(batch)
+        optimizer, loss_fn = self._parts
+
+        def closure() -> Terms:
+            with self._context():
+                return loss_fn(batch)
+
+        return self.step(closure, optimizer)
+
+    def why_not(self) -> str:
+        """Why steps are not recorded, once; empty where they are, and where nobody would expect it."""
+        text, self._problem = self._problem or (self._capture.reason if self._capture else ""), ""
+        if self._capture is not None and text:
+            self._capture = None
+        return text
+
+
 def _train_epoch(
     epoch: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
     batches: Callable[[int], Iterable[Any]],
-    loss_fn: Callable[[Any], Terms],
-    step: Step,
+    run_step: _Stepper,
     ema: WeightAverage | None,
-    amp: bool,
     check_every: int,
     show: _Display,
 ) -> dict[str, float]:
     """One pass over the batches; the mean of every term."""
     model.train()
-    if hasattr(step, "new_epoch"):
-        step.new_epoch()
-    device_type = next(model.parameters()).device.type
+    run_step.new_epoch()
     means = TermMeans(epoch, check_every)
     iterable = batches(epoch)
     total = len(iterable) if hasattr(iterable, "__len__") else None
     for batch in iterable:
-
-        def closure(batch: Any = batch) -> Terms:
-            with torch.autocast(device_type, dtype=torch.bfloat16, enabled=amp):
-                return loss_fn(batch)
-
-        means.add(step(closure, optimizer))
+        means.add(run_step(batch))
         if ema is not None:
             ema.update()
         show.batch_done(total)
+    if why := run_step.why_not():
+        show.note(f"note: steps are not recorded as CUDA graphs: {why}")
     found = means.means()
     if not found:
         raise UserError(f"epoch {epoch} had no batches: the training part is empty or smaller than one batch")
@@ -683,6 +740,10 @@ class _Display:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def note(self, text: str) -> None:
+        if self._lines:
+            self._write(text)
 
     def batch_done(self, total: int | None) -> None:
         if self._bar is not None and total:

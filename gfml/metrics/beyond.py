@@ -202,7 +202,7 @@ def list_statistics(
         f"arp@{k}": mean_popularity(top, popularity),
         f"aplt@{k}": tail_share(top, tail),
         f"aclt@{k}": tail_count(top, tail),
-        f"novelty@{k}": novelty(top, popularity, np.count_nonzero(np.diff(train.indptr))),
+        f"novelty@{k}": novelty(top, popularity, int(np.count_nonzero(np.diff(train.indptr)))),
         f"popularity_lift@{k}": popularity_lift(top, train, users, popularity),
     }
 

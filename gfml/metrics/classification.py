@@ -20,7 +20,13 @@ from torch import Tensor
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """M[t, p], int64 [C, C]. Shape: labels, predictions int64 [N]; ValueError for a class outside 0 .. C-1."""
+    """M[t, p], int64 [C, C]. Shape: labels, predictions int64 [N]; ValueError for a class outside 0 .. C-1.
+
+    Examples:
+        >>> confusion = confusion_matrix(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 2)
+        >>> confusion.tolist(), balanced_accuracy(confusion)
+        ([[1, 1], [0, 1]], 0.75)
+    """
     both = torch.cat([labels, predictions])
     if len(both) and not (both.min() >= 0 and both.max() < num_classes):
         raise ValueError(f"found classes {both.min()} .. {both.max()}, wanted 0 .. {num_classes - 1}")

@@ -20,7 +20,7 @@ taken in single precision, as it takes them: they differ from exact ones in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -53,7 +53,7 @@ class Case:
 
     top: int64 [U, L], best first, -1 for no item. truth, train: CSR [U, I]; truth's data are ratings, or ones.
     scores: float64 [U, L] of the lists, where they have any. user_names, item_names: text [U], [I], where they have any.
-    ranking: int64 [U, I], all items best first and -1 for those left out, where the model that made the lists is at hand.
+    ranks: int64 [nnz], the rank of each truth item among the known candidates, where the model that made the lists is at hand.
     appeared: int64 [I], the place of each item in order of first appearance in train, then truth; None: by id.
     """
 
@@ -62,7 +62,7 @@ class Case:
     train: sp.csr_array
     scores: np.ndarray | None = None
     item_names: np.ndarray | None = None
-    ranking: np.ndarray | None = None
+    ranks: np.ndarray | None = None
     appeared: np.ndarray | None = None
 
     @property
@@ -89,7 +89,7 @@ class Case:
     @cached_property
     def listed(self) -> np.ndarray:
         """bool [U]: the user has a list."""
-        return (self.top >= 0).any(axis=1)
+        return np.asarray((self.top >= 0).any(axis=1))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -109,9 +109,8 @@ class Case:
         """Only the truth entries that ``keep`` (bool [nnz]) selects."""
         rows = np.repeat(np.arange(self.num_users), np.diff(self.truth.indptr))[keep]
         indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=self.num_users))])
-        return replace(
-            self, truth=sp.csr_array((self.truth.data[keep], self.truth.indices[keep], indptr), shape=self.truth.shape)
-        )
+        truth = sp.csr_array((self.truth.data[keep], self.truth.indices[keep], indptr), shape=self.truth.shape)
+        return replace(self, truth=truth, ranks=None if self.ranks is None else self.ranks[keep])
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Figures:
     @property
     def means(self) -> dict[str, float]:
         """Means over the users that are counted, and the totals; without those that are undefined."""
-        totals = {name: value for name, value in self.totals.items() if value == value}
+        totals = {name: float(value) for name, value in self.totals.items() if value == value}
         if self.single is None:
             return means(self.per_user) | totals
         rows = {name: torch.from_numpy(value[self.single].astype(np.float32)) for name, value in self.per_user.items()}
@@ -159,7 +158,9 @@ def recbole(case: Case, ks: Sequence[int], *, matrix: bool = False) -> Figures:
     """
     if matrix:
         case = replace(case, top=_filled_by_topk(case, max(ks)))
-    values, totals, users = {}, {}, case.num_relevant > 0
+    values: Values = {}
+    totals: dict[str, float] = {}
+    users = case.num_relevant > 0
     pad, size = case.num_items, case.num_items + 1
     counted = np.append(case.popularity, 0)
     known = np.flatnonzero(case.popularity)
@@ -173,7 +174,7 @@ def recbole(case: Case, ks: Sequence[int], *, matrix: bool = False) -> Figures:
         totals |= {
             f"coverage@{k}": np.count_nonzero(exposure) / size,
             f"gini@{k}": _gini(exposure, size),
-            f"shannonentropy@{k}": _entropy(exposure) / max(1, np.count_nonzero(exposure)),
+            f"shannonentropy@{k}": _entropy(exposure) / max(1, int(np.count_nonzero(exposure))),
         }
     return Figures(_only(values, users), totals)
 
@@ -189,12 +190,13 @@ def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
     case = case.with_truth(case.truth.data >= threshold)
     users = (case.num_relevant > 0) & case.listed
     # Lists of users without any rated item are no part of the recommendations.
-    values, totals = {}, {}
+    values: Values = {}
+    totals: dict[str, float] = {}
     gains = with_gains(_shifted(case.truth, threshold), "exp1")
     found = list_gains(case.places, gains)
     tail = (case.popularity > 0) & ~mass_head(case.popularity)
     unknown = np.where(case.popularity > 0, case.popularity, np.nan)
-    users_of_train = np.count_nonzero(case.active)
+    users_of_train = int(np.count_nonzero(case.active))
     novelty = {"epc": 1 - np.where(case.popularity > 0, case.popularity, 0) / max(1, users_of_train),
                "efd": _information(case.popularity)}  # fmt: skip
     for k in ks:
@@ -210,7 +212,7 @@ def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
                    f"arp@{k}": np.where(top >= 0, unknown[top], 0).sum(axis=1) / taken}  # fmt: skip
         values |= {f"{name}@{k}": _discounted_hits(case, table, k) for name, table in novelty.items()}
         exposure = exposure_counts(top[users], case.num_items)
-        known_items = np.count_nonzero(case.popularity)
+        known_items = int(np.count_nonzero(case.popularity))
         totals |= {f"coverage@{k}": float(np.count_nonzero(exposure)), f"gini@{k}": 1 - _gini(exposure, known_items, known_items - 1),
                    f"entropy@{k}": _list_entropy(top[users], exposure)}  # fmt: skip
     return Figures(_only(values, users), totals)
@@ -226,7 +228,9 @@ def warprec(case: Case, ks: Sequence[int], *, seed: int = 42) -> Figures:
     known = case.popularity > 0
     case = case.with_truth(known[case.truth.indices] & np.repeat(case.active, case.num_relevant))
     case = replace(case, top=_warprec_lists(case, max(ks), seed), scores=None)
-    values, totals, users = {}, {}, case.num_relevant > 0
+    values: Values = {}
+    totals: dict[str, float] = {}
+    users = case.num_relevant > 0
     tail = known & ~mass_head(case.popularity)
     popular = torch.from_numpy(np.maximum(case.popularity, 1)).float()
     tables = {"epc": 1 - popular / max(1, int(case.active.sum())), "efd": -torch.log2(popular / case.train.nnz)}
@@ -248,10 +252,12 @@ def rectools(case: Case, ks: Sequence[int], *, achievable: bool = False, divide_
     (divide_by_k: by K). coverage is a number of items; novelty divides by the users of train. serendipity weighs a hit by how
     much higher it stands here than in the ranking by popularity, items of equal popularity sharing a place.
     """
-    values, totals, users = {}, {}, case.num_relevant > 0
+    values: Values = {}
+    totals: dict[str, float] = {}
+    users = case.num_relevant > 0
     lists: Values = {}
-    share = np.maximum(case.popularity, 1) / max(1, np.count_nonzero(case.active))
-    known = np.count_nonzero(case.popularity)
+    share = np.maximum(case.popularity, 1) / max(1, int(np.count_nonzero(case.active)))
+    known = int(np.count_nonzero(case.popularity))
     for k in ks:
         values |= _binary(case, k, denominator="k" if divide_by_k else "n")
         if not achievable:
@@ -280,16 +286,19 @@ def cornac(case: Case, ks: Sequence[int], *, exclude_unknowns: bool = True, thre
         known = case.popularity > 0
         keep &= known[case.truth.indices] & np.repeat(case.active, case.num_relevant)
     case = case.with_truth(keep)
-    users, whole = case.num_relevant > 0, _cornac_ranking(case, known)
-    judged = replace(case, top=whole)
-    hits, size = judged.hits, judged.top.shape[1]
-    values: Values = {"map": average_precision(hits, case.num_relevant, size, "n"), "mrr": mrr(hits, size)}
+    users = case.num_relevant > 0
+    if case.ranks is None:
+        top, ranks = _cornac_ranking(case, known, max(ks))
+        judged = replace(case, top=top)
+    else:  # the lists are a model's own and full: only unknown items go
+        judged, ranks = replace(case, top=_closed_up(np.where(known[case.top], case.top, -1))), case.ranks
+    values: Values = {"map": _whole_precision(case, ranks), "mrr": 1 / _first_rank(case, ranks)}
     for k in ks:
         values |= {name: value for name, value in _binary(judged, k).items() if not name.startswith(("map@", "mrr@"))}
         harmonic = np.concatenate([[np.nan], np.cumsum(1 / np.arange(1, k + 1))])
-        values[f"ncrr@{k}"] = (hits[:, :k] / np.arange(1, hits[:, :k].shape[1] + 1)).sum(axis=1) / harmonic[
-            np.minimum(case.num_relevant, k)
-        ]
+        kept = judged.hits[:, :k]
+        found = (kept / np.arange(1, kept.shape[1] + 1)).sum(axis=1)
+        values[f"ncrr@{k}"] = found / harmonic[np.minimum(case.num_relevant, k)]
     return Figures(_only(values, users))
 
 
@@ -299,8 +308,8 @@ def mmrec(case: Case, ks: Sequence[int]) -> Figures:
     recall, precision, ndcg and map as ours; ``recall2`` pools all users: sum of hits over sum of T. It prints four digits.
     """
     users = (case.num_relevant > 0) & case.active
-    values = {}
-    totals = {}
+    values: Values = {}
+    totals: dict[str, float] = {}
     for k in ks:
         values |= {name: value for name, value in _binary(case, k).items() if not name.startswith(("hit@", "mrr@"))}
         totals[f"recall2@{k}"] = float(case.hits[users, :k].sum() / max(1, case.num_relevant[users].sum()))
@@ -309,7 +318,7 @@ def mmrec(case: Case, ks: Sequence[int]) -> Figures:
 
 def lightgcn(case: Case, ks: Sequence[int]) -> Figures:
     """LightGCN-PyTorch's ``Test``: precision, recall and ndcg over all users with T, as ours."""
-    values = {}
+    values: Values = {}
     for k in ks:
         found = _binary(case, k)
         values |= {f"{name}@{k}": found[f"{name}@{k}"] for name in ("precision", "recall", "ndcg")}
@@ -460,20 +469,63 @@ def _serendipity(case: Case, k: int) -> np.ndarray:
     return gained.sum(axis=1) / np.maximum(1, (top >= 0).sum(axis=1))
 
 
-def _cornac_ranking(case: Case, known: np.ndarray) -> np.ndarray:
-    """int64 [U, I]: the candidates in order, -1 behind them; train items that are not test items and unknown items left out."""
-    wanted = case.ranking if case.ranking is not None else case.top
-    rank = np.full((case.num_users, case.num_items), np.inf)
-    rows, columns = np.nonzero(wanted >= 0)
-    rank[rows, wanted[rows, columns]] = columns
-    behind = np.arange(case.num_items) if case.appeared is None else case.appeared
-    rank = np.where(np.isinf(rank), case.num_items + behind[None, :], rank)
-    truth, train = (np.zeros((case.num_users, case.num_items), dtype=bool) for _ in range(2))
-    for mask, part in ((truth, case.truth), (train, case.train)):
-        mask[np.repeat(np.arange(case.num_users), np.diff(part.indptr)), part.indices] = True
-    out = (train & ~truth) | ~known[None, :]
-    order = np.argsort(np.where(out, np.inf, rank), axis=1, kind="stable")
-    return np.where(np.take_along_axis(out, order, axis=1), -1, order)
+def _blocks(users: np.ndarray, num_items: int) -> Iterator[np.ndarray]:
+    """The users in parts whose users x items tables hold at most 4 million entries."""
+    size = max(1, (4 << 20) // max(1, num_items))
+    return (users[start : start + size] for start in range(0, len(users), size))
+
+
+def _marked(part: sp.csr_array, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the stored pairs of these rows are: their place among ``rows``, and the column."""
+    block = part[rows]
+    return np.repeat(np.arange(len(rows)), np.diff(block.indptr)), block.indices
+
+
+def _cornac_ranking(case: Case, known: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [U, k], the best candidates, and int64 [nnz], the rank of every truth item among all of them.
+
+    Candidates: known items but train's, and the truth; listed ones first, then the others in order of appearance.
+    """
+    best = np.full((case.num_users, k), -1, dtype=np.int64)
+    ranks = np.empty(case.truth.nnz, dtype=np.int64)
+    behind = case.num_items + (np.arange(case.num_items) if case.appeared is None else case.appeared)
+    for rows in _blocks(np.flatnonzero(case.num_relevant), case.num_items):
+        key = np.where(known, behind, np.inf)[None, :].repeat(len(rows), axis=0)
+        row, place = np.nonzero(case.top[rows] >= 0)
+        item = case.top[rows][row, place]
+        key[row, item] = np.where(known[item], place, np.inf)
+        own, truth = _marked(case.truth, rows)
+        wanted = key[own, truth]
+        key[_marked(case.train, rows)] = np.inf
+        key[own, truth] = wanted
+        order = np.argsort(key, axis=1, kind="stable")
+        top = np.where(np.isinf(np.take_along_axis(key, order, axis=1)), -1, order)[:, :k]
+        best[rows, : top.shape[1]] = top
+        position = np.empty_like(order)
+        np.put_along_axis(position, order, np.arange(case.num_items)[None, :].repeat(len(rows), axis=0), axis=1)
+        ranks[np.isin(np.repeat(np.arange(case.num_users), case.num_relevant), rows)] = position[own, truth] + 1
+    return best, ranks
+
+
+def _closed_up(top: np.ndarray) -> np.ndarray:
+    """The same lists with the gaps (-1) at the end."""
+    return np.take_along_axis(top, np.argsort(top < 0, axis=1, kind="stable"), axis=1)
+
+
+def _whole_precision(case: Case, ranks: np.ndarray) -> np.ndarray:
+    """Average precision over the whole ranking from the ranks of the truth items, [U]."""
+    rows = np.repeat(np.arange(case.num_users), case.num_relevant)
+    order = np.lexsort((ranks, rows))
+    nth = np.arange(len(rows)) - np.repeat(case.truth.indptr[:-1], case.num_relevant) + 1
+    found = np.bincount(rows, weights=nth / ranks[order], minlength=case.num_users)
+    return found / np.maximum(case.num_relevant, 1)
+
+
+def _first_rank(case: Case, ranks: np.ndarray) -> np.ndarray:
+    """The lowest rank of a truth item, [U]; infinite without one."""
+    first = np.full(case.num_users, np.inf)
+    np.minimum.at(first, np.repeat(np.arange(case.num_users), case.num_relevant), ranks)
+    return first
 
 
 def _warprec_ndcg(case: Case, k: int) -> Values:
@@ -518,33 +570,31 @@ def _ones(truth: sp.csr_array) -> sp.csr_array:
 
 
 def _warprec_lists(case: Case, k: int, seed: int) -> np.ndarray:
-    """int64 [U, k]: the best k by score as WarpRec ranks a list file; -1 in rows of users that train lacks."""
+    """int64 [U, k]: the best k by score as WarpRec ranks a list file; -1 in rows of users without known truth."""
     items = np.flatnonzero(case.popularity)
-    users = np.flatnonzero(case.active)
     column = np.full(case.num_items, -1)
     column[items] = np.arange(len(items))
-    matrix = np.zeros((len(users), len(items)), dtype=np.float32)
-    top = case.top[users]
-    given = (
-        case.scores[users] if case.scores is not None else np.arange(top.shape[1], 0, -1)[None, :].repeat(len(top), 0)
-    )
-    rows, ranks = np.nonzero((top >= 0) & (column[top] >= 0))
-    matrix[rows, column[top[rows, ranks]]] = given[rows, ranks]
-    train = case.train[users]
-    matrix[np.repeat(np.arange(len(users)), np.diff(train.indptr)), column[train.indices]] = -np.inf
-    keys = _tie_keys(seed, len(users), len(items))
-    order = np.lexsort((-keys, -matrix), axis=1)[:, :k]
+    number = np.cumsum(case.active) - 1  # of each user, among those of train
     found = np.full((case.num_users, k), -1, dtype=np.int64)
-    found[users, : order.shape[1]] = items[order]
+    for users in _blocks(np.flatnonzero(case.num_relevant), len(items)):
+        matrix = np.zeros((len(users), len(items)), dtype=np.float32)
+        top = case.top[users]
+        rows, ranks = np.nonzero((top >= 0) & (column[top] >= 0))
+        given = top.shape[1] - ranks if case.scores is None else case.scores[users][rows, ranks]
+        matrix[rows, column[top[rows, ranks]]] = given
+        rows, train = _marked(case.train, users)
+        matrix[rows, column[train]] = -np.inf
+        order = np.lexsort((-_tie_keys(seed, number[users], len(items)), -matrix), axis=1)[:, :k]
+        found[users, : order.shape[1]] = items[order]
     return found
 
 
-def _tie_keys(seed: int, users: int, items: int) -> np.ndarray:
+def _tie_keys(seed: int, users: np.ndarray, items: int) -> np.ndarray:
     """int64 [users, items]: WarpRec's random key of a pair, a MurmurHash3 finaliser of seed, user and item number."""
     golden = np.uint32(0x9E3779B1)
     start = np.uint32((seed ^ (seed >> 32)) & 0xFFFFFFFF)
     with np.errstate(over="ignore"):
-        user = _murmur(_murmur(np.arange(users, dtype=np.uint32) * golden ^ start))
+        user = _murmur(_murmur(users.astype(np.uint32) * golden ^ start))
         item = _murmur(np.arange(items, dtype=np.uint32) * golden + np.uint32(1))
         return (_murmur(user[:, None] ^ item[None, :]) >> np.uint32(2)).astype(np.int64)
 

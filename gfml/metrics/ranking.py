@@ -131,6 +131,12 @@ def ranking_metrics(
     Shape: top int [n, >= max(ks)], best first, -1 for no item; relevant CSR [n, I], its data ratings if graded.
     A user without relevant items is NaN in all of them.
     graded: a name of :data:`GAINS`; adds ``graded_ndcg@K``.
+
+    Examples:
+        >>> top = np.array([[2, 0], [1, 2]])
+        >>> relevant = sp.csr_array(np.array([[1, 0, 0], [0, 1, 1]]))
+        >>> {name: value.tolist() for name, value in ranking_metrics(top, relevant, [2]).items() if name != "ndcg@2"}
+        {'precision@2': [0.5, 1.0], 'recall@2': [1.0, 1.0], 'hit@2': [1.0, 1.0], 'mrr@2': [0.5, 1.0], 'map@2': [0.5, 1.0]}
     """
     if top.shape[1] < max(ks):
         raise ValueError(f"lists of length {top.shape[1]} cannot be judged at {max(ks)}")

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gfml.distances import common_floats
+
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -54,17 +56,25 @@ def retrieve(
 ) -> Retrieval:
     """Judge a set by itself, or queries against references, in blocks of queries.
 
-    Shape: query [Q, D] and reference [N, D] float, any length; labels [Q] and [N] integers.
+    Shape: query [Q, D] and reference [N, D] of any floating-point types and lengths, computed in the wider one and in
+        float32 at least; labels [Q] and [N] integers.
     keep: neighbours returned per query. whole: also the mean average precision over the whole ranking.
     memory_mib: size of one block's working memory; results do not depend on it. 60k x 60k in 256 MiB needs below
         1 GiB in all.
-    Raises ValueError when shapes disagree, there is nothing to rank, a K is not positive or an embedding not finite.
+    Raises ValueError when shapes or kinds of numbers disagree, there is nothing to rank, a K is not positive or an
+        embedding not finite.
+
+    Examples:
+        >>> points = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+        >>> retrieve(points, torch.tensor([0, 0, 1, 1]), ks=[1]).means
+        {'recall@1': 1.0, 'map@r': 1.0, 'r_precision': 1.0}
     """
     alone = reference is None
     if reference is None:
         reference, reference_labels = query, query_labels
     elif reference_labels is None:
         raise ValueError("found references without labels, wanted one label for each")
+    query, reference = common_floats(query, reference)
     _check(query, query_labels, reference, reference_labels, ks, alone)
     classes, both = torch.unique(torch.cat([query_labels, reference_labels]), return_inverse=True)
     query_class, reference_class = both[: len(query)], both[len(query) :]
@@ -97,7 +107,7 @@ def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.metrics import normalized_mutual_info_score
 
-    points, classes = F.normalize(embeddings, dim=1).cpu().numpy(), labels.cpu().numpy()
+    points, classes = F.normalize(*common_floats(embeddings), dim=1).cpu().numpy(), labels.cpu().numpy()
     groups = len(np.unique(classes))
     method = KMeans if len(points) * groups <= 50_000_000 else MiniBatchKMeans
     found = method(groups, n_init=4, random_state=seed).fit_predict(points)

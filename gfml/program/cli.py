@@ -16,11 +16,20 @@ import signal
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gfml.base import settings as kinds
 from gfml.base.errors import Terminated, UserError, suggest
+from gfml.base.home import find_config
+from gfml.base.settings import Setting, flags_of, groups, help_text
+from gfml.base.settings import TopksAction as TopksAction
+from gfml.base.settings import count as count
+from gfml.base.settings import nonnegative as nonnegative
+from gfml.base.settings import number as number
+from gfml.base.settings import positive as positive
+from gfml.base.settings import share as share
 from gfml.base.toml import UNSAVED
 
 if TYPE_CHECKING:
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
 BASELINES = ("popularity", "item-knn", "ease")
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
+CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
@@ -90,7 +100,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     def config_of(self, options: argparse.Namespace) -> dict[str, Any]:
-        """Every flag's value under its name, ready for :func:`toml_text`: the resolved config.
+        """Every flag's value under its name, ready for :func:`gfml.base.toml.toml_text`: the resolved config.
 
         A value of None is left out when it is the default and written as "none" when it is not.
         """
@@ -196,7 +206,7 @@ class Parser(argparse.ArgumentParser):
 
     def _read_toml(self, path: str) -> dict[str, Any]:
         try:
-            return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            return tomllib.loads(find_config(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             self.error(f"no config file {path}: check --config")
         except OSError as error:
@@ -253,65 +263,51 @@ def _word(value: bool | int | float | str, action: argparse.Action) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-# -- argument types
+# -- flags from settings
 
 
-def topks(text: str) -> tuple[int, ...]:
-    """Cut-offs K, ascending without repeats, from ``"[10, 20]"``, ``"10,20"`` or ``"10 20"``."""
-    words = re.split(r"[\s,]+", re.sub(r"^\s*[\[(]|[\])]\s*$", "", text).strip(" ,"))
-    if not all(re.fullmatch(r"[0-9]+", word) and int(word) > 0 for word in words):
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted positive whole numbers such as 10 20 or [10, 20]")
-    return tuple(sorted({int(word) for word in words}))
+def parser_of(program: str, about: str, settings: type) -> Parser:
+    """The command line of a program: a flag for every setting."""
+    parser = Parser(prog=program, description=about)
+    add_settings(parser, settings)
+    return parser
 
 
-class TopksAction(argparse.Action):
-    """``--topks 10 20``, ``--topks 10,20`` and ``--topks "[10, 20]"``; use with ``nargs="+"``."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        try:
-            setattr(namespace, self.dest, topks(" ".join(values)))
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-
-
-def number(
-    kind: type = float,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    none: bool = False,
-) -> Callable[[str], Any]:
-    """An argument type: a finite number with above < x, least <= x <= most; ``none=True`` also takes "none"."""
-    bounds = ((above, ">"), (least, ">="), (most, "<="))
-    wanted = " and ".join(f"{sign} {bound}" for bound, sign in bounds if bound is not None)
-    wanted = f"{'a whole number' if kind is int else 'a number'} {wanted}".strip() + (" or none" if none else "")
-
-    def parse(text: str) -> Any:
-        if none and text.lower() == "none":
-            return None
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        good = abs(value) < float("inf") and (above is None or value > above)
-        if not (good and (least is None or value >= least) and (most is None or value <= most)):
-            raise argparse.ArgumentTypeError(f"found {text!r}, wanted {wanted}")
-        return value
-
-    return parse
+def add_settings(
+    parser: Parser, settings: type, *, only: Collection[str] | None = None, without_defaults: bool = False
+) -> None:
+    """A flag for every setting of a class. only: of these names; without_defaults: a flag not given leaves no value."""
+    for title, found in groups(settings):
+        chosen = [one for one in found if only is None or one[0] in only]
+        group = parser.add_argument_group(title) if chosen else parser
+        for name, default, told in chosen:
+            how = _how(default, told)
+            if without_defaults:
+                how["default"] = argparse.SUPPRESS
+            group.add_argument(*flags_of(name, told), dest=name, help=help_text(told), **how)
+            if told.exact:
+                parser.one_spelling(*(flag for flag in flags_of(name, told)[1:] if "_" in flag))
 
 
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted auto, cpu, cuda or cuda:N")
-    return text
-
-
-positive = number(above=0)
-nonnegative = number(least=0)
-count = number(int, least=1)
-share = number(least=0, most=1)
+def _how(default: Any, told: Setting) -> dict[str, Any]:
+    """The keywords of ``add_argument`` for a setting."""
+    how: dict[str, Any] = {"default": default}
+    if (isinstance(default, bool) and told.kind is None) or told.kind is bool:
+        return how | {"action": argparse.BooleanOptionalAction}
+    if told.action is not None:
+        how["action"] = told.action
+    if told.nargs is not None:
+        how["nargs"] = told.nargs
+    if told.const is not None:
+        how["const"] = told.const
+    if told.choices:
+        how["choices"] = told.choices
+    if told.unit is not None:
+        how["metavar"] = told.unit
+    kind = told.kind or (type(default) if isinstance(default, (int, float)) else None)
+    if kind is not None and not isinstance(told.action, type):
+        how["type"] = kinds.number(kind) if kind in (int, float) and not told.choices else kind
+    return how
 
 
 # -- common flags
@@ -321,7 +317,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Seed, device and run directory, the same in every program."""
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=number(int, least=0, most=2**32 - 1), default=2020, metavar="N", help="seed of every generator")
-    add("--device", type=_device, default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
+    add("--device", type=kinds.device, default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
     add(
         "--gpu_id",
         type=number(int, least=0),
@@ -335,6 +331,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="CPU threads; 0 leaves the choice to PyTorch",
+    )
+    add(
+        "--cuda-graph",
+        choices=("auto", "0", "1"),
+        default="auto",
+        help="record training steps on CUDA: faster, same numbers",
     )
     add("--out", default="runs", metavar="DIR", help="directory that holds the run directories")
     add("--run-name", metavar="NAME", help="name of the run directory instead of the automatic one")
@@ -372,6 +374,30 @@ def add_mirror_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NORM",
         help="largest gradient norm, or none",
     )
+
+
+def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False) -> None:
+    """Which definitions of the metrics are used; graded: also that of graded relevance, for data with ratings."""
+    group.add_argument(
+        "--metrics-as",
+        nargs="+",
+        choices=CONVENTIONS,
+        default=[],
+        metavar="NAME",
+        help=f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
+    )
+    group.add_argument(
+        "--map-denominator",
+        choices=("min", "k", "n"),
+        default="min",
+        help="what map divides by: min(T, K), K, or T, the number of a user's held-out items",
+    )
+    if graded:
+        group.add_argument(
+            "--graded",
+            choices=("linear", "exp", "exp1"),
+            help="add graded_ndcg with the gain r, 2^r - 1 or 2^(r+1) - 1 of the ratings r in the truth",
+        )
 
 
 def add_judging_flags(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib
+import importlib.util
 import io
 import os
 import re
@@ -29,6 +30,7 @@ from typing import IO
 
 from gfml.base.errors import UserError
 from gfml.base.files import explain_os_error
+from gfml.base.home import find_program
 from gfml.base.toml import LOCATION_FLAGS
 from gfml.program.cli import Options
 
@@ -88,10 +90,14 @@ class Command:
             return "incomplete"
         return min(states, key=_ORDER.index)
 
-    def arguments(self) -> list[str]:
-        """The process to start, by this interpreter."""
+    def arguments(self, root: Path) -> list[str]:
+        """The process to start in ``root``, by this interpreter: the program there, else that of the installed package."""
         launcher = ["-m", "torch.distributed.run"] if self.words[0] == "torchrun" else []
-        return [sys.executable, *launcher, *self.words[1:]]
+        words = list(self.words[1:])
+        place = next(n for n, word in enumerate(words) if word.endswith(".py"))
+        if not (root / words[place]).is_file():
+            words[place] = str(find_program(words[place], root))
+        return [sys.executable, *launcher, *words]
 
 
 def read_command(words: Sequence[str], root: Path) -> Command:
@@ -101,7 +107,7 @@ def read_command(words: Sequence[str], root: Path) -> Command:
     """
     text = shlex.join(words)
     place = next((n for n, word in enumerate(words) if word.endswith(".py")), 0)
-    if len(words) < 2 or place == 0 or not (root / words[place]).is_file() or not Path(words[place]).parent.name:
+    if len(words) < 2 or place == 0 or not find_program(words[place], root) or not Path(words[place]).parent.name:
         raise UserError(f"found the command {text!r}, wanted python FOLDER/main.py and its flags")
     with contextlib.chdir(root):
         made = _ask(Path(words[place]), list(words[place + 1 :]), text)
@@ -111,16 +117,20 @@ def read_command(words: Sequence[str], root: Path) -> Command:
 
 
 def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Options, frozenset[str]]]:
-    """Family, flags and flags without identity of every run, from the options module beside the program."""
+    """Family, flags and flags without identity of every run, from the program itself."""
     folder = program.parent.name
-    try:
-        module = importlib.import_module(f"{folder}.options")
-    except ModuleNotFoundError:
-        raise UserError(f"{folder} has no options.py that says what {program.name} makes (in: {text})") from None
-    said = io.StringIO()
+    spec = importlib.util.find_spec(folder) if folder.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise UserError(f"{folder} is no paper, so {program.name} makes no runs (in: {text})")
+    old = (Path(spec.origin).parent / "options.py").is_file()
+    module = importlib.import_module(f"{folder}.options" if old else f"{folder}.{program.stem}")
+    said, made = io.StringIO(), []
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            if hasattr(module, "runs_of"):
+            if not old:
+                found = getattr(module, "PROGRAM", None)
+                made = [(found.family, one) for one in found.runs(argv)] if found else []
+            elif hasattr(module, "runs_of"):
                 made = module.runs_of(program.stem, argv)
             else:
                 made = [(folder, module.parse(argv))] if program.stem == "main" else []
@@ -130,7 +140,7 @@ def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Options, 
         raise UserError(f"{said.getvalue().strip().splitlines()[-1]} (in: {text})") from None
     if not made:
         raise UserError(f"{program} makes no runs (in: {text})")
-    return [(family, options, module.NOT_IDENTITY) for family, options in made]
+    return [(family, options, module.NOT_IDENTITY if old else options.beside()) for family, options in made]
 
 
 def _planned(family: str, options: Options, not_identity: frozenset[str]) -> PlannedRun:
@@ -241,7 +251,7 @@ def launch(
             mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
             files.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
             process = subprocess.Popen(
-                command.arguments(), cwd=root, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=output,
+                command.arguments(root), cwd=root, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT if output else None, pass_fds=held.files, start_new_session=True,
             )  # fmt: skip
     except BaseException:

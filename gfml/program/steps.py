@@ -5,7 +5,7 @@ Each program keeps its own reading order in ``main.py``; what would be written t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from gfml.base.checkpoints import damaged, load_state
 from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions
 from gfml.engine import distributed
+from gfml.engine.capture import graph_key, replayed
 from gfml.engine.distributed import World
 from gfml.engine.runs import EXTENDABLE, Run
 from gfml.engine.train import Closure, FitResult, Step, Terms, fit, load_best, plain_step
@@ -99,6 +100,19 @@ class ProjectedStep:
         terms = self.inner(closure, optimizer)
         self.model.project()
         return terms
+
+    @property
+    def host_state(self) -> str:
+        """That of the inner step."""
+        return getattr(self.inner, "host_state", "")
+
+    def graph_key(self) -> Hashable:
+        """That of the inner step: the projection is always the same."""
+        return graph_key(self.inner)
+
+    def replayed(self) -> None:
+        """Pass on that a call was replayed."""
+        replayed(self.inner)
 
     def new_epoch(self) -> None:
         """Pass the start of an epoch on."""

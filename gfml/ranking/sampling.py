@@ -81,6 +81,10 @@ class PairSet:
 
     def _contains(self, users: Tensor, items: Tensor) -> Tensor:
         keys = users.long() * self.num_items + items
+        if not self._exact and users.device.type != "cpu":
+            # Elsewhere the possible hits are not picked out: learning their number would stall the device.
+            position = torch.searchsorted(self._keys, keys).clamp_(max=max(len(self._keys) - 1, 0))
+            return self._keys[position] == keys if len(self._keys) else torch.zeros_like(keys, dtype=torch.bool)
         slots = self._slot(keys)
         byte = self._map.index_select(0, (slots >> 3).view(-1)).view(slots.shape)
         hit = (byte >> (slots & 7).to(torch.uint8)) & 1 != 0
@@ -99,6 +103,42 @@ class PairSet:
         # Multiplicative hashing (Knuth): the top bits of key * odd constant, modulo 2^64.
         shift = 64 - self._bits.bit_length() + 1
         return ((keys * -7046029254386353131) >> shift) & (self._bits - 1)
+
+
+class FreeItems:
+    """Draws of items that a user has not, without rejection: one search a draw, whatever share of the items is taken.
+
+    weights: whole numbers >= 0 [I]; an item is drawn in proportion. On the line of all weights laid end to end a user's
+    items are gaps; a draw counts along what is left, and a search in the gaps' places says how many lie before it.
+    """
+
+    def __init__(self, matrix: sp.csr_array, weights: np.ndarray, device: torch.device) -> None:
+        matrix = matrix if matrix.has_sorted_indices else matrix.sorted_indices()
+        self._uniform = bool((weights == 1).all())
+        end = np.cumsum(weights.astype(np.int64))
+        taken = weights.astype(np.int64)[matrix.indices]
+        # Weight taken before each entry, over all rows, and the same within its row.
+        before = np.concatenate([[0], np.cumsum(taken)])
+        lengths = np.diff(matrix.indptr)
+        users = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), lengths)
+        place = end[matrix.indices] - taken - (before[:-1] - before[matrix.indptr[:-1]][users])
+        self._stride = int(end[-1]) + 1 if len(end) else 1
+        arrays = {
+            "end": end, "before": before, "first": matrix.indptr[:-1].astype(np.int64), "gaps": users * self._stride + place,
+            "left": (end[-1] if len(end) else 0) - (before[matrix.indptr[1:]] - before[matrix.indptr[:-1]]),
+        }  # fmt: skip
+        self._end, self._before, self._first, self._gaps, self._left = (
+            torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays.values()
+        )
+
+    def draw(self, users: Tensor, generator: torch.Generator) -> Tensor:
+        """An item for each of ``users`` int64 [n], all of whom must have one left: int64 [n]."""
+        draw = torch.randint(2**31, users.shape, generator=generator, device=users.device)
+        draw = draw.mul_(self._left.index_select(0, users)).bitwise_right_shift_(31)
+        first = self._first.index_select(0, users)
+        gaps = torch.searchsorted(self._gaps, draw + users * self._stride, right=True)
+        draw += self._before.index_select(0, gaps) - self._before.index_select(0, first)
+        return draw if self._uniform else torch.searchsorted(self._end, draw, right=True)
 
 
 def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generator:
@@ -179,6 +219,8 @@ class TripleSampler:
         self._start = torch.from_numpy(train.indptr[:-1].astype(np.int64)).to(self.device)
         self._items = torch.tensor(train.indices, dtype=self._item_type, device=self.device)
         self._known = PairSet(train, self.device, budget_mb)
+        # Rejection is cheaper on a CPU; elsewhere it would wait for the device after every round.
+        self._free = None if self.device.type == "cpu" else FreeItems(train, weights, self.device)
 
     def epoch(self, epoch: int) -> TripleBatches:
         """The batches of one epoch. The same (seed, epoch) gives the same triples."""
@@ -198,6 +240,9 @@ class TripleSampler:
     def _negatives(self, users: Tensor, generator: torch.Generator) -> Tensor:
         """As :meth:`negatives`, of integers of any type into the type of the stored items."""
         shape = (len(users),) if self.num_negatives == 1 else (len(users), self.num_negatives)
+        if self._free is not None and self.num_negatives:
+            wide = users if self.num_negatives == 1 else users[:, None].expand(shape).reshape(-1)
+            return self._free.draw(wide, generator).view(shape)
         items = self._draw(shape, generator)
         if self.num_negatives == 0:
             return items
@@ -259,7 +304,10 @@ class TripleSampler:
 
     def _pairs_interaction(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         order = torch.randperm(len(self._items), generator=generator, device=self.device)
-        users, pos = torch.repeat_interleave(self._degree)[order].to(self._user_type), self._items[order]
+        users, pos = (
+            torch.repeat_interleave(self._degree, output_size=len(self._items))[order].to(self._user_type),
+            self._items[order],
+        )
         if self._all_usable:
             return users, pos
         keep = self._usable[users.long()]
@@ -335,6 +383,8 @@ class TwoStageSampler(TripleSampler):
 
     def _near(self, users: Tensor, pos: Tensor, directions: Tensor, generator: torch.Generator) -> Tensor:
         candidates = self._draw((self.num_candidates,), generator).long()
+        if self._free is not None:
+            return self._near_without_waiting(users, pos, candidates, directions, generator)
         items, place = pos.unique(return_inverse=True)
         place = place[:, None].expand(-1, self.num_negatives).reshape(-1)
         wide = users[:, None].expand(-1, self.num_negatives).reshape(-1)
@@ -347,6 +397,22 @@ class TwoStageSampler(TripleSampler):
                 found[slots] = candidates[_pick(upto, place[slots] - first, generator)]
                 slots = slots[self._known.contains(wide[slots], found[slots])]
         self._replace_known(wide, found, generator)
+        return found if self.num_negatives == 1 else found.view(len(users), -1)
+
+    def _near_without_waiting(
+        self, users: Tensor, pos: Tensor, candidates: Tensor, directions: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The same with a row of weights for every positive, repeated ones too, and tensors of constant shape."""
+        upto = self._cumulative_shares(pos, candidates, directions)
+        place, wide = (
+            rows[:, None].expand(-1, self.num_negatives).reshape(-1)
+            for rows in (torch.arange(len(pos), device=pos.device), users)
+        )
+        found, known = self._free.draw(wide, generator), torch.ones_like(wide, dtype=torch.bool)
+        for _ in range(4):
+            again = candidates[_pick(upto, place, generator)]
+            fits = known & ~self._known.contains(wide, again)
+            found, known = torch.where(fits, again, found), known & ~fits
         return found if self.num_negatives == 1 else found.view(len(users), -1)
 
     @staticmethod

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from gfml.base.errors import UserError
+from gfml.distances import common_floats
 
 # Items per group in the two-stage selection: large enough that few groups are left to rank, small
 # enough that the k + 1 groups gathered again are a few percent of the catalogue.
 GROUP = 64
+LAST_COLUMN = (1 << 32) - 1
 # Products are padded to whole steps of rows: for a few rows, or a few left over, BLAS libraries switch
 # to kernels that round differently.
 ROW_STEP = 32
@@ -128,6 +130,12 @@ def topk_items(scorer: Scorer, users: Tensor, k: int, *, seen: sp.csr_array | No
         device of the scores, -1 where no candidate is left.
     Memory: about ``memory_mb`` MiB beside the tables and the result, however many users.
     Errors: UserError if k exceeds the catalogue; ValueError for a NaN score, naming the first user.
+
+    Examples:
+        >>> scorer = DenseScorer(torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]]))
+        >>> seen = sp.csr_array(np.array([[0, 1, 0], [0, 0, 0]]))
+        >>> topk_items(scorer, torch.tensor([0, 1]), 2, seen=seen).tolist()
+        [[2, 0], [0, 1]]
     """
     check_request(scorer, users, k, seen)
     if len(users) == 0:
@@ -185,7 +193,7 @@ def _by_tiles(factors: Factors, users: Tensor, k: int, seen: sp.csr_array | None
     """
     from gfml.base.compiled import in_threads
 
-    user, item = (table if table.dtype == torch.float64 else table.float() for table in factors)
+    user, item = common_floats(*factors)
     lists = _Lists(users, k, seen, user.dtype)
 
     def rank(start: int) -> None:
@@ -278,7 +286,7 @@ def factor_blocks(factors: Factors, users: Tensor, memory_mb: float) -> Iterator
     The last block is multiplied at full height too, so that a user's scores are rounded alike whoever
     else is asked for.
     """
-    user, item = (table if table.dtype == torch.float64 else table.float() for table in factors)
+    user, item = common_floats(*factors)
     users = users.to(user.device)
     rows = rows_per_block(len(users), len(item), memory_mb)
     query, block = user.new_zeros((rows, user.shape[1])), user.new_empty((rows, len(item)))
@@ -301,6 +309,8 @@ def select(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
     One more column than asked for is ranked: if the k + 1 best values are distinct, set and order are
     determined; only the other rows need the tie rule.
     """
+    if block.device.type != "cpu" and block.dtype == torch.float32:
+        return select_by_key(block, k)
     wide = min(k + 1, block.shape[1])
     candidates, columns = shortlist(block, wide)
     values, where = candidates.topk(wide, dim=1)
@@ -309,6 +319,36 @@ def select(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for rows in tied.split(max(1, len(block) // 16)):
         ids[rows] = break_ties(block[rows], values[rows, k - 1 : k], k)
     return ids.masked_fill(values[:, :k] == -torch.inf, -1), values[:, 0].isnan()
+
+
+def select_by_key(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As :func:`select` for float32 scores, without learning how many rows have ties: that would stall a device.
+
+    Value and column make one integer, so that no two are equal. A group that is not among the k first by its largest
+    value has k columns of other groups before all its own.
+    """
+    groups, ids = block.shape[1] // GROUP, torch.arange(block.shape[1], device=block.device).expand_as(block)
+    values = block
+    if groups >= 2 * k:
+        whole = groups * GROUP
+        largest = block[:, :whole].unflatten(1, (groups, GROUP)).amax(2)
+        chosen = _sort_key(largest, ids[:, :groups]).topk(k, dim=1, sorted=False).indices
+        near = (chosen[:, :, None] * GROUP + ids[0, :GROUP]).flatten(1)
+        ids = torch.cat([near, ids[:, whole:]], 1)
+        values = block.gather(1, ids)
+        broken = largest.isnan().any(1) | block[:, whole:].isnan().any(1)
+    else:
+        broken = block.isnan().any(1)
+    best = _sort_key(values, ids).topk(k, dim=1).values
+    found = LAST_COLUMN - (best & LAST_COLUMN)
+    return found.masked_fill(block.gather(1, found) == -torch.inf, -1), broken
+
+
+def _sort_key(values: Tensor, columns: Tensor) -> Tensor:
+    """int64 that order as float32 values do, and equal values by falling column."""
+    bits = (values + 0.0).view(torch.int32)  # -0 becomes 0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered.long() << 32) | (LAST_COLUMN - columns)
 
 
 def shortlist(block: Tensor, wide: int) -> tuple[Tensor, Tensor | None]:

@@ -109,7 +109,31 @@ def data_facts(data: Interactions) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "test_fingerprint": data.part_fingerprint("test"),
         "notes": {key: str(value) for key, value in data.notes.items()},
+        "statistics": data_statistics(data),
     }
+
+
+def data_statistics(data: Interactions) -> dict[str, float]:
+    """Actions per user and item over all parts, and the share of empty cells of the matrix."""
+    total = data.train.nnz + data.valid.nnz + data.test.nnz
+    found: dict[str, float] = {"sparsity": 1 - total / (data.num_users * data.num_items)}
+    parts = [data.train, data.valid, data.test]
+    for side, axis in (("user", 1), ("item", 0)):
+        counts = sum(np.asarray(part.sum(axis=axis)).ravel() for part in parts)
+        found |= {f"actions_per_{side}": total / len(counts), f"actions_per_{side}_median": float(np.median(counts))}
+    return found
+
+
+def data_lines(data: Interactions) -> list[str]:
+    """Sizes, density and notes of the data, for people."""
+    found = data_statistics(data)
+    return [
+        f"{data.name}: {data.num_users:,} users x {data.num_items:,} items; train {data.train.nnz:,}, "
+        f"validation {data.valid.nnz:,}, test {data.test.nnz:,} interactions",
+        f"actions per user {found['actions_per_user']:.1f} (median {found['actions_per_user_median']:g}), per item "
+        f"{found['actions_per_item']:.1f} (median {found['actions_per_item_median']:g}); sparsity {found['sparsity']:.2%}",
+        *(f"note: {key}: {value}" for key, value in data.notes.items()),
+    ]
 
 
 def table_columns(rows: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> list[str]:

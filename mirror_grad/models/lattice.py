@@ -44,6 +44,8 @@ class LATTICE(nn.Module):
     """
 
     Settings = settings.LATTICE
+    # See gfml.engine.capture.
+    host_state = "LATTICE counts batches to know when to rebuild its item graph"
 
     def __init__(
         self, data: MultimodalData, settings: settings.LATTICE, *, behaviour: str, embedding_dim: int, seed: int

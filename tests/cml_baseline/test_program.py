@@ -12,8 +12,7 @@ import torch
 
 from cml_baseline import ann, report
 from cml_baseline.data import hide_items
-from cml_baseline.main import main
-from cml_baseline.options import parse
+from cml_baseline.main import PROGRAM, main
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
 from gfml.data.options import load_dataset
@@ -250,11 +249,29 @@ def test_a_bare_flag_picks_what_is_there_also_later(run, capsys):
     assert (path / "ann" / "vectors.npz").exists() and "is done" in capsys.readouterr().out
 
 
-def test_overlap_counts_what_was_found():
-    exact = np.array([[1, 2, 3], [4, 5, 6]])
-    assert ann.overlap(exact[:, ::-1], exact) == 1 and ann.overlap(
-        np.array([[1, 2, 9], [9, 8, -1]]), exact
-    ) == pytest.approx(2 / 6)
+def test_recall_counts_what_is_as_near_as_the_exact_list():
+    """Of equally near items any may stand in it; repeats and places without an item count nothing."""
+    items = np.array([[1, 0], [0, 1], [-1, 0], [0, -1], [3, 0], [0.5, 0]], dtype=np.float32)
+    query, exact = np.zeros((1, 2), np.float32), np.array([[5, 0]])
+    for found, wanted in (
+        ([5, 0], 1),
+        ([3, 5], 1),
+        ([1, 2], 1),
+        ([5, 4], 0.5),
+        ([5, 5], 0.5),
+        ([5, -1], 0.5),
+        ([4, -1], 0),
+    ):
+        assert ann.distance_recall(query, items, np.array([found]), exact) == wanted
+
+
+def test_exact_indexes_are_exact_where_items_are_equally_near():
+    generator = np.random.default_rng(0)
+    items = generator.integers(0, 3, (300, 4)).astype(np.float32)  # many equal points
+    queries = generator.integers(0, 3, (50, 4)).astype(np.float32)
+    exact = ann.exact_search(queries, items, 20)
+    (row,) = ann._tree_rows(items, queries, exact, 20)
+    assert row["recall"] == 1.0
 
 
 def test_the_report_shows_map_and_neighbours(run, tmp_path):
@@ -295,17 +312,17 @@ def test_neighbours_and_genre_agreement():
 
 
 def test_movielens_is_the_usual_data_where_it_lies(shared_data, capsys):
-    options = parse(["--data-root", str(shared_data)])
-    assert (options.dataset, options.split, options.split_ratios) == ("ml1m", "per-user", [0.6, 0.2, 0.2])
+    options = PROGRAM.parse(["--data-root", str(shared_data)])
+    assert (options.dataset, options.split, options.split_ratios) == ("ml1m", "per-user", (0.6, 0.2, 0.2))
     assert "MovieLens-1M" in capsys.readouterr().err
-    assert parse(["--dataset", "citeulike-a"]).split is None
-    assert parse(["--dataset", "ml100k", "--split", "time"]).split == "time"
+    assert PROGRAM.parse(["--dataset", "citeulike-a"]).split is None
+    assert PROGRAM.parse(["--dataset", "ml100k", "--split", "time"]).split == "time"
 
 
 @pytest.mark.parametrize("name", ("ml1m", "ml1m-cold"))
 def test_stored_settings_parse(name):
     file = Path(__file__).parents[2] / "configs" / "cml_baseline" / f"{name}.toml"
-    assert parse(["--config", str(file)]).margin == 1.0
+    assert PROGRAM.parse(["--config", str(file)]).margin == 1.0
 
 
 @pytest.mark.slow
@@ -331,7 +348,7 @@ def test_five_epochs_of_movielens(shared_data, tmp_path):
 
 
 def test_without_movielens_the_demo_is_used_and_said(tmp_path, capsys):
-    options = parse(["--data-root", str(tmp_path)])
+    options = PROGRAM.parse(["--data-root", str(tmp_path)])
     assert options.dataset == "demo" and options.resolved["dataset"] == "demo" and options.split is None
     assert f"the embedded demo (MovieLens-1M is not in {tmp_path})" in capsys.readouterr().err
 

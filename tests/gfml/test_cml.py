@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gfml.cml import FeatureProjection, SquaredDistanceScorer, covariance_rows, feature_loss, mined_hinge
+from gfml.cml import FeatureProjection, SquaredDistanceScorer, covariance_rows, feature_loss, first_of_each, mined_hinge
 from gfml.losses import covariance, project_to_ball_, warp_hinge
 from gfml.ranking.encoders import Tables
 from gfml.ranking.topk import topk_items
@@ -84,7 +84,8 @@ def test_many_negatives_in_one_call_equal_the_plain_hinge(golden, close, negativ
 
 
 def test_rows_under_the_covariance_penalty(golden, close):
-    rows = covariance_rows(encoder_of(golden), golden["users"], golden["pos"])
+    rows, weight = covariance_rows(encoder_of(golden), golden["users"], golden["pos"])
+    assert weight is None
     close(rows.detach(), golden["covariance_rows"])
     close(torch.cov(rows.detach().T, correction=0), golden["natural_covariance"])
 
@@ -124,7 +125,7 @@ def test_feature_projection_and_losses_equal_the_stored_ones(golden, close):
     close(whole.detach(), golden["natural_feature_loss"])
     batch = torch.cat([golden["pos"], golden["negs"].flatten()]).unique()
     close(feature_loss(projected[batch], items[batch]).detach(), golden["natural_feature_loss_batch_items"])
-    spread = covariance(covariance_rows(encoder, golden["users"], golden["pos"]))
+    spread = covariance(covariance_rows(encoder, golden["users"], golden["pos"])[0])
     total = hinge_of(golden, encoder).hinge.loss + golden["feature_weight"] * whole + golden["cov_weight"] * spread
     close(total.detach(), golden["natural_total__sum_floor"])
     grad = torch.autograd.grad(whole, encoder.nodes)[0][encoder.num_users :]
@@ -166,3 +167,14 @@ def test_scores_and_lists_equal_the_stored_ones(golden, close, dtype):
     assert torch.equal(topk_items(scorer, users, 10, seen=None), golden["natural_top10_items"])
     factors = scorer.factors()
     close((factors.user @ factors.item.T - scorer.score(users)).std(1), torch.zeros(len(users)))
+
+
+@pytest.mark.parametrize("form", ("squared", "paper", "signed"))
+def test_copies_of_weight_zero_are_as_good_as_distinct_rows(form):
+    """What other devices than the CPU do, where learning the number of distinct rows would stall them."""
+    ids, table = torch.tensor([3, 1, 3, 3, 0, 1]), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    first = first_of_each(ids)
+    assert sorted(ids[first].tolist()) == [0, 1, 3]
+    found, wanted = covariance(table[ids], form, first.double()), covariance(table[ids.unique()], form)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(value, table)[0] for value in (found, wanted)))

@@ -450,3 +450,19 @@ sys.exit(peak() - before >= 256)
 def test_scoring_a_large_catalogue_stays_below_256_mb():
     result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("mode", "side"), [("item", "item"), ("user", "user"), ("both", "user")])
+def test_forgotten_ids_of_masses_are_told(mode, side) -> None:
+    """The table of all masses would broadcast where the batch has as many rows."""
+    gravity = Gravity(4, 4, mass=mode)
+    x, y, ids = torch.ones(4, 3), torch.zeros(4, 3), torch.arange(4)
+    with pytest.raises(ValueError, match=f"mass mode '{mode}' needs {side} ids, found none: give {side}s"):
+        gravity(x, y)
+    if mode != "item":
+        with pytest.raises(ValueError, match="needs user ids"):
+            gravity.all_items(x, y)
+    if mode == "both":
+        with pytest.raises(ValueError, match="needs item ids"):
+            gravity(x, y, ids)
+    assert gravity(x, y, ids, ids).shape == (4,) and gravity.all_items(x, y, ids).shape == (4, 4)

@@ -43,7 +43,9 @@ def test_counts_at_the_edges() -> None:
     assert longtail.imbalanced_counts("step", 3, 30, 0.1).tolist() == [10, 10, 1]
     assert longtail.imbalanced_counts("exp", 1, 30, 0.1).tolist() == [30]
     assert longtail.imbalanced_counts("exp", 4, 40, 1.0).tolist() == [10] * 4
-    for wrong in (("linear", 10, 100, 0.1), ("exp", 10, 100, 0.0), ("exp", 10, 100, 2.0), ("exp", 10, 100, 0.01)):
+    rare = longtail.imbalanced_counts("exp", 100, 50_000, 0.001)  # as published: the last classes are empty
+    assert rare.tolist() == [int(500 * 0.001 ** (c / 99)) for c in range(100)] and rare[-1] == 0 and rare[89] == 1
+    for wrong in (("linear", 10, 100, 0.1), ("exp", 10, 100, 0.0), ("exp", 10, 100, 2.0), ("exp", 10, 9, 0.5)):
         with pytest.raises(ValueError, match="wanted|unknown"):
             longtail.imbalanced_counts(*wrong)
 
@@ -128,14 +130,13 @@ def loop_ce(logits: list[float], label: int) -> float:
     return math.log(sum(math.exp(z) for z in logits)) - logits[label]
 
 
-def loop_loss(name: str, logits: Tensor, labels: Tensor) -> float:
-    prior, total, weight_sum = COUNTS / COUNTS.sum(), 0.0, 0.0
-    weights = [(1 - 0.9) / (1 - 0.9**n) for n in COUNTS]
+def loop_loss(name: str, logits: Tensor, labels: Tensor, smoothing: float = 0.0, weights: list | None = None) -> float:
+    prior, total, weight_sum, c = COUNTS / COUNTS.sum(), 0.0, 0.0, len(COUNTS)
+    if name == "cb":
+        weights = [(1 - 0.9) / (1 - 0.9**n) for n in COUNTS]
     for z, y in zip(logits.tolist(), labels.tolist(), strict=True):
-        weight, factor = 1.0, 1.0
-        if name == "cb":
-            weight = weights[y]
-        elif name == "balanced-softmax":
+        weight, factor = 1.0 if weights is None else weights[y], 1.0
+        if name == "balanced-softmax":
             z = [a + math.log(p) for a, p in zip(z, prior, strict=True)]
         elif name == "logit-adjustment":
             z = [a + 2 * math.log(p) for a, p in zip(z, prior, strict=True)]
@@ -144,7 +145,9 @@ def loop_loss(name: str, logits: Tensor, labels: Tensor) -> float:
             z = [10 * (a - (0.4 * margins[c] / max(margins) if c == y else 0)) for c, a in enumerate(z)]
         elif name == "focal":
             factor = (1 - math.exp(-loop_ce(z, y))) ** 1.5
-        total, weight_sum = total + weight * factor * loop_ce(z, y), weight_sum + weight
+        shares = [smoothing / c + (1 - smoothing) * (k == y) for k in range(c)]
+        own = sum(share * loop_ce(z, k) for k, share in enumerate(shares))
+        total, weight_sum = total + weight * factor * own, weight_sum + weight
     return total / weight_sum
 
 
@@ -169,13 +172,49 @@ def test_losses_by_loops(name) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [name for name in longtail.LOSSES if name != "focal"])
-def test_smoothing_is_the_library_s(name) -> None:
+SMOOTH = [name for name in longtail.LOSSES if name != "focal"]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("weights", [None, [0.2, 0.7, 1.9, 4.0]])
+def test_smoothing_by_loops(name, weights) -> None:
+    """Of every loss, with its own class weights and with deferred ones: an example counts with its label's weight."""
     logits, labels = batch()
-    loss = longtail.class_loss(name, COUNTS, smoothing=0.2).double()
-    wanted = F.cross_entropy(loss.transform(logits, labels), labels, loss.weight, label_smoothing=0.2)
-    assert loss(logits, labels).item() == pytest.approx(wanted.item())
-    assert loss(logits, labels).item() != pytest.approx(longtail.class_loss(name, COUNTS)(logits, labels).item())
+    loss = longtail.class_loss(name, COUNTS, **OPTIONS, smoothing=0.2)
+    if weights is not None and name != "cb":
+        loss.reweigh(np.array(weights))
+    wanted = loop_loss(name, logits, labels, 0.2, weights)
+    assert loss(logits.float(), labels).item() == pytest.approx(wanted, rel=1e-5)
+    assert torch.autograd.gradcheck(lambda z: loss.double()(z, labels), logits.requires_grad_())
+
+
+def test_smoothing_without_weights_is_the_library_s() -> None:
+    logits, labels = batch()
+    wanted = F.cross_entropy(logits, labels, label_smoothing=0.2)
+    torch.testing.assert_close(longtail.class_loss("ce", COUNTS, smoothing=0.2)(logits, labels), wanted)
+
+
+@pytest.mark.parametrize("name", longtail.LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_computed_in_float32(name, dtype) -> None:
+    """Their own rounding is all that is lost, with and without autocast, smoothed where that is defined."""
+    logits, labels = batch()
+    logits, smoothing = logits.to(dtype), 0.2 * (name in SMOOTH)
+    loss = longtail.class_loss(name, COUNTS, **OPTIONS, smoothing=smoothing)
+    wanted = loop_loss(name, logits.double(), labels, smoothing)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found = loss(logits, labels)
+        assert found.dtype == torch.float32 and found.item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_cosine_logits_stay_in_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    head, x = longtail.CosineHead(8, 3), torch.randn(5, 8)
+    x[0] = 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head(x), head.float()(x)) and head(x).dtype == torch.float32
+        assert head(x.half())[0].tolist() == [0, 0, 0]  # a zero row has no direction
 
 
 def test_special_cases_are_cross_entropy() -> None:

@@ -559,3 +559,11 @@ def test_projection_of_chosen_rows():
     untouched = [0, 2, 3, 5]
     assert torch.equal(table[untouched], before[untouched])
     torch.testing.assert_close(table[[1, 4]], before[[1, 4]] / 2)
+
+
+@pytest.mark.parametrize("form", ["squared", "paper", "signed"])
+def test_equal_rows_have_no_covariance_and_a_finite_gradient(form) -> None:
+    rows = torch.ones(5, 3, dtype=torch.float64, requires_grad=True)
+    value = losses.covariance(rows, form)
+    value.backward()
+    assert value.item() == 0 and rows.grad.abs().max() == 0

@@ -706,7 +706,7 @@ def test_a_mirrored_batch_is_done_in_full_or_not_at_all(mode, bad_call, scaled):
         model = small_model()
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100) if scaled else None
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        mirror = MirrorGradient(optimizer, mode=mode, every=2, scaler=scaler, guard=not scaled)
+        mirror = MirrorGradient(optimizer, mode=mode, every=2, scaler=scaler, guard=not scaled, module=nn.Module())
         mirror.step(lambda m=model: batch_loss(m, batches[0]))
         mirror.step(lambda m=model: batch_loss(m, batches[1]))
         if poison:
@@ -729,7 +729,7 @@ def test_a_scaler_changes_nothing_but_rounding(mode):
         model = small_model().double()
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) if scaled else None
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        mirror = MirrorGradient(optimizer, mode=mode, every=2, scaler=scaler, clip=0.5)
+        mirror = MirrorGradient(optimizer, mode=mode, every=2, scaler=scaler, clip=0.5, module=nn.Module())
         skipped = [mirror.step(lambda x=x, m=model: batch_loss(m, x)).skipped for x in some_batches(6).double()]
         assert not any(skipped)
         ends.append(flat(list(model.parameters())))
@@ -739,10 +739,99 @@ def test_a_scaler_changes_nothing_but_rounding(mode):
 
 def test_guard_skips_an_ordinary_step():
     theta = torch.ones(2, requires_grad=True)
-    mirror = MirrorGradient(torch.optim.SGD([theta], lr=0.1), every=0, guard=True)
+    mirror = MirrorGradient(torch.optim.SGD([theta], lr=0.1), every=0, guard=True, module=nn.Module())
     assert mirror.step(lambda: (theta * float("nan")).sum()).skipped
     assert torch.equal(theta.detach(), torch.ones(2))
     assert not mirror.step(lambda: theta.sum()).skipped
+
+
+def normed_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad_call", [1, 2])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_skipped_batch_leaves_running_statistics_alone(mode, bad_call, scaled, every):
+    """A batch with NaN, in either half of a mirrored one or in an ordinary one; the model is alive in eval mode."""
+    model, x = normed_model(), torch.randn(8, 3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    mirror = MirrorGradient(optimizer, mode=mode, every=every, scaler=scaler, guard=not scaled, module=model)
+    mirror.step(lambda: model(x).square().mean())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert before["1.running_mean"].abs().sum() > 0
+    calls: list[int] = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        return model(x * (float("nan") if len(calls) == (bad_call if every else 1) else 1.0)).square().mean()
+
+    assert mirror.step(closure).skipped
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.eval()(x).isfinite().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics_of_the_first_half_alone(mode):
+    """A mirrored batch counts once in them, at the parameters before the step, as in plain training."""
+    model, plain, x = normed_model(), normed_model(), torch.randn(8, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    mirror = MirrorGradient(optimizer, mode=mode, every=1, module=model, statistics="first")
+    mirror.step(lambda: model(x).square().mean())
+    plain(x)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(model[1], name), getattr(plain[1], name))
+    both = normed_model()
+    MirrorGradient(torch.optim.Adam(both.parameters(), lr=0.01), mode=mode, every=1).step(
+        lambda: both(x).square().mean()
+    )
+    assert both[1].num_batches_tracked == 2
+    # A checkpoint of before the setting goes on as it was.
+    state = MirrorGradient(optimizer).state_dict()
+    state["settings"].pop("statistics")
+    MirrorGradient(optimizer).load_state_dict(state)
+    with pytest.raises(UserError, match="mirror statistics=both, the run has first"):
+        MirrorGradient(optimizer, module=model, statistics="first").load_state_dict(state)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_halves_that_touch_other_parameters_or_none(mode):
+    a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    mirror = MirrorGradient(
+        torch.optim.Adam([a, b], lr=0.1), mode=mode, every=1, guard=True, diagnostics=True, module=nn.Module()
+    )
+    turns = iter([a, b])
+    found = mirror.step(lambda: next(turns).square().sum())
+    assert not found.skipped and found.diagnostics["grad_norm"] == found.diagnostics["mirror_grad_norm"] > 0
+    assert found.diagnostics["grad_cosine"] == 0
+    elsewhere = torch.ones(2, requires_grad=True)
+    before = flat([a, b])
+    none = mirror.step(lambda: elsewhere.sum())
+    assert not none.skipped and none.diagnostics["grad_norm"] == 0 and np.isfinite(before).all()
+
+
+def test_what_cannot_be_mirrored_is_one_line():
+    theta = torch.ones(2, requires_grad=True)
+    with pytest.raises(UserError, match="LBFGS calls the loss itself, several times a step"):
+        MirrorGradient(torch.optim.LBFGS([theta]))
+    for settings in ({"guard": True}, {"scaler": torch.amp.GradScaler("cpu")}, {"statistics": "first"}):
+        with pytest.raises(UserError, match="found no network: give module=MODEL"):
+            MirrorGradient(torch.optim.SGD([theta], lr=0.1), **settings)
+
+    def closure() -> Tensor:
+        loss = theta.square().sum()
+        loss.backward()
+        return loss
+
+    for every in (0, 1):
+        with pytest.raises(
+            ValueError, match="the closure called backward itself: let it compute and return the loss alone"
+        ):
+            MirrorGradient(torch.optim.SGD([theta], lr=0.1), every=every).step(closure)
+    assert torch.equal(theta.detach(), torch.ones(2))
 
 
 def test_fused_goes_back_when_the_second_pass_fails():

@@ -49,3 +49,18 @@ def test_many_nodes_sort_by_wider_keys():
     ours, v.grad = v.grad, None
     (v[0] - v[nodes]).square().sum().backward()
     torch.testing.assert_close(ours, v.grad)
+
+
+@pytest.mark.parametrize("places", [29, 30, 31, 500])
+def test_more_pairs_than_cells(close, places):
+    """Small data with many negatives lists a user's item many times: 3 users x 10 nodes have 30 cells."""
+    generator = torch.Generator().manual_seed(1)
+    nodes = torch.randint(10, (places,), generator=generator)
+    indptr = torch.tensor([0, places // 3, places // 2, places])
+    ours, theirs = vectors().requires_grad_(), vectors().requires_grad_()
+    found = pair_sq_distances(ours, USERS, indptr, nodes)
+    wanted = (theirs[USERS][torch.repeat_interleave(indptr.diff())] - theirs[nodes]).square().sum(1)
+    close(found, wanted.detach())
+    weights = torch.linspace(-1, 2, places, dtype=torch.float64)
+    (found * weights).sum().backward(), (wanted * weights).sum().backward()
+    close(ours.grad, theirs.grad, grad=True)

@@ -10,9 +10,13 @@ import tomllib
 
 import pytest
 
+from gfml.base.errors import UserError
+from gfml.base.home import configs
 from mirror_grad import options as flags
 from mirror_grad.models import MODELS
-from mirror_grad.options import CONFIGS, arm_of, layers, parse
+from mirror_grad.options import arm_of, layers, parse
+
+CONFIGS = configs() / "mirror_grad"
 
 
 def refused(capsys, *words):
@@ -100,8 +104,17 @@ def stored(tmp_path, monkeypatch):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
 
-    monkeypatch.setattr(flags, "CONFIGS", tmp_path)
+    (tmp_path / "mirror_grad").symlink_to(tmp_path)
+    write(overall="", mirror="")
+    monkeypatch.setattr(flags, "configs", lambda: tmp_path)
     return write
+
+
+def test_a_missing_settings_file_is_an_error(stored, tmp_path):
+    """Without it the epoch would be selected by another metric."""
+    (tmp_path / "overall.toml").unlink()
+    with pytest.raises(UserError, match=r"overall.toml are missing"):
+        parse(["-m", "VBPR"])
 
 
 def test_later_layers_win(stored, tmp_path):

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from gfml.base.checkpoints import load_state
-from gfml.base.errors import UserError
 from gfml.data.synthetic import generate
 from gfml.engine.distributed import World
 from gfml.engine.runs import read_result
 from gfml.program.steps import shared_loss
-from recsys import experiment
-from recsys.options import parse
+from recsys.experiment import Recsys
+from recsys.main import PROGRAM
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--dataset", "synthetic", "--demo-users", "301", "--demo-items", "120", "--demo-interactions", "5000", "--epochs", "2",
@@ -33,12 +33,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("rows", (50, 2))
 def test_the_mean_over_processes_is_the_gradient_of_the_batch(flags: list[str], size: int, rows: int) -> None:
     """Also where processes have unequally many rows, or one has none."""
-    options = parse([*TINY[:-1], *flags])
-    data = generate(30, 40, 400, seed=0)
+    options = PROGRAM.parse([*TINY[:-1], *flags])
+    this = Recsys(replace(options, batch_size=rows), generate(30, 40, 400, seed=0))
     torch.manual_seed(0)
-    model = experiment.build_model(options, data, CPU).double()
-    options.batch_size = rows
-    batch = next(iter(experiment.build_sampler(options, data, CPU).epoch(1)))
+    model = this.build().double()
+    batch = next(iter(this.training(model).batches(1)))
     reduction = "sum" if options.loss_mode == "cml" else "mean"
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -54,12 +53,10 @@ def test_the_mean_over_processes_is_the_gradient_of_the_batch(flags: list[str], 
 
 
 @pytest.mark.parametrize("flags", (["--compat", "1"], ["--loss_mode", "cml", "--use_cov_loss"]))
-def test_losses_of_whole_batches_are_not_shared(flags: list[str]) -> None:
-    options = parse([*TINY[:-1], *flags])
-    with pytest.raises(UserError, match="several processes"):
-        experiment.loss_of(
-            options, experiment.build_model(options, generate(30, 40, 400, seed=0), CPU), World(0, 2, CPU)
-        )
+def test_losses_of_whole_batches_are_not_shared(flags: list[str], processes, tmp_path: Path) -> None:
+    words = [*TINY[:-1], *flags, "--out", str(tmp_path)]
+    said = processes(2, ROOT / "recsys" / "main.py", *words, fails=True)
+    assert any("several processes" in text for text in said)
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from gfml import load as load_run
 from gfml.engine.runs import read_result
 from gfml.program.cli import run_main
+from gfml.program.recommend import Lists, main, recommend, similar_items, write_csv, write_json
 from recsys.main import main as train_main
-from recsys.recommend import Lists, is_logit, load_run, main, recommend, similar_items, write_csv, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +91,7 @@ def test_scores_and_probabilities_are_those_of_the_formula(finished):
 )  # fmt: skip
 def test_probabilities_stand_only_where_scores_mean_one(train, tmp_path, flags, logit):
     run = load_run(train(tmp_path, "run", *flags.split()))
-    assert is_logit(run) == logit
+    assert run.experiment.is_logit(run.model) == logit
     assert ("probability" in recommend(run, [0], 3).columns) == logit
 
 
@@ -115,7 +116,7 @@ def test_lists_do_not_depend_on_company_or_order(finished):
 def test_scores_come_block_by_block(finished, monkeypatch):
     run = load_run(finished["mix"])
     whole = recommend(run, range(60), 5)
-    monkeypatch.setattr("recsys.recommend.BLOCK_BYTES", 4 * 40 * 7)
+    monkeypatch.setattr("gfml.program.recommend.BLOCK_BYTES", 4 * 40 * 7)
     blocks = recommend(run, range(60), 5)
     np.testing.assert_allclose(blocks.columns["score"], whole.columns["score"], rtol=1e-5)
 

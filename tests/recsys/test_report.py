@@ -15,8 +15,9 @@ from scipy import stats
 from gfml.engine.runs import read_result
 from gfml.metrics.compare import bootstrap_mean
 from gfml.report import page as report
+from gfml.report.ranking_page import write_report
 from gfml.report.recommenders import GLOSSARY, TABLE_METRICS
-from recsys.report import main, write_report
+from recsys.report import main
 
 PLOTS = {"learning.png", "groups.png", "mass.png", "mass-curve.png"}
 
@@ -321,7 +322,7 @@ def test_bad_runs(fail, finished, copy, tmp_path):
     (damaged / "analysis.npz").write_bytes(b"PK")
     assert "analysis.npz" in fail(main, str(damaged))
     foreign = copy("bpr", lambda result: result.pop("topks"), to="foreign")
-    assert "no run of recsys/main.py" in fail(main, str(foreign))
+    assert "no run of a recommender" in fail(main, str(foreign))
     assert "'pdf'" in fail(main, good, "--format", "pdf")
     (tmp_path / "file").write_text("")
     assert "cannot write" in fail(main, good, "--out", str(tmp_path / "file" / "out"))

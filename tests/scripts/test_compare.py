@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,10 @@ import pytest
 
 from gfml.base.errors import UserError
 from gfml.program.cli import run_main
+from gfml.report import compare
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = runpy.run_path(str(ROOT / "scripts" / "compare.py"))
+NAMES = vars(compare)
 USERS = 80
 RNG = np.random.default_rng(0)
 BASE = RNG.integers(0, 5, USERS) / 4

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,10 @@ import pytest
 
 from gfml.base.errors import UserError
 from gfml.program.cli import run_main
+from gfml.report import collection
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = runpy.run_path(str(ROOT / "scripts" / "report.py"))
+NAMES = vars(collection)
 
 
 def store(

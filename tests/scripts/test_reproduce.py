@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from pathlib import Path
@@ -15,6 +14,7 @@ from scipy.stats import wilcoxon
 from gfml.base.errors import UserError
 from gfml.program.cli import run_main
 from gfml.program.commands import read_command
+from gfml.report import reproduce, results_table, table_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -96,15 +96,12 @@ BASE = np.random.default_rng(0).integers(1, 5, 40) / 8
 
 @pytest.fixture(scope="session")
 def script() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        return importlib.import_module("reproduce")
+    return reproduce
 
 
 @pytest.fixture
 def toy(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with one table, whose README is in ``paper``; programs are still those of the repository."""
-    results = importlib.import_module("results_table")
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "toy.toml").write_text(TABLE)
     (tmp_path / "paper").mkdir()
@@ -112,9 +109,10 @@ def toy(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "README.md").write_text("first page\n")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tables").symlink_to(tmp_path / "tables")
-    monkeypatch.setattr(script, "TABLES", tmp_path / "tables")
+    monkeypatch.setattr(script, "configs", lambda: tmp_path / "configs")
+    monkeypatch.setattr(results_table, "configs", lambda: tmp_path / "configs")
     monkeypatch.setattr(script, "TABLE_ROOT", tmp_path)
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results_table, "ROOT", tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
@@ -469,12 +467,13 @@ def test_the_figure_shows_rows_published_values_and_changes(script: ModuleType, 
     picture = (pairs / "paper" / "results" / "pairs.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) < 100_000
 
-    figure = importlib.import_module("table_figure")
     labels = ["A + MG", "A", "A + steps", "B + MG", "B", "B + steps", "alone"]
     first = {"A + MG": "A", "A + steps": "A", "B + MG": "B", "B + steps": "B"}
     rows = {row["method"]: row for row in script.stored_rows(pairs / "paper", "pairs")}
-    drawn = figure.Drawn(rows, labels, first, {"A + MG": "A (paper)", "B + MG": "B (paper)"}, list(tests.values()))
-    left, right = figure.draw(drawn, ["ndcg@5"]).axes
+    drawn = table_figure.Drawn(
+        rows, labels, first, {"A + MG": "A (paper)", "B + MG": "B (paper)"}, list(tests.values())
+    )
+    left, right = table_figure.draw(drawn, ["ndcg@5"]).axes
     assert [text.get_text() for text in left.get_yticklabels()] == ["A", "B", "alone"]
     single = [line for line in left.lines if line.get_marker() in ("o", "D") and len(line.get_xdata()) == 1]
     points = {(line.get_marker(), float(line.get_ydata()[0])): float(line.get_xdata()[0]) for line in single}
@@ -499,11 +498,10 @@ def test_the_figure_shows_rows_published_values_and_changes(script: ModuleType, 
 
 
 def test_labels_are_grouped_and_named_by_what_they_share(script: ModuleType) -> None:
-    figure = importlib.import_module("table_figure")
     first = {"A + MG": "A", "B, mg": "B, plain", "B, lr": "B, plain"}
-    groups = figure.groups_of(["A", "B, plain", "A + MG", "B, mg", "C", "B, lr"], first)
+    groups = table_figure.groups_of(["A", "B, plain", "A + MG", "B, mg", "C", "B, lr"], first)
     assert groups == [["A", "A + MG"], ["B, plain", "B, mg", "B, lr"], ["C"]]
-    assert [figure.names_of(group) for group in groups] == [
+    assert [table_figure.names_of(group) for group in groups] == [
         ("A", ["plain", "MG"]),
         ("B", ["plain", "mg", "lr"]),
         ("C", ["plain"]),
@@ -511,13 +509,12 @@ def test_labels_are_grouped_and_named_by_what_they_share(script: ModuleType) -> 
 
 
 def test_a_long_figure_stays_small_and_nothing_gives_none(script: ModuleType, tmp_path: Path) -> None:
-    figure = importlib.import_module("table_figure")
     labels = [f"model {number}{arm}" for number in range(25) for arm in ("", " + MG")]
     rows = {
         label: {"protocol": "", "ndcg@5": str(place / 100), "ndcg@5 std": "0.003"} for place, label in enumerate(labels)
     }
     first = {label: label.removesuffix(" + MG") for label in labels if label.endswith("MG")}
-    figure.write_figure(tmp_path / "a.png", figure.Drawn(rows, labels, first, {}, []), ["ndcg@5"])
+    table_figure.write_figure(tmp_path / "a.png", table_figure.Drawn(rows, labels, first, {}, []), ["ndcg@5"])
     assert 1000 < (tmp_path / "a.png").stat().st_size < 100_000
-    figure.write_figure(tmp_path / "b.png", figure.Drawn({}, labels, first, {}, []), ["ndcg@5"])
+    table_figure.write_figure(tmp_path / "b.png", table_figure.Drawn({}, labels, first, {}, []), ["ndcg@5"])
     assert not (tmp_path / "b.png").exists()

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
 
 from gfml.base.errors import UserError
+from gfml.report import results_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> dict:
-    """The script with a repository of its own: one paper folder with a README."""
-    names = runpy.run_path(str(ROOT / "scripts" / "results_table.py"))
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The command with a repository of its own: one paper folder with a README."""
     (tmp_path / "paper").mkdir()
     (tmp_path / "paper" / "README.md").write_text("before\n<!-- results:toy -->\nold\n<!-- end:toy -->\nafter\n")
     (tmp_path / "README.md").write_text("first page\n")
-    names["main"].__globals__["ROOT"] = tmp_path
-    return names
+    monkeypatch.setattr(results_table, "ROOT", tmp_path)
+    monkeypatch.setattr(results_table, "configs", lambda: tmp_path / "configs")
+    return vars(results_table)
 
 
 def store_run(path: Path, recall: float, *, protocol: str = "selected on validation", epoch: int = 3) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -20,11 +19,11 @@ from types import ModuleType
 import pytest
 
 from gfml.base.errors import UserError
+from gfml.program import sweep as sweep_program
 from gfml.program.commands import launch, read_command
 from gfml.program.search import Follower, check_points, load_spec, planned_points, random_point
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "sweep.py"
 BASE = """
 program = "toy_paper/main.py"
 flags = "--epochs 3"
@@ -238,13 +237,10 @@ def test_a_finished_run_without_the_metric(toy: Path) -> None:
 
 
 @pytest.fixture
-def script(toy: Path) -> dict:
+def script(toy: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The script with the toy's root."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    names = runpy.run_path(str(SCRIPT))
-    names["main"].__globals__["ROOT"] = toy
-    yield names
-    sys.path.remove(str(SCRIPT.parent))
+    monkeypatch.setattr(sweep_program, "ROOT", toy)
+    return vars(sweep_program)
 
 
 def test_only_one_process_writes_to_a_sweep(script: dict, tmp_path: Path) -> None:
@@ -353,8 +349,10 @@ def test_an_address_where_nothing_answers(script: dict) -> None:
 
 def sweep(root: Path, *words: str) -> subprocess.Popen:
     """The script with another root, as a process of its own."""
-    code = (f"import runpy, sys; from pathlib import Path; sys.path.insert(0, {str(SCRIPT.parent)!r}); names = runpy.run_path({str(SCRIPT)!r}); "
-            f"names['main'].__globals__['ROOT'] = Path({str(root)!r}); from gfml.program.cli import run_main; sys.exit(run_main(names['main'], sys.argv[1:]))")  # fmt: skip
+    code = (
+        f"import sys; from pathlib import Path; from gfml.program import sweep; sweep.ROOT = Path({str(root)!r}); "
+        "from gfml.program.cli import run_main; sys.exit(run_main(sweep.main, sys.argv[1:]))"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -11,15 +11,14 @@ from gfml.data.images import ArrayPictures, ImageData, ImageSet
 from gfml.engine.distributed import World
 from vision.augment import AutoAugment
 from vision.data import Augmentation, TrainBatches, VisionData, augmentation, class_weights, load
-from vision.options import for_model, parse
+from vision.main import PROGRAM
 
 PLAIN = Augmentation(crop=False)
 EVERYTHING = Augmentation(auto=AutoAugment(), paste=True, mix="cutmix")
 
 
 def options_of(*words):
-    options = parse([*map(str, words)])
-    return for_model(options, options.model_name[0])
+    return PROGRAM.parse([*map(str, words)]).each()[0]
 
 
 def world(rank=0, size=1):
@@ -162,8 +161,13 @@ def test_validation_is_a_part_of_the_long_tail():
 def test_wrong_settings_are_one_line():
     with pytest.raises(UserError, match="found --num-classes 7, wanted 10 for digits"):
         load(options_of("--num-classes", 7))
-    with pytest.raises(UserError, match="wanted one example at least; mend --imb-factor"):
-        load(options_of("--imb-factor", 0.001))
+
+
+def test_a_class_without_train_images_is_kept_and_told():
+    """As the published draw leaves it at so small a factor; it is trained on nothing and judged like the others."""
+    data = load(options_of("--imb-factor", 0.001, "--val_fraction", 0.1))
+    assert data.num_classes == 10 and data.counts[-1] == 0 and len(data.source.test) == 500
+    assert data.source.notes == ("3 classes have no train image (7, 8, 9), as in the published draw",)
 
 
 def test_cimb10_is_the_published_cut(shared_data):

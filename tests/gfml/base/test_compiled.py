@@ -6,7 +6,7 @@ import pytest
 import torch
 from numba import njit
 
-from gfml.base.compiled import compiled, in_threads
+from gfml.base.compiled import Team, compiled, in_threads
 
 
 def test_works_where_machine_code_cannot_be_kept() -> None:
@@ -53,3 +53,20 @@ def test_an_error_comes_out_and_the_number_of_threads_stays(threads, number: int
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda part: 1 // part, [1, 0, 2])
     assert torch.get_num_threads() == number
+
+
+def test_a_team_keeps_its_threads_and_the_caller_works_too() -> None:
+    team, seen = Team(), []
+    for parts in (1, 3, 2, 3):
+        meet = threading.Barrier(parts, timeout=20)
+
+        def work(part: int, meet: threading.Barrier = meet) -> None:
+            meet.wait()
+            seen.append((part, threading.get_ident()))
+
+        team(work, parts)
+    assert sorted(part for part, _ in seen) == sorted([0, 0, 1, 2, 0, 1, 0, 1, 2])
+    assert {thread for part, thread in seen if part == 0} == {threading.get_ident()}
+    assert len({thread for _, thread in seen}) == 3
+    with pytest.raises(ZeroDivisionError):
+        team(lambda part: 1 // (part - 1), 2)

@@ -18,6 +18,7 @@ from gfml.data.images import (
     FilePictures,
     ImageSet,
     channel_statistics,
+    decode,
     load_images,
     read_folder,
     read_idx,
@@ -262,6 +263,75 @@ def test_a_folder_without_parts_is_cut(tmp_path, pictures):
     assert data.train.counts.tolist() == data.test.counts.tolist() == [3, 3]
     names = {data.train.pictures.name(n) for n in range(6)} | {data.test.pictures.name(n) for n in range(6)}
     assert len(names) == 12
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path, pictures):
+    """At every level, and their endings do not matter; .jfif is a JPEG."""
+    folder = write_tree(tmp_path / "photos", pictures)
+    for place in (
+        "__MACOSX",
+        ".ipynb_checkpoints",
+        "train/.ipynb_checkpoints",
+        "train/__MACOSX",
+        "train/cat/.ipynb_checkpoints",
+    ):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "x.png").write_bytes(png_bytes(pictures[0]))
+    (folder / "train" / "cat" / "._0.png").write_bytes(b"no picture")
+    (folder / "train" / "cat" / "more").mkdir()
+    Image.fromarray(pictures[0]).save(folder / "train" / "cat" / "more" / "0.jfif", "JPEG")
+    data = load_images(folder, size=4)
+    assert (
+        data.classes == ("cat", "dog") and data.train.counts.tolist() == [7, 6] and data.test.counts.tolist() == [6, 6]
+    )
+
+
+def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bits_are_scaled(kind):
+    """v 255 / 65535, rounded: the library's conversion would leave all above 255 white."""
+    values = np.array([[0, 1, 128, 255], [256, 257, 30_000, 65_535], [385, 386, 32_767, 65_406]], dtype=np.uint16)
+    found = decode(saved(Image.fromarray(values), kind), "x")
+    wanted = [[round(int(v) * 255 / 65535) for v in row] for row in values]
+    assert found.dtype == np.uint8 and found.shape == (3, 4, 3)
+    assert all(found[..., channel].tolist() == wanted for channel in range(3))
+
+
+def test_pixels_without_a_range_are_refused():
+    for values in (np.zeros((2, 2), np.float32), np.full((2, 2), 70_000, np.int32)):
+        with pytest.raises(
+            UserError, match="cannot read the image x.tif .it has pixels of the kind '[FI]', wanted 8 or 16 bits"
+        ):
+            decode(saved(Image.fromarray(values), "TIFF"), "x.tif")
+
+
+def test_own_pictures_are_upright_and_on_white(tmp_path):
+    """Published pictures keep their pixels, whatever their EXIF data and transparency say."""
+    colours = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 10
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned = saved(Image.fromarray(colours), "PNG", exif=exif)
+    assert np.array_equal(decode(turned, "x"), colours)
+    assert np.array_equal(decode(turned, "x", upright=True), np.rot90(colours, -1))
+    alpha = np.array([[0, 255, 128]], dtype=np.uint8)
+    see_through = saved(Image.fromarray(np.dstack([np.zeros((1, 3, 3), np.uint8), alpha])), "PNG")
+    assert decode(see_through, "x").tolist() == [[[0] * 3] * 3]
+    assert decode(see_through, "x", upright=True).tolist() == [[[255] * 3, [0] * 3, [127] * 3]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 9, 8, 7])
+    palette.putpixel((1, 0), 1)
+    marked = saved(palette, "GIF", transparency=0)
+    assert decode(marked, "x", upright=True).tolist() == [[[255] * 3, [9, 8, 7]]]
+    for label in "ab":
+        (tmp_path / "own" / label).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / "own" / label / f"{number}.png").write_bytes(turned)
+    assert np.array_equal(load_images(tmp_path / "own").train.image(0), np.rot90(colours, -1))
 
 
 def test_folders_that_cannot_be_used(tmp_path, pictures):

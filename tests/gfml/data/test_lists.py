@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from gfml.base.errors import UserError
-from gfml.data.lists import FORMS, ordered, read_lists, read_pairs, write_lists
+from gfml.data.lists import FORMS, ListTable, ordered, read_lists, read_pairs, write_table
 
-USERS, ITEMS = np.array(["07", "u1"]), np.array(["a", "b", "012"])
-TOP = np.array([[2, 0, 1], [1, -1, -1]])
+TABLE = ListTable(np.array(["07", "u1", "07", "07"]), np.array(["a", "b", "012", "b"]), np.array([2.0, 1, 1, 3]))
 
 
 def lists_of(path):
@@ -25,7 +24,7 @@ def lists_of(path):
 @pytest.mark.parametrize("form", FORMS)
 def test_written_and_read_back(form, tmp_path):
     file = tmp_path / f"lists.{form if form in ('csv', 'parquet') else 'tsv'}"
-    write_lists(file, form, USERS, TOP, ITEMS)
+    write_table(file, form, TABLE)
     assert lists_of(file) == {"07": ["012", "a", "b"], "u1": ["b"]}
     scores = read_lists(file).scores
     assert scores is not None and scores.min() > 0  # programs that score unlisted items 0 rank them below

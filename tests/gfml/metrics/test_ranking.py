@@ -168,3 +168,29 @@ def test_nothing_relevant_is_no_value():
     hits, sizes = np.zeros((1, 2), dtype=bool), np.array([0])
     assert np.isnan([recall(hits, sizes, 2)[0], ndcg(hits, sizes, 2)[0]]).all()
     assert np.isnan([average_precision(hits, sizes, 2, d)[0] for d in ("min", "k", "n")]).all()
+
+
+def test_graded_ndcg_against_a_plain_loop():
+    rng = np.random.default_rng(4)
+    top = np.array([rng.permutation(12)[:6] for _ in range(5)])
+    ratings = [{int(i): int(rng.integers(1, 6)) for i in rng.permutation(12)[:size]} for size in (1, 3, 7, 9, 0)]
+    dense = np.zeros((5, 12))
+    for row, rated in enumerate(ratings):
+        for item, rating in rated.items():
+            dense[row, item] = rating
+    for name, gain in (("linear", lambda r: r), ("exp", lambda r: 2**r - 1), ("exp1", lambda r: 2 ** (r + 1) - 1)):
+        found = ranking_metrics(top, sp.csr_array(dense), [4], graded=name)["graded_ndcg@4"]
+        for row, rated in enumerate(ratings):
+            gained = sum(gain(rated[i]) / np.log2(n + 2) for n, i in enumerate(top[row, :4].tolist()) if i in rated)
+            best = sum(gain(r) / np.log2(n + 2) for n, r in enumerate(sorted(rated.values(), reverse=True)[:4]))
+            assert found[row] == pytest.approx(gained / best) if rated else np.isnan(found[row])
+    with pytest.raises(ValueError, match="unknown gain"):
+        ranking_metrics(top, sp.csr_array(dense), [4], graded="stars")
+
+
+def test_an_item_twice_in_a_list_counts_once():
+    relevant = csr_from_lists([[3], [1, 2]], 5)
+    found = ranking_metrics(np.array([[3, 3, 0], [1, 1, 2]]), relevant, [3])
+    np.testing.assert_allclose(found["recall@3"], [1, 1])
+    np.testing.assert_allclose(found["precision@3"], [1 / 3, 2 / 3])
+    np.testing.assert_allclose(found["map@3"], [1, (1 + 2 / 3) / 2])

@@ -169,3 +169,26 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 2.0, f"{done.stdout} GiB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("other", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_floating_type_gives_the_metrics_of_its_values(points, dtype: torch.dtype, other: torch.dtype) -> None:
+    """Also mixed ones, and rows of zeros, which are as far from everything; computed in float32 at least."""
+    query, labels = points[0].to(dtype), points[1]
+    query[3], query[8] = 0, 0
+    reference = points[0].flip(0).to(other)
+    found = retrieve(query, labels, reference, labels.flip(0), ks=(1, 3), whole=True)
+    wanted = plain(query, labels, reference, labels.flip(0), alone=False)
+    assert found.cosines.dtype == (np.float64 if torch.float64 in (dtype, other) else np.float32)
+    rows = [q for q in range(len(query)) if q not in (3, 8)]  # all cosines of a zero row are equal: no order
+    for name, values in wanted.items():
+        np.testing.assert_allclose(found.per_query[name][rows], np.array(values)[rows], rtol=1e-9)
+    assert (found.cosines[[3, 8]] == 0).all()
+
+
+def test_numbers_that_are_no_floats_are_refused_on_entry() -> None:
+    labels = torch.tensor([0, 0, 1])
+    for wrong in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match="found numbers of type .*, wanted floating point"):
+            retrieve(torch.ones(3, 2).to(wrong), labels)

@@ -17,7 +17,7 @@ from scipy.stats import chi2_contingency, chisquare
 from gfml.base.errors import UserError
 from gfml.data.interactions import csr_from_pairs, pairs_from_csr
 from gfml.ranking import sampling
-from gfml.ranking.sampling import NEGATIVES, SCHEMES, PairSet, TripleSampler, TwoStageSampler
+from gfml.ranking.sampling import NEGATIVES, SCHEMES, FreeItems, PairSet, TripleSampler, TwoStageSampler
 
 reference = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "reference_sampler.py")))
 # Fixed seeds: a correct sampler fails once in a hundred thousand choices of them.
@@ -386,3 +386,22 @@ def test_near_negatives_repeat_for_equal_vectors_and_follow_new_ones():
     assert len(asked) == -(-num_batches // 2)
     with pytest.raises(ValueError, match="at least 1"):
         two_stage(vectors, refresh=0)
+
+
+@pytest.mark.parametrize("kind", ("uniform", "popularity", "gaps"))
+def test_free_items_are_drawn_in_proportion(kind):
+    """What devices draw instead of rejecting: never a known item, the others by weight."""
+    rng = np.random.default_rng(0)
+    matrix = sp.csr_array((rng.random((6, 12)) < 0.5).astype(np.float64))
+    weights = {
+        "uniform": np.ones(12),
+        "popularity": np.bincount(matrix.indices, minlength=12),
+        "gaps": rng.integers(0, 3, 12),
+    }[kind]
+    free, generator = FreeItems(matrix, weights, torch.device("cpu")), torch.Generator().manual_seed(1)
+    for user, known in enumerate(matrix.toarray() > 0):
+        share = np.where(known, 0, weights) / np.where(known, 0, weights).sum()
+        drawn = free.draw(torch.full((20_000,), user), generator).numpy()
+        counts = np.bincount(drawn, minlength=12)
+        assert not counts[share == 0].any()
+        assert np.abs(counts / 20_000 - share).max() < 0.015

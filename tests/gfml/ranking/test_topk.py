@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gfml.base.errors import UserError
 from gfml.ranking import topk
-from gfml.ranking.topk import DenseScorer, FactorScorer, Scorer, rows_per_block, topk_items
+from gfml.ranking.topk import DenseScorer, FactorScorer, Scorer, rows_per_block, select_by_key, topk_items
 
 HERE = Path(__file__).resolve().parent
 reference = SimpleNamespace(**runpy.run_path(str(HERE / "reference_eval.py")))
@@ -353,3 +353,20 @@ def test_cuda_equals_cpu():
     on_cpu = topk_items(FactorScorer(user, item), torch.arange(300), 20, seen=seen)
     on_cuda = topk_items(FactorScorer(user.cuda(), item.cuda()), torch.arange(300), 20, seen=seen, memory_mb=8)
     assert on_cuda.is_cuda and torch.equal(on_cuda.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("columns", (50, 700))
+@pytest.mark.parametrize("levels", (3, 10**6))
+def test_keys_select_what_the_rule_says(columns, levels):
+    """What devices do without learning how many rows have ties, on scores with many ties, zeros of both signs and gaps."""
+    generator = torch.Generator().manual_seed(columns + levels)
+    block = torch.randint(-levels, levels + 1, (40, columns), generator=generator) / 7
+    block[torch.rand(block.shape, generator=generator) < 0.1] = -torch.inf
+    block[3], block[4, 5:] = -torch.inf, -torch.inf
+    block = torch.where((block == 0) & (torch.rand(block.shape, generator=generator) < 0.5), -0.0, block)
+    ids, broken = select_by_key(block, 9)
+    order = block.sort(dim=1, descending=True, stable=True).indices[:, :9]
+    wanted = order.masked_fill(block.gather(1, order) == -torch.inf, -1)
+    assert torch.equal(ids, wanted) and not broken.any()
+    block[7, columns - 1] = torch.nan
+    assert select_by_key(block, 9)[1].nonzero().tolist() == [[7]]

@@ -11,9 +11,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compare import check_comparable, metrics_of
-from compare import compare as compare_runs
-
+from gfml.report.compare import check_comparable, metrics_of
+from gfml.report.compare import compare as compare_runs
 from gfml.report.stored import read_runs
 
 RESAMPLES = 2000
@@ -30,7 +29,7 @@ def paired_rows(
     runs: the finished run of (label, seed). A pair with no seed in common, or with fewer than are stored, keeps its stored
     rows. ``p_holm`` is corrected over all tests of a level. UserError for runs that judged other users or lack a metric.
     """
-    rows = []
+    rows: list[dict[str, str]] = []
     for label, against in pairs:
         seeds = [seed for name, seed in runs if name == label and (against, seed) in runs]
         fresh = _users(label, against, seeds, runs, metrics)

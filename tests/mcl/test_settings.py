@@ -7,7 +7,9 @@ import shlex
 import pytest
 
 from gfml.base.toml import toml_text
-from mcl.options import parse
+from mcl.main import PROGRAM
+
+parse = PROGRAM.parse
 
 SEED = "--gfml --dataset $DATA --gpu_id $GPU --lr $LR --lambd $LAM --lamb_p $lamP --lamb_n $lamN"
 
@@ -68,7 +70,7 @@ def test_every_flag_of_the_fork(capsys):
     notes = capsys.readouterr().err
     assert all(
         f"--{name} has no effect" in notes
-        for name in ("adjacency_split", "folds", "testbatch", "multicore", "pretrain")
+        for name in ("adjacency-split", "folds", "testbatch", "multicore", "pretrain")
     )
 
 

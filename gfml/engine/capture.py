@@ -1,0 +1,301 @@
+"""Training steps as CUDA graphs: recorded once, then replayed as one launch instead of some hundred.
+
+    capture = StepCapture(model, optimizer, step, loss_fn)          # fit(..., cuda_graph="auto") makes one
+    for batch in batches:
+        terms = capture(batch)                                      # the same numbers as without
+
+A recording holds forward, backward and update for batches of one form: shapes, numbers beside the tensors, and what
+the step is about to do (a mirrored batch or a plain one). Each form has a recording of its own, so the shorter last batch
+of an epoch needs no padding. The first batches of a form run as they are, on another stream, and one of them is watched
+for anything that makes the host wait for the device, which no recording can hold. The optimizer's settings, such as the
+learning rate, are constants of a recording: when they change, it is made anew. Where a step cannot be recorded training
+goes on without, and ``reason`` says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from types import FunctionType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gfml.base.errors import UserError
+
+MODES = ("auto", "0", "1")
+# Batches of a form that run as they are: in the first, optimizers make their state and kernels are compiled.
+WARM_UP = 2
+# Recordings at a time. More forms than that, over and over, are batches without a constant form.
+MOST_FORMS = 4
+
+
+class CannotRecord(Exception):
+    """Why a step cannot be recorded."""
+
+
+class Recording(Protocol):
+    """Something that runs again what it was made of."""
+
+    def replay(self) -> None: ...
+
+
+class StepCapture:
+    """Calls of a training step with a batch each, recorded where that can be; see the module text.
+
+    step: as in :func:`gfml.engine.train.fit`. A class of steps that can be recorded has ``graph_key()``, a hashable that
+        says what the next call does, and ``replayed()``, which counts a call that was replayed; a function needs neither.
+    around: a context for the loss, such as autocast. required: UserError instead of going on without.
+    record: makes a :class:`Recording` of a function; tests give another than CUDA's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        step: Callable[..., Mapping[str, Any]],
+        loss_fn: Callable[[Any], Mapping[str, Any]],
+        *,
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        required: bool = False,
+        record: Callable[[Callable[[], None]], Recording] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.step, self.loss_fn, self.around = model, optimizer, step, loss_fn, around
+        self.required, self.record = required, record or _cuda_graph
+        self.reason = ""
+        self._watch = record is None
+        self._forms: dict[Hashable, _Form] = {}
+        self._seen: dict[Hashable, int] = {}
+        self._settings: Hashable = None
+        self._steps = self._recordings = 0
+
+    def __call__(self, batch: Any) -> Mapping[str, Any]:
+        """The terms of one step, as the step gives them."""
+        if self.reason:
+            return self._plain(batch)
+        try:
+            return self._recorded(batch)
+        except CannotRecord as error:
+            self._give_up(str(error))
+            return self._plain(batch)
+
+    def forget(self) -> None:
+        """Drop the recordings: the model is about to use other tensors."""
+        self._forms.clear()
+
+    def _plain(self, batch: Any) -> Mapping[str, Any]:
+        def closure() -> Mapping[str, Any]:
+            with self.around():
+                return self.loss_fn(batch)
+
+        return self.step(closure, self.optimizer)
+
+    def _recorded(self, batch: Any) -> Mapping[str, Any]:
+        self._steps += 1
+        settings = _settings(self.optimizer)
+        if settings != self._settings:
+            self._settings = settings
+            self.forget()
+        tensors, form = _taken_apart(batch)
+        key = form, graph_key(self.step)
+        found = self._forms.get(key)
+        if found is None:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            if len(self._seen) > MOST_FORMS:
+                raise CannotRecord(f"batches come in more than {MOST_FORMS} forms")
+            if self._seen[key] <= WARM_UP:
+                return self._warm(batch, watch=self._seen[key] == WARM_UP)
+            found = self._forms[key] = self._new_form(batch, tensors)
+        else:
+            torch._foreach_copy_(found.tensors, tensors)
+            replayed(self.step)
+        found.recording.replay()
+        return found.terms()
+
+    def _warm(self, batch: Any, watch: bool) -> Mapping[str, Any]:
+        """A step as it is, on a stream of its own."""
+        if not self._watch:
+            return self._plain(batch)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), _watched(watch) as waits:
+            terms = self._plain(batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        if waits:
+            self._give_up(f"the step waits for the device at {waits[0]}")
+        return terms
+
+    def _new_form(self, batch: Any, tensors: list[Tensor]) -> _Form:
+        self._recordings += 1
+        if self._recordings > 8 and 2 * self._recordings > self._steps:
+            raise CannotRecord("the optimizer's settings change from step to step")
+        own = [tensor.clone() for tensor in tensors]
+        form = _Form(own)
+        static = _put_together(batch, iter(own))
+        before = _host_state(self.step)
+
+        def once() -> None:
+            form.keep(self._plain(static))
+
+        self.optimizer.zero_grad(set_to_none=True)
+        changed = _capturable(self.optimizer) if self._watch else []
+        try:
+            form.recording = self.record(once)
+        except (RuntimeError, AssertionError) as error:
+            _put_back(self.step, before)
+            self.optimizer.zero_grad(set_to_none=True)
+            raise CannotRecord(str(error).strip().splitlines()[0]) from error
+        finally:
+            for group in changed:
+                group["capturable"] = False
+        return form
+
+    def _give_up(self, reason: str) -> None:
+        self.reason = reason
+        self.forget()
+        if self.required:
+            raise UserError(f"found --cuda-graph 1, but {reason}: give --cuda-graph auto or 0")
+
+
+class _Form:
+    """One recording with the tensors it reads and the terms it writes."""
+
+    recording: Recording
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.names: list[str] = []
+        self.numbers: dict[str, float] = {}
+        self.values: Tensor | None = None
+
+    def keep(self, terms: Mapping[str, Any]) -> None:
+        """Terms as one tensor, so that a replay leaves one thing to copy."""
+        self.names = [name for name, value in terms.items() if isinstance(value, Tensor)]
+        self.numbers = {name: value for name, value in terms.items() if not isinstance(value, Tensor)}
+        self.values = torch.stack([terms[name].detach().double().reshape(()) for name in self.names])
+
+    def terms(self) -> dict[str, Any]:
+        return dict(zip(self.names, self.values.clone().unbind(), strict=True)) | self.numbers
+
+
+def capture_problem(model: nn.Module, step: Any, optimizer: Any, device: torch.device) -> str | None:
+    """Why steps of this model cannot be recorded; None where that is only seen when they run.
+
+    A model or a step says with a text ``host_state`` that it depends on more than parameters, buffers and the batch.
+    """
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    for part in (model, step):
+        if text := getattr(part, "host_state", None):
+            return text
+    kept = isinstance(optimizer, torch.optim.SGD) or all("capturable" in group for group in optimizer.param_groups)
+    return None if kept else f"{type(optimizer).__name__} counts its steps on the host"
+
+
+def _cuda_graph(call: Callable[[], None]) -> Recording:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+@contextmanager
+def _watched(on: bool) -> Any:
+    """Places where the host waited for the device inside the block."""
+    waits: list[str] = []
+    if not on:
+        yield waits
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits += [f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+
+
+def _taken_apart(value: Any) -> tuple[list[Tensor], Hashable]:
+    """Tensors of a batch, and everything about it that is not in them."""
+    if isinstance(value, Tensor):
+        return [value], (tuple(value.shape), value.dtype, value.device)
+    if is_dataclass(value):
+        parts = [(part.name, getattr(value, part.name)) for part in fields(value)]
+    elif isinstance(value, (tuple, list)):
+        parts = list(enumerate(value))
+    elif isinstance(value, Hashable):
+        return [], value
+    else:
+        raise CannotRecord(f"a batch holds a {type(value).__name__}")
+    tensors, forms = [], []
+    for name, part in parts:
+        found, form = _taken_apart(part)
+        tensors += found
+        forms.append((name, form))
+    return tensors, (type(value), tuple(forms))
+
+
+def _put_together(value: Any, tensors: Any) -> Any:
+    """The batch with other tensors, in the order of :func:`_taken_apart`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{part.name: _put_together(getattr(value, part.name), tensors) for part in fields(value)}
+        )
+    if isinstance(value, (tuple, list)):
+        parts = [_put_together(part, tensors) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def graph_key(step: Any) -> Hashable:
+    """What the next call of a step does; functions always do the same. CannotRecord for other steps without a key."""
+    if hasattr(step, "graph_key"):
+        return step.graph_key()
+    if isinstance(step, (partial, FunctionType)):
+        return ()
+    raise CannotRecord(f"a {type(step).__name__} does things on the host")
+
+
+def replayed(step: Any) -> None:
+    """Tell a step that a call of it was replayed."""
+    if hasattr(step, "replayed"):
+        step.replayed()
+
+
+def _host_state(step: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """What a failed recording may have changed in a step, and in the step inside it."""
+    found = []
+    while step is not None and hasattr(step, "graph_key"):
+        found.append((step, dict(vars(step))))
+        step = getattr(step, "inner", None)
+    return found
+
+
+def _put_back(step: Any, state: list[tuple[Any, dict[str, Any]]]) -> None:
+    for owner, values in state:
+        vars(owner).update(values)
+
+
+def _settings(optimizer: Any) -> Hashable:
+    """Numbers of the parameter groups, which a recording holds as constants."""
+    return tuple(
+        (name, value)
+        for group in optimizer.param_groups
+        for name, value in group.items()
+        if isinstance(value, (int, float, bool, tuple))
+    )
+
+
+def _capturable(optimizer: Any) -> list[dict[str, Any]]:
+    """Let the optimizer be recorded; the groups that were changed."""
+    groups = [group for group in optimizer.param_groups if group.get("capturable") is False]
+    for group in groups:
+        group["capturable"] = True
+    return groups

@@ -1,0 +1,174 @@
+"""Optimizers that touch what a batch touches: rows of a table whose gradient is 0 stay as they are.
+
+A dense optimizer walks the whole table at every step, whatever the batch: with momentum and decay every row moves. The
+lazy ones treat each row (the first dimension of a parameter) as a parameter of its own that is stepped only when its
+gradient is not 0. Neither its moments nor its weights decay in between. The step counter, and so the correction of the
+moments' bias, is global.
+
+    LazyAdamW     moments m, v and decoupled decay at touched rows only. Differs from AdamW wherever a row is left out of a
+                  batch: there AdamW goes on moving the row by its momentum, and decays m, v and the row itself.
+    LazyAdagrad   the same numbers as Adagrad, which leaves rows without gradient alone anyway, but for the decay, which
+                  is decoupled and at touched rows only.
+
+Which rows a gradient has is known of those that :mod:`gfml.fused` made (:func:`gfml.fused.touched_rows`); of others all
+rows are looked at. States are those of torch's optimizers of the same name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gfml.fused import threads_for, touched_rows
+
+OPTIMIZERS = ("adamw", "lazy_adamw", "adagrad")
+
+
+def build_optimizer(name: str, groups: Iterable[dict[str, Any]], lr: float) -> Optimizer:
+    """One of OPTIMIZERS for parameter groups with their own ``weight_decay``; adamw is torch's fused AdamW."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return {"lazy_adamw": LazyAdamW, "adagrad": LazyAdagrad}[name](groups, lr=lr)
+
+
+class LazyAdamW(torch.optim.AdamW):
+    """AdamW at the rows that have a gradient; see the module text. Settings as AdamW's, without amsgrad."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self._rows = _RowSteps()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step; ``closure`` as in torch."""
+        loss = _evaluated(closure)
+        for group, parameter in _with_gradient(self):
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = (_zeros_like(parameter) for _ in range(2))
+            state["step"] += 1
+            steps, (beta1, beta2) = float(state["step"]), group["betas"]
+            numbers = (
+                1 - group["lr"] * group["weight_decay"],
+                group["lr"] / (1 - beta1**steps),
+                beta1,
+                beta2,
+                1 / math.sqrt(1 - beta2**steps),
+                group["eps"],
+            )
+            self._rows("adamw_rows", _adamw, parameter, [state["exp_avg"], state["exp_avg_sq"]], numbers)
+        return loss
+
+
+class LazyAdagrad(torch.optim.Adagrad):
+    """Adagrad with decoupled decay at the rows that have a gradient; see the module text."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+    ) -> None:
+        super().__init__(
+            params, lr=lr, weight_decay=weight_decay, initial_accumulator_value=initial_accumulator_value, eps=eps
+        )
+        self._rows = _RowSteps()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step; ``closure`` as in torch."""
+        loss = _evaluated(closure)
+        for group, parameter in _with_gradient(self):
+            state = self.state[parameter]
+            state["step"] += 1
+            numbers = (1 - group["lr"] * group["weight_decay"], group["lr"], group["eps"])
+            self._rows("adagrad_rows", _adagrad, parameter, [state["sum"]], numbers)
+        return loss
+
+
+class _RowSteps:
+    """Runs a rule of :mod:`gfml.kernels.rows` on CPUs, and its equivalent in torch elsewhere."""
+
+    def __init__(self) -> None:
+        self._team: Any = None
+
+    def __call__(
+        self, rule: str, anywhere: Callable[..., None], parameter: Tensor, states: list[Tensor], numbers: tuple
+    ) -> None:
+        tensors = [parameter, parameter.grad, *states]
+        if any(t.device.type != "cpu" or not t.is_contiguous() or t.dtype not in _KINDS for t in tensors):
+            anywhere(*tensors, *numbers)
+            return
+        from gfml.base.compiled import Team
+        from gfml.kernels import rows as kernels
+
+        self._team = self._team or Team()
+        known = touched_rows(parameter.grad)
+        size = len(parameter) if parameter.dim() else 1
+        rows = np.arange(size) if known is None else known.numpy()
+        arrays = [t.detach().view(size, -1).numpy() for t in tensors]
+        parts = threads_for(len(rows) * arrays[0].shape[1])
+
+        def work(part: int) -> None:
+            mine = rows[len(rows) * part // parts : len(rows) * (part + 1) // parts]
+            getattr(kernels, rule)(mine, *arrays, *numbers)
+
+        self._team(work, parts)
+
+
+_KINDS = (torch.float32, torch.float64)
+
+
+def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *numbers: float) -> None:
+    """:func:`gfml.kernels.rows.adamw_rows` at all rows whose gradient is not 0."""
+    keep, rate, beta1, beta2, root, eps = numbers
+    touched = _touched(g)
+    m.copy_(torch.where(touched, beta1 * m + (1 - beta1) * g, m))
+    v.copy_(torch.where(touched, beta2 * v + (1 - beta2) * g * g, v))
+    p.copy_(torch.where(touched, keep * p - rate * m / (v.sqrt() * root + eps), p))
+
+
+def _adagrad(p: Tensor, g: Tensor, total: Tensor, keep: float, rate: float, eps: float) -> None:
+    """:func:`gfml.kernels.rows.adagrad_rows` at all rows whose gradient is not 0."""
+    total += g * g
+    p.copy_(torch.where(_touched(g), keep * p - rate * g / (total.sqrt() + eps), p))
+
+
+def _touched(gradient: Tensor) -> Tensor:
+    """Bool, of a shape that broadcasts to the gradient's."""
+    other = tuple(range(1, gradient.dim()))
+    return (gradient != 0).any(other, keepdim=True) if other else gradient != 0
+
+
+def _zeros_like(parameter: Tensor) -> Tensor:
+    if parameter.device.type != "cpu":
+        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    # NumPy asks the system for large pages, which scattered rows need; torch does not.
+    return torch.from_numpy(np.zeros(tuple(parameter.shape), np.dtype(str(parameter.dtype).removeprefix("torch."))))
+
+
+def _with_gradient(optimizer: Optimizer) -> list[tuple[dict[str, Any], Tensor]]:
+    return [(group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

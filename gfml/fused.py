@@ -1,0 +1,281 @@
+"""Pair losses of free vectors with gradients by formula, where autograd would build them from dozens of tensors.
+
+    loss = FusedPairLoss(encoder, gravity, "mix_bpr", decay=1e-4, mass_decay=1e-2, mix_ratio=0.5)
+    terms = loss(batch)                      # as the loss of autograd: terms["loss"].backward()
+
+Values and gradients are those of :func:`gfml.losses.pair_loss` on :class:`gfml.ranking.encoders.Tables`, up to rounding.
+The backward pass writes ``.grad`` of the tables itself: a dense tensor that is kept between batches, of which only the
+rows of a batch are written and cleared; see :func:`touched_rows`. So, as with ``zero_grad(set_to_none=False)``, whoever
+wants a gradient after the next backward pass takes a copy. ``torch.autograd.grad`` does not see it.
+
+Sums are taken in the order of the batch whatever the number of threads (:mod:`gfml.kernels`). The first use after an
+installation compiles for some seconds.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gfml.gravity import Gravity
+from gfml.ranking.encoders import Tables
+from gfml.ranking.sampling import Triples
+
+# Coordinates that are worth a thread of their own.
+COORDINATES_PER_THREAD = 1 << 16
+
+
+def why_not_fused(encoder: Tables, gravity: Gravity, loss_mode: str, *, compat: bool = False) -> str | None:
+    """Why :class:`FusedPairLoss` cannot give this loss, None where it can."""
+    if type(encoder) is not Tables:
+        return "vectors come from a graph"
+    if encoder.nodes.device.type != "cpu":
+        return f"parameters are on {encoder.nodes.device.type}"
+    if encoder.nodes.dtype not in (torch.float32, torch.float64):
+        return f"parameters are {str(encoder.nodes.dtype).removeprefix('torch.')}"
+    if loss_mode == "cml":
+        return "loss cml"
+    if compat:
+        return "published formulas"
+    if gravity.distance.kind == "kl" and gravity.distance.kl_kind == "compat" and loss_mode not in ("dot", "bpr"):
+        return "the published kl"
+    return None
+
+
+class _Kept(NamedTuple):
+    """The rows that a kept gradient has, and the version of the tensor for which this is known."""
+
+    rows: Tensor
+    version: int
+
+
+def touched_rows(gradient: Tensor) -> Tensor | None:
+    """Rows [n] outside which a gradient is 0 for sure, in no order; None where nobody knows."""
+    kept = getattr(gradient, "kept", None)
+    return kept.rows if kept is not None and kept.version == gradient._version else None
+
+
+class FusedPairLoss:
+    """One of the six pair losses of tables as a function of a batch; arguments as :func:`gfml.losses.pair_loss`.
+
+    Where :func:`why_not_fused` gives a reason, use autograd. As many threads as torch has, fewer for small batches.
+    """
+
+    def __init__(
+        self,
+        encoder: Tables,
+        gravity: Gravity,
+        loss_mode: str,
+        *,
+        decay: float = 0.0,
+        mass_decay: float = 0.0,
+        mix_ratio: float = 0.5,
+    ) -> None:
+        reason = why_not_fused(encoder, gravity, loss_mode)
+        if reason is not None:
+            raise ValueError(f"found a loss that has no fused form ({reason}), wanted a pair loss of tables on a CPU")
+        self.encoder, self.gravity, self.loss_mode = encoder, gravity, loss_mode
+        self.decay, self.mass_decay, self.mix_ratio = decay, mass_decay, mix_ratio
+        self.uses_gravity = loss_mode not in ("dot", "bpr")
+        masses = (gravity.mass.user, gravity.mass.item) if self.uses_gravity else (None, None)
+        self.gradients = RowGradients(encoder.nodes, *masses, num_users=encoder.num_users)
+        self._kernel = _kernels()[0]
+        self._recipe = self._build_recipe()
+        self._free: list[Any] = []
+
+    def __call__(self, batch: Triples) -> dict[str, Tensor]:
+        """{"loss": total, named parts} of :func:`gfml.losses.pair_loss`; only "loss" has a gradient."""
+        log_lamb = getattr(self.gravity, "log_lamb", None) if self.uses_gravity else None
+        loss, values = _Fused.apply(self, batch, self.encoder.nodes, log_lamb)
+        weights = {"dot": self._recipe.dot > 0, "gravity": self.uses_gravity, "emb_reg": self.decay,
+                   "mass_reg": self.mass_decay * self.uses_gravity}  # fmt: skip
+        parts = zip(weights.items(), values.unbind(), strict=False)
+        return {"loss": loss, **{name: value for (name, weight), value in parts if weight}}
+
+    def compute(self, batch: Triples) -> tuple[Tensor, Any]:
+        """Means of the parts [5], weighted by the regularisers' weights, and what the backward pass scatters."""
+        kernel, size = self._kernel, len(batch)
+        neg = batch.neg.view(size, -1)
+        count = 1 + neg.shape[1]
+        out = self._room(size, 1 + count)
+        inputs = (
+            self.encoder.num_users,
+            kernel.Parameters(*self.gradients.parameter_arrays()),
+            kernel.Pairs(batch.users.numpy(), batch.pos.numpy(), neg.numpy()),
+            self._recipe_of(size),
+            out,
+        )
+        parts = threads_for(out.rows.size)
+        self.gradients.team(lambda part: kernel.pairs(size * part // parts, size * (part + 1) // parts, *inputs), parts)
+        return out.values.sum(0) / size, out
+
+    def scatter(self, out: Any, scale: float) -> None:
+        """Write ``scale`` times the gradients of :meth:`compute` and take their memory back."""
+        self.gradients.write(out, scale)
+        self._free = [out]
+
+    def _room(self, size: int, count: int) -> Any:
+        """Memory for the gradients of a batch: that of the last one, if its backward pass gave it back."""
+        nodes, room = self.encoder.nodes, self._free.pop() if self._free else None
+        if room is not None and room.places.shape == (size, count):
+            return room
+        return self._kernel.Gradients(
+            np.empty((size, count, nodes.shape[1]), _kind(nodes)),
+            np.empty((size, count), np.int64),
+            np.empty((size, count), _kind(nodes)),
+            np.empty((size, len(self._kernel.PARTS))),
+        )
+
+    def _build_recipe(self) -> Any:
+        kernel, mode, distance, mass = self._kernel, self.loss_mode, self.gravity.distance, self.gravity.mass
+        suffix = {"emd": distance.emd_input, "kl": distance.kl_kind}.get(distance.kind)
+        name = f"{distance.kind}-softmax" if suffix == "softmax" else distance.kind
+        mixed = mode in ("mix", "mix_bpr")
+        return kernel.Recipe(
+            dot={"dot": kernel.BCE, "mix": kernel.BCE, "bpr": kernel.BPR, "mix_bpr": kernel.BPR}.get(mode, 0),
+            gravity=0 if not self.uses_gravity else kernel.BPR if mode == "bpr_gra" else kernel.BCE,
+            dot_weight=1 - self.mix_ratio if mixed else 1.0,
+            gravity_weight=self.mix_ratio if mixed else 1.0,
+            distance=kernel.DISTANCES.index(name),
+            squared=distance.is_squared_form,
+            norm=self.gravity.emb_norm,
+            lamb=1.0,
+            eps=self.gravity.eps,
+            product=mass.mode == "both" and mass.combine == "product",
+            param=kernel.MASS_PARAMS.index(mass.param),
+            decay=float(self.decay),
+            mass_decay=float(self.mass_decay),
+        )
+
+    def _recipe_of(self, size: int) -> Any:
+        """The recipe with the weights of one of ``size`` pairs and the present lambda."""
+        recipe = self._recipe
+        return recipe._replace(
+            dot_weight=recipe.dot_weight / size,
+            gravity_weight=recipe.gravity_weight / size,
+            lamb=float(self.gravity.lamb),
+            decay=recipe.decay / size,
+            mass_decay=recipe.mass_decay / size,
+        )
+
+
+class _Fused(torch.autograd.Function):
+    """The loss and its parts; the backward pass writes the tables' gradients and returns that of log lambda."""
+
+    @staticmethod
+    def forward(ctx, loss: FusedPairLoss, batch: Triples, nodes: Tensor, log_lamb: Tensor | None) -> Any:
+        means, ctx.out = loss.compute(batch)
+        ctx.loss, ctx.by_log_lamb = loss, means[4] * len(batch)
+        recipe = loss._recipe
+        means[2:4] *= recipe.decay, recipe.mass_decay if loss.uses_gravity else 0.0
+        total = recipe.dot_weight * means[0] + recipe.gravity_weight * means[1] + means[2] + means[3]
+        values = torch.from_numpy(means).to(nodes.dtype)
+        ctx.mark_non_differentiable(values)
+        ctx.has_lamb = log_lamb is not None
+        return values.new_tensor(total), values
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[None, None, None, Tensor | None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "found create_graph with a fused loss, which has no second derivative: use --kernel autograd"
+            )
+        ctx.loss.scatter(ctx.out, float(upstream))
+        return None, None, None, upstream * ctx.by_log_lamb if ctx.has_lamb else None
+
+
+class RowGradients:
+    """Writes ``.grad`` of node vectors [U + I, D] and of raw masses [U] and [I], either or both None, row by row."""
+
+    def __init__(
+        self, nodes: nn.Parameter, user: nn.Parameter | None, item: nn.Parameter | None, *, num_users: int
+    ) -> None:
+        self.parameters, self.num_users = (nodes, user, item), num_users
+        self._kernel = _kernels()[1]
+        from gfml.base.compiled import Team  # not before it is needed: it imports numba
+
+        self.team = Team()
+        self._kept: list[Tensor] = []
+        self._old: Any = None
+        self._number = 0
+
+    def parameter_arrays(self) -> list[np.ndarray]:
+        """The parameters as arrays, empty where there is none; a view of their memory."""
+        return self._arrays(self.parameters)
+
+    def write(self, out: Any, scale: float) -> None:
+        """Gradients become ``scale`` times those of ``out``, or grow by them where a parameter has one already."""
+        there = [parameter for parameter in self.parameters if parameter is not None]
+        content = out.places, out.rows, out.masses, scale
+        if any(parameter.grad is not None for parameter in there):
+            for parameter in there:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            arrays = self._arrays([None if p is None else p.grad for p in self.parameters])
+            self._kernel.add_rows(self.num_users, self._kernel.Tables(*arrays), *content)
+            for parameter in there:
+                parameter.grad.kept = None
+            return
+        parts = threads_for(out.rows.size)
+        self._prepare(parts)
+        touched = self._kernel.Touched(
+            self._stamps, np.empty((parts, out.places.size), np.int64), np.empty(parts, np.int64)
+        )
+        kept = iter(self._kept)
+        arrays = self._arrays([None if p is None else next(kept) for p in self.parameters])
+        self._number += 1
+        inputs = (self.num_users, self._kernel.Tables(*arrays), *content, self._old, touched, self._number)
+        self.team(lambda part: self._kernel.set_rows(part, *inputs), parts)
+        self._old = touched
+        self._hand_over(there, touched)
+
+    def _prepare(self, parts: int) -> None:
+        """Kept gradients that are 0 outside the rows of the last batch: made now, or cleared if others wrote to them."""
+        there = [parameter for parameter in self.parameters if parameter is not None]
+        known = self._old is not None and len(self._old.counts) == parts
+        if known and all(touched_rows(gradient) is not None for gradient in self._kept):
+            return
+        if not self._kept:
+            # NumPy asks the system for large pages, which reading scattered rows needs; torch does not.
+            self._kept = [torch.from_numpy(np.zeros(p.shape, _kind(p))) for p in there]
+            self._stamps = np.zeros(len(self.parameters[0]), np.int32)
+        else:
+            for gradient in self._kept:
+                gradient.zero_()
+        nothing = np.empty((parts, 0), np.int64)
+        self._old = self._kernel.Touched(self._stamps, nothing, np.zeros(parts, np.int64))
+
+    def _hand_over(self, there: list[nn.Parameter], touched: Any) -> None:
+        rows = np.concatenate([row[:count] for row, count in zip(touched.rows, touched.counts, strict=True)])
+        nodes = torch.from_numpy(rows)
+        lists = {id(self.parameters[0]): nodes}
+        if len(there) > 1:
+            is_user = rows < self.num_users
+            lists |= {id(self.parameters[1]): torch.from_numpy(rows[is_user])}
+            lists |= {id(self.parameters[2]): torch.from_numpy(rows[~is_user] - self.num_users)}
+        for parameter, gradient in zip(there, self._kept, strict=True):
+            gradient.kept = _Kept(lists[id(parameter)], gradient._version)
+            parameter.grad = gradient
+
+    def _arrays(self, tensors: Any) -> list[np.ndarray]:
+        empty = np.empty(0, _kind(self.parameters[0]))
+        return [empty if tensor is None else tensor.detach().numpy() for tensor in tensors]
+
+
+def threads_for(coordinates: int) -> int:
+    """Threads that pay for so many coordinates: at most torch's number, and one for little work."""
+    return max(1, min(torch.get_num_threads(), coordinates // COORDINATES_PER_THREAD))
+
+
+def _kind(tensor: Tensor) -> Any:
+    return np.float32 if tensor.dtype == torch.float32 else np.float64
+
+
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    """numba is not imported before it is needed."""
+    from gfml.kernels import pairs, rows
+
+    return pairs, rows

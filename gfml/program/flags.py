@@ -1,0 +1,119 @@
+"""Settings that programs share: the machine and the run directory, the mirror step, judging and selection."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+
+from gfml.base import settings as kinds
+from gfml.base.errors import UserError
+from gfml.base.settings import Settings, TopksAction, setting
+
+# Simple recommenders judged beside a model, and the ranking metrics that may select.
+BASELINES = ("popularity", "item-knn", "ease")
+METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
+MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
+
+
+@dataclass(frozen=True)
+class RunSettings(Settings):
+    """run"""
+
+    seed: int = setting(2020, "seed of every generator", kinds.number(int, least=0, most=2**32 - 1), unit="N")
+    device: str = setting("auto", "where to compute", kinds.device, unit="{auto,cpu,cuda,cuda:N}", beside=True)
+    gpu_id: int = setting(
+        0,
+        "old name of --device cuda:N; the CPU is used where there is no CUDA device",
+        kinds.whole,
+        unit="N",
+        beside=True,
+    )
+    threads: int = setting(0, "CPU threads; 0 leaves the choice to PyTorch", kinds.whole, unit="N", beside=True)
+    cuda_graph: str = setting(
+        "auto", "record training steps on CUDA: faster, same numbers", choices=("auto", "0", "1"), beside=True
+    )
+    out: str = setting("runs", "directory that holds the run directories", unit="DIR", beside=True)
+    run_name: str | None = setting(None, "name of the run directory instead of the automatic one", unit="NAME")
+    config: tuple[str, ...] | None = setting(
+        None, "TOML file of flags; a later file wins", unit="FILE", action="append"
+    )
+    resume: str | None = setting(None, "continue this run; its config.toml is the base of the flags", unit="RUN_DIR")
+    load: int = setting(
+        0, "1: insist on continuing the earlier run of these flags", choices=(0, 1), beside=True, late=True
+    )
+    overwrite: bool = setting(False, "start anew; an earlier run is kept as NAME~1, NAME~2, ...")
+    eval_only: bool = setting(False, "evaluate the best weights of the run, train nothing")
+    checkpoint_every: int = setting(
+        10, "epochs between checkpoints; every evaluation writes one too", kinds.count, unit="N", beside=True
+    )
+    progress: bool | None = setting(None, "progress bar; without the flag, only on a terminal", bool, beside=True)
+    tensorboard: int = setting(0, "write TensorBoard files", choices=(0, 1), beside=True)
+    report: int = setting(1, "write the report with its plots", choices=(0, 1), beside=True, late=True)
+    amp: bool = setting(False, "bfloat16 autocast; distances stay in float32", late=True)
+    compile: bool = setting(False, "torch.compile the loss", late=True)
+
+
+@dataclass(frozen=True)
+class MirrorSettings(Settings):
+    """mirror gradient"""
+
+    mirror: str = setting("off", "kind of the mirror step", choices=MIRROR_MODES)
+    mirror_alpha1: float = setting(1.0, "factor of the descending step", kinds.any_number, unit="A")
+    mirror_alpha2: float = setting(0.2, "factor of the inverted, ascending step", kinds.any_number, unit="A")
+    mirror_every: int = setting(3, "a mirror step every N batches", kinds.count, unit="N")
+    mirror_clip: float | None = setting(None, "largest gradient norm, or none", kinds.norm, unit="NORM")
+
+    @classmethod
+    def resolve(cls, options: argparse.Namespace) -> None:
+        super().resolve(options)
+        if options.mirror != "off" and getattr(options, "clip_grad", None) is not None:
+            raise UserError("with --mirror give --mirror-clip instead of --clip-grad")
+
+
+@dataclass(frozen=True)
+class JudgingSettings(Settings):
+    """evaluation and selection"""
+
+    topks: tuple[int, ...] = setting((20,), "list lengths, such as 10 20", nargs="+", action=TopksAction, unit="K")
+    select_on: str = setting(
+        "val",
+        "test: the original's protocol, selection on the reported split; labelled in every result",
+        choices=("val", "test"),
+    )
+    select_metric: str = setting("ndcg@20", "what selects the epoch", unit="NAME@K")
+    patience: int | None = setting(
+        None,
+        "evaluations without a better one before stopping, or none",
+        kinds.number(int, least=1, none=True),
+        unit="N",
+    )
+    eval_every: int = setting(1, "epochs between evaluations", kinds.count, unit="N")
+    refit: bool = setting(
+        False, "report a model trained anew on train and validation for the selected number of epochs"
+    )
+    baselines: tuple[str, ...] = setting(
+        BASELINES, "simple recommenders judged beside the model", nargs="+", choices=(*BASELINES, "none"), beside=True
+    )
+
+    @classmethod
+    def resolve(cls, options: argparse.Namespace) -> None:
+        super().resolve(options)
+        if options.select_on == "test" and options.refit:
+            raise UserError("--refit needs selection on validation; --select-on test trains on all train pairs already")
+        check_metric(options.select_metric, cls.other_metrics())
+        if "none" in options.baselines and len(options.baselines) > 1:
+            raise UserError("--baselines none cannot stand beside others")
+
+    @classmethod
+    def other_metrics(cls) -> tuple[str, ...]:
+        """What may select beside the ranking metrics, without a cut-off."""
+        return ()
+
+
+def check_metric(metric: str, others: tuple[str, ...] = ()) -> None:
+    """UserError unless it is one of ``others``, or a ranking metric with a cut-off."""
+    name, _, k = metric.partition("@")
+    if metric not in others and (name not in METRICS or not re.fullmatch(r"[1-9][0-9]*", k)):
+        wanted = f"{', '.join((*others, *METRICS))} with a cut-off, such as ndcg@20"
+        raise UserError(f"found --select-metric {metric!r}, wanted one of {wanted}")

@@ -1,0 +1,94 @@
+"""A program: its settings and where its experiment is. Imports nothing heavy, so that ``--help`` and a wrong flag are quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gfml.base.errors import UserError
+from gfml.base.settings import Settings, about, as_tokens, frozen
+from gfml.program.cli import Parser, parser_of
+
+if TYPE_CHECKING:
+    from gfml.program.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a paper declares. file: as it is called, such as mcl/main.py, a module mcl.main that holds it as ``PROGRAM``.
+
+    family: the first word of its run directories. settings: its flags. experiment: the class that says how the data is
+    read, what is built and how it is judged (:class:`gfml.program.experiment.Experiment`), or "module:Class", which is
+    imported when the flags are known to be good. about: for ``--help``.
+    """
+
+    file: str
+    family: str
+    settings: type[Settings]
+    experiment: type[Experiment] | str
+    about: str
+
+    @property
+    def module(self) -> str:
+        """The module that declares it."""
+        return self.file.removesuffix(".py").replace("/", ".")
+
+    def parser(self, tokens: Sequence[str] = ()) -> Parser:
+        """The command line; ``tokens`` matter where flags depend on others."""
+        return parser_of(self.file, self.about, self.settings.choose(tokens))
+
+    def parse(self, argv: Sequence[str] | None = None) -> Any:
+        """Checked settings of a command line; a mistake is one line on stderr and exit code 2."""
+        tokens = self.settings.translate(list(sys.argv[1:] if argv is None else argv))
+        settings = self.settings.choose(tokens)
+        parser = parser_of(self.file, self.about, settings)
+        options = parser.parse_args(settings.layers(tokens) + tokens)
+        try:
+            settings.resolve(options)
+        except UserError as error:
+            parser.error(str(error))
+        for name, told in about(settings).items():
+            if told.inert and name in options.explicit:
+                print(f"note: --{name.replace('_', '-')} has no effect: {told.help}", file=sys.stderr)
+        return frozen(settings, options)
+
+    def of(self, **values: Any) -> Any:
+        """The same from values by name, for use in Python: ``PROGRAM.of(dataset="lastfm", lr=1e-2)``."""
+        return self.parse(as_tokens(values))
+
+    def with_changes(self, config: str, changes: Mapping[str, Any]) -> Any:
+        """The settings of a stored config with some values changed."""
+        return self.parse([f"--config={config}", *as_tokens(changes)])
+
+    def runs(self, argv: Sequence[str]) -> Sequence[Any]:
+        """The settings of every run that a command line makes."""
+        return self.parse(argv).each()
+
+    def load_experiment(self) -> type[Experiment]:
+        """The class of the experiment."""
+        if not isinstance(self.experiment, str):
+            return self.experiment
+        module, _, name = self.experiment.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """The program: parse, then one life of a run for each that the flags ask for."""
+        settings = self.parse(argv)
+        # Heavy imports wait until the flags are known to be good.
+        from gfml.program.driver import drive
+
+        return drive(self, settings)
+
+
+def program_of(module: str) -> Program:
+    """The program that a module of a paper declares. UserError where it declares none."""
+    try:
+        found = getattr(importlib.import_module(module), "PROGRAM", None)
+    except ModuleNotFoundError as error:
+        raise UserError(f"there is no program {module} ({error}): install the package that has it") from None
+    if not isinstance(found, Program):
+        raise UserError(f"{module} declares no program: name one such as recsys.main")
+    return found

@@ -1,0 +1,318 @@
+"""Recommendations of a finished run of any recommender, or the items nearest to an item, as CSV or JSON.
+
+    python recsys/recommend.py runs/recsys-lastfm-lgn-bpr-1a2b3c4d --user 12 57 --top 20
+    python recsys/recommend.py RUN --all-users --format json --output lists.json
+    python recsys/recommend.py RUN --similar-items 4012 --titles items.csv
+
+RUN is a run of recsys, mcl, cml_baseline, hlrm or mirror_grad. Users and items go by the names of the source data. The
+data is read again as the run's config says and must not have changed. Lists are those that the test evaluation judged:
+items of train and validation are left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from gfml.base.errors import UserError, suggest
+from gfml.program.cli import Parser, number
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from gfml.data.interactions import Interactions
+    from gfml.distances import SquaredDistance
+    from gfml.program.loading import Loaded
+    from gfml.ranking.topk import Scorer
+
+# Where published data sets keep their titles.
+INFO_FILES = ("movies.dat", "ml-100k.item")
+# So many ids are searched for a near one when an id is unknown; difflib takes seconds for more.
+SUGGEST_AMONG = 20_000
+# One block of scores; a scorer holds two or three of that size at a time.
+BLOCK_BYTES = 64 << 20
+
+
+def build_parser() -> Parser:
+    """The command line of ``recsys/recommend.py``."""
+    parser = Parser(prog="recommend", description="Recommendations of a finished run.")
+    parser.add_argument("run", metavar="RUN", help="directory of a finished run of a recommender")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--user", nargs="+", metavar="ID", help="users, as the source data names them")
+    what.add_argument("--all-users", action="store_true", help="every user")
+    what.add_argument("--similar-items", nargs="+", metavar="ID", help="instead: the items nearest to these items")
+    parser.add_argument("--top", type=number(int, least=1), default=20, metavar="N", help="length of a list")
+    parser.add_argument("--include-seen", action="store_true", help="keep items the user has in train or validation")
+    parser.add_argument(
+        "--item-info",
+        "--titles",
+        metavar="FILE",
+        help="table with ids and titles (.csv, .tsv, .item, movies.dat; default: the data set's own, if any)",
+    )
+    parser.add_argument("--format", choices=("csv", "json"), default="csv", help="form of the output")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: standard output)")
+    where = parser.add_argument_group("where things are")
+    where.add_argument(
+        "--dataset", metavar="PATH", help="name, file or folder of the data now (default: as for the run)"
+    )
+    where.add_argument("--data-root", metavar="DIR", help="where the data lies now (default: as for the run)")
+    where.add_argument("--cache-dir", metavar="DIR", help="where parsed data is kept (default: as for the run)")
+    where.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
+    where.add_argument(
+        "--threads", type=number(int, least=0), default=0, metavar="N", help="CPU threads; 0: PyTorch's choice"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    # Heavy imports wait until the flags are known to be good.
+    from gfml.program.loading import load
+
+    places = {name: getattr(options, name) for name in ("dataset", "data_root", "cache_dir")}
+    places = {name: value for name, value in places.items() if value is not None}
+    run = load(options.run, device=options.device, threads=options.threads, **places)
+    require_recommender(run)
+    if options.similar_items:
+        lists = similar_items(run, find_items(run, options.similar_items), options.top)
+    else:
+        users = range(run.interactions.num_users) if options.all_users else find_users(run, options.user)
+        lists = recommend(run, users, options.top, include_seen=options.include_seen)
+    titles = find_titles(options.item_info, run)
+    with _output(options.output) as stream:
+        (write_csv if options.format == "csv" else write_json)(lists, stream, titles)
+    return 0
+
+
+def require_recommender(run: Loaded) -> None:
+    """UserError for a run of a program that recommends nothing."""
+    from gfml.program.recommender import Recommender
+
+    if not isinstance(run.experiment, Recommender):
+        raise UserError(
+            f"{run.path} is a run of {run.program.file}, which recommends nothing: give one of a recommender"
+        )
+
+
+def find_users(run: Loaded, ids: Sequence[str]) -> list[int]:
+    """Rows of users by the names of the source; UserError for an unknown one."""
+    data = run.interactions
+    return _find("user", ids, data.user_ids, data.num_users, data.name)
+
+
+def find_items(run: Loaded, ids: Sequence[str]) -> list[int]:
+    """Columns of items by the names of the source; UserError for an unknown one."""
+    data = run.interactions
+    return _find("item", ids, data.item_ids, data.num_items, data.name)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Ranked items of some users or items.
+
+    subject: "user" or "item", and keys, the n names. items: int64 [n, k] columns, -1 where a list ends early.
+    columns: named numbers [n, k], such as the score. names: what each column of the data is called.
+    """
+
+    subject: str
+    keys: Sequence[Any]
+    items: np.ndarray
+    columns: dict[str, np.ndarray]
+    names: Sequence[Any]
+
+    def rows(self, row: int, titles: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        """The entries of one list, best first. titles: of all items of the data, in its order."""
+        for rank, item in enumerate(self.items[row].tolist()):
+            if item < 0:
+                return
+            entry: dict[str, Any] = {"rank": rank + 1, "item": self.names[item]}
+            if titles is not None:
+                entry["title"] = titles[item]
+            yield entry | {name: float(values[row, rank]) for name, values in self.columns.items()}
+
+
+def recommend(run: Loaded, users: Sequence[int], top: int, *, include_seen: bool = False) -> Lists:
+    """The best ``top`` items of each user (rows of the data), with score and, where it means one, probability.
+
+    A probability is the sigmoid of the score, masses of both sides included, where the experiment says that the score is
+    a logit. Losses on pairs leave it uncalibrated.
+    """
+    import numpy as np
+    import torch
+
+    from gfml.ranking.topk import topk_items
+
+    data = run.interactions
+    rows = torch.as_tensor(users, dtype=torch.int64)
+    _say_cold(data, rows.numpy())
+    ids = rows.to(run.experiment.device)
+    scorer = run.experiment.scorer(run.model, "test")
+    items = topk_items(scorer, ids, min(top, data.num_items), seen=None if include_seen else data.train_and_valid)
+    scores = _scores_at(scorer, ids, items)
+    columns = {"score": scores}
+    if run.experiment.is_logit(run.model):
+        columns["probability"] = 1 / (1 + np.exp(-scores))
+    names = _names(data.user_ids, data.num_users)
+    return Lists(
+        "user",
+        [names[user] for user in rows.tolist()],
+        items.cpu().numpy(),
+        columns,
+        _names(data.item_ids, data.num_items),
+    )
+
+
+def similar_items(run: Loaded, items: Sequence[int], top: int) -> Lists:
+    """The ``top`` nearest other items of each item (columns of the data), by ascending squared distance.
+
+    The distance is the one that was learned (for kl from the given item to the others), or 2 - 2 cos where the model learns
+    none; see :meth:`gfml.program.recommender.Recommender.item_space`.
+    """
+    import scipy.sparse as sp
+    import torch
+
+    from gfml.ranking.topk import topk_items
+
+    data = run.interactions
+    if data.num_items < 2:
+        raise UserError(f"{data.name} has one item, wanted another to compare it with")
+    scorer = ItemDistances(*run.experiment.item_space(run.model))
+    ids = torch.as_tensor(items, dtype=torch.int64).to(run.experiment.device)
+    itself = sp.csr_array(sp.eye_array(data.num_items, format="csr", dtype="float32"))
+    found = topk_items(scorer, ids, min(top, data.num_items - 1), seen=itself)
+    names = _names(data.item_ids, data.num_items)
+    return Lists(
+        "item",
+        [names[item] for item in items],
+        found.cpu().numpy(),
+        {"sq_distance": -_scores_at(scorer, ids, found)},
+        names,
+    )
+
+
+class ItemDistances:
+    """Minus the squared distance of items to all items (a :class:`gfml.ranking.topk.Scorer` whose users are items)."""
+
+    def __init__(self, vectors: torch.Tensor, sq_distance: SquaredDistance) -> None:
+        self.vectors, self.sq_distance = vectors, sq_distance
+        self.num_users = self.num_items = len(vectors)
+
+    def score(self, items: torch.Tensor) -> torch.Tensor:
+        """Shape: items int64 [B] -> [B, I]."""
+        return self.sq_distance.all_pairs(self.vectors[items], self.vectors).neg()
+
+    def factors(self) -> None:
+        """None: blocks are scored in full, which keeps small distances exact."""
+        return None
+
+
+# -- output
+
+
+def write_csv(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> None:
+    """One line per list entry: the user (or item), rank, item, title if any, numbers."""
+    key = "user" if lists.subject == "user" else "similar_to"
+    columns = [key, "rank", "item", *(["title"] if titles is not None else []), *lists.columns]
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    for row, name in enumerate(lists.keys):
+        writer.writerows({key: name} | _rounded(entry) for entry in lists.rows(row, titles))
+
+
+def write_json(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> None:
+    """A list with an object for each user (or item), one a line."""
+    key = "user" if lists.subject == "user" else "similar_to"
+    stream.write("[\n")
+    for row, name in enumerate(lists.keys):
+        line = json.dumps(
+            {key: name, "items": [_rounded(entry) for entry in lists.rows(row, titles)]}, ensure_ascii=False
+        )
+        stream.write(line + (",\n" if row + 1 < len(lists.keys) else "\n"))
+    stream.write("]\n")
+
+
+def find_titles(file: str | None, run: Loaded) -> list[str] | None:
+    """The title of every item, in the order of the data: from ``file``, or from the data set's own; None without any."""
+    from gfml.data.items import beside, read_item_info
+
+    found = file or beside(run.settings.dataset, run.settings.data_root, INFO_FILES)
+    if found is None:
+        return None
+    titles = read_item_info(found, run.interactions).titles
+    if file and not any(titles):
+        raise UserError(
+            f"{file} has no title for any of the {run.interactions.num_items} items of {run.interactions.name}: check --item-info"
+        )
+    return titles
+
+
+def _rounded(entry: dict[str, Any]) -> dict[str, Any]:
+    """Numbers to six significant digits, about what float32 holds."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in entry.items()}
+
+
+@contextmanager
+def _output(file: str | None) -> Iterator[IO[str]]:
+    """A file that appears whole, or standard output, whose reader may leave early."""
+    from gfml.base.files import atomic_open
+
+    if file is not None:
+        with atomic_open(file, newline="") as stream:
+            yield stream
+        return
+    try:
+        yield sys.stdout
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes standard output once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# -- parts
+
+
+def _find(what: str, ids: Sequence[str], names: Iterable[Any] | None, count: int, data: str) -> list[int]:
+    known = {str(name): place for place, name in enumerate(range(count) if names is None else names.tolist())}
+    unknown = next((name for name in ids if name not in known), None)
+    if unknown is not None:
+        some = ", ".join(list(known)[:3])
+        near = suggest(unknown, known) if count <= SUGGEST_AMONG else ""
+        raise UserError(
+            f"unknown {what} {unknown!r}, wanted one of the {count} {what}s of {data}, such as {some}{near}"
+        )
+    return [known[name] for name in ids]
+
+
+def _names(names: np.ndarray | None, count: int) -> Sequence[Any]:
+    return range(count) if names is None else names.tolist()
+
+
+def _scores_at(scorer: Scorer, rows: torch.Tensor, items: torch.Tensor) -> np.ndarray:
+    """Scores [n, k] of the given items, float64; NaN where there is none (-1)."""
+    import torch
+
+    from gfml.ranking.topk import full_precision
+
+    size = max(1, BLOCK_BYTES // (4 * scorer.num_items))
+    with torch.no_grad(), full_precision():
+        blocks = [
+            scorer.score(chunk).gather(1, wanted.clamp_min(0).to(chunk.device))
+            for chunk, wanted in zip(rows.split(size), items.split(size), strict=True)
+        ]
+    return torch.cat(blocks).double().masked_fill_((items < 0).to(blocks[0].device), torch.nan).cpu().numpy()
+
+
+def _say_cold(data: Interactions, users: np.ndarray) -> None:
+    cold = int((data.user_activity[users] == 0).sum())
+    if cold:
+        print(
+            f"note: {cold} of {len(users)} users have no train interactions; their lists rest on untrained vectors",
+            file=sys.stderr,
+        )

@@ -1,0 +1,210 @@
+"""Experiments of recommenders: data of users and items, full ranking, baselines beside the model, lists and vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from gfml.base.errors import UserError
+from gfml.data.interactions import Interactions
+from gfml.data.options import load_from_args
+from gfml.distances import SquaredDistance
+from gfml.engine import distributed
+from gfml.engine.runs import Run
+from gfml.engine.tracking import Tracker
+from gfml.engine.train import FitResult, Terms
+from gfml.gravity import Mass
+from gfml.program.experiment import Experiment, Judged
+from gfml.program.steps import shared_loss
+from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.ranking.topk import Scorer
+from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, mass_report
+
+
+class Recommender(Experiment):
+    """An experiment whose data is :class:`Interactions` and whose model ranks all items for every user."""
+
+    @classmethod
+    def load(cls, settings: Any) -> Any:
+        data = load_from_args(settings)
+        check_judgeable(data, cut_offs(settings), getattr(settings, "select_on", "val"))
+        return data
+
+    @property
+    def interactions(self) -> Interactions:
+        """Who has which items."""
+        return self.data
+
+    @property
+    def fingerprint(self) -> str:
+        return self.interactions.fingerprint
+
+    def whole(self) -> Self:
+        return type(self)(self.settings, self.data.refit(), self.world)
+
+    # -- to be said by a paper
+
+    def scorer(self, model: nn.Module, split: str = "test") -> Scorer:
+        """All-item scores for judging a split."""
+        return model.scorer()
+
+    def mass(self, model: nn.Module) -> Mass | None:
+        """The masses that rank, if the model has any."""
+        return None
+
+    def vectors(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """User [U, D] and item [I, D] vectors; None for a model that has none."""
+        user, item = model.encoder.vectors()
+        return user.detach(), item.detach()
+
+    def item_space(self, model: nn.Module) -> tuple[torch.Tensor, SquaredDistance]:
+        """Item vectors [I, D] and the squared distance that makes neighbours of them.
+
+        Here 2 - 2 cos: unit vectors, for models that learn no distance. UserError for a model without item vectors.
+        """
+        vectors = self.vectors(model)
+        if vectors is None:
+            raise UserError(f"{self.name} has no item vectors, so no item is near another: ask for lists of users")
+        return torch.nn.functional.normalize(vectors[1], dim=1), SquaredDistance("l2")
+
+    def is_logit(self, model: nn.Module) -> bool:
+        """Whether the sigmoid of the ranking score is a probability."""
+        return False
+
+    def facts(self, model: nn.Module, test: Evaluation) -> dict[str, Any]:
+        """Further entries of the result."""
+        return {}
+
+    @property
+    def name(self) -> str:
+        """What the model is called in tables."""
+        raise NotImplementedError
+
+    # -- training
+
+    def shared(self, loss: Callable[[Any], Terms], model: nn.Module, *, reduction: str) -> Callable[[Any], Terms]:
+        """The loss; with several processes that of this one's rows, all of which make one step together."""
+        distributed.average_gradients(model)
+        return shared_loss(loss, self.world, reduction=reduction)
+
+    # -- judging
+
+    def evaluation(self, model: nn.Module, split: str, *, beyond: bool = False, **how: Any) -> Evaluation:
+        """Full ranking of one part."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        with torch.no_grad():
+            scorer = how.pop("scorer", None) or self.scorer(model, split)
+        return evaluate(scorer, self.interactions, split, cut_offs(self.settings), beyond=beyond, device=device, **how)
+
+    def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
+        return self.evaluation(model, split).means
+
+    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run) -> Judged:
+        settings, data = self.settings, self.interactions
+        test = self.evaluation(model, "test", beyond=True)
+        names = [] if "none" in settings.baselines else settings.baselines
+        cache = Path(settings.out) / "baselines"
+        result: dict[str, Any] = {
+            "model": self.name,
+            "topks": list(settings.topks),
+            "data": data_facts(data),
+            "test": test.means,
+            "cold_users": test.cold_users,
+            "baselines": baseline_results(names, data, cut_offs(settings), cache_dir=cache),
+        }
+        if data.valid.nnz:
+            result["val"] = self.evaluation(model, "valid", beyond=True).means
+        mass = self.mass(model)
+        if mass is not None:
+            norms = self.vectors(model)[1].norm(dim=1).cpu().double().numpy()
+            result["mass"] = mass_report(mass, data, norms)
+        return Judged(result | self.facts(model, test), self.arrays(model, test), test)
+
+    def arrays(self, model: nn.Module, test: Evaluation) -> dict[str, np.ndarray]:
+        """What reports and comparisons between runs read."""
+        data, mass = self.interactions, self.mass(model)
+        arrays = {
+            "item_popularity": data.item_popularity,
+            "user_activity": data.user_activity,
+            "test_users": test.users,
+            "top": test.top.astype(np.int32),
+        }
+        # Values per user for intervals and tests: the accuracies, of item groups too, and the lists' statistics.
+        kept = {name: values for name, values in test.per_user.items() if "_" not in name or "_recall@" in name}
+        arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in kept.items()}
+        for side in ("item", "user"):
+            if mass is not None and getattr(mass, side) is not None:
+                arrays[f"{side}_log_mass"] = getattr(mass, f"log_{side}")().detach().cpu().numpy()
+        if data.true_item_mass is not None:
+            arrays |= {"true_item_mass": data.true_item_mass, "true_user_mass": data.true_user_mass}
+        return arrays
+
+    def page(self, run: Run, judged: Judged) -> Path | None:
+        from gfml.report.ranking_page import write_report
+
+        return write_report([run.path], run.file("report"))
+
+    # -- words and curves
+
+    def data_lines(self) -> list[str]:
+        return data_lines(self.interactions)
+
+    @classmethod
+    def text(cls, settings: Any, results: list[tuple[Mapping[str, Any], Path]]) -> str:
+        return "\n".join(cls.result_text(result) for result, _ in results)
+
+    @classmethod
+    def result_text(cls, result: Mapping[str, Any]) -> str:
+        """The table of one result."""
+        return judged_text(result, {result["model"]: result["test"]}) + mass_text(result.get("mass", {}))
+
+    def track(self, tracker: Tracker, model: nn.Module, judged: Judged) -> None:
+        if tracker.log_dir is None:
+            return
+        super().track(tracker, model, judged)
+        epoch, data, mass = judged.result["selection"]["epoch"] or 0, self.interactions, self.mass(model)
+        for side in ("item", "user"):
+            if mass is not None and getattr(mass, side) is not None:
+                tracker.histogram(f"mass/{side}", getattr(mass, f"log_{side}")(), epoch)
+        vectors = self.vectors(model)
+        if vectors is not None:
+            popular = np.argsort(-data.item_popularity, kind="stable")[:2000].copy()
+            names = popular if data.item_ids is None else data.item_ids[popular]
+            labels = [[name, int(data.item_popularity[i])] for name, i in zip(names, popular.tolist(), strict=True)]
+            items = vectors[1].cpu()[torch.from_numpy(popular)]
+            tracker.projector("items", items, labels, columns=["item", "train interactions"], step=epoch)
+
+
+def mass_text(mass: Mapping[str, float]) -> str:
+    """A line on the item masses, empty without any."""
+    if "item_spearman_popularity" not in mass:
+        return ""
+    line = f"\nitem mass: Spearman {mass['item_spearman_popularity']:.3f} with popularity"
+    line += f", {mass['item_spearman_true']:.3f} with the true mass" if "item_spearman_true" in mass else ""
+    return line + (f", {mass['item_dead']:.0%} without gradient" if "item_dead" in mass else "")
+
+
+def cut_offs(settings: Any) -> tuple[int, ...]:
+    """The list lengths to judge, ascending: those asked for and that of the metric that selects (``ndcg@20``)."""
+    k = settings.select_metric.partition("@")[2]
+    return tuple(sorted({*settings.topks, *([int(k)] if k else [])}))
+
+
+def check_judgeable(data: Interactions, ks: tuple[int, ...], select_on: str) -> None:
+    """UserError unless lists of these lengths can be ranked and the split that selects, and test, have interactions."""
+    if max(ks) > data.num_items:
+        found = f"found a list length of {max(ks)}, wanted at most the {data.num_items} items of {data.name}"
+        raise UserError(f"{found}: mend --topks")
+    if select_on == "val" and data.valid.nnz == 0:
+        raise UserError(
+            f"{data.name} has no validation part to select on: give --val-ratio 0.1, or --select-on test and say so"
+        )
+    if data.test.nnz == 0:
+        raise UserError(
+            f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off"
+        )

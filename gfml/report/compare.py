@@ -1,0 +1,259 @@
+"""Whether finished runs differ on the same users: paired bootstrap, Wilcoxon tests with Holm's correction, effect sizes.
+
+    python scripts/compare.py runs/BASELINE runs/OTHER runs/ANOTHER
+    python scripts/compare.py runs/A runs/B runs/C --all-pairs --metrics ndcg@20 recall@20 --out comparison
+
+Every run is compared with the first (--all-pairs: with every other), over the users that both judged on the test part
+(``per_user`` arrays of analysis.npz). Prints a table and writes comparison.csv, comparison.json and comparison.png. The
+tests say how sure a difference is for these users and these trained models, not how much it varies with the seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfml.base.errors import UserError, choice_error
+from gfml.base.files import atomic_open, write_json
+from gfml.program.cli import Parser, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from gfml.report.stored import StoredRun
+
+PREFIX = "per_user/"
+LEVEL = 0.05
+
+
+def build_parser() -> Parser:
+    """The command line of ``scripts/compare.py``."""
+    parser = Parser(prog="gfml compare", description="Paired comparison of finished runs over the users they judged.")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directory; the first is what the others are compared with"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="NAME@K", help="what to compare (default: recall and ndcg at every K)"
+    )
+    parser.add_argument("--all-pairs", action="store_true", help="compare every run with every other")
+    parser.add_argument(
+        "--resamples", type=number(int, least=100), default=2000, metavar="N", help="draws of the bootstrap"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where files go (default: comparison beside the runs)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    from gfml.report.stored import read_runs
+
+    if len(options.runs) < 2:
+        raise UserError("found one run, wanted two or more to compare")
+    runs = read_runs(options.runs)
+    pairs = list(itertools.combinations(runs, 2)) if options.all_pairs else [(runs[0], run) for run in runs[1:]]
+    for first, second in pairs:
+        check_comparable(first, second)
+    metrics = metrics_of(runs, options.metrics)
+    rows = compare(pairs, metrics, options.resamples)
+    out = (
+        Path(options.out)
+        if options.out
+        else Path(os.path.commonpath([run.path.absolute().parent for run in runs])) / "comparison"
+    )
+    notes = notes_of(runs)
+    print("\n".join([*notes, text_of(rows)]))
+    store(out, runs, rows, notes, options.resamples)
+    print(f"files  {out}")
+    return 0
+
+
+# -- what can be compared
+
+
+def check_comparable(first: StoredRun, second: StoredRun) -> None:
+    """UserError, in one line, unless both runs judged the same users on the same test part."""
+    import numpy as np
+
+    here, there = first.result["data"], second.result["data"]
+    if here["name"] != there["name"]:
+        raise _cannot(first, second, f"other data, {here['name']} and {there['name']}")
+    users = [run.arrays.get("test_users") for run in (first, second)]
+    if any(found is None for found in users):
+        raise _cannot(first, second, "no figures per user in analysis.npz")
+    if not np.array_equal(*users):
+        raise _cannot(first, second, f"other users judged, {len(users[0]):,} and {len(users[1]):,}")
+    if here["test_fingerprint"] != there["test_fingerprint"]:
+        raise _cannot(first, second, f"another split of {here['name']}, so another test part")
+
+
+def _cannot(first: StoredRun, second: StoredRun, why: str) -> UserError:
+    return UserError(
+        f"cannot compare {first.path} and {second.path}: {why}; give runs with the same --dataset and split flags"
+    )
+
+
+def notes_of(runs: Sequence[StoredRun]) -> list[str]:
+    """What a reader must know about the runs themselves."""
+    notes = []
+    if len({run.result["data"]["fingerprint"] for run in runs}) > 1:
+        notes.append("note: the runs did not all see the same train part (--val-ratio, --refit or selection on test)")
+    protocols = {run.result["selection"]["protocol"] for run in runs}
+    if len(protocols) > 1:
+        notes.append(f"note: the runs selected their epochs differently: {'; '.join(sorted(protocols))}")
+    return notes
+
+
+def metrics_of(runs: Sequence[StoredRun], wanted: Sequence[str] | None) -> list[str]:
+    """The metrics to compare: those asked for, else recall and ndcg at every K, else all that every run has."""
+    common = [
+        key.removeprefix(PREFIX)
+        for key in runs[0].arrays
+        if key.startswith(PREFIX) and all(key in run.arrays for run in runs)
+    ]
+    if not common:
+        raise UserError("the runs have no metric per user in common: give --topks with the same values")
+    if wrong := next((name for name in wanted or () if name not in common), None):
+        raise choice_error("metric", wrong, common)
+    return list(wanted or [name for name in common if name.partition("@")[0] in ("recall", "ndcg")] or common)
+
+
+# -- comparing
+
+
+def compare(
+    pairs: Sequence[tuple[StoredRun, StoredRun]], metrics: Sequence[str], resamples: int
+) -> list[dict[str, Any]]:
+    """One row per metric and pair: second - first. ``p_holm`` is corrected over all rows."""
+    from gfml.metrics.compare import holm
+
+    rows = [_row(first, second, metric, resamples) for metric in metrics for first, second in pairs]
+    for row, adjusted in zip(rows, holm([row["p_wilcoxon"] for row in rows]).tolist(), strict=True):
+        row["p_holm"] = adjusted
+    return rows
+
+
+def _row(first: StoredRun, second: StoredRun, metric: str, resamples: int) -> dict[str, Any]:
+    import numpy as np
+
+    from gfml.metrics.compare import bootstrap_difference, effect_sizes, paired_tests
+
+    ours, theirs = second.arrays[PREFIX + metric], first.arrays[PREFIX + metric]
+    if np.isnan(ours - theirs).sum() > len(ours) - 2:
+        raise UserError(f"found fewer than two users with {metric} in both runs: choose another of --metrics")
+    interval, tests = bootstrap_difference(ours, theirs, resamples=resamples), paired_tests(ours, theirs)
+    effect = effect_sizes(ours, theirs)
+    return {
+        "metric": metric, "run": second.label, "against": first.label, "users": tests.n,
+        "mean": float(np.nanmean(ours)), "mean_against": float(np.nanmean(theirs)), "difference": interval.mean,
+        "low": interval.low, "high": interval.high, "p_wilcoxon": tests.wilcoxon_pvalue, "p_t": tests.t_pvalue,
+        "dz": effect.dz if math.isfinite(effect.dz) else None, "rank_biserial": effect.rank_biserial,
+        "better": effect.wins, "same": effect.ties, "worse": effect.losses,
+    }  # fmt: skip
+
+
+# -- showing
+
+
+def text_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The table in aligned text."""
+    from gfml.report.page import p_value
+
+    head = [
+        "metric",
+        "run",
+        "against",
+        "mean",
+        "difference",
+        "95 % interval",
+        "Wilcoxon",
+        "Holm",
+        "dz",
+        "rank-biserial",
+        "better/same/worse",
+    ]
+    lines = [head]
+    for row in rows:
+        dz = "–" if row["dz"] is None else f"{row['dz']:+.3f}"
+        lines.append([
+            row["metric"], row["run"], row["against"], f"{row['mean']:.4f}", f"{row['difference']:+.4f}", f"{row['low']:+.4f} {row['high']:+.4f}",
+            p_value(row["p_wilcoxon"]), p_value(row["p_holm"]), dz, f"{row['rank_biserial']:+.3f}", f"{row['better']}/{row['same']}/{row['worse']}",
+        ])  # fmt: skip
+    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
+    said = "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+    return f"{said}\nHolm: corrected over all {len(rows)} tests of this table."
+
+
+def store(
+    out: Path, runs: Sequence[StoredRun], rows: Sequence[dict[str, Any]], notes: Sequence[str], resamples: int
+) -> None:
+    """Write the CSV, the JSON and the plot."""
+    from gfml.report.page import png
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_open(out / "comparison.csv", newline="") as stream:
+        stream.write(text.getvalue())
+    how = {"interval": "95 % percentile bootstrap of the mean over users", "resamples": resamples, "test": "two-sided Wilcoxon signed-rank",
+           "correction": f"Holm over {len(rows)} tests"}  # fmt: skip
+    write_json(
+        out / "comparison.json",
+        {"runs": {run.label: str(run.path) for run in runs}, "method": how, "notes": list(notes), "rows": list(rows)},
+    )
+    with atomic_open(out / "comparison.png", "wb") as stream:
+        stream.write(png(plot(rows)))
+
+
+def plot(rows: Sequence[dict[str, Any]]) -> Figure:
+    """A panel per metric: differences with their intervals; full dots where Holm's p is below .05."""
+    from gfml.report.page import COLORS, legend_below, panels, styled
+
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    pairs = list(dict.fromkeys((row["run"], row["against"]) for row in rows))
+    several = len({against for _, against in pairs}) > 1
+
+    @styled
+    def draw() -> Figure:
+        columns = min(len(metrics), 2)
+        lines = math.ceil(len(metrics) / columns)
+        figure, axes = panels(lines, columns, height=max(2.2, 0.45 * len(pairs) + 1.4))
+        for axis, metric in itertools.zip_longest(axes.flat, metrics):
+            if metric is None:
+                axis.set_visible(False)
+                continue
+            for row in (row for row in rows if row["metric"] == metric):
+                place = pairs.index((row["run"], row["against"]))
+                color, sure = COLORS[place % len(COLORS)], row["p_holm"] < LEVEL
+                axis.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2)
+                axis.plot(
+                    row["difference"], place, "o", color=color, markerfacecolor=color if sure else "none", markersize=8
+                )
+            axis.axvline(0, color="#8d929b", linewidth=1)
+            names = [f"{run} minus {against}" if several else run for run, against in pairs]
+            axis.set_yticks(
+                range(len(pairs)), [_wrapped(name) for name in names] if axis in axes[:, 0] else [""] * len(pairs)
+            )
+            axis.locator_params(axis="x", nbins=6)
+            axis.set(title=metric, xlabel="difference" if several else f"difference to\n{_wrapped(pairs[0][1])}")
+            axis.set_ylim(len(pairs) - 0.5, -0.5)
+        axes[0, 0].plot([], [], "o", color="#7a7f88", label="p < .05 after Holm's correction")
+        axes[0, 0].plot([], [], "o", color="#7a7f88", markerfacecolor="none", label="not")
+        legend_below(figure, axes[0, 0])
+        return figure
+
+    return draw()
+
+
+def _wrapped(text: str, width: int = 38) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))

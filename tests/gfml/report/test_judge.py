@@ -1,0 +1,87 @@
+"""gfml judge: foreign lists of every kind, notes, intervals, other conventions, comparison, other forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gfml.base.errors import UserError
+from gfml.report.judge import main
+
+STORED = Path(__file__).resolve().parents[2] / "golden" / "conventions"
+VALUES = json.loads((STORED / "values.json").read_text(encoding="utf-8"))
+WHERE = ["--train", str(STORED / "train.tsv"), "--test", str(STORED / "truth.tsv")]
+
+
+def judged(out: Path, *argv: str) -> dict:
+    assert main([*argv, *WHERE, "--out", str(out), "--resamples", "100"]) == 0
+    return json.loads((out / "judged.json").read_text(encoding="utf-8"))
+
+
+def test_figures_notes_and_conventions(tmp_path, capsys):
+    found = judged(tmp_path / "out", str(STORED / "lists.tsv"), "--metrics-as", "elliot", "recbole", "--graded", "exp1")
+    one = found["lists"]["lists.tsv"]
+    for metric in ("recall", "precision", "ndcg", "map", "mrr", "hit", "coverage", "gini"):
+        assert one["figures"][f"{metric}@10"] == pytest.approx(VALUES["gfml"][f"{metric}@10"], abs=2e-9)
+    assert one["as"]["elliot"]["ndcg@10"] == pytest.approx(VALUES["elliot"]["ndcg[ratings]@10"], abs=2e-9)
+    assert one["as"]["recbole"]["ndcg@10"] == pytest.approx(VALUES["recbole"]["ndcg@10"], abs=2e-9)
+    # Elliot's graded value is over the 56 users with a list, ours over all 57.
+    assert one["figures"]["graded_ndcg@10"] == pytest.approx(VALUES["elliot"]["ndcg[ratings]@10"] * 56 / 57, abs=2e-9)
+    assert one["notes"] == {
+        "listed users without truth, not judged": 3,
+        "listed users in neither train nor truth": 1,
+        "users with truth and without a list, counted as 0": 1,
+        "places taken by the user's own train items": 1,
+        "lists of fewer than 20 items, judged as they are": 2,
+    }
+    text = capsys.readouterr().out
+    assert "metrics of this project" in text and "as elliot: Elliot's evaluator" in text and "[0." in text
+
+
+@pytest.mark.parametrize("form", ["tsv", "csv", "trec", "recbole", "elliot", "warprec", "parquet"])
+def test_other_forms_give_the_same_figures(form, tmp_path):
+    file = tmp_path / f"lists.{form}"
+    first = judged(tmp_path / "a", str(STORED / "lists.tsv"), "--write", f"{form}={file}")
+    again = judged(tmp_path / "b", str(file))
+    assert again["lists"][file.name]["figures"] == first["lists"]["lists.tsv"]["figures"]
+
+
+def test_a_run_against_a_file(tmp_path):
+    """A stored run is read by the names of its data, and both are judged by the same truth."""
+    run = tmp_path / "run"
+    run.mkdir()
+    rows = [line.split("\t") for line in (STORED / "lists.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    users = list(dict.fromkeys(row[0] for row in rows))
+    items = sorted({row[1] for row in rows})
+    top = np.full((len(users), 20), -1, np.int32)
+    for user, item, rank, _ in rows:
+        top[users.index(user), int(rank) - 1] = items.index(item)
+    np.savez(run / "analysis.npz", top=top, test_users=np.arange(len(users)), user_names=users, item_names=items)
+    worse = tmp_path / "worse.tsv"
+    worse.write_text("".join(f"{row[0]}\t{row[1]}\t{row[2]}\n" for row in rows), encoding="utf-8")  # worst first
+    found = judged(tmp_path / "out", str(run), str(worse), "--metrics", "ndcg@10", "--topks", "10")
+    assert found["lists"]["run"]["figures"]["ndcg@10"] == pytest.approx(VALUES["gfml"]["ndcg@10"], abs=2e-9)
+    (row,) = found["comparison"]
+    assert row["users"] == 57 and row["difference"] < 0 and row["p_holm"] < 0.05 and row["against"] == "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--graded", "exp", "--test", str(STORED / "train.tsv")], "no ratings"),
+        (["--write", "letor=x"], "wanted FORM=FILE"),
+        (["--train", "nowhere.tsv"], "nowhere.tsv"),
+    ],
+)
+def test_errors(change, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main([str(STORED / "lists.tsv"), *WHERE, *change])
+
+
+def test_lists_of_other_data(tmp_path):
+    (tmp_path / "l.csv").write_text("user,item,score\n999,1,2\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no user of the lists is in the truth"):
+        main([str(tmp_path / "l.csv"), *WHERE])

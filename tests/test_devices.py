@@ -1,0 +1,182 @@
+"""Every program and model on fake CUDA tensors: what stays on the CPU, or waits for the device, is found without a GPU.
+
+A fake tensor has a shape, a type and a device and no numbers. Operations refuse tensors of two devices, and whatever
+needs numbers on the host (``item``, ``nonzero``, boolean indexing, ``unique``) raises: one forward pass shows both. What
+fake tensors cannot do: autograd's engine wants a real CUDA context, so backward passes that are written by hand are
+called by themselves, and sparse CSR tensors cannot be made, so the one product that uses them is stood in for.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import gpu_probe as probe  # noqa: E402
+
+sys.path.remove(str(ROOT / "scripts"))
+CUDA = torch.device("cuda", 0)
+# Losses that wait for the device, and for what.
+WAITING = {
+    "contextual proxy": "pytorch-metric-learning asks how many proxies have positives",
+    "mirror LATTICE": "the search for neighbours of a rebuilt item graph asks once whether a score is NaN",
+}
+
+
+def csr_on_device(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+    """The shape of the sparse product, and its demand that all parts are on one device."""
+    assert indptr.device == indices.device == values.device == dense.device
+    assert indptr.dtype == indices.dtype and values.shape == indices.shape
+    return dense.new_empty(indptr.shape[0] - 1, dense.shape[1])
+
+
+@pytest.fixture(autouse=True)
+def product(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gfml.ranking.graph
+    import gfml.ranking.sparse
+    import mcl.pairs
+
+    for module in (gfml.ranking.graph, gfml.ranking.sparse, mcl.pairs):
+        monkeypatch.setattr(module, "csr_times_dense", csr_on_device)
+    # Sums in blocks make their gradient along with their value.
+    monkeypatch.setattr(torch.autograd, "grad", lambda value, inputs: [torch.empty_like(part) for part in inputs])
+
+
+@contextmanager
+def copying(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, ``copy.deepcopy`` makes fake CUDA tensors of all tensors."""
+
+    def fake(tensor: Tensor, memo: dict[int, object]) -> Tensor:
+        if id(tensor) not in memo:
+            with mode:
+                new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=CUDA)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        return memo[id(tensor)]
+
+    with (
+        mock.patch.object(Tensor, "__deepcopy__", fake),
+        mock.patch.object(nn.Parameter, "__deepcopy__", fake),
+        mock.patch.dict(copy._deepcopy_dispatch, {torch.device: lambda device, memo: CUDA}),
+    ):
+        yield
+
+
+def on_device(value: object, mode: FakeTensorMode) -> object:
+    with copying(mode):
+        return copy.deepcopy(value)
+
+
+@pytest.mark.parametrize("name", probe.PROGRAMS)
+def test_a_step_stays_on_its_device(name: str) -> None:
+    found = probe.caught(name, "cpu")
+    mode = FakeTensorMode()
+    owner = found.loss_fn.__self__ if hasattr(found.loss_fn, "__self__") else found.model
+    loss, model, batch, ema = on_device(
+        (found.loss_fn, found.model, next(iter(found.batches(1))), found.ema if hasattr(found, "ema") else None), mode
+    )
+    with mode:
+        model.train()
+        try:
+            terms = loss(batch) if hasattr(found.loss_fn, "__self__") else None
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            assert name in WAITING, f"{name} waits for the device"
+            return
+        assert name not in WAITING and owner is not None
+        assert all(value.device == CUDA for value in terms.values() if isinstance(value, Tensor))
+        if ema is not None:
+            ema.update()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        torch.optim.AdamW(trained, fused=True, capturable=True).step()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in probe.PROGRAMS if name.split()[0] in ("recsys", "cml", "mcl", "mirror")]
+)
+def test_a_block_of_scores_stays_on_its_device(name: str) -> None:
+    from gfml.ranking.topk import select
+
+    found = probe.caught(name, "cpu")
+    mode = FakeTensorMode()
+    found.model.eval()
+    with torch.no_grad():
+        scorer = on_device(found.model.scorer(), mode)
+    with mode, torch.no_grad():
+        users = torch.empty(5, dtype=torch.int64, device=CUDA)
+        scores = scorer.score(users)
+        ids, broken = select(scores, 7)
+    assert scores.device == ids.device == broken.device == CUDA and ids.shape == (5, 7)
+
+
+def toy() -> sp.csr_array:
+    return sp.csr_array((np.random.default_rng(0).random((30, 400)) < 0.1).astype(np.float64))
+
+
+@pytest.mark.parametrize("weights", (np.ones(400), np.arange(400)))
+def test_negatives_are_drawn_without_waiting(weights: np.ndarray) -> None:
+    from gfml.ranking.sampling import FreeItems
+
+    mode = FakeTensorMode()
+    free = on_device(FreeItems(toy(), weights, torch.device("cpu")), mode)
+    with mode:
+        assert free.draw(torch.empty(50, dtype=torch.int64, device=CUDA), None).device == CUDA
+
+
+class Context(SimpleNamespace):
+    """What autograd hands to a function."""
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+
+def backward_cases() -> dict[str, tuple[type, list[object]]]:
+    """Functions with a backward pass of their own, and arguments."""
+    from contextual.fused import _Gram
+    from gfml.attention import _PowerLaw
+    from gfml.ranking.graph import _Propagate, build_graph
+    from gfml.ranking.sparse import SparseMatrix, _Dots, _Product
+    from mcl.pairs import _PairDistances
+
+    matrix, ints = toy(), torch.randint(30, (8,))
+    sparse, q = SparseMatrix.from_scipy(matrix), torch.randn(2, 3, 5, 4)
+    pairs = [torch.randn(430, 4), ints, torch.tensor([0, *range(2, 17, 2)]), torch.randint(430, (16,))]
+    return {
+        "power law": (_PowerLaw, [q, q.clone(), torch.randn(3, 1, 5), torch.ones(3, 1, 1), 0.3]),
+        "propagation": (_Propagate, [torch.randn(430, 4), build_graph(matrix), 3, "mean", None, None]),
+        "product": (_Product, [sparse.values, torch.randn(400, 4), sparse, False]),
+        "transposed product": (_Product, [sparse.values, torch.randn(30, 4), sparse, True]),
+        "dots": (_Dots, [torch.randn(30, 4), torch.randn(400, 4), sparse]),
+        "pair distances": (_PairDistances, pairs),
+        "gram": (_Gram, [torch.randn(6, 4)]),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ("power law", "propagation", "product", "transposed product", "dots", "pair distances", "gram")
+)
+def test_backward_passes_by_hand_stay_on_their_device(name: str) -> None:
+    function, arguments = backward_cases()[name]
+    mode = FakeTensorMode()
+    arguments = on_device(arguments, mode)
+    context = Context(needs_input_grad=(True,) * len(arguments))
+    with mode, torch.no_grad():
+        output = function.forward(context, *arguments)
+        grads = function.backward(context, torch.empty_like(output))
+    grads = grads if isinstance(grads, tuple) else (grads,)
+    assert any(isinstance(grad, Tensor) for grad in grads)
+    assert all(grad.device == CUDA for grad in grads if isinstance(grad, Tensor))
