@@ -182,10 +182,12 @@ def _start_from(options: Options, data: Interactions, model: RelationModel) -> N
     """Copy given vectors; into the ball unless they are frozen, which leaves them exactly as they are."""
     shape = (data.num_users, data.num_items, options.emb_size)
     if options.pretrained is not None:
-        nodes = read_nodes(options.pretrained, shape)
+        nodes = read_nodes(options.pretrained, shape, data)
     else:
         source = f"{options.user_emb} and {options.item_emb}"
-        nodes = join_tables(read_table(options.user_emb), read_table(options.item_emb), shape, source)
+        nodes = join_tables(
+            read_table(options.user_emb, "user", data), read_table(options.item_emb, "item", data), shape, source
+        )
     model.encoder.nodes.copy_(nodes)
     if not options.freeze_embs:
         clip_rows_(model.encoder.nodes, options.clip_norm, compat=bool(options.compat))
