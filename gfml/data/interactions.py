@@ -89,9 +89,15 @@ def csr_from_pairs(users: np.ndarray, items: np.ndarray, num_users: int, num_ite
 
 def csr_in_order(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> sp.csr_array:
     """The same of distinct pairs that are ordered by user, then item."""
-    indptr = np.zeros(num_users + 1, dtype=np.int64)
-    np.cumsum(np.bincount(users, minlength=num_users), out=indptr[1:])
-    matrix = sp.csr_array((np.ones(len(items), dtype=np.float32), items, indptr), shape=(num_users, num_items))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))])
+    return csr_from_parts(items, starts, (num_users, num_items))
+
+
+def csr_from_parts(columns: np.ndarray, starts: np.ndarray, shape: tuple[int, int]) -> sp.csr_array:
+    """Binary CSR matrix of sorted unique columns row by row, row r from starts[r]; both in the smallest index type."""
+    small = np.int32 if max(len(columns), *shape) < 2**31 else np.int64
+    columns, starts = columns.astype(small, copy=False), starts.astype(small, copy=False)
+    matrix = sp.csr_array((np.ones(len(columns), dtype=np.float32), columns, starts), shape=shape)
     matrix.has_sorted_indices = True
     return matrix
 
