@@ -96,7 +96,7 @@ class FusedPairLoss:
         parts = zip(weights.items(), values.unbind(), strict=False)
         return {"loss": loss, **{name: value for (name, weight), value in parts if weight}}
 
-    def compute(self, batch: Triples) -> tuple[Tensor, Any]:
+    def compute(self, batch: Triples) -> tuple[np.ndarray, Any]:
         """Means of the parts [5], weighted by the regularisers' weights, and what the backward pass scatters."""
         kernel, size = self._kernel, len(batch)
         neg = batch.neg.view(size, -1)
@@ -167,11 +167,11 @@ class _Fused(torch.autograd.Function):
     """The loss and its parts; the backward pass writes the tables' gradients and returns that of log lambda."""
 
     @staticmethod
-    def forward(ctx, loss: FusedPairLoss, batch: Triples, nodes: Tensor, log_lamb: Tensor | None) -> Any:
+    def forward(ctx: Any, loss: FusedPairLoss, batch: Triples, nodes: Tensor, log_lamb: Tensor | None) -> Any:
         means, ctx.out = loss.compute(batch)
         ctx.loss, ctx.by_log_lamb = loss, means[4] * len(batch)
         recipe = loss._recipe
-        means[2:4] *= recipe.decay, recipe.mass_decay if loss.uses_gravity else 0.0
+        means[2:4] *= np.array([recipe.decay, recipe.mass_decay if loss.uses_gravity else 0.0])
         total = recipe.dot_weight * means[0] + recipe.gravity_weight * means[1] + means[2] + means[3]
         values = torch.from_numpy(means).to(nodes.dtype)
         ctx.mark_non_differentiable(values)
@@ -179,10 +179,10 @@ class _Fused(torch.autograd.Function):
         return values.new_tensor(total), values
 
     @staticmethod
-    def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[None, None, None, Tensor | None]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[None, None, None, Tensor | None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "found create_graph with a fused loss, which has no second derivative: use --kernel autograd"
+                "found create_graph with a fused loss, which has no second derivative: use `kernel autograd`"
             )
         ctx.loss.scatter(ctx.out, float(upstream))
         return None, None, None, upstream * ctx.by_log_lamb if ctx.has_lamb else None
@@ -217,7 +217,8 @@ class RowGradients:
             arrays = self._arrays([None if p is None else p.grad for p in self.parameters])
             self._kernel.add_rows(self.num_users, self._kernel.Tables(*arrays), *content)
             for parameter in there:
-                parameter.grad.kept = None
+                written: Any = parameter.grad
+                written.kept = None
             return
         parts = threads_for(out.rows.size)
         self._prepare(parts)
@@ -256,6 +257,7 @@ class RowGradients:
             is_user = rows < self.num_users
             lists |= {id(self.parameters[1]): torch.from_numpy(rows[is_user])}
             lists |= {id(self.parameters[2]): torch.from_numpy(rows[~is_user] - self.num_users)}
+        gradient: Any
         for parameter, gradient in zip(there, self._kept, strict=True):
             gradient.kept = _Kept(lists[id(parameter)], gradient._version)
             parameter.grad = gradient

@@ -52,7 +52,7 @@ class LazyAdamW(torch.optim.AdamW):
         self._rows = _RowSteps()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` as in torch."""
         loss = _evaluated(closure)
         for group, parameter in _with_gradient(self):
@@ -91,7 +91,7 @@ class LazyAdagrad(torch.optim.Adagrad):
         self._rows = _RowSteps()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` as in torch."""
         loss = _evaluated(closure)
         for group, parameter in _with_gradient(self):

@@ -73,6 +73,9 @@ def run_one(program: Program, kind: type[Experiment], settings: Any, world: Worl
         if settings.eval_only:
             this, model = reported(this, run)
             judged = judge(this, model, None, run)
+            # Pictures of what no file of the run holds are drawn of this judgement.
+            if judged.detail is not None and settings.report and world.is_main:
+                this.page(run, judged)
         else:
             if world.is_main:
                 run.note(program=program.module)

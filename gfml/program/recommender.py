@@ -140,8 +140,8 @@ class Recommender(Experiment):
         for side in ("item", "user"):
             if mass is not None and getattr(mass, side) is not None:
                 arrays[f"{side}_log_mass"] = getattr(mass, f"log_{side}")().detach().cpu().numpy()
-        if data.true_item_mass is not None:
-            arrays |= {"true_item_mass": data.true_item_mass, "true_user_mass": data.true_user_mass}
+        true = {"true_item_mass": data.true_item_mass, "true_user_mass": data.true_user_mass}
+        arrays |= {name: mass for name, mass in true.items() if mass is not None}
         return arrays
 
     def page(self, run: Run, judged: Judged) -> Path | None:

@@ -208,7 +208,7 @@ def select(build: Callable[..., Scorer], data: Interactions, grid: Grid) -> Sele
     build: ``build(**settings)`` gives the scorer.
     """
     if data.valid.nnz == 0:
-        raise UserError(f"{data.name} has no validation part to choose on: cut one off (--val_ratio)")
+        raise UserError(f"{data.name} has no validation part to choose on: cut one off (`val_ratio`)")
     if not all(len(values) for values in grid.values()):
         raise ValueError("a setting of the grid has no values")
     tried: dict[tuple[int, ...], float] = {}
