@@ -136,7 +136,9 @@ def _parsed(texts: list[str], form: str) -> np.ndarray:
     """Seconds since 1970, NaN where a text is not of this form."""
     import pandas as pd
 
-    dates = pd.to_datetime(pd.Series(texts, dtype=object), format=form, errors="coerce", utc=True)
+    # Whatever the form, pandas reads these two words as the moment of the run.
+    given = pd.Series([None if text.strip().lower() in ("now", "today") else text for text in texts], dtype=object)
+    dates = pd.to_datetime(given, format=form, errors="coerce", utc=True)
     return (dates - pd.Timestamp(0, tz="UTC")).dt.total_seconds().to_numpy(dtype=np.float64)
 
 
