@@ -100,14 +100,18 @@ def encode_pictures(
     import torch
     from timm.data import create_transform, resolve_model_data_config
 
+    from gfml.program.weights import pretrained
+
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: check --image-folder")
     if not timm.is_model(backbone):
         raise UserError(
             f"timm has no backbone {backbone!r}: check --image-encoder (python -c 'import timm; print(timm.list_models())')"
         )
-    model = timm.create_model(backbone, pretrained=weights is None, num_classes=0)
-    if weights is not None:
+    if weights is None:
+        model = pretrained(backbone, "connect to the network once, or give --image-weights", num_classes=0)
+    else:
+        model = timm.create_model(backbone, num_classes=0)
         _load_weights(model, backbone, weights)
     model.eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
@@ -135,10 +139,11 @@ def _picture(path: Path) -> Any:
     """The picture as RGB, None where it cannot be opened."""
     from PIL import Image
 
+    from gfml.data.images import decode
+
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return Image.fromarray(decode(path.read_bytes(), str(path), upright=True))
+    except (UserError, OSError):
         return None
 
 

@@ -28,6 +28,7 @@ from gfml.program.cli import run_main
 # Commands of the project itself; each module has a ``main(argv)``.
 COMMANDS = {
     "recommend": "gfml.program.recommend",
+    "vectors": "gfml.program.vectors",
     "compare": "gfml.report.compare",
     "report": "gfml.report.collection",
     "sweep": "gfml.program.sweep",
@@ -35,7 +36,8 @@ COMMANDS = {
     "reproduce": "gfml.report.reproduce",
     "results-table": "gfml.report.results_table",
     "judge": "gfml.report.judge",
-    "import": "gfml.report.import_weights",
+    "import": "gfml.program.import_weights",
+    "export": "gfml.program.export",
 }
 FIRST = ("main", "train")
 IS_PROGRAM = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
