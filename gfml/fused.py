@@ -47,16 +47,27 @@ def why_not_fused(encoder: Tables, gravity: Gravity, loss_mode: str, *, compat: 
 
 
 class _Kept(NamedTuple):
-    """The rows that a kept gradient has, and the version of the tensor for which this is known."""
+    """Rows first .. last - 1 of a table of nodes, of which a kept gradient has ``nodes``; true of one version of it."""
 
-    rows: Tensor
+    nodes: np.ndarray
+    first: int
+    last: int
     version: int
 
 
-def touched_rows(gradient: Tensor) -> Tensor | None:
-    """Rows [n] outside which a gradient is 0 for sure, in no order; None where nobody knows."""
+def _is_known(gradient: Tensor) -> bool:
+    """Whether nobody else wrote to a kept gradient since its rows were noted."""
     kept = getattr(gradient, "kept", None)
-    return kept.rows if kept is not None and kept.version == gradient._version else None
+    return kept is not None and kept.version == gradient._version
+
+
+def touched_rows(gradient: Tensor) -> np.ndarray | None:
+    """Rows, int64 [n], outside which a gradient is 0 for sure, in no order; None where nobody knows."""
+    if not _is_known(gradient):
+        return None
+    kept = gradient.kept
+    mine = (kept.nodes >= kept.first) & (kept.nodes < kept.last)
+    return kept.nodes[mine] - kept.first
 
 
 class FusedPairLoss:
@@ -85,6 +96,8 @@ class FusedPairLoss:
         self.gradients = RowGradients(encoder.nodes, *masses, num_users=encoder.num_users)
         self._kernel = _kernels()[0]
         self._recipe = self._build_recipe()
+        linear = not self.uses_gravity or gravity.distance.kind == "l2"
+        self._pairs = self._kernel.linear_pairs if linear else self._kernel.general_pairs
         self._free: list[Any] = []
 
     def __call__(self, batch: Triples) -> dict[str, Tensor]:
@@ -110,7 +123,7 @@ class FusedPairLoss:
             out,
         )
         parts = threads_for(out.rows.size)
-        self.gradients.team(lambda part: kernel.pairs(size * part // parts, size * (part + 1) // parts, *inputs), parts)
+        self.gradients.team(lambda part: self._pairs(size * part // parts, size * (part + 1) // parts, *inputs), parts)
         return out.values.sum(0) / size, out
 
     def scatter(self, out: Any, scale: float) -> None:
@@ -236,7 +249,7 @@ class RowGradients:
         """Kept gradients that are 0 outside the rows of the last batch: made now, or cleared if others wrote to them."""
         there = [parameter for parameter in self.parameters if parameter is not None]
         known = self._old is not None and len(self._old.counts) == parts
-        if known and all(touched_rows(gradient) is not None for gradient in self._kept):
+        if known and all(map(_is_known, self._kept)):
             return
         if not self._kept:
             # NumPy asks the system for large pages, which reading scattered rows needs; torch does not.
@@ -250,14 +263,11 @@ class RowGradients:
 
     def _hand_over(self, there: list[nn.Parameter], touched: Any) -> None:
         rows = np.concatenate([row[:count] for row, count in zip(touched.rows, touched.counts, strict=True)])
-        nodes = torch.from_numpy(rows)
-        lists = {id(self.parameters[0]): nodes}
-        if len(there) > 1:
-            is_user = rows < self.num_users
-            lists |= {id(self.parameters[1]): torch.from_numpy(rows[is_user])}
-            lists |= {id(self.parameters[2]): torch.from_numpy(rows[~is_user] - self.num_users)}
-        for parameter, gradient in zip(there, self._kept, strict=True):
-            gradient.kept = _Kept(lists[id(parameter)], gradient._version)
+        whole, users = len(self.parameters[0]), self.num_users
+        spans = zip(self.parameters, ((0, whole), (0, users), (users, whole)), strict=True)
+        spans = [span for parameter, span in spans if parameter is not None]
+        for parameter, gradient, span in zip(there, self._kept, spans, strict=True):
+            gradient.kept = _Kept(rows, *span, gradient._version)
             parameter.grad = gradient
 
     def _arrays(self, tensors: Any) -> list[np.ndarray]:
