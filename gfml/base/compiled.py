@@ -59,8 +59,8 @@ class Team:
         self._size = 0
 
     def __call__(self, work: Callable[[int], Any], parts: int) -> None:
-        if parts > 1 + self._size:
-            self._pool, self._size = ThreadPoolExecutor(parts - 1), parts - 1
+        if self._pool is None or parts > 1 + self._size:
+            self._pool, self._size = ThreadPoolExecutor(max(1, parts - 1)), parts - 1
         others = [self._pool.submit(work, part) for part in range(1, parts)]
         work(0)
         for other in others:

@@ -460,3 +460,54 @@ def general_pairs(first, last, num_users, parameters, batch, recipe, out):
         measure_general(nodes, out.places, b, recipe, work, prepared)
         judge_pair(b, num_users, parameters, recipe, work, out.places, out.masses, out.values)
         general_pair(nodes, out.places, recipe, work, prepared, by, out.rows, b)
+
+
+# ------------------------------------------------------------------ the hinge of metric learning
+
+
+class HingeRecipe(NamedTuple):
+    """Of :func:`gfml.losses.warp_hinge`; weight: that of one pair."""
+
+    margin: float
+    num_items: int
+    use_rank_weight: bool
+    rank_floor: bool
+    weight: float
+
+
+@fast
+def write_hinge(nodes, places, b, slope, rows):
+    """Gradients of slope / 2 (|u - p|^2 - |u - n|^2) by u, p and n."""
+    user, pos, neg = places[b, 0], places[b, 1], places[b, 2]
+    for d in range(nodes.shape[1]):
+        u, p, n = nodes[user, d], nodes[pos, d], nodes[neg, d]
+        rows[b, 0, d] = slope * (n - p)
+        rows[b, 1, d] = slope * (p - u)
+        rows[b, 2, d] = slope * (u - n)
+
+
+@compiled
+def hinge_pairs(first, last, num_users, parameters, batch, recipe, out):
+    """As :func:`linear_pairs` for the hinge of the hardest negative, which alone has a row: ``out`` is of [B, 3]."""
+    nodes, number = parameters.nodes, batch.neg.shape[1]
+    kind = nodes.dtype.type
+    for b in range(first, last):
+        ahead = min(b + 1, last - 1)
+        fetch(nodes, batch.users[ahead])
+        fetch(nodes, batch.pos[ahead] + num_users)
+        user, pos = batch.users[b], batch.pos[b] + num_users
+        sq_pos = sq_difference(nodes, user, pos, kind(1), kind(1))
+        least, hardest, imposters = kind(np.inf), batch.neg[b, 0] + num_users, 0
+        for j in range(number):
+            fetch(nodes, batch.neg[ahead, j] + num_users)
+            sq_neg = sq_difference(nodes, user, batch.neg[b, j] + num_users, kind(1), kind(1))
+            imposters += kind(recipe.margin) + sq_pos - sq_neg > 0
+            if sq_neg < least:
+                least, hardest = sq_neg, batch.neg[b, j] + num_users
+        gap, weight = recipe.margin + sq_pos - least, recipe.weight
+        if recipe.use_rank_weight:
+            rank = imposters * recipe.num_items / number
+            weight *= math.log1p(math.floor(rank) if recipe.rank_floor else rank)
+        out.places[b, 0], out.places[b, 1], out.places[b, 2] = user, pos, hardest
+        out.values[b, 0] = weight * max(gap, 0.0)
+        write_hinge(nodes, out.places, b, kind(2 * weight if gap >= 0 else 0), out.rows)
