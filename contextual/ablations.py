@@ -20,11 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from contextual.main import PROGRAM
 from contextual.names import ABLATIONS
-from contextual.options import NOT_IDENTITY, parse
+from contextual.settings import ContextualSettings
 from gfml.base.errors import UserError, choice_error
 from gfml.base.toml import LOCATION_FLAGS
-from gfml.program.cli import Options, Parser, number, run_main
+from gfml.program.cli import Parser, number, run_main
 
 COLUMNS = ("recall@1", "map@r", "r_precision")
 
@@ -77,14 +78,16 @@ def command(variant: Variant, common: Sequence[str], seed: int) -> list[str]:
     return [*common, *variant.flags, "--seed", str(seed)]
 
 
-def result_of(options: Options) -> dict[str, Any]:
+def result_of(settings: ContextualSettings) -> dict[str, Any]:
     """The stored result of the finished run with these settings."""
     from gfml.engine.runs import read_result, run_id
 
-    mark = run_id("contextual-256", "", options.resolved, LOCATION_FLAGS | NOT_IDENTITY).rpartition("-")[2]
-    found = sorted(Path(options.out).glob(f"contextual-256-*-{mark}"))
+    mark = run_id("contextual-256", "", settings.resolved, LOCATION_FLAGS | settings.beside()).rpartition("-")[2]
+    found = sorted(Path(settings.out).glob(f"contextual-256-*-{mark}"))
     if len(found) != 1:
-        raise UserError(f"found {len(found)} runs in {options.out} with the mark {mark}, wanted one: see what is there")
+        raise UserError(
+            f"found {len(found)} runs in {settings.out} with the mark {mark}, wanted one: see what is there"
+        )
     return read_result(found[0])
 
 
@@ -121,19 +124,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, common = _parse(sys.argv[1:] if argv is None else list(argv))
     runs = [(variant, command(variant, common, seed)) for variant in chosen(own.only) for seed in own.seeds]
     # Every command is understood before the first one runs or is shown.
-    checked = [(variant, flags, parse("256", flags)) for variant, flags in runs]
+    checked = [(variant, flags, PROGRAM.parse(flags)) for variant, flags in runs]
     if not own.launch:
         for variant, flags in runs:
             print(f"python contextual/main.py {shlex.join(flags)}  # {variant.about}")
         return 0
 
-    from contextual.main import main as train
-
     results: dict[str, list[dict[str, Any]]] = {}
-    for variant, flags, options in checked:
+    for variant, flags, settings in checked:
         print(f"-- {variant.name}: {variant.about}", file=sys.stderr)
-        train(flags)
-        results.setdefault(variant.name, []).append(result_of(options))
+        PROGRAM.main(flags)
+        results.setdefault(variant.name, []).append(result_of(settings))
     print(table(results))
     return 0
 

@@ -1,46 +1,38 @@
-"""From flags to objects: data, network, loss, optimizer, batches, and how a part of the data is judged."""
+"""What a retrieval run is made of: network, loss and batches by class, and how a part of the data is judged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from contextual import data as datasets
 from contextual.baselines import LossOptions, build_loss, parameter_groups
 from contextual.data import RetrievalData
+from contextual.names import describe_lam
 from contextual.network import EmbeddingNet, Projector, build_backbone
 from contextual.samplers import PAIRS, BatchSampler, Plan, check_single_images, default_batches
+from contextual.settings import ContextualSettings
 from contextual.transforms import TrainBatches, in_order, test_transform, train_transform
+from gfml.base.checkpoints import damaged, load_state
 from gfml.data.images import ImageSet
 from gfml.engine import distributed
-from gfml.engine.distributed import World
 from gfml.engine.runs import Run, seed_everything
-from gfml.engine.train import Closure, FitResult, Terms
-from gfml.metrics.retrieval import Retrieval, retrieve
-from gfml.program import steps as program
-from gfml.program.cli import Options
+from gfml.engine.train import Closure, FitResult, Step, Terms
+from gfml.metrics.retrieval import Retrieval, by_class, nmi, retrieve
+from gfml.program.experiment import Experiment, Judged, Training
+from gfml.program.steps import build_step
+from gfml.report.recommenders import text_table
 
-
-def load_data(options: Options) -> RetrievalData:
-    """The data with its validation classes held out, unless selection is on test."""
-    data = datasets.load(
-        options.dataset,
-        options.root,
-        split_lists=options.split_lists,
-        split_seed=options.split_seed,
-        check_counts=bool(options.check_counts),
-    )
-    if options.skip_bad_images:
-        data = datasets.without_unreadable(data)
-    if options.single_images == "drop":
-        data = datasets.without_singles(data)
-    elif options.single_images == "error" and options.ipc:
-        check_single_images(data.train.labels, data.train.classes)
-    return data if options.select_on == "test" else datasets.hold_out(data, options.val_share, options.split_seed)
+NMI_UP_TO = 20_000
+# How the baselines of --baselines are called in results.
+NAMES = {"pixels": "pixels", "start": "starting network"}
 
 
 class Retriever(nn.Module):
@@ -69,63 +61,254 @@ class Retriever(nn.Module):
         return self.criterion(embeddings, distributed.gather(labels))
 
 
-def build_model(options: Options, num_classes: int, device: torch.device) -> Retriever:
-    """Network, projector and loss as the flags say; ``--checkpoint`` weights are loaded into the network."""
-    backbone, channels = build_backbone(
-        options.backbone,
-        pretrained=bool(options.pretrained),
-        image_size=options.image_size,
-        own_pooling=options.pooling == "backbone",
-        width=options.width,
-    )
-    net = EmbeddingNet(
-        backbone,
-        channels,
-        options.embedding_size,
-        pooling=options.pooling,
-        layer_norm=bool(options.layer_norm),
-        kaiming=options.pipeline == "224",
-        batch_norm=options.batch_norm,
-    )
-    linear = options.bottleneck == "linear"
-    projector = Projector(options.embedding_size, options.train_embedding) if linear else None
-    criterion = build_loss(
-        options.loss,
-        num_classes=num_classes,
-        embedding_dim=options.train_embedding if linear else options.embedding_size,
-        pipeline=options.pipeline,
-        options=loss_options(options),
-    )
-    model = Retriever(net, projector, criterion)
-    if options.checkpoint is not None:
-        _start_from(model, Path(options.checkpoint))
-    return model.to(device, memory_format=torch.channels_last)
+class Retrieve(Experiment):
+    """One network that maps pictures to unit vectors; classes of test are no classes of train."""
+
+    judged_by_all = True
+    settings: ContextualSettings
+    data: RetrievalData
+
+    @classmethod
+    def load(cls, settings: ContextualSettings) -> RetrievalData:
+        """The data with its validation classes held out, unless selection is on test."""
+        data = datasets.load(
+            settings.dataset, settings.root, split_lists=settings.split_lists, split_seed=settings.split_seed,
+            check_counts=bool(settings.check_counts),
+        )  # fmt: skip
+        if settings.skip_bad_images:
+            data = datasets.without_unreadable(data)
+        if settings.single_images == "drop":
+            data = datasets.without_singles(data)
+        elif settings.single_images == "error" and settings.ipc:
+            check_single_images(data.train.labels, data.train.classes)
+        return (
+            data if settings.select_on == "test" else datasets.hold_out(data, settings.val_share, settings.split_seed)
+        )
+
+    def whole(self) -> Self:
+        """The same with every training class in the training part."""
+        return type(self)(self.settings, self.load(replace(self.settings, select_on="test")), self.world)
+
+    # -- model
+
+    def build(self, *, start: bool = True) -> Retriever:
+        return self._build(self.data.num_classes, start=start)
+
+    def _build(self, num_classes: int, *, start: bool = True) -> Retriever:
+        """Network, projector and loss as the flags say; ``--checkpoint`` weights are loaded into the network."""
+        s = self.settings
+        backbone, channels = build_backbone(
+            s.backbone, pretrained=bool(s.pretrained) and start, image_size=s.image_size,
+            own_pooling=s.pooling == "backbone", width=s.width,
+        )  # fmt: skip
+        net = EmbeddingNet(
+            backbone, channels, s.embedding_size, pooling=s.pooling, layer_norm=bool(s.layer_norm),
+            kaiming=s.pipeline == "224", batch_norm=s.batch_norm,
+        )  # fmt: skip
+        linear = s.bottleneck == "linear"
+        projector = Projector(s.embedding_size, s.train_embedding) if linear else None
+        width = s.train_embedding if linear else s.embedding_size
+        criterion = build_loss(
+            s.loss, num_classes=num_classes, embedding_dim=width, pipeline=s.pipeline, options=loss_options(s)
+        )
+        model = Retriever(net, projector, criterion)
+        if s.checkpoint is not None and start:
+            _start_from(model, Path(s.checkpoint))
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def training(self, model: Retriever) -> Training:
+        """256: the head has lr, the backbone lr / 2, proxies a constant rate. 224: the backbone has lr, the head the same,
+        the projector twice, proxies 100 times."""
+        s = self.settings
+        # Processes share batch statistics on CUDA: nothing else can.
+        model.share(sync_batchnorm=s.batch_norm == "train" and self.device.type == "cuda")
+        large = s.pipeline == "256"
+        base = s.lr / s.embedding_lr_multi if large else s.lr
+        groups = [
+            {"params": [p for p in model.net.backbone.parameters() if p.requires_grad], "lr": base},
+            {"params": list(model.net.head.parameters()), "lr": base * s.embedding_lr_multi},
+        ]
+        if len(model.encoder) > 1:
+            groups.append({"params": list(model.encoder[1].parameters()), "lr": s.lr * s.projector_lr_multi})
+        scheduled = len(groups)
+        proxies = parameter_groups(model.criterion, pipeline=s.pipeline, lr=s.lr, loss_lr=s.loss_lr)
+        groups += [{key: value for key, value in group.items() if key != "name"} for group in proxies]
+        kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
+        optimizer = kind(groups, lr=s.lr, weight_decay=s.weight_decay)
+        falling = lr_factor(s)
+        factors: list[Callable[[int], float]] = [
+            falling if number < scheduled or not large else lambda epoch: 1.0 for number in range(len(groups))
+        ]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        step: Step = WarmStep(groups[0]["params"], s.warm) if s.mirror == "off" else build_step(s, optimizer)
+        return Training(optimizer, self.batches(), model.loss, step, scheduler=scheduler, amp=self._amp)
+
+    def batches(self) -> TrainBatches:
+        """Batches of the training part; each process reads its rows of every batch."""
+        s, data = self.settings, self.data
+        sampler = BatchSampler(
+            data.train.labels, self._plan(), seed=s.seed, supers=data.supers,
+            pairs=PAIRS.get(s.dataset, PAIRS["sop"]), rows=self.world.rows(s.batch_size),
+        )  # fmt: skip
+        transform = train_transform(s.trainxform, s.pipeline, s.dataset, s.image_size, s.xform_scale, flip=data.flip)
+        return TrainBatches(data.train, transform, sampler, self.device, s.workers)
+
+    def _plan(self) -> Plan:
+        s = self.settings
+        kind = "halves" if s.hierarchical else "classes" if s.ipc else "shuffle"
+        plan = Plan(kind, s.batch_size, s.ipc)
+        steps = s.batches_per_epoch or default_batches(
+            s.pipeline, s.dataset, len(self.data.train), self.data.num_classes, plan
+        )
+        return Plan(kind, s.batch_size, s.ipc, steps)
+
+    @property
+    def _amp(self) -> bool:
+        """--amp, by default on CUDA alone."""
+        return self.device.type == "cuda" if self.settings.amp is None else bool(self.settings.amp)
+
+    # -- judging
+
+    def part(self, split: str) -> ImageSet:
+        """train, valid or test."""
+        return {"train": self.data.train, "valid": self.data.valid, "test": self.data.test}[split]
+
+    @torch.no_grad()
+    def embeddings(self, images: ImageSet, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """[N, D] on this process's device, in the order of the images, made by all processes together."""
+        s, rows = self.settings, self.world.rows(len(images))
+        transform = test_transform(s.testxform, s.pipeline, s.dataset, s.image_size)
+        own = images.subset(range(rows.start, rows.stop))
+        found = []
+        for pictures, _ in in_order(own, transform, s.batch_size, self.device, s.workers):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._amp):
+                found.append(encode(pictures).float())
+        return distributed.gather(torch.cat(found))
+
+    def retrieval(self, split: str, encode: Callable[[Tensor], Tensor], keep: int = 10) -> tuple[Retrieval, Tensor]:
+        """Metrics of a part, and its embeddings. test is looked up in the gallery where the data has one."""
+        images, s = self.part(split), self.settings
+        embeddings, labels = self.embeddings(images, encode), torch.from_numpy(images.labels).to(self.device)
+        references = ()
+        if split == "test" and self.data.gallery is not None:
+            gallery = self.data.gallery
+            references = (self.embeddings(gallery, encode), torch.from_numpy(gallery.labels).to(self.device))
+        found = retrieve(
+            embeddings, labels, *references, ks=cut_offs(s), keep=keep, whole=bool(s.full_map), memory_mib=s.memory_mib
+        )
+        return found, embeddings
+
+    def evaluate(self, model: Retriever, split: str) -> Mapping[str, float]:
+        distributed.share_buffers(model)
+        return self.retrieval(split, model.net)[0].means
+
+    def judge(self, model: Retriever, fitted: FitResult | None, run: Run) -> Judged:
+        s, data = self.settings, self.data
+        found, embeddings = self.retrieval("test", model.net)
+        result: dict[str, Any] = {
+            "model": f"{s.backbone} {s.loss}", "pipeline": s.pipeline, "data": facts(data),
+            "loss": model.criterion.describe(), "test": found.means, "unmatched_queries": found.unmatched,
+            "per_class": per_class(found, data), "baselines": self._baselines(),
+        }  # fmt: skip
+        if s.loss == "hybrid":
+            result["lam"] = describe_lam(s.lam_convention)
+        if s.nmi or (s.nmi is None and len(data.test) <= NMI_UP_TO):
+            result["test"]["nmi"] = nmi(embeddings.float(), torch.from_numpy(data.test.labels), seed=s.seed)
+        if data.valid is not None and not s.refit:
+            result["val"] = self.retrieval("valid", model.net)[0].means
+        if s.judge_train:
+            result["train"] = self.retrieval("train", model.net)[0].means
+        arrays = {f"per_query/{name}": values.astype(np.float32) for name, values in found.per_query.items()}
+        arrays |= {"labels": data.test.labels, "neighbours": found.neighbours.astype(np.int32), "right": found.right}
+        return Judged(result, arrays, found)
+
+    def _baselines(self) -> dict[str, Any]:
+        """Test by the centred pixels of the test pictures, made 16 x 16, and by the pooled features of the starting network."""
+        makers: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+            "pixels": lambda: small_pixels, "start": self._starting_features,
+        }  # fmt: skip
+        chosen = [name for name in makers if name in self.settings.baselines]
+        return {NAMES[name]: {"test": self.retrieval("test", makers[name]())[0].means} for name in chosen}
+
+    def _starting_features(self) -> Callable[[Tensor], Tensor]:
+        """The pooled features of the network as it was before training."""
+        seed_everything(self.settings.seed)
+        net = self._build(2).net.eval()
+        return lambda pictures: net.pool(net.backbone(pictures))
+
+    def page(self, run: Run, judged: Judged) -> Path | None:
+        """The page with ``--pictures`` queries; none with 0."""
+        from contextual.report import write_page
+
+        s = self.settings
+        if not s.pictures:
+            return None
+        return write_page(run, self.data, judged.result, judged.detail, queries=s.pictures, seed=s.seed)
+
+    # -- words
+
+    @property
+    def label(self) -> str:
+        return f"{self.data.name}-{self.settings.loss}"
+
+    def data_lines(self) -> list[str]:
+        data = self.data
+        parts = {"train": data.train, "validation": data.valid, "test": data.test, "gallery": data.gallery}
+        sizes = [
+            f"{name} {len(part):,} of {len(part.classes):,} classes" for name, part in parts.items() if part is not None
+        ]
+        return [f"{data.name}: {', '.join(sizes)}", *(f"note: {note}" for note in data.notes)]
+
+    def describe(self, model: Retriever) -> list[str]:
+        s = self.settings
+        frozen = (
+            "note: the batch statistics of an untrained network are frozen, which leaves it without normalisation; "
+            "--batch-norm train"
+        )
+        weights = "published weights" if s.pretrained else "from scratch"
+        return [
+            *([frozen] if s.batch_norm != "train" and not s.pretrained else []),
+            f"{s.backbone}, {weights}, {s.image_size} pixels, {s.pooling} pooling, batch norm {s.batch_norm}, {s.embedding_size}-d",
+            f"loss {model.criterion.describe()}",
+            f"{len(self.batches())} steps an epoch of {s.batch_size} pictures, {s.ipc or 'any number'} per class",
+        ]
+
+    @classmethod
+    def text(cls, settings: Any, results: list[tuple[Mapping[str, Any], Path]]) -> str:
+        (result, _), *_rest = results
+        rows = {f"{result['model']}, test": result["test"]}
+        rows |= {f"{result['model']}, {part}": result[part] for part in ("val", "train") if part in result}
+        rows |= {f"{name}, test": found["test"] for name, found in result["baselines"].items()}
+        selection, missed = result["selection"], result["unmatched_queries"]
+        lines = [f"\n{result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}"]
+        lines += [f"loss {result['loss']}", text_table(rows, list(result["test"]))]
+        if missed:
+            lines.append(f"{missed} queries have no match; they count as misses in recall and are left out of the rest")
+        return "\n".join(lines)
 
 
-def loss_options(options: Options) -> LossOptions:
+def loss_options(settings: ContextualSettings) -> LossOptions:
     """The flags of the loss."""
     return LossOptions(
-        lam=options.lam,
-        gamma=options.gamma,
-        lam_convention=options.lam_convention,
-        regularise=options.regularise,
-        k=options.k,
-        eps=options.eps,
-        slope=options.slope,
-        pos_margin=options.pos_margin,
-        neg_margin=options.neg_margin,
-        reg_sim=options.reg_sim,
-        alpha=options.alpha,
-        mrg=options.mrg,
-        backend=options.loss_backend,
-        ablation=options.ablation,
+        lam=settings.lam,
+        gamma=settings.gamma,
+        lam_convention=settings.lam_convention,
+        regularise=settings.regularise,
+        k=settings.k,
+        eps=settings.eps,
+        slope=settings.slope,
+        pos_margin=settings.pos_margin,
+        neg_margin=settings.neg_margin,
+        reg_sim=settings.reg_sim,
+        alpha=settings.alpha,
+        mrg=settings.mrg,
+        backend=settings.loss_backend,
+        ablation=settings.ablation,
     )
 
 
 def _start_from(model: Retriever, path: Path) -> None:
     """The network's weights of an earlier run; its projector and proxies are for other classes and stay behind."""
-    from gfml.base.checkpoints import damaged, load_state
-
     prefix = "encoder.0."
     saved = {
         key.removeprefix(prefix): value for key, value in load_state(path)["model"].items() if key.startswith(prefix)
@@ -165,206 +348,49 @@ class WarmStep:
         self.epoch = state["epoch"]
 
 
-def build_training(
-    options: Options, model: Retriever
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR, WarmStep]:
-    """Optimizer with its groups of learning rates, their schedule, and the step.
-
-    256: the head has lr, the backbone lr / 2, proxies a constant rate. 224: the backbone has lr, the head the same,
-    the projector twice, proxies 100 times.
-    """
-    large = options.pipeline == "256"
-    base = options.lr / options.embedding_lr_multi if large else options.lr
-    groups = [
-        {"params": [p for p in model.net.backbone.parameters() if p.requires_grad], "lr": base},
-        {"params": list(model.net.head.parameters()), "lr": base * options.embedding_lr_multi},
-    ]
-    if len(model.encoder) > 1:
-        groups.append({"params": list(model.encoder[1].parameters()), "lr": options.lr * options.projector_lr_multi})
-    scheduled = len(groups)
-    groups += [{key: value for key, value in group.items() if key != "name"} for group in
-               parameter_groups(model.criterion, pipeline=options.pipeline, lr=options.lr, loss_lr=options.loss_lr)]  # fmt: skip
-    kind = torch.optim.AdamW if options.optimizer == "adamw" else torch.optim.Adam
-    optimizer = kind(groups, lr=options.lr, weight_decay=options.weight_decay)
-    falling = lr_factor(options)
-    factors: list[Callable[[int], float]] = [
-        falling if number < scheduled or not large else lambda epoch: 1.0 for number in range(len(groups))
-    ]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-    return optimizer, scheduler, WarmStep(groups[0]["params"], options.warm)
-
-
-def lr_factor(options: Options) -> Callable[[int], float]:
+def lr_factor(settings: ContextualSettings) -> Callable[[int], float]:
     """Factor of the learning rate after so many epochs: --lr-decay-gamma to the number of falls so far."""
 
     def factor(epoch: int) -> float:
-        done = epoch + options.start_epoch
+        done = epoch + settings.start_epoch
         falls = (
-            done // options.lr_decay_step
-            if options.lr_decay_step
-            else sum(milestone <= done for milestone in options.milestones)
+            done // settings.lr_decay_step
+            if settings.lr_decay_step
+            else sum(milestone <= done for milestone in settings.milestones)
         )
-        return options.lr_decay_gamma**falls
+        return settings.lr_decay_gamma**falls
 
     return factor
 
 
-def build_batches(options: Options, data: RetrievalData, world: World) -> TrainBatches:
-    """Batches of the training part; each process reads its rows of every batch."""
-    kind = "halves" if options.hierarchical else "classes" if options.ipc else "shuffle"
-    plan = Plan(kind, options.batch_size, options.ipc)
-    steps = options.batches_per_epoch or default_batches(
-        options.pipeline, options.dataset, len(data.train), data.num_classes, plan
-    )
-    plan = Plan(kind, options.batch_size, options.ipc, steps)
-    sampler = BatchSampler(
-        data.train.labels,
-        plan,
-        seed=options.seed,
-        supers=data.supers,
-        pairs=PAIRS.get(options.dataset, PAIRS["sop"]),
-        rows=world.rows(options.batch_size),
-    )
-    transform = train_transform(
-        options.trainxform, options.pipeline, options.dataset, options.image_size, options.xform_scale, flip=data.flip
-    )
-    return TrainBatches(data.train, transform, sampler, world.device, options.workers)
-
-
-@dataclass
-class Judge:
-    """Judges parts of the data; embeddings are made by all processes together and ranked in each."""
-
-    options: Options
-    data: RetrievalData
-    model: Retriever
-    world: World
-
-    def part(self, split: str) -> ImageSet:
-        """train, valid or test."""
-        return {"train": self.data.train, "valid": self.data.valid, "test": self.data.test}[split]
-
-    @torch.no_grad()
-    def embeddings(self, images: ImageSet, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """[N, D] on this process's device, in the order of the images. encode: the network unless given."""
-        options, rows = self.options, self.world.rows(len(images))
-        transform = test_transform(options.testxform, options.pipeline, options.dataset, options.image_size)
-        own = images.subset(range(rows.start, rows.stop))
-        encode = encode or self.model.net
-        found = []
-        for pictures, _ in in_order(own, transform, options.batch_size, self.world.device, options.workers):
-            with torch.autocast(
-                self.world.device.type, dtype=torch.bfloat16, enabled=use_amp(options, self.world.device)
-            ):
-                found.append(encode(pictures).float())
-        return distributed.gather(torch.cat(found))
-
-    def retrieval(
-        self, split: str, encode: Callable[[Tensor], Tensor] | None = None, keep: int = 10
-    ) -> tuple[Retrieval, Tensor]:
-        """Metrics of a part, and its embeddings. test is looked up in the gallery where the data has one."""
-        images, options = self.part(split), self.options
-        embeddings, labels = self.embeddings(images, encode), torch.from_numpy(images.labels).to(self.world.device)
-        references = ()
-        if split == "test" and self.data.gallery is not None:
-            gallery = self.data.gallery
-            references = (self.embeddings(gallery, encode), torch.from_numpy(gallery.labels).to(self.world.device))
-        found = retrieve(
-            embeddings,
-            labels,
-            *references,
-            ks=cut_offs(options),
-            keep=keep,
-            whole=bool(options.full_map),
-            memory_mib=options.memory_mib,
-        )
-        return found, embeddings
-
-    def metrics(self, split: str) -> dict[str, float]:
-        """The means alone, for selection."""
-        distributed.share_buffers(self.model)
-        return self.retrieval(split)[0].means
-
-
-def cut_offs(options: Options) -> tuple[int, ...]:
+def cut_offs(settings: ContextualSettings) -> tuple[int, ...]:
     """--ks and the cut-off of the metric that selects."""
-    cut = options.select_metric.partition("recall@")[2]
-    return tuple(sorted({*options.ks, *([int(cut)] if cut else [])}))
+    cut = settings.select_metric.partition("recall@")[2]
+    return tuple(sorted({*settings.ks, *([int(cut)] if cut else [])}))
 
 
-def use_amp(options: Options, device: torch.device) -> bool:
-    """--amp, by default on CUDA alone."""
-    return device.type == "cuda" if options.amp is None else bool(options.amp)
+def facts(data: RetrievalData) -> dict[str, Any]:
+    """Name, sizes, fingerprint and notes of the data."""
+    parts = {"train": data.train, "valid": data.valid, "test": data.test, "gallery": data.gallery}
+    sizes = {
+        name: {"images": len(part), "classes": len(part.classes)} for name, part in parts.items() if part is not None
+    }
+    return {"name": data.name, "fingerprint": data.fingerprint, "notes": list(data.notes), **sizes}
 
 
-def refit(
-    options: Options, data: RetrievalData, world: World, fitted: FitResult, run: Run
-) -> tuple[Retriever, RetrievalData]:
-    """A model trained anew on all training classes for the selected number of epochs, and that data."""
-    whole = whole_data(options)
-    seed_everything(options.seed)
-    model = build_model(options, whole.num_classes, world.device)
-    model.share(sync_batchnorm=syncs_batchnorm(options, world))
-    optimizer, scheduler, step = build_training(options, model)
-    model = program.refit(
-        model,
-        optimizer,
-        fitted=fitted,
-        run=run,
-        family="contextual",
-        batches=build_batches(options, whole, world),
-        loss_fn=model.loss,
-        step=step,
-        scheduler=scheduler,
-        amp=use_amp(options, world.device),
-        checkpoint_every=options.checkpoint_every,
-        progress=options.progress,
-    )
-    return model, whole
-
-
-def whole_data(options: Options) -> RetrievalData:
-    """The data with every training class in the training part."""
-    changed = Options(**{**vars(options), "select_on": "test"})
-    return load_data(changed)
-
-
-def syncs_batchnorm(options: Options, world: World) -> bool:
-    """Whether processes share batch statistics: CUDA alone can."""
-    return options.batch_norm == "train" and world.device.type == "cuda"
-
-
-def load_reported(options: Options, data: RetrievalData, world: World, run: Run) -> tuple[Retriever, RetrievalData]:
-    """The model that a run's result is about, in eval mode, and the data it was trained on."""
-    data = whole_data(options) if options.refit and run.is_done else data
-    quiet = Options(**{**vars(options), "pretrained": 0, "checkpoint": None})
-    return program.load_reported(build_model(quiet, data.num_classes, world.device), run.path, done=run.is_done), data
-
-
-def describe(
-    options: Options, data: RetrievalData, model: Retriever, batches: TrainBatches, world: World, run: Run
-) -> str:
-    """What is about to run, in a few lines."""
-    parts = [("train", data.train), ("validation", data.valid), ("test", data.test), ("gallery", data.gallery)]
-    sizes = ", ".join(
-        f"{name} {len(part):,} of {len(part.classes):,} classes" for name, part in parts if part is not None
-    )
-    parameters = sum(p.numel() for p in model.net.parameters())
-    lines = [f"{data.name}: {sizes}", *(f"note: {note}" for note in data.notes)]
-    if options.batch_norm != "train" and not options.pretrained:
-        lines.append(
-            "note: the batch statistics of an untrained network are frozen, which leaves it without normalisation; --batch-norm train"
-        )
-    lines += [
-        f"{options.backbone}, {'published weights' if options.pretrained else 'from scratch'}, {options.image_size} pixels, "
-        f"{options.pooling} pooling, batch norm {options.batch_norm}, {options.embedding_size}-d; {parameters:,} parameters on {world.device}",
-        f"loss {model.criterion.describe()}",
+def per_class(found: Retrieval, data: RetrievalData) -> list[dict[str, Any]]:
+    """The classes of test, hardest first, by name; values that do not exist are None."""
+    rows = by_class(found, data.test.labels)
+    return [
+        {
+            name: data.test.classes[value] if name == "class" else None if value != value else value
+            for name, value in row.items()
+        }
+        for row in rows
     ]
-    processes = f" over {world.size} processes" if world.size > 1 else ""
-    where = "TEST, the original protocol: optimistic" if options.select_on == "test" else "validation classes"
-    lines += [
-        f"{len(batches)} steps an epoch of {options.batch_size} pictures{processes}, {options.ipc or 'any number'} per class; seed {options.seed}",
-        f"selecting by {options.select_metric} on {where}",
-        f"run directory {run.path}",
-    ]
-    return "\n".join(lines)
+
+
+def small_pixels(pictures: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, 768]: the picture at 16 x 16, its mean taken out."""
+    small = F.adaptive_avg_pool2d(pictures, 16).flatten(1)
+    return small - small.mean(dim=1, keepdim=True)

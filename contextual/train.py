@@ -14,15 +14,19 @@ Source: as ``contextual/main.py``; this pipeline follows Kim et al., Proxy Ancho
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from contextual import main as shared
+from contextual.settings import SmallSettings
 from gfml.program.cli import run_main
+from gfml.program.program import Program
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return shared.main(argv, pipeline="224")
-
+PROGRAM = Program(
+    "contextual/train.py",
+    "contextual-224",
+    SmallSettings,
+    "contextual.experiment:Retrieve",
+    "Train and judge image retrieval, the 224 x 224 pipeline. Without flags: embedded digits.",
+)
+main = PROGRAM.main
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -27,7 +27,7 @@ from mirror_grad.models import MODELS
 # The published programs' names for data that this one knows by a longer one.
 DATASETS = {"baby": "amazon-baby", "sports": "amazon-sports", "clothing": "amazon-clothing"}
 FEATURES = ("auto", "none", "tfidf-svd", "hashing", "random")
-BASELINES = ("popularity", "item-knn", "ease")
+BASELINES = ("popularity", "item-knn", "ease", "ials")
 METRICS = ("recall", "ndcg", "precision", "map", "hit", "mrr")
 # What a control arm does instead of the mirror step; "mg" leaves --mirror as it is.
 ARMS = {"mg": None, "equal-steps": "repeat", "equal-lr": "off", "equal-grid": "off", "true-ascent": "precond"}

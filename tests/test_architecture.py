@@ -109,8 +109,8 @@ def test_importing_a_module_runs_nothing() -> None:
         "recsys.main",
         "mcl.main",
         "contextual.names",
-        "contextual.options",
-        "vision.options",
+        "contextual.main",
+        "vision.main",
         "mirror_grad.options",
     ],
 )

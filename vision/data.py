@@ -17,8 +17,8 @@ from gfml.base.errors import UserError
 from gfml.data.images import ImageData, ImageSet, channel_statistics, load_images, stratified_split
 from gfml.engine.distributed import World
 from gfml.longtail import effective_number_weights, imbalanced_counts, select_indices
-from gfml.program.cli import Options
 from vision.augment import AutoAugment, crop_and_flip, crop_paste, cutmix, mixup, normalize
+from vision.settings import VisionSettings
 
 # Images that are augmented at once: enough that each AutoAugment operation has several of them.
 CHUNK_IMAGES = 2048
@@ -48,26 +48,26 @@ class VisionData:
         return self.source.fingerprint
 
 
-def load(options: Options) -> VisionData:
+def load(settings: VisionSettings) -> VisionData:
     """The data set that the flags ask for: read, made one size, thinned out class by class, cut."""
-    name = IMBALANCED.get(options.dataset, options.dataset)
+    name = IMBALANCED.get(settings.dataset, settings.dataset)
     data = load_images(
-        name, data_root=options.data_root, download=options.download, test_fraction=options.test_fraction,
-        split_seed=options.split_seed, unreadable=options.unreadable, size=options.image_size,
+        name, data_root=settings.data_root, download=settings.download, test_fraction=settings.test_fraction,
+        split_seed=settings.split_seed, unreadable=settings.unreadable, size=settings.image_size,
     )  # fmt: skip
-    if options.image_size is None:
+    if settings.image_size is None:
         data = _one_size(data)
     if data.train.array().shape[1] != data.train.array().shape[2]:
         raise UserError(
             f"{data.name} has images of {data.train.array().shape[2]} x {data.train.array().shape[1]}: give --image-size"
         )
-    if options.num_classes not in (None, len(data.classes)):
+    if settings.num_classes not in (None, len(data.classes)):
         raise UserError(
-            f"found --num-classes {options.num_classes}, wanted {len(data.classes)} for {data.name}: mend or drop the flag"
+            f"found --num-classes {settings.num_classes}, wanted {len(data.classes)} for {data.name}: mend or drop the flag"
         )
-    train, name = _thinned(data, options), options.dataset if options.dataset in IMBALANCED else data.name
+    train, name = _thinned(data, settings), settings.dataset if settings.dataset in IMBALANCED else data.name
     data = replace(data, train=train, name=name, notes=(*data.notes, *_empty_classes(train)))
-    data = _with_valid(data, options.val_fraction, options.split_seed)
+    data = _with_valid(data, settings.val_fraction, settings.split_seed)
     mean, std = data.statistics or channel_statistics(data.train.array())
     return VisionData(data, data.train.array().shape[1], data.train.counts, (torch.tensor(mean), torch.tensor(std)))
 
@@ -88,15 +88,15 @@ def _with_valid(data: ImageData, fraction: float, seed: int) -> ImageData:
     return replace(data, train=data.train.subset(rest), valid=data.train.subset(part, f"{data.name} valid"))
 
 
-def _thinned(data: ImageData, options: Options) -> ImageSet:
+def _thinned(data: ImageData, settings: VisionSettings) -> ImageSet:
     """The long-tailed train part of ``--imb-type`` and ``--imb-factor``."""
-    if options.imb_type == "balanced":
+    if settings.imb_type == "balanced":
         return data.train
     try:
-        counts = imbalanced_counts(options.imb_type, len(data.classes), len(data.train), options.imb_factor)
+        counts = imbalanced_counts(settings.imb_type, len(data.classes), len(data.train), settings.imb_factor)
     except ValueError as error:
         raise UserError(f"{data.train.name}: {error}; mend --imb-factor") from None
-    return data.train.subset(select_indices(data.train.labels, counts, options.rand_number))
+    return data.train.subset(select_indices(data.train.labels, counts, settings.rand_number))
 
 
 def _empty_classes(train: ImageSet) -> tuple[str, ...]:
@@ -149,14 +149,14 @@ class Augmentation:
         return Batch(mixed.images, labels, labels[mixed.partner], mixed.keep, share)
 
 
-def augmentation(options: Options, data: VisionData) -> Augmentation:
+def augmentation(settings: VisionSettings, data: VisionData) -> Augmentation:
     """As the flags say. AutoAugment's policy is that of CIFAR-10, for SVHN its own."""
     auto = None
-    if options.autoaugment and not (options.aa_skip_imbalanced and options.dataset in IMBALANCED):
-        name = IMBALANCED.get(options.dataset, options.dataset).replace("c100", "cifar100").replace("c10", "cifar10")
-        auto = AutoAugment(AUTO_POLICY.get(name, "cifar10"), options.aa_impl)
-    mix = "cutmix" if options.cutmix else "mixup" if options.mixup else "none"
-    return Augmentation(options.crop, data.source.horizontal_flip, auto, options.rcpaste, mix)
+    if settings.autoaugment and not (settings.aa_skip_imbalanced and settings.dataset in IMBALANCED):
+        name = IMBALANCED.get(settings.dataset, settings.dataset).replace("c100", "cifar100").replace("c10", "cifar10")
+        auto = AutoAugment(AUTO_POLICY.get(name, "cifar10"), settings.aa_impl)
+    mix = "cutmix" if settings.cutmix else "mixup" if settings.mixup else "none"
+    return Augmentation(settings.crop, data.source.horizontal_flip, auto, settings.rcpaste, mix)
 
 
 def class_weights(sampler: str, counts: np.ndarray) -> np.ndarray | None:

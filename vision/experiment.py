@@ -1,9 +1,9 @@
-"""From flags to objects: model, optimizer, schedule, loss, predictions."""
+"""What a vision run is made of: network, optimizer and augmented batches, and what is judged after the last epoch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,233 +12,258 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gfml.attention import AttentionSettings, parameter_groups
-from gfml.base.errors import UserError
+from gfml.attention import AttentionSettings, log_masses, parameter_groups
 from gfml.data.images import ImageSet
 from gfml.engine import distributed
-from gfml.engine.distributed import World
 from gfml.engine.runs import Run
-from gfml.engine.train import Closure, Step, Terms, WeightAverage
-from gfml.longtail import class_loss, deferred_weights, rank_groups, shot_groups, use_cosine_head
-from gfml.metrics.classification import calibration_error, classification_metrics
-from gfml.program import steps as program
-from gfml.program.cli import Options
+from gfml.engine.train import FitResult, Terms, WeightAverage
+from gfml.longtail import rank_groups, shot_groups, use_cosine_head, without_prior
+from gfml.metrics.classification import (
+    calibration_error,
+    classification_metrics,
+    confusion_matrix,
+    recalls,
+    sensitivity,
+)
+from gfml.program.experiment import Experiment, Judged, Training
 from gfml.program.steps import build_step
+from gfml.report.recommenders import text_table
 from vision.augment import normalize
-from vision.data import Batch, TrainBatches, VisionData, augmentation, class_weights
-from vision.models import build_model as network
+from vision.data import Batch, TrainBatches, VisionData, augmentation, class_weights, load
+from vision.models import build_model
+from vision.settings import VisionSettings
+from vision.training import Objective, Schedule, ScheduledStep
 from vision.vit import ViTSettings
 
-LOSS_NAMES = {"class-balanced": "cb", "ldam-drw": "ldam"}
-# The published cosine falls over this many epochs, however many are trained.
-ORIGINAL_COSINE = 200
+# Columns of the printed table, those a result has.
+SHOWN = (
+    "accuracy", "accuracy_many", "accuracy_medium", "accuracy_few", "accuracy_head", "accuracy_mid", "accuracy_tail",
+    "worst_class", "macro_f1", "nll", "ece",
+)  # fmt: skip
 
 
-def build_model(options: Options, data: VisionData, device: torch.device) -> nn.Module:
-    """The network of ``--model-name`` with fresh weights."""
-    vit = ViTSettings(
-        patch=options.patch, hidden=options.hidden, mlp_hidden=options.mlp_hidden, num_layers=options.num_layers,
-        num_heads=options.head, dropout=options.dropout, cls_token=not options.off_cls_token, mass_pos=options.mass_pos,
-    )  # fmt: skip
-    model = network(
-        options.model_name,
-        num_classes=data.num_classes,
-        image_size=data.image_size,
-        vit=vit,
-        attention=attention_settings(options),
-        stem=options.stem,
-    )
-    if options.long_tail.startswith("ldam"):
-        use_cosine_head(model, data.num_classes)
-    return model.to(device)
+class Vision(Experiment):
+    """One network on balanced or long-tailed images. The headline is the last epoch's test accuracy."""
+
+    judged_by_all = True
+    settings: VisionSettings
+    data: VisionData
+
+    @classmethod
+    def load(cls, settings: VisionSettings) -> VisionData:
+        torch.backends.cudnn.benchmark = not settings.off_benchmark
+        return load(settings)
+
+    # -- model
+
+    def build(self, *, start: bool = True) -> nn.Module:
+        """The network of ``--model-name`` with fresh weights."""
+        s, data = self.settings, self.data
+        vit = ViTSettings(
+            patch=s.patch, hidden=s.hidden, mlp_hidden=s.mlp_hidden, num_layers=s.num_layers, num_heads=s.head,
+            dropout=s.dropout, cls_token=not s.off_cls_token, mass_pos=s.mass_pos,
+        )  # fmt: skip
+        model = build_model(
+            s.model, num_classes=data.num_classes, image_size=data.image_size, vit=vit,
+            attention=attention_settings(s), stem=s.stem,
+        )  # fmt: skip
+        if s.long_tail.startswith("ldam"):
+            use_cosine_head(model, data.num_classes)
+        return model.to(self.device)
+
+    def training(self, model: nn.Module) -> Training:
+        s, data, world = self.settings, self.data, self.world
+        net = distributed.wrap(model, sync_batchnorm=self.device.type == "cuda")
+        net = torch.compile(net) if s.compile else net
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[s.optimizer]
+        groups = parameter_groups(model, s.weight_decay)
+        optimizer = kind(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
+        sampler = TrainBatches(
+            data, augmentation(s, data), batch_size=s.batch_size, seed=s.seed, world=world,
+            weights=class_weights(s.sampler, data.counts), workers=s.num_workers, most=1 if s.dry_run else None,
+        )  # fmt: skip
+        objective = Objective(s, data.counts).to(self.device)
+        step = ScheduledStep(build_step(s, optimizer, s.clip_grad), Schedule(s, sampler.num_batches))
+
+        def batches(epoch: int) -> Iterable[Batch]:
+            objective.new_epoch(epoch)
+            return sampler.epoch(epoch)
+
+        def loss(batch: Batch) -> Terms:
+            return objective.terms(net(batch.images), batch)
+
+        ema = WeightAverage(model.parameters(), s.ema) if s.ema else None
+        self._ema, self._images = ema, sampler.num_batches * sampler.batch_size
+        return Training(optimizer, batches, loss, step, ema=ema, amp=self._amp, compile=False)
+
+    @property
+    def _amp(self) -> bool:
+        """bfloat16 autocast: where it is faster."""
+        return self.settings.amp or (self.settings.precision == 16 and self.device.type == "cuda")
+
+    @property
+    def epochs(self) -> int:
+        return 1 if self.settings.dry_run else self.settings.epochs
+
+    # -- judging
+
+    @property
+    def select(self) -> str | None:
+        return None if self.data.source.valid is None else "val/balanced_accuracy"
+
+    def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
+        return self._judged(model, self.data.source.valid)
+
+    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run) -> Judged:
+        """The headline "test" is the last epoch's; with a validation part "selected" is that of the best epoch on it."""
+        s, data, source = self.settings, self.data, self.data.source
+        result: dict[str, Any] = {"model": s.model, "data": self._data_facts()}
+        if fitted is not None and source.valid is not None:
+            result["selected"] = {"epoch": fitted.best_epoch, "test": self._judged(model, source.test)}
+            with self._last_weights(model, run):
+                logits = self.predict(model, source.test)
+                result["val"] = self._judged(model, source.valid)
+        else:
+            logits = self.predict(model, source.test)
+        result["test"] = metrics(data, logits, source.test)
+        result["per_class"] = _per_class(data, logits)
+        if s.imb_factor and s.long_tail == "ce" and data.counts.all():
+            adjusted = metrics(data, without_prior(logits, data.counts), source.test)
+            result["also"] = {"log-prior taken off afterwards": adjusted}
+        result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+        if fitted is not None:
+            seen = self._images * fitted.epochs
+            result["seconds"] = {
+                "epoch": fitted.train_seconds / max(fitted.epochs, 1),
+                "images_per_second": seen / fitted.train_seconds if fitted.train_seconds else 0.0,
+            }
+            if self.device.type == "cuda":
+                result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        arrays = {
+            "test_logits": logits.numpy(),
+            "test_labels": source.test.labels[: len(logits)],
+            "train_counts": data.counts,
+        }
+        arrays |= {f"log_mass/{name}": mass.detach().cpu().numpy() for name, mass in log_masses(model).items()}
+        return Judged(result, arrays)
+
+    def selection(self, fitted: FitResult | None, run: Run) -> dict[str, Any]:
+        """The headline is the last epoch's, whether or not an epoch is selected beside it."""
+        if fitted is None:
+            return super().selection(None, run)
+        facts = {"epoch": fitted.epochs, "rule": "last epoch", "protocol": "last epoch, nothing selected"}
+        return {**facts, "weights": fitted.weights, "epochs_trained": fitted.epochs}
+
+    @torch.inference_mode()
+    def predict(self, model: nn.Module, part: ImageSet) -> Tensor:
+        """Logits [N, C] of a part, float32 on the CPU, the same in every process; LDAM's cosines times their factor."""
+        s = self.settings
+        distributed.share_buffers(model)
+        mean, std = (values.to(self.device) for values in self.data.statistics)
+        images = torch.from_numpy(part.array())[: s.eval_batch_size if s.dry_run else None]
+        found = []
+        for rows in images[self.world.rows(len(images))].split(s.eval_batch_size):
+            batch = normalize(rows.to(self.device).permute(0, 3, 1, 2), mean, std)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._amp):
+                found.append(model(batch).float())
+        logits = torch.cat(found) if found else torch.zeros(0, self.data.num_classes, device=self.device)
+        factor = s.ldam_scale if s.long_tail.startswith("ldam") else 1.0
+        return (factor * distributed.gather(logits)).cpu()
+
+    def _judged(self, model: nn.Module, part: ImageSet) -> dict[str, float]:
+        return metrics(self.data, self.predict(model, part), part)
+
+    def _data_facts(self) -> dict[str, Any]:
+        """Which images a result is about."""
+        s, data, source = self.settings, self.data, self.data.source
+        name = f"{source.name} {s.imb_type} {s.imb_factor:g}" if s.imb_factor else source.name
+        return {
+            "name": name, "classes": list(source.classes),
+            "images": {name: len(part) for name, part in source.parts.items()}, "train_counts": data.counts.tolist(),
+            "image_size": data.image_size, "notes": list(source.notes), "fingerprint": data.fingerprint,
+        }  # fmt: skip
+
+    # -- files
+
+    @contextmanager
+    def _last_weights(self, model: nn.Module, run: Run) -> Iterator[None]:
+        """Inside the block the model holds the weights of the last epoch, averaged if averages are judged.
+
+        ``fit`` leaves the weights of the best epoch; those of the last one are in the checkpoint.
+        """
+        kept = {key: value.clone() for key, value in model.state_dict().items()}
+        model.load_state_dict(run.load_checkpoint()["model"])
+        try:
+            with self._ema.swapped() if self._ema else nullcontext():
+                yield
+        finally:
+            model.load_state_dict(kept)
+
+    def final_weights(self, model: nn.Module, run: Run) -> dict[str, Any]:
+        with self._last_weights(model, run) if self.select is not None else nullcontext():
+            return {"model": {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}}
+
+    @classmethod
+    def joint_page(cls, settings: VisionSettings, paths: list[Path]) -> Path | None:
+        from vision.report import write_report
+
+        return write_report(paths, data_root=settings.data_root)
+
+    # -- words
+
+    @property
+    def label(self) -> str:
+        return f"{self.settings.project_name}-{self.data.source.name}-{self.settings.model}"
+
+    def data_lines(self) -> list[str]:
+        s, source, counts = self.settings, self.data.source, self.data.counts
+        parts = ", ".join(f"{name} {len(part):,}" for name, part in source.parts.items())
+        shape = f"{s.imb_type} {s.imb_factor:g}" if s.imb_factor else ""
+        tail = f", {counts.max()} to {counts.min()} train images a class ({shape})" if shape else ""
+        size = f"{self.data.image_size} x {self.data.image_size}"
+        return [
+            f"{source.name}: {self.data.num_classes} classes, {size}; {parts} images{tail}",
+            *(f"note: {note}" for note in source.notes),
+        ]
+
+    def describe(self, model: nn.Module) -> list[str]:
+        s, how = self.settings, augmentation(self.settings, self.data)
+        used = {"crop": how.crop, "mirror": how.crop and how.flip, "AutoAugment": how.auto, "crop-paste": how.paste}
+        steps = [name for name, is_used in used.items() if is_used] + ([how.mix] if how.mix != "none" else [])
+        lines = []
+        if s.autoaugment and how.auto is None:
+            lines.append("note: --aa_skip_imbalanced 1: no AutoAugment for this data set")
+        smoothing = f", smoothing {s.smoothing:g}" if s.label_smoothing else ""
+        reported = f"the last epoch{', and the best on validation' if self.select is not None else ''}"
+        return [
+            *lines,
+            f"{s.model}: {s.epochs} epochs, batches of {s.batch_size}; reported: {reported}",
+            f"loss {s.long_tail}{smoothing}; sampler {s.sampler}; augmentation: {', '.join(steps) or 'none'}",
+        ]
+
+    @classmethod
+    def text(cls, settings: Any, results: list[tuple[Mapping[str, Any], Path]]) -> str:
+        """One row for each run."""
+        rows: dict[str, Mapping[str, float]] = {}
+        for own, (result, _) in zip(settings.each(), results, strict=True):
+            cost = {"train s": result["seconds"]["train"]} if "seconds" in result else {}
+            rows[own.label] = {**result["test"], **cost}
+            rows |= {f"{own.label}, {name}": found for name, found in others(result).items()}
+        first = results[0][0]
+        images = f"{first['data']['images']['test']:,} images"
+        columns = [name for name in (*SHOWN, "train s") if any(name in row for row in rows.values())]
+        return f"\ntest of {first['data']['name']}, {images}; {first['selection']['protocol']}\n{text_table(rows, columns)}"
 
 
-def attention_settings(options: Options) -> AttentionSettings:
+def attention_settings(s: VisionSettings) -> AttentionSettings:
     """The gravity flags as settings of a layer."""
     return AttentionSettings(
-        lamb=options.lamb_gra, learn_lamb=bool(options.learn_lamb), distance=options.dist_mode,
-        mix=options.mix_mode if options.mix_on else "off", lamb_mix=options.lamb_mix, num_split=options.num_split,
-        split_mix=bool(options.split_mix), mass=options.mass_from, mass_param=options.mass_param, mass_init=options.mass_init,
-        per_head=options.mass_share == "per_head", query_mass=bool(options.query_mass), mass_combine=options.mass_combine,
-        scale=options.gra_scale, dot_scale=options.dot_scale, head_order=options.head_order, kernel=options.attn_kernel,
+        lamb=s.lamb_gra, learn_lamb=bool(s.learn_lamb), distance=s.dist_mode, mix=s.mix_mode if s.mix_on else "off",
+        lamb_mix=s.lamb_mix, num_split=s.num_split, split_mix=bool(s.split_mix), mass=s.mass_from,
+        mass_param=s.mass_param, mass_init=s.mass_init, per_head=s.mass_share == "per_head",
+        query_mass=bool(s.query_mass), mass_combine=s.mass_combine, scale=s.gra_scale, dot_scale=s.dot_scale,
+        head_order=s.head_order, kernel=s.attn_kernel,
     )  # fmt: skip
-
-
-# -- loss
-
-
-class Objective(nn.Module):
-    """The loss of a batch: {"loss", "accuracy"}.
-
-    Of mixed images the loss is keep L(y) + (1 - keep) L(y'), the accuracy alike. Smoothing eps gives 1 - eps to the
-    label and eps / (C - 1) to each other class, which is the library's uniform smoothing with eps C / (C - 1).
-    With several processes terms carry the batch's share, so that their mean over processes is that of all images.
-    """
-
-    def __init__(self, options: Options, counts: np.ndarray) -> None:
-        super().__init__()
-        self.counts, self.epochs = counts, options.epochs
-        eps = options.smoothing if options.label_smoothing else 0.0
-        try:
-            self.loss = class_loss(
-                LOSS_NAMES.get(options.long_tail, options.long_tail), counts, smoothing=eps * len(counts) / (len(counts) - 1),
-                beta=options.cb_beta, tau=options.tau, gamma=options.gamma, max_margin=options.ldam_margin,
-                scale=options.ldam_scale,
-            )  # fmt: skip
-        except ValueError as error:
-            raise UserError(
-                f"--long-tail {options.long_tail}: {error}: raise --imb-factor, or give another loss"
-            ) from None
-        self.weighted = options.long_tail in ("class-balanced", "ldam-drw")
-        self.deferred = options.long_tail == "ldam-drw"
-        self.first_deferred, self.beta = math.floor(options.drw_start * options.epochs) + 1, options.cb_beta
-
-    def new_epoch(self, epoch: int) -> None:
-        """Deferred weights begin after their share of the epochs."""
-        if self.deferred:
-            self.loss.reweigh(deferred_weights(self.counts, epoch, self.first_deferred, self.beta))
-
-    def terms(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Of logits [B, C]."""
-        logits = logits.float()
-        answers = logits.detach().argmax(-1)
-
-        def both(measure: Callable[[Tensor], Tensor]) -> Tensor:
-            own = measure(batch.labels)
-            return own if batch.keep == 1 else batch.keep * own + (1 - batch.keep) * measure(batch.others)
-
-        return {
-            "loss": self._share(batch) * both(lambda labels: self.loss(logits, labels)),
-            "accuracy": batch.share * both(lambda labels: (answers == labels).float().mean()),
-        }
-
-    def _share(self, batch: Batch) -> Tensor | float:
-        """Weight of this process's mean loss: by numbers of images, of a weighted loss by the sums of their weights."""
-        if not self.weighted or distributed.world_size() == 1:
-            return batch.share
-        own = self.loss.weight[batch.labels].sum()
-        return own * distributed.world_size() / distributed.sum_over(own)
-
-
-# -- training
-
-
-class Training:
-    """Everything that ``fit`` is given beside the model: optimizer, step with its schedule, averages, batches, loss."""
-
-    def __init__(self, options: Options, data: VisionData, model: nn.Module, world: World) -> None:
-        self.world = world
-        net = distributed.wrap(model, sync_batchnorm=world.device.type == "cuda")
-        self.net = torch.compile(net) if options.compile else net
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.optimizer]
-        self.optimizer = kind(
-            parameter_groups(model, options.weight_decay),
-            lr=options.lr,
-            betas=(options.beta1, options.beta2),
-            fused=True,
-        )
-        self.sampler = TrainBatches(
-            data, augmentation(options, data), batch_size=options.batch_size, seed=options.seed, world=world,
-            weights=class_weights(options.sampler, data.counts), workers=options.num_workers, most=1 if options.dry_run else None,
-        )  # fmt: skip
-        self.schedule = Schedule(options, self.sampler.num_batches)
-        self.step = ScheduledStep(build_step(options, self.optimizer, options.clip_grad), self.schedule)
-        self.ema = WeightAverage(model.parameters(), options.ema) if options.ema else None
-        self.objective = Objective(options, data.counts).to(world.device)
-        self.amp = uses_amp(options, world.device)
-
-    def batches(self, epoch: int) -> Iterable[Batch]:
-        """The batches of an epoch, and the loss made ready for it."""
-        self.objective.new_epoch(epoch)
-        return self.sampler.epoch(epoch)
-
-    def loss(self, batch: Batch) -> Terms:
-        """One forward pass."""
-        return self.objective.terms(self.net(batch.images), batch)
-
-
-class Schedule:
-    """Learning rate of every step as a share of ``--lr``; steps count from 0.
-
-    natural: linear from lr / W to lr over the W warm-up steps, then a cosine to exactly min_lr at the last step.
-    original, constant within an epoch e from 0: lr e / W up to e = W (so the first epoch has none), then a cosine of
-        200 epochs that starts at e = W + 1.
-    """
-
-    def __init__(self, options: Options, steps: int) -> None:
-        self.kind, self.per_epoch = options.schedule, steps
-        self.lr, self.least = options.lr, options.min_lr
-        self.warm, self.total = options.warmup_epoch * steps, options.epochs * steps
-
-    def at(self, step: int) -> float:
-        """The learning rate of a step."""
-        if self.kind == "original":
-            return self.of_epoch(step // self.per_epoch, self.warm // self.per_epoch)
-        if step < self.warm:
-            return self.lr * (step + 1) / self.warm
-        return self._cosine((step - self.warm) / max(self.total - 1 - self.warm, 1))
-
-    def of_epoch(self, epoch: int, warm: int) -> float:
-        """The published learning rate of an epoch."""
-        if epoch <= warm:
-            return self.lr * epoch / warm if warm else self.lr
-        return self._cosine((epoch - warm - 1) / ORIGINAL_COSINE)
-
-    def _cosine(self, share: float) -> float:
-        return self.least + 0.5 * (self.lr - self.least) * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-class ScheduledStep:
-    """Another step with the learning rate of a :class:`Schedule`; it counts the steps and reports the rate as "lr"."""
-
-    def __init__(self, inner: Step, schedule: Schedule) -> None:
-        self.inner, self.schedule, self.count = inner, schedule, 0
-
-    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
-        rate = self.schedule.at(self.count)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        self.count += 1
-        return {**self.inner(closure, optimizer), "lr": rate}
-
-    def new_epoch(self) -> None:
-        """Pass the start of an epoch on."""
-        if hasattr(self.inner, "new_epoch"):
-            self.inner.new_epoch()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The count, and the inner step's state if it has one."""
-        return {"count": self.count, "inner": self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put :meth:`state_dict` back."""
-        self.count = state["count"]
-        if state["inner"]:
-            self.inner.load_state_dict(state["inner"])
-
-
-def uses_amp(options: Options, device: torch.device) -> bool:
-    """bfloat16 autocast: where it is faster."""
-    return options.precision == 16 and device.type == "cuda"
-
-
-# -- judging
-
-
-@torch.inference_mode()
-def predict(options: Options, data: VisionData, model: nn.Module, part: ImageSet, world: World) -> Tensor:
-    """Logits [N, C] of a part, float32 on the CPU, the same in every process; LDAM's cosines times their factor."""
-    distributed.share_buffers(model)
-    mean, std = (values.to(world.device) for values in data.statistics)
-    images = torch.from_numpy(part.array())[: options.eval_batch_size if options.dry_run else None]
-    found = []
-    for rows in images[world.rows(len(images))].split(options.eval_batch_size):
-        batch = normalize(rows.to(world.device).permute(0, 3, 1, 2), mean, std)
-        with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=uses_amp(options, world.device)):
-            found.append(model(batch).float())
-    logits = torch.cat(found) if found else torch.zeros(0, data.num_classes, device=world.device)
-    factor = options.ldam_scale if options.long_tail.startswith("ldam") else 1.0
-    return (factor * distributed.gather(logits)).cpu()
 
 
 def groups(counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -246,7 +271,7 @@ def groups(counts: np.ndarray) -> dict[str, np.ndarray]:
     return shot_groups(counts) | rank_groups(counts) if counts.min() < counts.max() else {}
 
 
-def metrics(options: Options, data: VisionData, logits: Tensor, part: ImageSet) -> dict[str, float]:
+def metrics(data: VisionData, logits: Tensor, part: ImageSet) -> dict[str, float]:
     """The figures of a part, with the calibration of its few and tail classes; groups without a class are left out."""
     labels, parts = torch.from_numpy(part.labels[: len(logits)]), groups(data.counts)
     found = classification_metrics(logits, labels, groups=parts)
@@ -256,62 +281,18 @@ def metrics(options: Options, data: VisionData, logits: Tensor, part: ImageSet) 
     return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
-@contextmanager
-def last_weights(model: nn.Module, training: Training, run: Run) -> Iterator[None]:
-    """Inside the block the model holds the weights of the last epoch, averaged if averages are judged.
-
-    ``fit`` leaves the weights of the best epoch; those of the last one are in the checkpoint.
-    """
-    kept = {key: value.clone() for key, value in model.state_dict().items()}
-    model.load_state_dict(run.load_checkpoint()["model"])
-    try:
-        with training.ema.swapped() if training.ema else nullcontext():
-            yield
-    finally:
-        model.load_state_dict(kept)
+def _per_class(data: VisionData, logits: Tensor) -> dict[str, Any]:
+    """Accuracy and share of the answers of every class, and how accuracy follows the train counts."""
+    labels = torch.from_numpy(data.source.test.labels[: len(logits)])
+    answers = logits.argmax(-1)
+    found = recalls(confusion_matrix(labels, answers, data.num_classes))
+    share = torch.bincount(answers, minlength=data.num_classes).double() / max(len(answers), 1)
+    slope = sensitivity(found, data.counts)
+    facts = {"accuracy": [None if value != value else value for value in found.tolist()], "answers": share.tolist()}
+    return facts | {name: value for name, value in slope._asdict().items() if value == value}
 
 
-def load_reported(
-    options: Options, data: VisionData, device: torch.device, path: Path, *, done: bool = True
-) -> nn.Module:
-    """The model that a run's result is about, in eval mode."""
-    return program.load_reported(build_model(options, data, device), path, done=done)
-
-
-def describe(options: Options, data: VisionData, model: nn.Module, training: Training, run: Run) -> str:
-    """What is about to run, in a few lines."""
-    source, counts = data.source, data.counts
-    parts = ", ".join(f"{name} {len(part):,}" for name, part in source.parts.items())
-    tail = (
-        f", {counts.max()} to {counts.min()} train images a class ({options.imb_type} {options.imb_factor:g})"
-        if options.imb_factor
-        else ""
-    )
-    how = training.sampler.how
-    steps = [
-        name
-        for name, used in (
-            ("crop", how.crop),
-            ("mirror", how.crop and how.flip),
-            ("AutoAugment", how.auto),
-            ("crop-paste", how.paste),
-        )
-        if used
-    ]
-    steps += [how.mix] if how.mix != "none" else []
-    notes = [f"note: {note}" for note in source.notes]
-    if options.autoaugment and how.auto is None:
-        notes.append("note: --aa_skip_imbalanced 1: no AutoAugment for this data set")
-    smoothing = f", smoothing {options.smoothing:g}" if options.label_smoothing else ""
-    count = sum(parameter.numel() for parameter in model.parameters())
-    processes = f", {training.world.size} processes" if training.world.size > 1 else ""
-    return "\n".join([
-        f"{source.name}: {data.num_classes} classes, {data.image_size} x {data.image_size}; {parts} images{tail}",
-        *notes,
-        f"{options.model_name}: {count:,} parameters on {training.world.device}{processes}; "
-        f"{training.sampler.num_batches} steps an epoch, {options.epochs} epochs",
-        f"loss {options.long_tail}{smoothing}; sampler {options.sampler}; "
-        f"augmentation: {', '.join(steps) or 'none'}; seed {options.seed}",
-        f"reported: the last epoch{', and the best on validation' if source.valid is not None else ''}; "
-        f"run directory {run.path}",
-    ])  # fmt: skip
+def others(result: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Test metrics beside the headline, by name."""
+    chosen = {"best epoch on validation": result["selected"]["test"]} if "selected" in result else {}
+    return {**chosen, **result.get("also", {})}

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
-from gfml.program.cli import Options, Parser, run_main
-from vision.options import for_model, parse
+from gfml.program.cli import Parser, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from gfml.report.page import Cell, Page
     from vision.data import VisionData
+    from vision.settings import VisionSettings
 
 COLUMNS = {
     "accuracy": "accuracy", "accuracy_many": "many", "accuracy_medium": "medium", "accuracy_few": "few", "accuracy_head": "head",
@@ -63,7 +63,7 @@ class StoredRun:
     """A finished run: its flags, result, arrays, and its name and colour in the report."""
 
     path: Path
-    options: Options
+    settings: VisionSettings
     result: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray]
     label: str
@@ -94,7 +94,7 @@ def write_report(
     from vision.data import load
 
     runs = _read(paths, data_root)
-    data = data or load(runs[0].options)
+    data = data or load(runs[0].settings)
     if data.fingerprint != runs[0].result["data"]["fingerprint"]:
         raise UserError(f"the images of {runs[0].path} have changed since it was trained: bring the old ones back")
     first = runs[0].result
@@ -124,18 +124,18 @@ def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
 
     from gfml.engine.runs import read_config, read_result
     from gfml.report.page import COLORS
-    from vision.results import label_of
+    from vision.main import PROGRAM
 
     runs: list[StoredRun] = []
     for number, path in enumerate(paths):
         read_config(path)
-        options = parse(["--config", str(path / "config.toml"), *(["--data-root", data_root] if data_root else [])])
-        options = for_model(options, options.model_name[0])
+        changes = {"data_root": data_root} if data_root else {}
+        settings = PROGRAM.with_changes(str(path / "config.toml"), changes)
         with np.load(path / "analysis.npz", allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-        label = label_of(options)
+        label = settings.label
         label = label if label not in [run.label for run in runs] else f"{label} [{path.name[-8:]}]"
-        runs.append(StoredRun(path, options, read_result(path), arrays, label, COLORS[number % len(COLORS)]))
+        runs.append(StoredRun(path, settings, read_result(path), arrays, label, COLORS[number % len(COLORS)]))
     names = {(run.result["data"]["name"], run.result["data"]["fingerprint"]) for run in runs}
     if len(names) > 1:
         raise UserError(
@@ -148,7 +148,7 @@ def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
 
 
 def _results(page: Page, runs: Sequence[StoredRun]) -> None:
-    from vision.results import others
+    from vision.experiment import others
 
     rows = [(run.label, run.color, run.result["test"]) for run in runs]
     rows += [(f"{run.label}, {name}", run.color, found) for run in runs for name, found in others(run.result).items()]
@@ -472,9 +472,9 @@ def _weights(run: StoredRun, data: VisionData) -> dict[str, Tensor]:
 
     from gfml.attention import attention_weights
     from vision.augment import normalize
-    from vision.experiment import load_reported
+    from vision.experiment import Vision
 
-    model = load_reported(run.options, data, torch.device("cpu"), run.path)
+    model = Vision(run.settings, data).restore(run.path)
     images = torch.from_numpy(data.source.test.array()[_pictured(data)].transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         found = attention_weights(model, normalize(images, *data.statistics))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,12 +13,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable | None = None, *, any_order: bool = False) -> Callable:
     """``function`` as machine code that holds no lock, compiled at the first call for each kind of arguments.
 
     Kept on disk if some folder for it can be written. A division by zero gives infinity or NaN, as numpy's does.
+    any_order: sums may be taken in an order that suits the processor, and products rounded together with them; the
+        order is still the same in every call.
     """
+    if function is None:
+        return functools.partial(compiled, any_order=any_order)
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    if any_order:
+        options["fastmath"] = {"reassoc", "contract"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # numba found no such folder

@@ -60,8 +60,8 @@ def _save(path: Path, key: str, data: Interactions) -> None:
     arrays = {"about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)}
     for part in ("train", "valid", "test"):
         matrix = data.split(part)
-        arrays[f"{part}_indptr"] = matrix.indptr.astype(np.int64)
-        arrays[f"{part}_indices"] = matrix.indices.astype(np.int64)
+        arrays[f"{part}_indptr"] = matrix.indptr
+        arrays[f"{part}_indices"] = matrix.indices
     optional = {"user_ids": data.user_ids, "item_ids": data.item_ids}
     arrays |= {name: array for name, array in optional.items() if array is not None}
     with atomic_open(path, "wb") as stream:

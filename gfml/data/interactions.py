@@ -58,9 +58,14 @@ def csr_from_pairs(users: np.ndarray, items: np.ndarray, num_users: int, num_ite
     items = np.asarray(items, dtype=np.int64)
     keys = sorted_unique(users * num_items + items)
     rows, columns = np.divmod(keys, max(num_items, 1))
-    indptr = np.zeros(num_users + 1, dtype=np.int64)
-    np.cumsum(np.bincount(rows, minlength=num_users), out=indptr[1:])
-    matrix = sp.csr_array((np.ones(len(keys), dtype=np.float32), columns, indptr), shape=(num_users, num_items))
+    return csr_from_parts(columns, np.cumsum(np.bincount(rows + 1, minlength=num_users + 1)), (num_users, num_items))
+
+
+def csr_from_parts(columns: np.ndarray, starts: np.ndarray, shape: tuple[int, int]) -> sp.csr_array:
+    """Binary CSR matrix of sorted unique columns row by row, row r from starts[r]; both in the smallest index type."""
+    small = np.int32 if max(len(columns), *shape) < 2**31 else np.int64
+    columns, starts = columns.astype(small, copy=False), starts.astype(small, copy=False)
+    matrix = sp.csr_array((np.ones(len(columns), dtype=np.float32), columns, starts), shape=shape)
     matrix.has_sorted_indices = True
     return matrix
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from gfml.base.errors import UserError
-from gfml.data.interactions import Interactions
-from gfml.data.splits import assemble, split_per_user
+from gfml.data.interactions import Interactions, csr_from_parts
+from gfml.data.splits import _take, assemble, check_ratios, split_per_user
 
+LARGE = 500_000  # interactions from which on they are drawn by machine code
 _BLOCK = 256  # users per random stream: part of the definition of the data, not a tuning knob
+_LARGE_BLOCK = 1024  # users that a thread draws at a time
 _ROUNDS = 12  # rejection rounds before a user's remaining draws are made exactly over the whole catalogue
 _CELLS = 256  # groups of neighbouring items that share one bound on the distance
 
@@ -62,6 +64,9 @@ def generate(
     Every user gets at least three pairs and at most half of the catalogue. Popularity is not a
     function of mass alone: an item near many users is chosen more often than its mass says.
 
+    From LARGE interactions on the draws are other ones of the same distribution, by machine code, with the smallest
+    index types and no array of pairs beside the result.
+
     Sampling: proposals by mass and by a bound on the distance, accepted so that the distribution
     is exact; the few draws left after some rounds use Gumbel keys over the whole catalogue. Cost
     grows with the interactions, no users x items matrix is held. Equal arguments, equal data.
@@ -75,6 +80,8 @@ def generate(
     world = _make_world(num_users, num_items, tail_exponent, activity_spread, latent_dim, clusters, cluster_spread,
                         lamb, eps, rng)  # fmt: skip
     activity = _activity(world.user_mass, num_interactions, num_items)
+    if num_interactions >= LARGE:
+        return _draw_large(name, world, activity, noise, test_ratio, seed)
     users = np.repeat(np.arange(num_users, dtype=np.int64), activity)
     items = _draw_items(world, activity, noise, seed)
     labels = split_per_user(users, (1 - test_ratio, 0.0, test_ratio), np.random.default_rng([seed, 1]))
@@ -193,6 +200,41 @@ def _group(world: _World, rng: np.random.Generator) -> _Cells:
     start = np.r_[0, np.cumsum(np.bincount(cell, minlength=len(centre)))]
     # A hair wider, so that rounding in float32 never lets a true pull exceed its bound.
     return _Cells(centre, radius + 1e-3, items, cumulative, start)
+
+
+def _draw_large(
+    name: str, world: _World, activity: np.ndarray, noise: float, test_ratio: float, seed: int
+) -> Interactions:
+    """The same data by :mod:`gfml.data.draws`: users in blocks of bounded size, straight into the parts' matrices."""
+    from gfml.base.compiled import in_threads
+    from gfml.data.draws import cut_users, draw_users
+
+    cells = _group(world, np.random.default_rng([seed, 2]))
+    streams = np.random.default_rng([seed, 3]).integers(2**64, size=(2, len(activity)), dtype=np.uint64)
+    take = _take(activity, check_ratios((1 - test_ratio, 0.0, test_ratio))[2], spare=1)
+    starts = [np.concatenate([[0], np.cumsum(count)]) for count in (activity - take, take)]
+    parts = [np.empty(start[-1], dtype=np.int32) for start in starts]
+    # Twice as many as a user has: most of what repeats would otherwise be proposed again and again.
+    heavy = np.argsort(-world.item_mass, kind="stable")[: int(2 * activity.mean())]
+    mass = np.exp(world.item_mass)
+    light = mass.copy()
+    light[heavy] = 0
+    cumulative = np.r_[0.0, np.cumsum(light[cells.items])]
+    arrays = (cells.centre, cells.radius, cells.items, cumulative, cells.start)
+
+    def draw(first: int) -> None:
+        block = slice(first, min(first + _LARGE_BLOCK, len(activity)))
+        items = np.empty(activity[block].sum(), dtype=np.int32)
+        draw_users(streams[0, block], activity[block], (world.user[block], world.item), arrays, heavy, mass,
+                   (world.lamb, world.eps, noise), items)  # fmt: skip
+        ends = [part[start[block.start] : start[block.stop]] for part, start in zip(parts, starts, strict=True)]
+        cut_users(streams[1, block], activity[block], take[block], items, *ends)
+
+    in_threads(draw, range(0, len(activity), _LARGE_BLOCK))
+    shape = (len(world.user), len(world.item))
+    train, test = (csr_from_parts(part, start, shape) for part, start in zip(parts, starts, strict=True))
+    valid = csr_from_parts(np.empty(0, np.int32), np.zeros(len(activity) + 1, np.int64), shape)
+    return Interactions(name, train, valid, test, true_user_mass=world.user_mass, true_item_mass=world.item_mass)
 
 
 def _draw_items(world: _World, activity: np.ndarray, noise: float, seed: int) -> np.ndarray:

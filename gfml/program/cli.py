@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
-BASELINES = ("popularity", "item-knn", "ease")
+BASELINES = ("popularity", "item-knn", "ease", "ials")
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")

@@ -40,6 +40,12 @@ def drive(program: Program, settings: Any) -> int:
             print(kind.text(settings, found))
             for _, path in found:
                 print(places(path))
+            if (
+                settings.report
+                and not settings.eval_only
+                and (page := kind.joint_page(settings, [path for _, path in found]))
+            ):
+                print(f"{'report':<15} {page}")
     return 0
 
 
@@ -67,6 +73,9 @@ def run_one(program: Program, kind: type[Experiment], settings: Any, world: Worl
         if settings.eval_only:
             this, model = reported(this, run)
             judged = judge(this, model, None, run)
+            # Pictures of what no file of the run holds are drawn of this judgement.
+            if judged.detail is not None and settings.report and world.is_main:
+                this.page(run, judged)
         else:
             if world.is_main:
                 run.note(program=program.module)
@@ -90,7 +99,7 @@ def train_and_judge(program: Program, this: Experiment, run: Run) -> Judged:
         if training is not None:
             fitted = fit(
                 model, select=this.select, evaluate=None if this.select is None else lambda split: evaluate(this, model, split),
-                run=run, epochs=settings.epochs, eval_every=getattr(settings, "eval_every", 1), patience=this.patience,
+                run=run, epochs=this.epochs, eval_every=getattr(settings, "eval_every", 1), patience=this.patience,
                 tracker=tracker, **_how(this, training),
             )  # fmt: skip
             if getattr(settings, "refit", False):
@@ -108,7 +117,7 @@ def _how(this: Experiment, training: Training) -> dict[str, Any]:
     settings = this.settings
     return {
         "optimizer": training.optimizer, "batches": training.batches, "loss_fn": training.loss, "step": training.step,
-        "scheduler": training.scheduler, "ema": training.ema, "compile_loss": settings.compile,
+        "scheduler": training.scheduler, "ema": training.ema, "compile_loss": settings.compile if training.compile is None else training.compile,
         "cuda_graph": settings.cuda_graph,
         "amp": settings.amp if training.amp is None else training.amp, "checkpoint_every": settings.checkpoint_every,
         "progress": this.progress,

@@ -21,7 +21,7 @@ from gfml.engine.train import FitResult, Step, Terms, WeightAverage, load_best, 
 
 @dataclass
 class Training:
-    """How a model is trained; see :func:`gfml.engine.train.fit`. amp: None takes ``--amp``."""
+    """How a model is trained; see :func:`gfml.engine.train.fit`. amp, compile: None takes ``--amp``, ``--compile``."""
 
     optimizer: Any
     batches: Callable[[int], Iterable[Any]]
@@ -30,6 +30,7 @@ class Training:
     scheduler: Any = None
     ema: WeightAverage | None = None
     amp: bool | None = None
+    compile: bool | None = None
 
 
 @dataclass
@@ -98,6 +99,11 @@ class Experiment:
         return f"{self.settings.select_on}/{self.settings.select_metric}"
 
     @property
+    def epochs(self) -> int:
+        """Passes over the train part."""
+        return self.settings.epochs
+
+    @property
     def patience(self) -> int | None:
         """Evaluations in a row without a better one before stopping."""
         return getattr(self.settings, "patience", None)
@@ -161,6 +167,11 @@ class Experiment:
 
     def page(self, run: Run, judged: Judged) -> Path | None:
         """Draw the report of a run; the path of its page."""
+        return None
+
+    @classmethod
+    def joint_page(cls, settings: Any, paths: list[Path]) -> Path | None:
+        """Draw one report of all runs of a command line, where a paper compares them; the path of its page."""
         return None
 
     def again(self, run: Run) -> None:

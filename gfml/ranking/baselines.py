@@ -1,15 +1,15 @@
 """Simple recommenders that a new one has to beat: popularity, item neighbours and EASE.
 
 All are deterministic, read ``data.train`` only and are scorers for ``gfml.ranking.evaluation.evaluate``. To report
-a test number, choose with ``select_*`` on the validation part, then rebuild the best one on ``data.refit()``::
+a test number, choose with :func:`select` on the validation part, then rebuild the best one on ``data.refit()``::
 
-    choice = select_ease(data, [50.0, 100.0, 200.0])
+    choice = select(partial(ease, data), data, {"l2": (50.0, 100.0, 200.0)})
     evaluate(ease(data.refit(), **choice.settings), data, "test", [20])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,10 +25,12 @@ from gfml.ranking.evaluation import evaluate
 from gfml.ranking.topk import FactorScorer, Scorer
 
 SIMILARITIES = ("cosine", "jaccard")
+# Values of each setting in ascending order.
+Grid = Mapping[str, Sequence[Any]]
 # Rows of the item x item matrix that are handled at a time in EASE.
 BLOCK = 512
-# Stored pair of items in a block of the neighbour search: count, column, row, similarity, sort keys and order.
-BYTES_PER_PAIR = 64
+# Items whose neighbours are searched at a time.
+ITEMS = 256
 
 
 def popularity(data: Interactions) -> FactorScorer:
@@ -90,61 +92,48 @@ class LinearScorer:
         return None
 
 
-def item_knn(
-    data: Interactions, k: int = 100, shrink: float = 0.0, similarity: str = "cosine", memory_mb: int = 256
-) -> NeighbourScorer:
+def item_knn(data: Interactions, k: int = 100, shrink: float = 0.0, similarity: str = "cosine") -> NeighbourScorer:
     """Item neighbours: score(u, j) = sum over i in the history of u that are among the k nearest of j of s(i, j).
 
     With c users in common and n_i users of i: cosine s = c / (sqrt(n_i n_j) + shrink),
     jaccard s = c / (n_i + n_j - c + shrink). Pairs without a common user are no neighbours; of equally
     similar items the lower id is nearer. An item is not its own neighbour.
-    Units: shrink in users; memory_mb MiB of working memory beside the k neighbours of each item.
+    Units: shrink in users.
+    Memory: 12 bytes per neighbour and a few numbers per item, however many pairs of items have users in common.
     Differences from Deshpande and Karypis: similarities are not normalised per item.
     Reference: Deshpande and Karypis, Item-based Top-N Recommendation Algorithms, TOIS 2004.
     """
+    from gfml.base.compiled import in_threads
+    from gfml.ranking.loops import nearest_items
+
     if similarity not in SIMILARITIES:
         raise choice_error("similarity", similarity, SIMILARITIES)
     if k < 1 or int(k) != k:
         raise UserError(f"found k={k} neighbours, wanted a whole number of at least 1")
     if not (0 <= shrink < np.inf):
         raise UserError(f"found shrink={shrink}, wanted a finite number of users, at least 0")
-    by_item = data.train.T.tocsr()
-    blocks = [
-        _nearest(by_item, data.train, slice(start, stop), int(k), shrink, similarity)
-        for start, stop in _item_blocks(data, memory_mb * 2**20 // BYTES_PER_PAIR)
-    ]
-    if not blocks:
+    num_items = data.num_items
+    if not num_items:
         raise UserError(f"found no items in {data.name}, wanted at least one")
-    # Row j of the blocks holds the neighbours of j; the scores need them in column j.
-    return NeighbourScorer(data.train, sp.vstack(blocks, format="csr").T.tocsr())
+    train, by_item = data.train, data.train.T.tocsr()
+    patterns = (by_item.indptr, by_item.indices), (train.indptr, train.indices)
+    size, wide = np.diff(by_item.indptr).astype(np.float64), min(int(k), num_items)
 
+    def search(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        items = slice(start, min(start + ITEMS, num_items))
+        values, ids = np.zeros((items.stop - start, wide)), np.full((items.stop - start, wide), -1, dtype=np.int32)
+        room = np.zeros(num_items, np.int32), np.empty(num_items + 1, np.int32)
+        nearest_items(start, *patterns, size, float(shrink), similarity == "jaccard", room, values, ids)
+        kept = ids >= 0
+        return kept.sum(axis=1), ids[kept], values[kept].astype(np.float32)
 
-def _item_blocks(data: Interactions, pairs: int) -> Iterator[tuple[int, int]]:
-    """Ranges of items with at most ``pairs`` stored pairs together, or of one item."""
-    reach = np.minimum(data.train.T @ data.user_activity, data.num_items)
-    upto = np.concatenate([[0], np.cumsum(reach)])
-    start = 0
-    while start < data.num_items:
-        stop = max(start + 1, int(np.searchsorted(upto, upto[start] + pairs, side="right")) - 1)
-        yield start, stop
-        start = stop
-
-
-def _nearest(
-    by_item: sp.csr_array, train: sp.csr_array, block: slice, k: int, shrink: float, similarity: str
-) -> sp.csr_array:
-    """The k most similar items of each item in the block, CSR [block, I] float32."""
-    common = sp.coo_array(by_item[block] @ train)
-    rows, columns, count = common.row, common.col, common.data.astype(np.float64)
-    num_users = np.diff(by_item.indptr).astype(np.float64)
-    of_row, of_column = num_users[block][rows], num_users[columns]
-    below = np.sqrt(of_row * of_column) if similarity == "cosine" else of_row + of_column - count
-    value = np.where(columns == rows + block.start, -1.0, count / (below + shrink))
-    order = np.lexsort((columns, -value, rows))
-    starts = np.searchsorted(rows[order], np.arange(common.shape[0]))
-    rank = np.arange(len(order)) - starts[rows[order]]
-    kept = order[(rank < k) & (value[order] > 0)]
-    return sp.csr_array((value[kept].astype(np.float32), (rows[kept], columns[kept])), shape=common.shape)
+    counts, ids, values = (
+        np.concatenate(parts) for parts in zip(*in_threads(search, range(0, num_items, ITEMS)), strict=True)
+    )
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(ids.dtype)
+    # Row j of what was found holds the neighbours of j; the scores need them in column j.
+    nearest = sp.csr_array((values, ids, starts), shape=(num_items, num_items))
+    return NeighbourScorer(train, nearest.T.tocsr())
 
 
 def ease(data: Interactions, l2: float, memory_gib: float = 8.0) -> LinearScorer:
@@ -203,36 +192,54 @@ def _ease_weights(inverse: np.ndarray) -> np.ndarray:
 
 
 class Selection(NamedTuple):
-    """The outcome of a search: the best settings, their scorer, and the validation ndcg@20 of every candidate."""
+    """The outcome of a search: the best settings, their scorer, and the validation ndcg@20 of every point tried."""
 
     settings: dict[str, Any]
     scorer: Scorer
     scores: list[tuple[dict[str, Any], float]]
 
 
-def select_ease(data: Interactions, grid: Iterable[float], memory_gib: float = 8.0) -> Selection:
-    """The l2 of the grid with the highest ndcg@20 on ``data.valid``; the first of equal ones."""
-    return _select(lambda l2: ease(data, l2, memory_gib), data, [{"l2": l2} for l2 in grid])
+def select(build: Callable[..., Scorer], data: Interactions, grid: Grid) -> Selection:
+    """The settings of a grid with the highest ndcg@20 on ``data.valid``, found by climbing.
 
-
-def select_knn(data: Interactions, grid: Iterable[Mapping[str, Any]], memory_mb: int = 256) -> Selection:
-    """The ``item_knn`` settings of the grid with the highest ndcg@20 on ``data.valid``; the first of equal ones.
-
-    grid: keyword arguments, such as ``[{"k": 50, "shrink": 10.0}, {"k": 100}]``.
+    Start in the middle; along one setting after the other step to the neighbouring value that is better, as long as
+    there is one, until no setting has a better neighbour. Of equal points the first tried stays. A grid of one value
+    per setting is that point.
+    build: ``build(**settings)`` gives the scorer.
     """
-    return _select(lambda **given: item_knn(data, memory_mb=memory_mb, **given), data, [dict(given) for given in grid])
-
-
-def _select(build: Callable[..., Scorer], data: Interactions, grid: list[dict[str, Any]]) -> Selection:
     if data.valid.nnz == 0:
         raise UserError(f"{data.name} has no validation part to choose on: cut one off (--val_ratio)")
-    if not grid:
-        raise ValueError("the grid is empty")
-    best, scores = None, []
-    for settings in grid:
-        scorer = build(**settings)
-        value = evaluate(scorer, data, "valid", [20]).means["ndcg@20"]
-        if best is None or value > max(found for _, found in scores):
-            best = settings, scorer
-        scores.append((settings, value))
-    return Selection(*best, scores)
+    if not all(len(values) for values in grid.values()):
+        raise ValueError("a setting of the grid has no values")
+    tried: dict[tuple[int, ...], float] = {}
+    best: tuple[float, tuple[int, ...], Scorer] | None = None
+
+    def better(point: tuple[int, ...]) -> bool:
+        """Whether a new point is the best so far, which it becomes."""
+        nonlocal best
+        if point in tried or any(not 0 <= at < len(values) for at, values in zip(point, grid.values(), strict=True)):
+            return False
+        scorer = build(**_settings(grid, point))
+        tried[point] = evaluate(scorer, data, "valid", [min(20, data.num_items)]).means[
+            f"ndcg@{min(20, data.num_items)}"
+        ]
+        if best is not None and tried[point] <= best[0]:
+            return False
+        best = tried[point], point, scorer
+        return True
+
+    better(tuple(len(values) // 2 for values in grid.values()))
+    assert best is not None
+    moved = True
+    while moved:
+        moved = False
+        for axis in range(len(grid)):
+            for step in (1, -1):
+                while better(tuple(at + step * (number == axis) for number, at in enumerate(best[1]))):
+                    moved = True
+    scores = [(_settings(grid, point), value) for point, value in tried.items()]
+    return Selection(_settings(grid, best[1]), best[2], scores)
+
+
+def _settings(grid: Grid, point: tuple[int, ...]) -> dict[str, Any]:
+    return {name: values[at] for (name, values), at in zip(grid.items(), point, strict=True)}

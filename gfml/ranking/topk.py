@@ -22,8 +22,8 @@ LAST_COLUMN = (1 << 32) - 1
 # Products are padded to whole steps of rows: for a few rows, or a few left over, BLAS libraries switch
 # to kernels that round differently.
 ROW_STEP = 32
-# Scores that are computed and ranked at a time on a CPU: a MiB, about what its second cache holds.
-TILE_ROWS, TILE_ITEMS = 256, 1024
+# Scores that are computed and ranked at a time on a CPU: half a MiB, which a second cache holds.
+TILE_ROWS, TILE_ITEMS = 256, 512
 # Three float32 temporaries of a scorer, or the scores and what the selection needs, and room for the allocator.
 BYTES_PER_SCORE = 16
 

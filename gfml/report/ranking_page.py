@@ -581,8 +581,8 @@ def _glossary(page: Page, runs: Sequence[StoredRun]) -> None:
     names = dict.fromkeys(name.partition("@")[0] for name in shown)
     lines = {f"{name}@K": GLOSSARY[name] for name in names}
     page.facts(lines | {
-        "popularity, item-knn, ease": "baselines without training by gradient: train counts, item neighbours, a closed-form item-item model; "
-                                      "settings chosen on validation",
+        "popularity, item-knn, ease, ials": "baselines without training by gradient: train counts, item neighbours, a closed-form item-item "
+                                            "model, alternating least squares; settings chosen on validation",
         "slots": "all places of all recommended lists; a group's share of them is its exposure",
         "log-mass": "what the gravity score adds for an item or user: score = log-mass − λ log(squared distance + ε)",
         "Spearman, Kendall": "rank correlations from −1 to 1",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,21 @@ from gfml.gravity import Mass
 from gfml.metrics.beyond import kendall, spearman
 from gfml.ranking import baselines
 from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.ranking.ials import ials
 
-EASE_GRID = (50.0, 200.0, 500.0, 1000.0)
-KNN_GRID = ({"k": 50}, {"k": 100, "shrink": 10.0}, {"k": 200, "shrink": 50.0})
+# What each baseline is tuned over on validation.
+GRIDS: dict[str, baselines.Grid] = {
+    "popularity": {},
+    "item-knn": {"k": (5, 10, 20, 50, 100, 200, 500), "shrink": (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)},
+    "ease": {"l2": (10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)},
+    "ials": {
+        "alpha0": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+        "l2": (3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.1),
+    },
+}
 # Figures of the tables, best first in a reader's interest; those a result lacks are left out.
 TABLE_METRICS = ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini", "arp")
-BASELINE_FORMAT = 1
+BASELINE_FORMAT = 2
 # One line each: the columns that tables of recommenders may have. K is the list length after the @.
 GLOSSARY = {
     "recall": "share of a user's held-out items among the first K; mean over users",
@@ -48,20 +58,24 @@ def baseline_results(
     cache_dir: Path | None = None,
     memory_gib: float = 3.0,
     seed: int = 2020,
+    grids: Mapping[str, baselines.Grid] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Test metrics of simple recommenders: {name: {"test": means, "settings", "seconds"} or {"skipped": why}}.
+    """Test metrics of simple recommenders: {name: {"test": means, "settings", "tried", "seconds"} or {"skipped": why}}.
 
-    names: popularity, item-knn, ease. Settings are chosen by ndcg@20 on validation (on a part cut from train when
-    the data has none), and the model is then built on ``data.train``, as a learned model is. Results are kept in
-    ``cache_dir`` by the data's fingerprint. ease is skipped, with the reason, where its matrix exceeds memory_gib.
+    names: keys of :data:`GRIDS`, whose values are searched by ndcg@20 on validation (on a part cut from train when
+    the data has none), with those of ``grids`` in their place where given; ``tried`` points were judged. The model is
+    then built on ``data.train``, as a learned model is. Results are kept in ``cache_dir`` by the data's fingerprint.
+    ease is skipped, with the reason, where its matrix exceeds memory_gib.
     """
     found = {}
     for name in names:
         file = None if cache_dir is None else cache_dir / f"baseline-{name}-{data.fingerprint[:16]}.json"
-        key = {"format": BASELINE_FORMAT, "ks": list(ks), "seed": seed, "memory_gib": memory_gib}
+        grid = {**GRIDS[name], **((grids or {}).get(name) or {})}
+        searched = {setting: list(values) for setting, values in grid.items()}
+        key = {"format": BASELINE_FORMAT, "ks": list(ks), "seed": seed, "memory_gib": memory_gib, "grid": searched}
         stored = _stored(file, key)
         if stored is None:
-            stored = _judge_baseline(name, data, ks, memory_gib, seed)
+            stored = _judge_baseline(name, data, ks, memory_gib, seed, grid)
             if file is not None:
                 write_json(file, {"key": key, "result": stored})
         found[name] = stored
@@ -158,9 +172,13 @@ def judged_text(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, float
     every = {**rows, **{name: found["test"] for name, found in baselines.items() if "test" in found}}
     lines = [f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}"]
     lines.append(text_table(every, table_columns(every, result["topks"])))
-    return "\n".join(
-        [*lines, *(f"{name} left out: {found['skipped']}" for name, found in baselines.items() if "skipped" in found)]
-    )
+    for name, found in baselines.items():
+        if "skipped" in found:
+            lines.append(f"{name} left out: {found['skipped']}")
+        elif found["settings"]:
+            chosen = ", ".join(f"{setting} {value:g}" for setting, value in found["settings"].items())
+            lines.append(f"{name}: {chosen} (best on validation of {found['tried']} points tried)")
+    return "\n".join(lines)
 
 
 def markdown_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
@@ -189,24 +207,28 @@ def _stored(file: Path | None, key: Mapping[str, Any]) -> dict[str, Any] | None:
     return content["result"] if content.get("key") == key else None
 
 
-def _judge_baseline(name: str, data: Interactions, ks: Sequence[int], memory_gib: float, seed: int) -> dict[str, Any]:
+def _judge_baseline(
+    name: str, data: Interactions, ks: Sequence[int], memory_gib: float, seed: int, grid: baselines.Grid
+) -> dict[str, Any]:
     started = time.perf_counter()
-    chooser = data if data.valid.nnz else replace(data, valid=_nothing_like(data)).with_validation(0.1, seed)
+    builders: dict[str, Callable[..., Any]] = {
+        "popularity": baselines.popularity,
+        "item-knn": baselines.item_knn,
+        "ease": partial(baselines.ease, memory_gib=memory_gib),
+        "ials": ials,
+    }
+    build, settings, tried = builders[name], {}, 0
     try:
-        if name == "popularity":
-            settings, scorer = {}, baselines.popularity(data)
-        elif name == "ease":
-            settings = baselines.select_ease(chooser, EASE_GRID, memory_gib).settings
-            scorer = baselines.ease(data, **settings, memory_gib=memory_gib)
-        elif name == "item-knn":
-            settings = baselines.select_knn(chooser, KNN_GRID).settings
-            scorer = baselines.item_knn(data, **settings)
-        else:
-            raise ValueError(f"unknown baseline {name!r}: choose popularity, item-knn or ease")
+        if grid:
+            chooser = data if data.valid.nnz else replace(data, valid=_nothing_like(data)).with_validation(0.1, seed)
+            found = baselines.select(partial(build, chooser), chooser, grid)
+            settings, tried = found.settings, len(found.scores)
+            del found  # its scorer may hold as much as the one to come
+        scorer = build(data, **settings)
     except UserError as error:
         return {"skipped": str(error)}
     judged: Evaluation = evaluate(scorer, data, "test", ks, beyond=True)
-    return {"test": judged.means, "settings": settings, "seconds": time.perf_counter() - started}
+    return {"test": judged.means, "settings": settings, "tried": tried, "seconds": time.perf_counter() - started}
 
 
 def _nothing_like(data: Interactions) -> Any:

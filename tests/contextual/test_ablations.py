@@ -7,8 +7,8 @@ import json
 import pytest
 
 from contextual import ablations
+from contextual.main import PROGRAM
 from contextual.names import ABLATIONS
-from contextual.options import parse
 from gfml.base.errors import UserError
 
 
@@ -20,7 +20,7 @@ def test_every_command_is_one_of_the_program(capsys: pytest.CaptureFixture[str])
     for line in printed:
         words = line.partition("  # ")[0].split()
         assert words[:2] == ["python", "contextual/main.py"]
-        options = parse("256", words[2:])
+        options = PROGRAM.parse(words[2:])
         seen.add((options.loss, options.ablation))
     assert {("hybrid", name) for name in ABLATIONS} <= seen
 

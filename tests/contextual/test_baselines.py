@@ -9,11 +9,17 @@ import torch
 from pytorch_metric_learning import losses as pml
 from pytorch_metric_learning import miners
 
+from contextual import main as pipeline_256
+from contextual import train as pipeline_224
 from contextual.baselines import LossOptions, RetrievalLoss, build_loss, parameter_groups
 from contextual.losses import ContextualHybridLoss, cosine_similarities, similarity_regulariser
 from contextual.names import ABLATIONS, ALIASES, HAS_PROXIES, LOSSES, PIPELINES, canonical, describe_lam, known_names
-from contextual.options import parse
 from gfml.base.errors import UserError
+
+
+def parse(pipeline, argv):
+    return {"256": pipeline_256, "224": pipeline_224}[pipeline].PROGRAM.parse(argv)
+
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "contextual"
 

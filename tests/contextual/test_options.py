@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from contextual.options import build_parser, parse
+from contextual import main as pipeline_256
+from contextual import train as pipeline_224
+
+
+def parse(pipeline, argv):
+    return {"256": pipeline_256, "224": pipeline_224}[pipeline].PROGRAM.parse(argv)
+
 
 ORIGINAL_256 = (
     "--trainxform bigtrain --testxform bigtest --root DIR --lam 0.4 --gamma 0.1 --loss hybrid --embedding_size 512 --batch_size 128 --n_epochs 80 "
@@ -164,9 +170,9 @@ def test_a_wrong_flag_is_one_line(argv: list[str], words: str, capsys: pytest.Ca
 
 @pytest.mark.parametrize("pipeline", ["256", "224"])
 def test_every_flag_has_help(pipeline: str) -> None:
-    assert all(action.help for action in build_parser(pipeline)._actions)
+    assert all(action.help for action in {"256": pipeline_256, "224": pipeline_224}[pipeline].PROGRAM.parser()._actions)
 
 
 def test_flags_import_nothing_heavy() -> None:
-    code = "import sys, contextual.options; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'pandas', 'scipy', 'sklearn', 'matplotlib'}))"
+    code = "import sys, contextual.main, contextual.train; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'pandas', 'scipy', 'sklearn', 'matplotlib'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -54,10 +54,8 @@ PUBLISHED = (
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of every program; mirror_grad has one for each model."""
 
-    import contextual.options
     import hlrm.options
     import mirror_grad.options
-    import vision.options
     from mirror_grad.models import MODELS
 
     found: dict[str, argparse.ArgumentParser] = {
@@ -66,9 +64,9 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         "cml_baseline": program_of("cml_baseline.main").parser(),
         "hlrm": hlrm.options.build_train_parser(),
         "hlrm-eval": hlrm.options.build_eval_parser(),
-        "vision": vision.options.build_parser(),
-        "contextual-256": contextual.options.build_parser("256"),
-        "contextual-224": contextual.options.build_parser("224"),
+        "vision": program_of("vision.main").parser(),
+        "contextual-256": program_of("contextual.main").parser(),
+        "contextual-224": program_of("contextual.train").parser(),
     }
     return found | {f"mirror_grad-{name}": mirror_grad.options.build_parser(name) for name in MODELS}
 

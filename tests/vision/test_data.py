@@ -11,15 +11,14 @@ from gfml.data.images import ArrayPictures, ImageData, ImageSet
 from gfml.engine.distributed import World
 from vision.augment import AutoAugment
 from vision.data import Augmentation, TrainBatches, VisionData, augmentation, class_weights, load
-from vision.options import for_model, parse
+from vision.main import PROGRAM
 
 PLAIN = Augmentation(crop=False)
 EVERYTHING = Augmentation(auto=AutoAugment(), paste=True, mix="cutmix")
 
 
 def options_of(*words):
-    options = parse([*map(str, words)])
-    return for_model(options, options.model_name[0])
+    return PROGRAM.parse([*map(str, words)]).each()[0]
 
 
 def world(rank=0, size=1):

@@ -14,8 +14,8 @@ from gfml.attention import AttentionSettings, gravity_attentions
 from gfml.base.errors import UserError
 from gfml.distances import DISTANCES
 from vision import models
+from vision.main import PROGRAM
 from vision.models import build_model
-from vision.options import build_parser
 from vision.vit import ViT, ViTSettings
 
 TINY = ViTSettings(4, 24, 24, 2, 4)
@@ -109,7 +109,7 @@ def test_wrong_names_and_sizes_are_one_line(name, options, message) -> None:
 )  # fmt: skip
 def test_flags_offer_what_the_modules_know(flag, choices) -> None:
     """The flags are written down where nothing heavy is imported."""
-    found = {action.dest: action.choices for action in build_parser()._actions}
+    found = {action.dest: action.choices for action in PROGRAM.parser()._actions}
     assert {*found[flag]} == {*choices}
 
 

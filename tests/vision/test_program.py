@@ -61,7 +61,9 @@ def result_of(path):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Lines of metrics.jsonl without what the clock says."""
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds/")} for row in rows]
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -176,8 +178,8 @@ def test_a_done_run_is_shown_not_repeated(tmp_path, capsys):
     second = capsys.readouterr()
     assert (
         code == 0
-        and "is done" in second.err
-        and second.out == first
+        and "is done" in second.out
+        and second.out.endswith(first)
         and (path / "result.json").stat().st_mtime_ns == written
     )
     assert run(tmp_path, "--model-name vit --eval-only")[0] == 0
@@ -305,7 +307,7 @@ def test_bad_input_is_one_line_and_code_2(words, message, tmp_path, capsys):
 
 
 def test_a_wrong_flag_answers_before_torch():
-    code = "import sys, vision.options; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'matplotlib', 'pandas', 'sklearn', 'numpy'}))"
+    code = "import sys, vision.main; print(*sorted(sys.modules.keys() & {'torch', 'torchvision', 'timm', 'matplotlib', 'pandas', 'sklearn', 'numpy'}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 

@@ -18,14 +18,6 @@ def test_works_where_machine_code_cannot_be_kept() -> None:
     assert compiled(names["twice"])(21) == 42
 
 
-@pytest.fixture
-def threads():
-    """A setter of torch's number of threads that puts the old one back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("number", [1, 3])
 def test_parts_are_shared_out_and_come_back_in_order(threads, number: int) -> None:
     threads(number)

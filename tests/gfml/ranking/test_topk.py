@@ -47,14 +47,6 @@ def selection(request, monkeypatch):
     monkeypatch.setattr(topk, "_select_on_cpu", getattr(topk, request.param))
 
 
-@pytest.fixture
-def threads():
-    """A setter of torch's number of threads that puts the old one back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def random_seen(rng, shape, density):
     return sp.csr_array((rng.random(shape) < density).astype(np.float32))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from gfml.data.synthetic import generate
 from gfml.gravity import Mass
 from gfml.ranking import baselines
 from gfml.ranking.evaluation import evaluate
+from gfml.ranking.ials import ials
 from gfml.report import recommenders as reporting
 
 
@@ -25,16 +27,32 @@ def data() -> Interactions:
 
 
 def test_baselines_are_judged_on_test_with_settings_chosen_on_validation(data: Interactions) -> None:
-    found = reporting.baseline_results(["popularity", "item-knn", "ease"], data, [5, 10])
+    found = reporting.baseline_results(["popularity", "item-knn", "ease", "ials"], data, [5, 10])
     popularity = evaluate(baselines.popularity(data), data, "test", [5, 10], beyond=True).means
     assert found["popularity"]["test"] == popularity and found["popularity"]["settings"] == {}
-    chosen = baselines.select_ease(data, reporting.EASE_GRID).settings
-    assert found["ease"]["settings"] == chosen
+    choice = baselines.select(partial(baselines.ease, data), data, reporting.GRIDS["ease"])
+    chosen = choice.settings
+    assert found["ease"]["settings"] == chosen and found["ease"]["tried"] == len(choice.scores)
     assert (
         found["ease"]["test"]["ndcg@10"]
         == evaluate(baselines.ease(data, **chosen), data, "test", [5, 10]).means["ndcg@10"]
     )
     assert found["item-knn"]["test"]["recall@10"] > popularity["recall@10"]
+    model = ials(data, **found["ials"]["settings"])
+    assert found["ials"]["test"]["ndcg@10"] == evaluate(model, data, "test", [5, 10]).means["ndcg@10"]
+
+
+def test_a_grid_may_be_given_and_chosen_points_are_told(data: Interactions, tmp_path: Path) -> None:
+    grids = {"item-knn": {"k": [7], "shrink": [2.0]}, "ease": {"l2": [3.0, 30.0]}}
+    found = reporting.baseline_results(["popularity", "item-knn", "ease"], data, [5], grids=grids, cache_dir=tmp_path)
+    assert found["item-knn"]["settings"] == {"k": 7, "shrink": 2.0} and found["item-knn"]["tried"] == 1
+    assert found["ease"]["settings"]["l2"] in (3.0, 30.0) and found["ease"]["tried"] == 2
+    again = reporting.baseline_results(["ease"], data, [5], cache_dir=tmp_path)["ease"]
+    assert again["tried"] > 2  # another grid is another question
+    result = {"baselines": found, "selection": {"epoch": 1, "protocol": "p"}, "data": {"name": "d"}, "topks": [5]}
+    lines = reporting.judged_text(result, {}).splitlines()
+    assert "item-knn: k 7, shrink 2 (best on validation of 1 points tried)" in lines
+    assert not any(line.startswith("popularity:") for line in lines)
 
 
 def test_without_validation_part_one_is_cut_for_the_choice_and_train_stays_whole(data: Interactions) -> None:
