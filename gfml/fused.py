@@ -198,7 +198,7 @@ class FusedPairLoss(_RowLoss):
         """See :class:`Computed`."""
         recipe, size = self._recipe, len(batch)
         out = self._run(self._pairs, batch, self._recipe_of(size), 2 + batch.neg.numel() // size)
-        dot, gravity, emb_reg, mass_reg, by_log_lamb = out.values.sum(0).tolist()
+        dot, gravity, emb_reg, mass_reg, by_log_lamb = self._kernel.totals(out.values).tolist()
         parts = np.array([dot, gravity, recipe.decay * emb_reg, recipe.mass_decay * mass_reg]) / size
         total = recipe.dot_weight * parts[0] + recipe.gravity_weight * parts[1] + parts[2] + parts[3]
         return Computed(total, parts, by_log_lamb, out)

@@ -462,6 +462,16 @@ def general_pairs(first, last, num_users, parameters, batch, recipe, out):
         general_pair(nodes, out.places, recipe, work, prepared, by, out.rows, b)
 
 
+@compiled
+def totals(values):
+    """Sums of the columns, row after row: NumPy takes four times as long over rows this short."""
+    sums = np.zeros(values.shape[1])
+    for row in range(len(values)):
+        for column in range(len(sums)):
+            sums[column] += values[row, column]
+    return sums
+
+
 # ------------------------------------------------------------------ the hinge of metric learning
 
 
