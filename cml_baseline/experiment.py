@@ -23,7 +23,7 @@ from gfml.program.recommender import Recommender, check_judgeable, cut_offs
 from gfml.program.steps import ProjectedStep, build_step
 from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleSampler, TwoStageSampler
-from gfml.report.recommenders import table_columns, text_table
+from gfml.report.recommenders import USUAL_METRICS, other_conventions, table_columns, text_table
 
 # Recall of item groups, by popularity in train: the most popular fifth, the other 80 %, and items train never shows.
 GROUPS = ("q1", "tail", "cold")
@@ -187,10 +187,11 @@ class CML(Recommender):
             f"{name} left out: {found['skipped']}" for name, found in result["baselines"].items() if "skipped" in found
         ]
         return "\n".join([
-            f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}",
+            f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}; {USUAL_METRICS}",
             text_table(rows, usual),
             f"\nby popularity in train: q1 the most popular fifth, tail the other 80 %, cold {result['cold_items']:,} items "
             "without interactions",
             text_table(rows, groups),
+            *other_conventions(rows),
             *skipped,
         ])  # fmt: skip

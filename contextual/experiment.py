@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from contextual import data as datasets
 from contextual.baselines import LossOptions, build_loss, parameter_groups
 from contextual.data import RetrievalData
+from contextual.foreign import contextual
 from contextual.names import describe_lam
 from contextual.network import EmbeddingNet, Projector, build_backbone
 from contextual.samplers import PAIRS, BatchSampler, Plan, check_single_images, default_batches
 from contextual.settings import ContextualSettings
 from contextual.transforms import TrainBatches, in_order, test_transform, train_transform
-from gfml.base.checkpoints import damaged, load_state
+from gfml.base.errors import UserError
+from gfml.base.weights import read_weights
 from gfml.data.images import ImageSet
 from gfml.engine import distributed
 from gfml.engine.runs import Run, seed_everything
@@ -308,15 +310,18 @@ def loss_options(settings: ContextualSettings) -> LossOptions:
 
 
 def _start_from(model: Retriever, path: Path) -> None:
-    """The network's weights of an earlier run; its projector and proxies are for other classes and stay behind."""
-    prefix = "encoder.0."
-    saved = {
-        key.removeprefix(prefix): value for key, value in load_state(path)["model"].items() if key.startswith(prefix)
-    }
+    """The network's weights of an earlier run, or of the published programs' files; projector and proxies stay behind."""
+    state, prefix = read_weights(path), "encoder.0."
+    saved = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not saved:
+        saved = dict(state) if "head.weight" in state else contextual(state)
     try:
         model.net.load_state_dict(saved)
     except RuntimeError as error:
-        raise damaged(path, f"of another network: {str(error).splitlines()[0]}") from error
+        why = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+        raise UserError(
+            f"cannot use the checkpoint {path}, of another network ({why}): give its --backbone, --pooling and --embedding_size"
+        ) from error
 
 
 class WarmStep:

@@ -164,7 +164,8 @@ class ContentMass(nn.Module):
 def pairwise(q: Tensor, k: Tensor, distance: SquaredDistance) -> Tensor:
     """Q of every query with every key of its head. Shape: q, k [..., n, d] -> [..., n, n]."""
     if distance.kind == "l1":
-        return torch.cdist(*common_floats(q, k), p=1).square()
+        q, k = common_floats(q, k)
+        return torch.cdist(q, k, p=1).square()
     form = distance.closed_form(q, k)
     found = form.query @ form.key.mT + form.query_bias.unsqueeze(-1) + form.key_bias.unsqueeze(-2)
     return found.square() if distance.is_squared_form else found.clamp_min(0)

@@ -254,7 +254,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[None, None, None, Tensor | None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "found create_graph with a fused loss, which has no second derivative: use --kernel autograd"
+                "found create_graph with a fused loss, which has no second derivative: use `kernel autograd`"
             )
         ctx.loss.scatter(ctx.out, float(upstream))
         return None, None, None, None if ctx.by_log_lamb is None else upstream * ctx.by_log_lamb

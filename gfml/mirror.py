@@ -498,6 +498,8 @@ class MirrorGradient:
 
     @torch.no_grad()
     def _put_buffers(self, values: Mapping[str, Tensor]) -> None:
+        if self.module is None:
+            return
         for name, value in values.items():
             place, _, key = name.rpartition(".")
             getattr(self.module.get_submodule(place), key).copy_(value)

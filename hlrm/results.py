@@ -16,8 +16,9 @@ from gfml.data.interactions import Interactions
 from gfml.engine.runs import Run
 from gfml.engine.train import FitResult
 from gfml.program.cli import Options
+from gfml.program.steps import definitions_of
 from gfml.ranking.evaluation import Evaluation, evaluate
-from gfml.report.recommenders import baseline_results, data_facts, text_table
+from gfml.report.recommenders import baseline_results, data_facts, list_names, other_conventions, text_table
 from hlrm.experiment import build_model, model_name, scorer_of
 from hlrm.metrics import cohort_metrics, cohorts
 from hlrm.model import RelationModel
@@ -43,6 +44,7 @@ def judge(options: Options, data: Interactions, model: RelationModel, split: str
         beyond=True,
         mask_seen=options.mask_seen,
         device=model.encoder.nodes.device,
+        definitions=definitions_of(options, judging=True),
     )
     groups = cohorts(len(found.users), options.eval_size, options.num_cohorts, options.split_seed)
     relevant, sampled = data.split(split)[found.users], {}
@@ -81,7 +83,7 @@ def store(options: Options, data: Interactions, model: RelationModel, fitted: Fi
     if options.save_model:
         save_model(Path(options.save_dir), options, data, model, result["selection"])
     arrays = {"item_popularity": data.item_popularity, "user_activity": data.user_activity, "test_users": test.users,
-              "top": test.top.astype(np.int32)}  # fmt: skip
+              "top": test.top.astype(np.int32), **list_names(data, test.users)}  # fmt: skip
     arrays |= {
         f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name
     }
@@ -143,6 +145,7 @@ def print_result(result: Mapping[str, Any], where: str) -> None:
     rows = {result["model"]: result[split]}
     rows |= {name: found["test"] for name, found in result["baselines"].items() if "test" in found}
     _print_tables(rows, COLUMNS, result["topks"])
+    print("\n".join(other_conventions(rows)), end="")
     groups = f"{protocol['cohorts']} cohorts of {protocol['cohort_size']} of these users"
     print(f"\nsampled users as in the paper, {groups}, published formulas")
     sampled = result["sampled"].items()

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gfml.base.checkpoints import FORMAT, damaged, load_state
 from gfml.base.errors import UserError
+from gfml.base.weights import read_weights
 from gfml.engine.runs import Run
 from gfml.engine.train import Step, plain_step
 from gfml.mirror import MirrorGradient
@@ -20,6 +20,7 @@ from gfml.program.cli import Options
 from gfml.program.steps import cut_offs
 from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.sampling import TripleBatches, TripleSampler
+from mirror_grad import foreign
 from mirror_grad.data import MultimodalData
 from mirror_grad.models import MODELS, load_model
 from mirror_grad.options import arm_of
@@ -137,6 +138,7 @@ def judge_split(
         beyond=beyond,
         mask_valid=options.test_mask == "seen",
         device=device,
+        definitions=program.definitions_of(options, judging=beyond),
     )
 
 
@@ -147,12 +149,33 @@ def metrics(options: Options, data: MultimodalData, model: nn.Module, split: str
     return means if digits is None else {name: round(value, digits) for name, value in means.items()}
 
 
-def load_weights(options: Options, model: nn.Module, path: Path) -> nn.Module:
-    """Put the weights of a file into the model, in eval mode: best.pt, last.pt, final.pt or a bare state of tensors.
+def weights_model(
+    options: Options, data: MultimodalData, device: torch.device, path: Path
+) -> tuple[nn.Module, list[str]]:
+    """The model with a file's weights, in eval mode, and notes: best.pt, last.pt, final.pt, a bare state of tensors, or a
+    file of Mirror-Gradient's or MMRec's own program, whose names are translated.
 
     UserError when the file is damaged, or its names or shapes are another model's.
     """
-    state = _tensors(path)
+    state, notes = read_weights(path), []
+    found = foreign.recognise(state)
+    if found and options.model not in found:
+        raise foreign.other_model(options.model, found, path)
+    if found:
+        dim = options.embedding_dim
+        notes = foreign.adapt(options, state)
+    model = build_model(options, data, torch.device("cpu"))
+    if found:
+        state = foreign.rename(options.model, state)
+        if options.behaviour == "published":
+            notes += foreign.complete(model, options.model, state, data, options.seed, dim)
+        else:
+            state = {name: value for name, value in state.items() if name != "item_weight"}
+    return load_weights(options, model, path, state).to(device), notes
+
+
+def load_weights(options: Options, model: nn.Module, path: Path, state: dict[str, torch.Tensor]) -> nn.Module:
+    """Put the named tensors of a file into the model, in eval mode. UserError when names or shapes are another model's."""
     wanted = model.state_dict()
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unknown:
@@ -164,19 +187,6 @@ def load_weights(options: Options, model: nn.Module, path: Path) -> nn.Module:
         raise UserError(f"{path} has {shapes}: give the --dataset and the hyper-parameters it was trained with")
     model.load_state_dict(state)
     return model.eval()
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file, or a pickle of classes, raises almost anything
-        raise damaged(path, "not a file of tensors") from error
-    if isinstance(content, dict) and content.get("format") == FORMAT:
-        content = load_state(path)
-    content = content.get("model", content) if isinstance(content, dict) else {}
-    if not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise damaged(path, "it holds no named tensors")
-    return content
 
 
 def load_reported(options: Options, data: MultimodalData, device: torch.device, run: Run) -> nn.Module:

@@ -111,16 +111,19 @@ def train(options: Options) -> tuple[dict[str, Any], Path]:
 
 def judge_weights(options: Options) -> int:
     """``--resume FILE``: the test figures of stored weights. Nothing is trained or written."""
-    from gfml.report.recommenders import table_columns, text_table
+    from gfml.report.recommenders import USUAL_METRICS, other_conventions, table_columns, text_table
     from mirror_grad import experiment
     from mirror_grad.data import load
 
     device = resolve_device(options)
     set_threads(options)
     data = load(options, needs_features=MODELS[options.model].needs_features)
-    model = experiment.load_weights(options, experiment.build_model(options, data, device), Path(options.weights))
+    model, notes = experiment.weights_model(options, data, device, Path(options.weights))
+    for note in notes:
+        print(f"note: {options.weights}: {note}", file=sys.stderr)
     rows = {options.model: experiment.judge_split(options, data, model, "test", beyond=True).means}
-    print(f"test of {data.interactions.name}, weights of {options.weights}")
+    masked = "train and validation" if options.test_mask == "seen" else "train"
+    print(f"test of {data.interactions.name}, weights of {options.weights}, {masked} items masked; {USUAL_METRICS}")
     print(
         text_table(
             rows,
@@ -130,6 +133,7 @@ def judge_weights(options: Options) -> int:
             ],
         )
     )
+    print("\n".join(other_conventions(rows)), end="")
     return 0
 
 

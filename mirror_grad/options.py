@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from gfml.base.errors import UserError
 from gfml.base.home import configs
 from gfml.data.options import add_data_flags
-from gfml.program.cli import MIRROR_MODES, Options, Parser, TopksAction, add_run_flags, number
+from gfml.program.cli import MIRROR_MODES, Options, Parser, TopksAction, add_definition_flags, add_run_flags, number
 from mirror_grad.models import MODELS
 
 # The published programs' names for data that this one knows by a longer one.
@@ -269,6 +269,12 @@ def _add_evaluation_flags(parser: Parser) -> None:
         default="seen",
         help="what the test lists leave out: train and validation items, or train items alone as published",
     )
+    add_definition_flags(group)
+    group.add_argument(
+        "--published-protocol",
+        action="store_true",
+        help="judge as published: --test-mask train (validation items stay in the test lists) and --round-metrics 4",
+    )
     group.add_argument(
         "--round-metrics",
         type=number(int, least=1, none=True),
@@ -312,6 +318,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         options.dataset = DATASETS[options.dataset]
     if options.behaviour == "published" and not MODELS[options.model].has_published:
         print(f"note: published and fixed {options.model} are the same", file=sys.stderr)
+    if options.published_protocol:
+        options.test_mask, options.round_metrics = "train", 4
+    del options.published_protocol
     _choose_mirror(parser, options)
     _check(parser, options)
     points = _grid(parser, options)

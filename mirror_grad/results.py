@@ -17,7 +17,7 @@ from gfml.engine.train import FitResult
 from gfml.program.cli import Options
 from gfml.program.steps import cut_offs, selection_of
 from gfml.ranking.evaluation import Evaluation
-from gfml.report.recommenders import baseline_results, data_facts, judged_text
+from gfml.report.recommenders import baseline_results, data_facts, judged_text, list_names
 from mirror_grad.data import MultimodalData
 from mirror_grad.experiment import arm_factor, judge_split
 from mirror_grad.models import MODELS
@@ -90,7 +90,7 @@ def store(
     save_state(run.file("final.pt"), {"model": model.state_dict(), "selection": result["selection"]})
     inter = data.interactions
     arrays = {"item_popularity": inter.item_popularity, "user_activity": inter.user_activity, "test_users": test.users,
-              "top": test.top.astype(np.int32)}  # fmt: skip
+              "top": test.top.astype(np.int32), **list_names(inter, test.users)}  # fmt: skip
     arrays |= {
         f"per_user/{name}": values.astype(np.float32) for name, values in test.per_user.items() if "_" not in name
     }

@@ -475,19 +475,9 @@ def bench_multimodal(name: str, model: str, data_root: str | None, steps: int = 
     cpu, wall = measure(lambda: step(functools.partial(built.loss, next(given)), optimizer), runs=steps)
     experiment.judge_split(options, data, built.eval(), "valid")
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    published, bar = PUBLISHED_EPOCHS.get((data.interactions.name, model), (0.0, ""))
     row = Row(f"{model} epoch on {data.interactions.name}, {len(epoch)} steps", cpu * len(epoch) + drawing[0],
-              wall * len(epoch) + drawing[1], "MMRec's epoch, measured elsewhere" if published else "", published, bar)  # fmt: skip
+              wall * len(epoch) + drawing[1], "", 0.0, "")  # fmt: skip
     return row, peak
-
-
-# CPU seconds of an epoch of the published program on two shared cores, and the most that ours may take.
-PUBLISHED_EPOCHS = {
-    ("amazon-baby", "BPR"): (12.0, "<= 0.6 s"),
-    ("amazon-baby", "LightGCN"): (20.0, "<= 2 s"),
-    ("amazon-baby", "VBPR"): (30.0, "<= 3 s"),
-    ("amazon-baby", "BM3"): (100.0, "<= 25 s"),
-}
 
 
 def bench_attention(batch: int, device: str) -> Iterable[Row]:

@@ -170,3 +170,17 @@ def test_text_names_no_machine() -> None:
 def test_tracked_files_are_small() -> None:
     for path in tracked_text():
         assert path.stat().st_size < 512 * 1024, path
+
+
+def test_errors_of_the_library_name_no_flag() -> None:
+    """A setting stands in a message by its name, `val_ratio`; programs print it as their flag."""
+    rooms = [ROOT / "gfml" / room for room in ("base", "data", "metrics", "ranking", "engine")]
+    paths = [path for room in rooms for path in sorted(room.rglob("*.py"))] + sorted((ROOT / "gfml").glob("*.py"))
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("Error")):
+                continue
+            texts = [
+                part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)
+            ]
+            assert not [text for text in texts if re.search(r"(^|[\s(])--[a-z]", text)], f"{path}:{node.lineno}"

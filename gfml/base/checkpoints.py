@@ -45,7 +45,7 @@ def load_state(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         # Training makes the missing file, except in a run that is done.
         if (Path(path).parent / "done").exists():
             raise damaged(path, "it is missing") from None
-        raise UserError(f"there is no {path}: train the run first, without --eval-only") from None
+        raise UserError(f"there is no {path}: train the run first, without `eval_only`") from None
     except UserError:
         raise
     except Exception as error:  # a damaged file raises almost anything: KeyError, EOFError, RuntimeError, OSError
@@ -71,5 +71,5 @@ def damaged(path: str | os.PathLike[str], why: str) -> UserError:
 
 def train_anew(run: Path) -> str:
     """Advice that works for any run that can be read no more: its own flags again, in its own place."""
-    place = f"--config {shlex.quote(str(run / 'config.toml'))} --out {shlex.quote(str(run.parent))}"
-    return f"train anew with {place} --run-name {shlex.quote(run.name)} --overwrite, which keeps the old run"
+    place = f"`config {shlex.quote(str(run / 'config.toml'))}` `out {shlex.quote(str(run.parent))}`"
+    return f"train anew with {place} `run_name {shlex.quote(run.name)}` `overwrite`, which keeps the old run"

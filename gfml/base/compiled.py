@@ -66,9 +66,9 @@ class Team:
         self._size = 0
 
     def __call__(self, work: Callable[[int], Any], parts: int) -> None:
-        if self._pool is None or parts > 1 + self._size:
-            self._pool, self._size = ThreadPoolExecutor(max(1, parts - 1)), parts - 1
-        others = [self._pool.submit(work, part) for part in range(1, parts)]
+        if parts > 1 + self._size:
+            self._pool, self._size = ThreadPoolExecutor(parts - 1), parts - 1
+        others = [self._pool.submit(work, part) for part in range(1, parts)] if self._pool else []
         work(0)
         for other in others:
             other.result()

@@ -70,8 +70,8 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> UserError:
             f"disk full while writing {path}: free some space and run the same command again; earlier files are intact"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"cannot write {path} ({error.strerror}): give a writable directory, for runs with --out")
-    return UserError(f"cannot write {path} ({error.strerror or error}): check the path given with --out")
+        return UserError(f"cannot write {path} ({error.strerror}): give a writable directory, for runs with `out`")
+    return UserError(f"cannot write {path} ({error.strerror or error}): check the path given with `out`")
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

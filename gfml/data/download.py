@@ -30,9 +30,9 @@ def download(url: str, target: Path, checksum: str | None = None, *, progress: b
         _fetch(url, partial, progress)
     except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"cannot download {url} ({reason}): try again, or give --data-root") from error
+        raise UserError(f"cannot download {url} ({reason}): try again, or give `data_root`") from error
     except OSError as error:
-        raise UserError(f"cannot write {partial} ({error.strerror}): give a writable --data-root") from error
+        raise UserError(f"cannot write {partial} ({error.strerror}): give a writable `data_root`") from error
     if checksum is not None:
         kind, wanted = checksum.split(":")
         found = file_hash(partial, kind)

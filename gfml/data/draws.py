@@ -154,8 +154,12 @@ def draw_exactly(state: Array, place: Array, item_place: Array, item_mass: Array
 
 
 @compiled
-def cut_users(streams: Array, wanted: Array, take: Array, items: Array, train: Array, test: Array) -> None:
-    """Give take[u] of each user's items, at random, to test and the others to train; both in order."""
+def cut_users(streams: Array, length: Array, wanted: Array, take: Array, items: Array, train: Array,
+              test: Array) -> None:  # fmt: skip
+    """Give take[u] of each user's items, at random, to test and the others to train; both in order.
+
+    items: user after user, each with length[u] places, of which the first wanted[u] hold items.
+    """
     state, first, at_train, at_test = streams[:1].copy(), 0, 0, 0
     for u in range(len(wanted)):
         state[0] = streams[u]
@@ -168,4 +172,28 @@ def cut_users(streams: Array, wanted: Array, take: Array, items: Array, train: A
             else:
                 train[at_train] = items[first + number]
                 at_train += 1
-        first += wanted[u]
+        first += length[u]
+
+
+@compiled
+def place_rows(users: Array, found: Array, place: Array, items: Array) -> None:
+    """items[place[u]] = the item of each row of user u, moving place[u] on."""
+    for row in range(len(users)):
+        items[place[users[row]]] = found[row]
+        place[users[row]] += 1
+
+
+@compiled
+def sort_rows(length: Array, items: Array, kept: Array) -> None:
+    """Sort each user's items and move the distinct ones to the front: kept[u] of them. items: length[u] a user."""
+    first = 0
+    for u in range(len(length)):
+        own = items[first : first + length[u]]
+        own.sort()
+        number = 0
+        for p in range(len(own)):
+            if number == 0 or own[p] != own[number - 1]:
+                own[number] = own[p]
+                number += 1
+        kept[u] = number
+        first += length[u]

@@ -449,7 +449,7 @@ def _rows_of_pixels(array: np.ndarray, name: str) -> ArrayPictures:
 def _fetched(roots: list[Path], download: bool, name: str, wanted: str, fetch: Callable[[Path], object]) -> Path:
     """The first root with the data downloaded into it."""
     if not download:
-        raise _missing(name, roots, wanted, "give --data-root, or --download to fetch it")
+        raise _missing(name, roots, wanted, "give `data_root`, or `download` to fetch it")
     try:
         fetch(roots[0] / name)
     except (OSError, RuntimeError) as error:
@@ -473,7 +473,7 @@ def _part(train: bool) -> str:
 def _sprite_folder(roots: list[Path], download: bool, name: str) -> ImageData:
     folder = next((root / name for root in roots if (root / name / "train.webp").is_file()), None)
     if folder is None:
-        raise _missing(name, roots, f"{name}/train.webp, test.webp and labels.npz", "give --data-root")
+        raise _missing(name, roots, f"{name}/train.webp, test.webp and labels.npz", "give `data_root`")
     return read_sprites(folder, name)
 
 
@@ -484,7 +484,7 @@ def _fashion(roots: list[Path], download: bool, name: str) -> ImageData:
     )
     if folder is None:
         raise _missing(
-            name, roots, f"{name}/train-images-idx3-ubyte.gz, its labels and the test files", "give --data-root"
+            name, roots, f"{name}/train-images-idx3-ubyte.gz, its labels and the test files", "give `data_root`"
         )
     classes = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
     train, test = (
@@ -520,7 +520,7 @@ def _digits(roots: list[Path], download: bool, name: str) -> ImageData:
 def _grocery(roots: list[Path], download: bool, name: str) -> ImageData:
     folder = next((root / name for root in roots if (root / name / "images.csv").is_file()), None)
     if folder is None:
-        raise _missing(name, roots, f"{name}/images.csv and images_96.zip", "give --data-root")
+        raise _missing(name, roots, f"{name}/images.csv and images_96.zip", "give `data_root`")
     return read_zip_with_table(folder, name)
 
 

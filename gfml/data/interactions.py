@@ -167,7 +167,7 @@ class Interactions:
         ratio 0 returns the data as it is.
         """
         if not 0 <= ratio < 1:
-            raise UserError(f"found a validation ratio of {ratio}, wanted 0 <= ratio < 1: mend --val_ratio")
+            raise UserError(f"found a validation ratio of {ratio}, wanted 0 <= ratio < 1: mend `val_ratio`")
         if ratio == 0:
             return self
         if self.valid.nnz:

@@ -76,7 +76,7 @@ def read_item_features(
     Raises UserError for a missing or unreadable file, no or unknown columns, rows that do not fit, and values that
     are not finite.
     """
-    path = _existing(file, "--features")
+    path = _existing(file, "`features`")
     arrays = suffix(path) in ("npz", "npy")
     ids, blocks, filled = _arrays(path, columns) if arrays else _columns(path, columns)
     rows = _rows(path, ids, data, len(next(iter(blocks.values()))))
@@ -94,7 +94,7 @@ def read_item_features(
     if not known.any():
         some = ", ".join(map(str, np.asarray(ids)[:3])) if ids is not None else ""
         raise UserError(
-            f"{path} knows none of the {data.num_items} items of {data.name} (its ids begin {some}): check --features"
+            f"{path} knows none of the {data.num_items} items of {data.name} (its ids begin {some}): check `features`"
         )
     return FeatureTable(np.concatenate(parts, 1), known, place)
 
@@ -112,11 +112,11 @@ def standardised(table: FeatureTable) -> FeatureTable:
 
 def read_item_info(file: str | os.PathLike[str], data: Interactions) -> ItemInfo:
     """Titles and genres, as far as the file has such columns; UserError when it has neither."""
-    path = _existing(file, "--item-info")
+    path = _existing(file, "`item_info`")
     table = _Table.read(path)
     title, genre = table.find(TITLE_NAMES), table.find(GENRE_NAMES)
     if title is None and genre is None:
-        raise UserError(f"{path} has no title and no genres, found {', '.join(table.cells)}: check --item-info")
+        raise UserError(f"{path} has no title and no genres, found {', '.join(table.cells)}: check `item_info`")
     rows = _rows(path, table.ids(), data, table.num_rows)
     words = table.words(genre) if genre else [[]] * table.num_rows
     titles, genres = [""] * data.num_items, [()] * data.num_items
@@ -140,7 +140,7 @@ def _rows(path: Path, ids: Sequence | np.ndarray | None, data: Interactions, cou
         if count != data.num_items:
             raise UserError(
                 f"{path} holds {count} rows without ids, wanted one for each of the {data.num_items} items of {data.name}: "
-                f"add an array of ids ({ID_NAMES[0]} or {ID_NAMES[2]}) or mend --features"
+                f"add an array of ids ({ID_NAMES[0]} or {ID_NAMES[2]}) or mend `features`"
             )
         return np.arange(count)
     found = spelled(ids).dictionary_encode()
@@ -183,11 +183,11 @@ def _chosen(
     path: Path, found: Mapping[str, np.ndarray], columns: Sequence[str] | None, wanted: str
 ) -> dict[str, np.ndarray]:
     if not found:
-        raise UserError(f"{path} holds no {wanted}: check --features, or name columns with --feature-columns")
+        raise UserError(f"{path} holds no {wanted}: check `features`, or name columns with `feature_columns`")
     unknown = next((name for name in columns or () if name not in found), None)
     if unknown is not None:
         raise UserError(
-            f"{path} has no {unknown!r}, found {', '.join(found)}{suggest(unknown, found)}: mend --feature-columns"
+            f"{path} has no {unknown!r}, found {', '.join(found)}{suggest(unknown, found)}: mend `feature_columns`"
         )
     return {name: found[name] for name in columns or found}
 
@@ -278,6 +278,6 @@ def _columns(
     unknown = next((name for name in columns or () if name not in known), None)
     if unknown is not None:
         raise UserError(
-            f"{path} has no column {unknown!r}, found {', '.join(known)}{suggest(unknown, known)}: mend --feature-columns"
+            f"{path} has no column {unknown!r}, found {', '.join(known)}{suggest(unknown, known)}: mend `feature_columns`"
         )
     return ids, _chosen(path, found, None, f"column of numbers or genres (found {', '.join(known)})"), {}

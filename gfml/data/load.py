@@ -115,24 +115,24 @@ def find_source(
         return _folder_source(below, columns)
     if os.sep in dataset or path.suffix:
         names = ", ".join(registry.known_names())
-        raise UserError(f"no file or folder {path}: give --dataset a path that exists or one of {names}")
+        raise UserError(f"no file or folder {path}: give `dataset` a path that exists or one of {names}")
     raise choice_error("data set", dataset, [*registry.known_names(), *registry.ALIASES])
 
 
 def _no_columns(dataset: str, columns: Columns) -> None:
     """Lists and published files have no columns to name; the order of their rows may still be time."""
-    flags = {
-        "user": "user-col",
-        "item": "item-col",
-        "rating": "rating-col",
-        "time": "time-col",
+    settings = {
+        "user": "user_col",
+        "item": "item_col",
+        "rating": "rating_col",
+        "time": "time_col",
         "sep": "sep",
-        "header": "no-header",
+        "header": "header False",
     }
-    for field, flag in flags.items():
+    for field, setting in settings.items():
         value = getattr(columns, field)
         if value is not None and not (field == "time" and value in ("order", "none")):
-            raise UserError(f"--{flag} names a column of one's own table, but {dataset} is not one: drop it")
+            raise UserError(f"`{setting}` names a column of one's own table, but {dataset} is not one: drop it")
 
 
 def _ordered(read: Callable[[Collection[str]], Records], columns: Columns) -> Callable[[Collection[str]], Records]:
@@ -208,15 +208,15 @@ def _prepare(
 ) -> Interactions:
     """:func:`prepare` with the data set's own defaults where the user asks nothing."""
     if cut.kcore < 0:
-        raise UserError(f"found --kcore {cut.kcore}, wanted 0 or more")
+        raise UserError(f"found `kcore {cut.kcore}`, wanted 0 or more")
     if cut.ratios is not None and cut.split in ("native", "leave-one-out", "leave-k-out"):
         raise UserError(
-            f"--split {cut.split} has no ratios: drop --split-ratios or choose per-user, user-time, global or time"
+            f"`split {cut.split}` has no ratios: drop `split_ratios` or choose per-user, user-time, global or time"
         )
     if cut.leave is not None and (cut.split != "leave-k-out" or cut.leave < 1):
-        raise UserError(f"found --leave-k {cut.leave}, wanted a number from 1 with --split leave-k-out")
+        raise UserError(f"found `leave_k {cut.leave}`, wanted a number from 1 with `split leave-k-out`")
     if cut.dates is not None and (cut.split != "time" or cut.ratios is not None):
-        raise UserError("--split-date is for --split time, without --split-ratios: add the one or drop the other")
+        raise UserError("`split_date` is for `split time`, without `split_ratios`: add the one or drop the other")
     split = cut.split
     if split is None and (cut.ratios is not None or records.parts is None):
         split = (known and known.split) or "per-user"
@@ -227,7 +227,7 @@ def _prepare(
         usual if cut.ratios is None else check_ratios(cut.ratios),
         cut.seed,
         cut.leave or 1,
-        tuple(sorted(moment(date, "--split-date") for date in cut.dates or ())),
+        tuple(sorted(moment(date, "`split_date`") for date in cut.dates or ())),
     )
     return prepare(
         records,

@@ -207,13 +207,13 @@ def load_dataset(
     sizes = {"num_users": demo_users, "num_items": demo_items, "num_interactions": demo_interactions}
     shape = {**sizes, "tail_exponent": demo_tail, "noise": demo_noise, "seed": demo_seed}
     if split_date is not None and len(split_date) > 2:
-        raise UserError(f"found --split-date {' '.join(split_date)}, wanted one date or two")
+        raise UserError(f"found `split_date {' '.join(split_date)}`, wanted one date or two")
     ratios, dates = (None if given is None else tuple(given) for given in (split_ratios, split_date))
     cut = load.Cut(threshold, kcore, split, ratios, split_seed, duplicates, leave_k, dates)
     if str(dataset) in registry.GENERATED:
         data = load.load_generated(str(dataset), {key: value for key, value in shape.items() if value is not None}, cut)
     elif any(value is not None for value in shape.values()):
-        raise UserError(f"the --demo-* flags shape generated data, but the data set is {dataset}: drop them")
+        raise UserError(f"demo_users and the like shape generated data, but the data set is {dataset}: drop them")
     else:
         source = load.find_source(str(dataset), data_root, columns, allow_download=download)
         data = load.load_source(source, cut, Path(cache_dir).expanduser() if cache_dir else None, use_cache=cache)

@@ -356,7 +356,7 @@ def read_pairs_npz(path: str | os.PathLike[str]) -> Records:
     """``.npz`` with integer arrays ``user`` and ``movie`` (or ``item``), row by row; no pickles."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no file {path}: check the path given with --dataset or --data-root")
+        raise UserError(f"no file {path}: check the path given with `dataset` or `data_root`")
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files if name in ("user", "movie", "item")}
@@ -615,9 +615,9 @@ def _roles(table: Table, columns: Columns) -> dict[str, Any]:
         if given in ("none", "order") and role in ("rating", "time"):
             continue
         if given is not None and role == "time" and "," in given and given not in table.names:
-            pick["time"], pick["clock"] = (table.column(name.strip(), "--time-col") for name in given.split(",", 1))
+            pick["time"], pick["clock"] = (table.column(name.strip(), "`time_col`") for name in given.split(",", 1))
         elif given is not None:
-            pick[role] = table.column(given, f"--{role}-col")
+            pick[role] = table.column(given, f"`{role}_col`")
         elif bare:
             free = table.names[place] if place < len(table.names) else None
             pick[role] = None if free in [value for key, value in asked.items() if key != role] else free
@@ -625,13 +625,13 @@ def _roles(table: Table, columns: Columns) -> dict[str, Any]:
             pick[role] = table.find(usual)
         if pick[role] is None and role in ("user", "item"):
             raise UserError(
-                f"{table.path} has no {role} column that is recognised: found {', '.join(table.names)}; name it with --{role}-col, "
-                "or give --no-header if the first line is data"
+                f"{table.path} has no {role} column that is recognised: found {', '.join(table.names)}; name it with `{role}_col`, "
+                "or give `header False` if the first line is data"
             )
     twice = [name for name, count in Counter(name for name in pick.values() if name).items() if count > 1]
     if twice:
         raise UserError(
-            f"{table.path}: column {twice[0]} stands for two things: name other columns with --user-col, --item-col, ..."
+            f"{table.path}: column {twice[0]} stands for two things: name other columns with `user_col`, `item_col`, ..."
         )
     pick["part"], pick["bare"] = None if bare else table.find(PART_NAMES), bare
     if bare:

@@ -337,7 +337,7 @@ def locate(known: KnownDataset, roots: Iterable[Path]) -> tuple[Layout, Paths] |
 def fetch(known: KnownDataset, root: Path, *, progress: bool = True) -> None:
     """Download ``known`` from its original place into ``root``; UserError where there is none or it fails."""
     if known.download is None:
-        raise UserError(f"{known.name} cannot be downloaded: fetch it from {known.source} and give --data-root")
+        raise UserError(f"{known.name} cannot be downloaded: fetch it from {known.source} and give `data_root`")
     folder = root / known.folders[0]
     logger.warning("downloading %s to %s (%s)", known.name, folder, known.terms)
     plan = known.download
@@ -377,7 +377,7 @@ def find(
 def _not_found(known: KnownDataset, roots: list[Path], reason: str) -> UserError:
     files = " or ".join(" + ".join(layout.files.values()) for layout in known.layouts)
     searched = ", ".join(str(root / known.folders[0]) for root in roots)
-    todo = f"put {files} there, from {known.source}, or give --data-root DIR"
+    todo = f"put {files} there, from {known.source}, or give `data_root DIR`"
     return UserError(f"data set {known.name} not found in {searched} ({reason}): {todo}")
 
 

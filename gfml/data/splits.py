@@ -25,7 +25,7 @@ def check_ratios(ratios: tuple[float, float, float]) -> tuple[float, float, floa
     """Shares of train, valid and test, scaled to sum 1; train must be positive."""
     if len(ratios) != 3 or not all(np.isfinite(ratios)) or min(ratios) < 0 or ratios[0] <= 0:
         wanted = "three numbers >= 0 with train > 0"
-        raise UserError(f"found split ratios {tuple(ratios)}, wanted {wanted}: correct --split-ratios")
+        raise UserError(f"found split ratios {tuple(ratios)}, wanted {wanted}: correct `split_ratios`")
     total = sum(ratios)
     return ratios[0] / total, ratios[1] / total, ratios[2] / total
 
@@ -131,7 +131,7 @@ def split_at_dates(times: np.ndarray, per_second: int | None, dates: tuple[float
     """Cut at moments (seconds since 1970): pairs from the last of ``dates`` on test, with two those from the first valid."""
     if per_second is None:
         raise UserError(
-            "a split at a date needs times that are dates, found plain numbers: use --split time or name --time-col"
+            "a split at a date needs times that are dates, found plain numbers: use `split time` or name `time_col`"
         )
     first, last = (dates[0] * per_second, dates[-1] * per_second)
     return np.select([times >= last, times >= first], [TEST, VALID], TRAIN).astype(np.int8)
@@ -166,7 +166,7 @@ def split_labels(split: Split, records: Records) -> np.ndarray:
         return split_leave_out(users, times, rng, split.leave if split.kind == "leave-k-out" else 1)
     if split.kind in ("time", "user-time"):
         if times is None:
-            todo = "name it with --time-col (order: the order of the rows) or use another --split"
+            todo = "name it with `time_col` (order: the order of the rows) or use another `split`"
             raise UserError(f"a split by time needs a time column and none was found: {todo}")
         if split.kind == "user-time":
             return split_user_time(users, times, split.ratios, rng)
@@ -186,12 +186,12 @@ def keep_positive(records: Records, threshold: float | None, *, strict: bool = F
     if threshold is None:
         return records
     if records.ratings is None:
-        todo = "drop --threshold or name --rating-col"
+        todo = "drop `threshold` or name `rating_col`"
         raise UserError(f"a rating threshold was asked for, but the data has no ratings: {todo}")
     keep = records.ratings > threshold if strict else records.ratings >= threshold
     if not keep.any():
         found = f"ratings from {records.ratings.min():g} to {records.ratings.max():g}" if len(records) else "no rows"
-        raise UserError(f"no interaction is left at --threshold {threshold:g}: found {found}, lower it")
+        raise UserError(f"no interaction is left at `threshold {threshold:g}`: found {found}, lower it")
     return records.take(keep)
 
 
@@ -341,7 +341,7 @@ def _representatives(
     times, ratings = records.times, records.ratings
     if which == "last" and times is None:
         raise UserError(
-            "--duplicates last needs a time column and none was found: name it with --time-col, or use first or sum"
+            "`duplicates last` needs a time column and none was found: name it with `time_col`, or use first or sum"
         )
     keys = [column[order] for column in (ratings, times) if column is not None]
     inner = np.lexsort((*keys, pair)) if keys else np.arange(len(order))
@@ -359,14 +359,14 @@ def _cored(records: Records, k: int) -> Records:
     _, row, pair = np.unique(keys, return_index=True, return_inverse=True)
     kept = records.take(k_core(records.users[row], records.items[row], k)[pair])
     if not len(kept):
-        raise UserError(f"the {k}-core is empty: no set of users and items has {k} interactions each, lower --kcore")
+        raise UserError(f"the {k}-core is empty: no set of users and items has {k} interactions each, lower `kcore`")
     return kept
 
 
 def _labels(records: Records, name: str, split: Split) -> np.ndarray:
     if split.kind == "native" and records.parts is None:
         others = ", ".join(SPLITS[1:])
-        raise UserError(f"{name} ships no split of its own: choose --split from {others}")
+        raise UserError(f"{name} ships no split of its own: choose `split` from {others}")
     if split.kind in (None, "native") and records.parts is not None:
         return records.parts
     return split_labels(replace(split, kind=split.kind or "per-user"), records)
@@ -399,7 +399,7 @@ def assemble(
         taken = np.sort(np.concatenate([taken, own])) if part != PARTS[-1] else own
         parts.append(csr_from_pairs(*np.divmod(own, max(shape[1], 1)), *shape))
     if parts[TRAIN].nnz == 0:
-        raise UserError(f"{name} has no training interaction: check the split, --split-ratios and the filters")
+        raise UserError(f"{name} has no training interaction: check the split, `split_ratios` and the filters")
     data = Interactions(name, *parts, user_ids=user_ids, item_ids=item_ids, notes=notes)
     return replace(data, notes={**notes, **_observations(data)})
 

@@ -228,7 +228,7 @@ def _draw_large(
         draw_users(streams[0, block], activity[block], (world.user[block], world.item), arrays, heavy, mass,
                    (world.lamb, world.eps, noise), items)  # fmt: skip
         ends = [part[start[block.start] : start[block.stop]] for part, start in zip(parts, starts, strict=True)]
-        cut_users(streams[1, block], activity[block], take[block], items, *ends)
+        cut_users(streams[1, block], activity[block], activity[block], take[block], items, *ends)
 
     in_threads(draw, range(0, len(activity), _LARGE_BLOCK))
     shape = (len(world.user), len(world.item))

@@ -62,7 +62,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"no file {path}: check the path given with --dataset or --data-root") from None
+        raise UserError(f"no file {path}: check the path given with `dataset` or `data_root`") from None
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check the path and its permissions") from error
     packer = next((name for magic, name in _MAGIC.items() if raw.startswith(magic)), None)
@@ -122,7 +122,7 @@ def given_separator(text: str | None) -> str | None:
         return None
     found = SEPARATOR_NAMES.get(text.lower(), text)
     if found != "::" and (len(found) != 1 or found in '\r\n"' or ord(found) > 127):
-        raise UserError(f"found --sep {text!r}, wanted one character, '::' or one of {', '.join(SEPARATOR_NAMES)}")
+        raise UserError(f"found `sep {text!r}`, wanted one character, '::' or one of {', '.join(SEPARATOR_NAMES)}")
     return found
 
 
@@ -176,7 +176,7 @@ def _sniff(path: Path, head: str, separator: str | None, wanted: set[str]) -> Di
     if not marks:
         raise UserError(
             f"{path}, line 1: found one column {first[:40]!r}, wanted at least user and item, separated by commas or tabs: "
-            "name another separator with --sep"
+            "name another separator with `sep`"
         )
 
     def score(mark: str) -> tuple[bool, bool, bool, int]:
@@ -291,7 +291,7 @@ class ParquetTable(Table):
         import pyarrow.parquet as pq
 
         if not path.exists():
-            raise UserError(f"no file {path}: check the path given with --dataset or --data-root")
+            raise UserError(f"no file {path}: check the path given with `dataset` or `data_root`")
         try:
             return cls(path, [str(name) for name in pq.read_schema(path).names])
         except (pa.ArrowException, OSError) as error:
@@ -435,11 +435,11 @@ class TextTable(Table):
         except pa.ArrowInvalid:
             pass
         if not odd:
-            return UserError(f"{self.path} is no readable table ({short(error)}): correct it, or name its --sep")
+            return UserError(f"{self.path} is no readable table ({short(error)}): correct it, or name its `sep`")
         shown = "::" if self.dialect.separator == UNIT else self.dialect.separator
         return UserError(
             f"{self.path}, {self.place(odd[0].number - 1)}: found {odd[0].actual_columns} cells, wanted {self.width} separated by "
-            f"{shown!r}, as in the {'header' if self.header and not self.extra else 'first row'}: correct the row, or name the separator with --sep"
+            f"{shown!r}, as in the {'header' if self.header and not self.extra else 'first row'}: correct the row, or name the separator with `sep`"
         )
 
     def place(self, row: int) -> str:

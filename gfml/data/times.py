@@ -60,7 +60,7 @@ def read_times(
         if numbers is not None:
             return _epoch(table, column, numbers, time_format)
         if time_format is not None:
-            raise _unread(table, column, cells, f"a number, as --time-format {time_format} says")
+            raise _unread(table, column, cells, f"a number, as `time_format {time_format}` says")
     return _dates(table, column, as_strings(cells), time_format, clock)
 
 
@@ -102,7 +102,7 @@ def _epoch(table: Table, column: str, values: np.ndarray, unit: str | None) -> T
         one, other = int(np.flatnonzero(late & (group == first))[0]), int(np.flatnonzero(group == last)[0])
         raise UserError(
             f"{table.path}: column {column} mixes {_UNIT_NAMES[names[first]]} ({table.place(one)}: {values[one]}) and "
-            f"{_UNIT_NAMES[names[last]]} ({table.place(other)}: {values[other]}): write one unit, or say it with --time-format s, ms, us or ns"
+            f"{_UNIT_NAMES[names[last]]} ({table.place(other)}: {values[other]}): write one unit, or say it with `time_format s, ms, us or ns`"
         )
     early = int((~late).sum())
     more = f", {early:,} of them before 1973" if early else ""
@@ -197,7 +197,7 @@ class _Column(NamedTuple):
         import pandas as pd
 
         if form is not None and ("%H" in form or "%I" in form or "%c" in form):
-            return self._all(self.texts, [form], f"a time as --time-format {form} says")
+            return self._all(self.texts, [form], f"a time as `time_format {form}` says")
         for whole in _WHOLE:
             seconds = _parsed(self.texts[:1], whole)
             if not np.isnan(seconds).any():
@@ -207,7 +207,7 @@ class _Column(NamedTuple):
         if not any(dates):
             raise self.error(
                 0,
-                f"a date in column {self.column}: a clock alone orders nothing, name a date with --time-col DATE,CLOCK or use --time-col none",
+                f"a date in column {self.column}: a clock alone orders nothing, name a date with `time_col DATE,CLOCK` or use `time_col none`",
             )
         seconds, what = self._all(dates, [form] if form else [*_NUMERIC, *_WORDED], f"a date in column {self.column}")
         clocks = parts["clock"].fillna("").tolist()
@@ -224,7 +224,7 @@ class _Column(NamedTuple):
             best = min(found.values(), key=lambda seconds: int(np.isnan(seconds).sum()))
             if len(found) > 1 and not np.isnan(list(found.values())).all(axis=0).any():
                 raise self._mixed(texts, found)
-            raise self.error(int(np.flatnonzero(np.isnan(best))[0]), wanted + ", or name its form with --time-format")
+            raise self.error(int(np.flatnonzero(np.isnan(best))[0]), wanted + ", or name its form with `time_format`")
         (form, first), *others = whole.items()
         for other, seconds in others:
             if not np.array_equal(first, seconds):
@@ -238,7 +238,7 @@ class _Column(NamedTuple):
         read = [f"{pd.Timestamp(values[text], unit='s'):%d %B %Y} ({form})" for form, values in (one, other)]
         return UserError(
             f"{self.table.path}: every date of column {self.column} can be read in two ways, {texts[text]!r} is {read[0]} or {read[1]}: "
-            f"say which with --time-format {one[0]} or {other[0]}, or --time-col none"
+            f"say which with `time_format {one[0]}` or {other[0]}, or `time_col none`"
         )
 
     def _mixed(self, texts: list[str], found: dict[str, np.ndarray]) -> UserError:
@@ -246,7 +246,7 @@ class _Column(NamedTuple):
         form, best = min(found.items(), key=lambda one: int(np.isnan(one[1]).sum()))
         odd = int(np.flatnonzero(np.isnan(best))[0])
         return self.error(
-            odd, f"a date of the form {form}, as most of column {self.column} are, or name one with --time-format"
+            odd, f"a date of the form {form}, as most of column {self.column} are, or name one with `time_format`"
         )
 
     def clock_seconds(self, clocks: list[str], codes: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:

@@ -158,7 +158,7 @@ class StepCapture:
         self.reason = reason
         self.forget()
         if self.required:
-            raise UserError(f"found --cuda-graph 1, but {reason}: give --cuda-graph auto or 0")
+            raise UserError(f"found `cuda_graph 1`, but {reason}: give `cuda_graph auto or 0`")
 
 
 class _Form:

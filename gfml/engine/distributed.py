@@ -72,10 +72,10 @@ def _own_device(device: torch.device) -> torch.device:
     local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     several = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1
     if several and device.index is not None:
-        raise UserError(f"found {device} for every process, wanted one each: give --device cuda")
+        raise UserError(f"found {device} for every process, wanted one each: give `device cuda`")
     if several and local >= count:
         raise UserError(
-            f"found {count} CUDA devices, wanted one for each process: lower --nproc-per-node or give --device cpu"
+            f"found {count} CUDA devices, wanted one for each process: lower `nproc_per_node` or give `device cpu`"
         )
     return torch.device("cuda", local) if several else device
 

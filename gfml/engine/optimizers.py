@@ -52,7 +52,7 @@ class LazyAdamW(torch.optim.AdamW):
         self._rows = _RowSteps()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` as in torch."""
         loss = _evaluated(closure)
         for group, parameter in _with_gradient(self):
@@ -91,7 +91,7 @@ class LazyAdagrad(torch.optim.Adagrad):
         self._rows = _RowSteps()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` as in torch."""
         loss = _evaluated(closure)
         for group, parameter in _with_gradient(self):
@@ -167,7 +167,7 @@ def _with_gradient(optimizer: Optimizer) -> list[tuple[dict[str, Any], Tensor]]:
     return [(group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
-def _evaluated(closure: Callable[[], float] | None) -> float | None:
+def _evaluated(closure: Callable[[], Tensor] | None) -> Tensor | None:
     if closure is None:
         return None
     with torch.enable_grad():

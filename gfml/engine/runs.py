@@ -106,7 +106,7 @@ class Run:
         Raises UserError when the directory cannot be written, is in use, or holds a run of other settings.
         """
         if resume and overwrite:
-            raise UserError("found --resume and --overwrite together: continue a run or start anew, not both")
+            raise UserError("found `resume` and `overwrite` together: continue a run or start anew, not both")
         path = Path(resume) if resume else Path(out) / _checked_name(name or run_id(family, label, config, exclude))
         if read_only or resume:
             _require_run(path)
@@ -180,7 +180,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
-            error.add_note(f"the run is incomplete; continue it with --resume {shlex.quote(str(self.path))}")
+            error.add_note(f"the run is incomplete; continue it with `resume {shlex.quote(str(self.path))}`")
         try:
             if self._lock is not None:
                 # The error under way matters more than one about recording it.
@@ -218,7 +218,7 @@ class Run:
         if found not in (None, fingerprint):
             raise UserError(
                 f"the data has changed since {self.path} was started ({found[:12]}, now {fingerprint[:12]}): "
-                "bring the old data back or start anew with --overwrite"
+                "bring the old data back or start anew with `overwrite`"
             )
         if found is None and self._lock is not None:
             self.note(data=fingerprint)
@@ -296,7 +296,7 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``result.json``; UserError when the run has none."""
     found = _read_json(Path(path) / "result.json")
     if found is None:
-        raise UserError(f"the run {path} has no result ({run_state(path)}): finish it with --resume {path}")
+        raise UserError(f"the run {path} has no result ({run_state(path)}): finish it with `resume {path}`")
     if not isinstance(found, dict) or "selection" not in found:
         raise UserError(f"{Path(path) / 'result.json'} is no result of a run: delete it and finish the run again")
     return found
@@ -327,7 +327,7 @@ def _require_run_or_nothing(path: Path) -> None:
     if not path.is_dir() or (path / "config.toml").exists():
         return
     if any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise UserError(f"{path} is a directory but not a run: give another --run-name or --out")
+        raise UserError(f"{path} is a directory but not a run: give another `run_name` or `out`")
 
 
 def _is_done(path: Path) -> bool:
@@ -339,7 +339,7 @@ def _stored_config(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path / 'config.toml'} ({error}): restore it or give --overwrite") from None
+        raise UserError(f"cannot read {path / 'config.toml'} ({error}): restore it or give `overwrite`") from None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -364,10 +364,10 @@ def _compare(path: Path, config: Mapping[str, Any], exclude: Collection[str], *,
         return False
     text = ", ".join(f"{key} {old.get(key)} (now {new.get(key)})" for key in changed)
     if not resume:
-        raise UserError(f"{path} holds a run with {text}: give --resume {path}, another --run-name or --overwrite")
+        raise UserError(f"{path} holds a run with {text}: give `resume {path}`, another `run_name` or `overwrite`")
     if not EXTENDABLE.issuperset(changed):
         free = " and ".join(sorted(EXTENDABLE))
-        raise UserError(f"{path} was started with {text}: with --resume only {free} may change")
+        raise UserError(f"{path} was started with {text}: with `resume` only {free} may change")
     return True
 
 
@@ -400,7 +400,7 @@ def _take_lock(path: Path) -> IO[str]:
             lock.close()
             raise explain_os_error(error, path / ".lock") from error
     lock.close()
-    raise UserError(f"another process is writing to {path}: wait for it, or give another --run-name or --out")
+    raise UserError(f"another process is writing to {path}: wait for it, or give another `run_name` or `out`")
 
 
 def _close(lock: weakref.ref[IO[str]]) -> None:
@@ -432,9 +432,9 @@ def _os_errors(path: Path) -> Iterator[None]:
 
 def _checked_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._~+=-]*", name):
-        raise UserError(f"found the run name {name!r}, wanted letters, digits and . _ - + = ~ only: mend --run-name")
+        raise UserError(f"found the run name {name!r}, wanted letters, digits and . _ - + = ~ only: mend `run_name`")
     if len(name) > 200:
-        raise UserError(f"found a run name of {len(name)} letters, wanted 200 at most: shorten --run-name")
+        raise UserError(f"found a run name of {len(name)} letters, wanted 200 at most: shorten `run_name`")
     return name
 
 

@@ -92,7 +92,7 @@ class Tracker:
             except OSError as error:
                 raise explain_os_error(error, self.log_dir) from error
             except ImportError as error:
-                raise UserError(f"cannot use TensorBoard ({error}): install it or give --tensorboard 0") from None
+                raise UserError(f"cannot use TensorBoard ({error}): install it or give `tensorboard 0`") from None
         return self._writer
 
 

@@ -110,7 +110,7 @@ class EarlyStopping:
 
     def __init__(self, patience: int | None) -> None:
         if patience is not None and patience < 1:
-            raise UserError(f"found a patience of {patience}, wanted at least 1 evaluation or none: mend --patience")
+            raise UserError(f"found a patience of {patience}, wanted at least 1 evaluation or none: mend `patience`")
         self.patience = patience
         self.best = -math.inf
         self.num_bad = 0
@@ -146,7 +146,7 @@ class WeightAverage:
 
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float = 0.995) -> None:
         if not 0 <= decay <= 1:
-            raise UserError(f"found an averaging decay of {decay}, wanted 0 <= decay <= 1: mend --lam_d")
+            raise UserError(f"found an averaging decay of {decay}, wanted 0 <= decay <= 1: mend `lam_d`")
         self.parameters = list(parameters)
         self.decay = decay
         self.num_updates = 0
@@ -292,7 +292,7 @@ class TermMeans:
             values = ", ".join(f"{key} {value:.6g}" for key, value in terms.items())
             raise UserError(
                 f"the loss is {terms['loss']} at epoch {self.epoch}, step {self.step} ({values}): "
-                "lower --lr, or look at the term that is not finite"
+                "lower `lr`, or look at the term that is not finite"
             )
         for key, value in terms.items():
             self._sums[key] = self._sums.get(key, 0.0) + value
@@ -434,7 +434,7 @@ def fit(
     """
     if eval_every < 1 or epochs < 0:
         found = f"found {epochs} epochs and an evaluation every {eval_every}"
-        raise UserError(f"{found}, wanted epochs >= 0 and every >= 1: mend --epochs, --eval_every")
+        raise UserError(f"{found}, wanted epochs >= 0 and every >= 1: mend `epochs`, `eval_every`")
     split, metric = _parse_select(select) if select is not None else ("", "")
     parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema, **(stateful or {})}
     parts["step"] = step if hasattr(step, "state_dict") else None
@@ -448,7 +448,7 @@ def fit(
     fresh = state.epoch == 0 and not state.rows
     tracker.start(0 if fresh else state.epoch + 1)
     compute = torch.compile(loss_fn) if compile_loss else loss_fn
-    run_step = _Stepper(model, optimizer, step, compute, amp, "--compile is given" if compile_loss else "", cuda_graph)
+    run_step = _Stepper(model, optimizer, step, compute, amp, "`compile` is given" if compile_loss else "", cuda_graph)
     first = 0 if fresh and (evaluate_first or epochs == 0) else state.epoch + 1
 
     with show, _Ending() as ending:
@@ -533,7 +533,7 @@ class _Stepper:
         problem = problem or ("several processes share each batch" if distributed.world_size() > 1 else "")
         problem = problem or capture_problem(model, step, optimizer, device) or ""
         if cuda_graph == "1" and problem:
-            raise UserError(f"found --cuda-graph 1, but {problem}: give --cuda-graph auto or 0")
+            raise UserError(f"found `cuda_graph 1`, but {problem}: give `cuda_graph auto or 0`")
         self._capture = None
         if cuda_graph != "0" and not problem:
             self._capture = StepCapture(
@@ -612,7 +612,7 @@ def _selected(values: Mapping[str, float], metric: str, select: str, epoch: int)
         raise choice_error("selection metric", metric, values)
     if not math.isfinite(values[metric]):
         found = f"{select} is {values[metric]} at epoch {epoch}"
-        raise UserError(f"{found}, wanted a finite number: is that part of the data empty? Mend --val_ratio")
+        raise UserError(f"{found}, wanted a finite number: is that part of the data empty? Mend `val_ratio`")
     return values[metric]
 
 

@@ -107,7 +107,8 @@ def nmi(embeddings: Tensor, labels: Tensor, *, seed: int = 0) -> float:
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.metrics import normalized_mutual_info_score
 
-    points, classes = F.normalize(*common_floats(embeddings), dim=1).cpu().numpy(), labels.cpu().numpy()
+    [embeddings] = common_floats(embeddings)
+    points, classes = F.normalize(embeddings, dim=1).cpu().numpy(), labels.cpu().numpy()
     groups = len(np.unique(classes))
     method = KMeans if len(points) * groups <= 50_000_000 else MiniBatchKMeans
     found = method(groups, n_init=4, random_state=seed).fit_predict(points)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfml.base import settings as kinds
-from gfml.base.errors import Terminated, UserError, suggest
+from gfml.base.errors import Terminated, UserError, as_flags, suggest
 from gfml.base.home import find_config
 from gfml.base.settings import Setting, flags_of, groups, help_text
 from gfml.base.settings import TopksAction as TopksAction
@@ -31,6 +31,7 @@ from gfml.base.settings import number as number
 from gfml.base.settings import positive as positive
 from gfml.base.settings import share as share
 from gfml.base.toml import UNSAVED
+from gfml.program.flags import CONVENTIONS
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
 BASELINES = ("popularity", "item-knn", "ease", "ials")
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
-CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {as_flags(' '.join(message.split()))}\n")
 
     def config_of(self, options: argparse.Namespace) -> dict[str, Any]:
         """Every flag's value under its name, ready for :func:`gfml.base.toml.toml_text`: the resolved config.
@@ -382,7 +382,6 @@ def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False
         "--metrics-as",
         nargs="+",
         choices=CONVENTIONS,
-        default=[],
         metavar="NAME",
         help=f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
     )
@@ -454,6 +453,7 @@ def add_judging_flags(
         default=list(BASELINES),
         help="simple recommenders judged beside the model",
     )
+    add_definition_flags(group)
     return group
 
 
@@ -537,7 +537,7 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
         # The run directory, if one was open, left a note that says how to go on.
         note = "; ".join(getattr(interrupt, "__notes__", ())) or "run the same command again to continue"
         ended = isinstance(interrupt, Terminated)
-        print(f"{'terminated' if ended else 'interrupted'}: {note}", file=sys.stderr)
+        print(f"{'terminated' if ended else 'interrupted'}: {as_flags(note)}", file=sys.stderr)
         return 143 if ended else 130
     except (OSError, MemoryError, RuntimeError) as error:
         if (message := _mendable(error)) is None:
@@ -546,7 +546,7 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
 
 
 def _say(error: object) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {as_flags(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
 
 

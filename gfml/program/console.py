@@ -35,7 +35,8 @@ COMMANDS = {
     "reproduce": "gfml.report.reproduce",
     "results-table": "gfml.report.results_table",
     "judge": "gfml.report.judge",
-    "import": "gfml.report.import_weights",
+    "import": "gfml.program.import_weights",
+    "export": "gfml.program.export",
 }
 FIRST = ("main", "train")
 IS_PROGRAM = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)

@@ -13,6 +13,7 @@ from gfml.base.settings import Settings, TopksAction, setting
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
 BASELINES = ("popularity", "item-knn", "ease")
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
+CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
@@ -94,6 +95,19 @@ class JudgingSettings(Settings):
     )
     baselines: tuple[str, ...] = setting(
         BASELINES, "simple recommenders judged beside the model", nargs="+", choices=(*BASELINES, "none"), beside=True
+    )
+    metrics_as: tuple[str, ...] | None = setting(
+        None,
+        f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
+        nargs="+",
+        choices=CONVENTIONS,
+        beside=True,
+    )
+    map_denominator: str = setting(
+        "min",
+        "what map divides by: min(T, K), K, or T, the number of a user's held-out items",
+        choices=("min", "k", "n"),
+        beside=True,
     )
 
     @classmethod

@@ -47,7 +47,7 @@ class Loaded:
     @property
     def interactions(self) -> Interactions:
         """Who has which items, of a recommender."""
-        return self.experiment.interactions  # type: ignore[attr-defined]
+        return self.experiment.interactions
 
     @property
     def result(self) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from gfml.engine.train import FitResult, Terms
 from gfml.gravity import Mass
 from gfml.program.experiment import Experiment, Judged
 from gfml.program.steps import shared_loss
-from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.ranking.evaluation import USUAL, Definitions, Evaluation, evaluate
 from gfml.ranking.topk import Scorer
-from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, mass_report
+from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, list_names, mass_report
 
 
 class Recommender(Experiment):
@@ -99,6 +99,8 @@ class Recommender(Experiment):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with torch.no_grad():
             scorer = how.pop("scorer", None) or self.scorer(model, split)
+        asked = self.settings.metrics_as or (), self.settings.map_denominator
+        how = {"definitions": Definitions(*asked) if beyond else USUAL, **how}
         return evaluate(scorer, self.interactions, split, cut_offs(self.settings), beyond=beyond, device=device, **how)
 
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
@@ -133,6 +135,7 @@ class Recommender(Experiment):
             "user_activity": data.user_activity,
             "test_users": test.users,
             "top": test.top.astype(np.int32),
+            **list_names(data, test.users),
         }
         # Values per user for intervals and tests: the accuracies, of item groups too, and the lists' statistics.
         kept = {name: values for name, values in test.per_user.items() if "_" not in name or "_recall@" in name}
@@ -140,8 +143,8 @@ class Recommender(Experiment):
         for side in ("item", "user"):
             if mass is not None and getattr(mass, side) is not None:
                 arrays[f"{side}_log_mass"] = getattr(mass, f"log_{side}")().detach().cpu().numpy()
-        if data.true_item_mass is not None:
-            arrays |= {"true_item_mass": data.true_item_mass, "true_user_mass": data.true_user_mass}
+        true = {"true_item_mass": data.true_item_mass, "true_user_mass": data.true_user_mass}
+        arrays |= {name: mass for name, mass in true.items() if mass is not None}
         return arrays
 
     def page(self, run: Run, judged: Judged) -> Path | None:

@@ -23,6 +23,7 @@ from gfml.engine.runs import EXTENDABLE, Run
 from gfml.engine.train import Closure, FitResult, Step, Terms, fit, load_best, plain_step
 from gfml.mirror import MirrorGradient
 from gfml.program.cli import Options
+from gfml.ranking.evaluation import USUAL, Definitions
 from gfml.ranking.sampling import Triples
 
 
@@ -34,6 +35,11 @@ def cut_offs(topks: Collection[int], select_metric: str) -> tuple[int, ...]:
     """The list lengths to judge, ascending: those asked for and that of the metric that selects (``ndcg@20``)."""
     k = select_metric.partition("@")[2]
     return tuple(sorted({*topks, *([int(k)] if k else [])}))
+
+
+def definitions_of(options: Options, *, judging: bool) -> Definitions:
+    """``--metrics-as`` and ``--map-denominator``, for the reported figures; selection keeps the usual ones."""
+    return Definitions(tuple(options.metrics_as or ()), options.map_denominator) if judging else USUAL
 
 
 def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> None:

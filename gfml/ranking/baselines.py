@@ -159,11 +159,14 @@ def ease(data: Interactions, l2: float, memory_gib: float = 8.0) -> LinearScorer
 
 def _inverse(train: sp.csr_array, l2: float, dtype: type) -> np.ndarray:
     """(X'X + l2)^-1, [I, I], in the memory of one such matrix; only the upper triangle is filled."""
+    from gfml.base.compiled import in_threads
+    from gfml.ranking.loops import common_users
+
     num_items = train.shape[1]
     by_item = train.T.tocsr()
-    matrix = np.empty((num_items, num_items), dtype=dtype)
-    for start in range(0, num_items, BLOCK):
-        matrix[start : start + BLOCK] = (by_item[start : start + BLOCK] @ train).toarray()
+    matrix = np.zeros((num_items, num_items), dtype=dtype)
+    patterns = (by_item.indptr, by_item.indices), (train.indptr, train.indices)
+    in_threads(lambda start: common_users(start, *patterns, matrix[start : start + BLOCK]), range(0, num_items, BLOCK))
     matrix.flat[:: num_items + 1] += l2
     factor, invert = (lapack.dpotrf, lapack.dpotri) if dtype == np.float64 else (lapack.spotrf, lapack.spotri)
     # LAPACK counts by columns: the transpose is passed without a copy, and its lower triangle is our upper one.
@@ -208,7 +211,7 @@ def select(build: Callable[..., Scorer], data: Interactions, grid: Grid) -> Sele
     build: ``build(**settings)`` gives the scorer.
     """
     if data.valid.nnz == 0:
-        raise UserError(f"{data.name} has no validation part to choose on: cut one off (--val_ratio)")
+        raise UserError(f"{data.name} has no validation part to choose on: cut one off (`val_ratio`)")
     if not all(len(values) for values in grid.values()):
         raise ValueError("a setting of the grid has no values")
     tried: dict[tuple[int, ...], float] = {}

@@ -121,6 +121,17 @@ def nearest_items(
                 put(value, number, similarity, other)
 
 
+@compiled
+def common_users(first: int, by_item: Pattern, by_user: Pattern, counts: Array) -> None:
+    """counts[r, j] += users that item first + r and item j have in common; counts [n, I], patterns as above."""
+    (item_starts, users_of), (user_starts, items_of) = by_item, by_user
+    for row in range(len(counts)):
+        own = counts[row]
+        for user in users_of[item_starts[first + row] : item_starts[first + row + 1]]:
+            for other in items_of[user_starts[user] : user_starts[user + 1]]:
+                own[other] += 1
+
+
 @compiled(any_order=True)
 def solve_rows(
     first: int, by_row: Pattern, own: Array, other: Array, gram: Array, weight: float, ridge: Array, steps: int,

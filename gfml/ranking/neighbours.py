@@ -36,7 +36,7 @@ def nearest_rows(
     Errors: UserError if k is not in 1..n; ValueError for features that are not finite.
     """
     if not 1 <= k <= len(features):
-        raise UserError(f"found {k} neighbours an item, wanted 1 to the {len(features)} items there are: mend --knn_k")
+        raise UserError(f"found {k} neighbours an item, wanted 1 to the {len(features)} items there are: mend `knn_k`")
     path = None if cache_dir is None else Path(cache_dir) / f"neighbours-{_key(features, k, shrink)}.npz"
     found = None if path is None else _load(path, len(features), k)
     if found is None:

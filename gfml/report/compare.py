@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError, choice_error
 from gfml.base.files import atomic_open, write_json
-from gfml.program.cli import Parser, number
+from gfml.program.cli import CONVENTIONS, Parser, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +41,14 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--metrics", nargs="+", metavar="NAME@K", help="what to compare (default: recall and ndcg at every K)"
     )
+    parser.add_argument(
+        "--metrics-as",
+        nargs="+",
+        choices=CONVENTIONS,
+        default=[],
+        metavar="NAME",
+        help="also compare recall and ndcg as these frameworks define them, of runs made with the same flag",
+    )
     parser.add_argument("--all-pairs", action="store_true", help="compare every run with every other")
     parser.add_argument(
         "--resamples", type=number(int, least=100), default=2000, metavar="N", help="draws of the bootstrap"
@@ -59,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = list(itertools.combinations(runs, 2)) if options.all_pairs else [(runs[0], run) for run in runs[1:]]
     for first, second in pairs:
         check_comparable(first, second)
-    metrics = metrics_of(runs, options.metrics)
+    metrics = metrics_of(runs, options.metrics, options.metrics_as)
     rows = compare(pairs, metrics, options.resamples)
     out = (
         Path(options.out)
@@ -67,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else Path(os.path.commonpath([run.path.absolute().parent for run in runs])) / "comparison"
     )
     notes = notes_of(runs)
-    print("\n".join([*notes, text_of(rows)]))
+    print(
+        "\n".join([*notes, "metrics of this project; NAME: before one, as that framework defines it (docs/metrics.md)"])
+    )
+    print(text_of(rows))
     store(out, runs, rows, notes, options.resamples)
     print(f"files  {out}")
     return 0
@@ -109,8 +120,10 @@ def notes_of(runs: Sequence[StoredRun]) -> list[str]:
     return notes
 
 
-def metrics_of(runs: Sequence[StoredRun], wanted: Sequence[str] | None) -> list[str]:
-    """The metrics to compare: those asked for, else recall and ndcg at every K, else all that every run has."""
+def metrics_of(runs: Sequence[StoredRun], wanted: Sequence[str] | None, conventions: Sequence[str] = ()) -> list[str]:
+    """The metrics to compare: those asked for, else recall and ndcg at every K, else all that every run has; and recall and
+    ndcg of other conventions (``elliot:ndcg@20``), which the runs must have stored.
+    """
     common = [
         key.removeprefix(PREFIX)
         for key in runs[0].arrays
@@ -120,7 +133,16 @@ def metrics_of(runs: Sequence[StoredRun], wanted: Sequence[str] | None) -> list[
         raise UserError("the runs have no metric per user in common: give --topks with the same values")
     if wrong := next((name for name in wanted or () if name not in common), None):
         raise choice_error("metric", wrong, common)
-    return list(wanted or [name for name in common if name.partition("@")[0] in ("recall", "ndcg")] or common)
+    chosen = list(wanted or [name for name in common if name.partition("@")[0] in ("recall", "ndcg")] or common)
+    for convention in conventions:
+        theirs = [name for name in common if name.partition("@")[0] in (f"{convention}:recall", f"{convention}:ndcg")]
+        if not theirs:
+            how = f"gfml judge RUN OTHER --train FILE --test FILE --metrics-as {convention} --metrics {convention}:ndcg@10"
+            raise UserError(
+                f"not all runs stored figures as {convention}: train with --metrics-as {convention}, or {how}"
+            )
+        chosen += [name for name in theirs if name not in chosen]
+    return chosen
 
 
 # -- comparing

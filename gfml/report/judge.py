@@ -119,7 +119,7 @@ def judge(label: str, table: ListTable, ground: Ground, options: Any) -> Judged:
     short = int((case.listed & (case.lengths < max(options.topks))).sum())
     if short:
         notes[f"lists of fewer than {max(options.topks)} items, judged as they are"] = short
-    others = {name: judge_as(name, case, options.topks) for name in options.metrics_as}
+    others = {name: judge_as(name, case, options.topks) for name in options.metrics_as or ()}
     arrays = {"test_users": users} | {f"per_user/{name}": value for name, value in figures.per_user.items()}
     for name, other in others.items():
         arrays |= {f"per_user/{name}:{metric}": value[users] for metric, value in other.per_user.items()}
@@ -139,7 +139,7 @@ def text_of(found: Sequence[Judged], ground: Ground, options: Any) -> str:
     divided = {"min": "min(T, K)", "k": "K", "n": "T"}[options.map_denominator]
     lines.append(f"\nmetrics of this project (docs/metrics.md), map over {divided}; 95 % intervals over users")
     lines += _table(found, _rows(found, options), options.resamples)
-    for name in options.metrics_as:
+    for name in options.metrics_as or ():
         from gfml.metrics.conventions import CONVENTIONS
 
         about = (CONVENTIONS[name].__doc__ or "").split("\n")[0].rstrip(".")

@@ -21,6 +21,7 @@ from gfml.ranking import baselines
 from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.ials import ials
 
+USUAL_METRICS = "metrics of this project (docs/metrics.md)"
 # What each baseline is tuned over on validation.
 GRIDS: dict[str, baselines.Grid] = {
     "popularity": {},
@@ -170,8 +171,11 @@ def judged_text(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, float
     """What a program prints of a result: how it was selected, the table of ``rows`` and the baselines, what was left out."""
     baselines, selection = result["baselines"], result["selection"]
     every = {**rows, **{name: found["test"] for name, found in baselines.items() if "test" in found}}
-    lines = [f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}"]
+    lines = [
+        f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}; {USUAL_METRICS}"
+    ]
     lines.append(text_table(every, table_columns(every, result["topks"])))
+    lines += other_conventions(every)
     for name, found in baselines.items():
         if "skipped" in found:
             lines.append(f"{name} left out: {found['skipped']}")
@@ -179,6 +183,28 @@ def judged_text(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, float
             chosen = ", ".join(f"{setting} {value:g}" for setting, value in found["settings"].items())
             lines.append(f"{name}: {chosen} (best on validation of {found['tried']} points tried)")
     return "\n".join(lines)
+
+
+def other_conventions(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A table for each convention of ``--metrics-as`` that some row has figures of, under its name."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row if ":" in name))
+    lines = []
+    for convention in dict.fromkeys(name.partition(":")[0] for name in columns):
+        own = [name for name in columns if name.startswith(f"{convention}:")]
+        lines.append(f"\nmetrics as {convention} defines them (docs/metrics.md)")
+        having = {name: row for name, row in rows.items() if any(column in row for column in own)}
+        width = max(len(name) for name in own)
+        lines.append("  ".join([f"{'metric':<{width}}", *(f"{name:<6}" for name in having)]))
+        for column in own:
+            cells = [f"{_figure(row.get(column)):<{max(len(name), 6)}}" for name, row in having.items()]
+            lines.append("  ".join([f"{column:<{width}}", *cells]))
+    return lines
+
+
+def list_names(data: Interactions, users: np.ndarray) -> dict[str, np.ndarray]:
+    """What the data calls these users and all items, for analysis.npz: then the lists can be judged against files."""
+    named = {"user_names": data.user_ids[users] if data.user_ids is not None else None, "item_names": data.item_ids}
+    return {name: ids for name, ids in named.items() if ids is not None}
 
 
 def markdown_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:

@@ -32,14 +32,20 @@ class UserGraph(nn.Module):
         if self.padded:
             self.training_operator = self._operator(epoch).to(self.operator.values)
 
+    def fill(self, positions: Tensor) -> None:
+        """Use these positions int64 [U, k] into the lists, as another program drew them; with ``padded`` only."""
+        self.training_operator = self.operator = self._operator(0, positions).to(self.operator.values)
+
     def forward(self, users: Tensor) -> Tensor:
         """X [U, D] -> H [U, D]."""
         return (self.training_operator if self.training else self.operator)(users)
 
-    def _operator(self, epoch: int) -> SparseMatrix:
+    def _operator(self, epoch: int, filled: Tensor | None = None) -> SparseMatrix:
         position = torch.arange(self.k).expand_as(self.ids)
         used = position < (self.k * (self.degree > 0) if self.padded else self.degree)[:, None]
-        if self.padded:
+        if filled is not None:
+            position = filled
+        elif self.padded:
             position = filled_positions(self.degree, self.k, seeded_generator("cpu", self.seed, epoch, 3))
         counts = self.counts.gather(1, position).to(torch.get_default_dtype())
         weights = counts.masked_fill(~used, -torch.inf).softmax(1)

@@ -603,3 +603,32 @@ def test_baselines_stand_in_the_result(train, tmp_path):
     for row in found.values():
         assert row["test"].keys() >= {"recall@10", "ndcg@5", "tail_recall@10", "gini@10"}
     assert json.loads((run / "result.json").read_text())["model"] == "mf gravity"
+
+
+def test_other_conventions_stand_beside_and_can_be_compared(train, tmp_path, capsys):
+    """Columns by name in the result, per user for paired tests, and the run's lists judged again from files."""
+    from gfml.base.errors import UserError
+    from gfml.report import compare
+    from gfml.report.judge import run_lists
+
+    asked = ("--metrics-as", "elliot", "rectools", "cornac", "--map-denominator", "k")
+    runs = [train(tmp_path, name, *asked, "--seed", str(seed)) for name, seed in (("a", 1), ("b", 2))]
+    plain = train(tmp_path, "plain", "--seed", "1")
+    first, usual = (json.loads((run / "result.json").read_text(encoding="utf-8")) for run in (runs[0], plain))
+    k = max(first["topks"])
+    assert first["test"][f"ndcg@{k}"] == usual["test"][f"ndcg@{k}"]
+    assert first["test"][f"map@{k}"] <= usual["test"][f"map@{k}"]
+    assert first["test"][f"rectools:ndcg@{k}"] <= first["test"][f"ndcg@{k}"]
+    assert 0 <= first["test"]["cornac:map"] <= 1
+    said = capsys.readouterr().out
+    assert "metrics as elliot defines them" in said and "metrics of this project" in said
+    assert (
+        compare.main([*map(str, runs), "--metrics-as", "elliot", "--resamples", "100", "--out", str(tmp_path / "c")])
+        == 0
+    )
+    assert f"elliot:ndcg@{k}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not all runs stored figures as elliot.*gfml judge"):
+        compare.main([str(runs[0]), str(plain), "--metrics-as", "elliot"])
+    table = run_lists(runs[0])
+    with np.load(runs[0] / "analysis.npz") as stored:
+        assert len(table) == (stored["top"] >= 0).sum()

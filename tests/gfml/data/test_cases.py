@@ -89,7 +89,7 @@ def test_headers():
     )
     comma = load("comma_sep.inter")
     assert comma.user_ids.tolist() == [1, 2] and comma.item_ids.tolist() == [2, 3]
-    with pytest.raises(UserError, match="give --no-header if the first line is data"):
+    with pytest.raises(UserError, match="give `header False` if the first line is data"):
         load("ratings_Shop.csv")
 
 

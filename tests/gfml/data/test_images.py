@@ -200,7 +200,7 @@ def test_damaged_standard_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["c10", "c100", "svhn", "fashion-mnist", "grocery-store", "cifar10-full-lossy"])
 def test_missing_data_is_one_line(name, tmp_path):
-    with pytest.raises(UserError, match=r"is not below .*: wanted .*; give --data-root") as found:
+    with pytest.raises(UserError, match=r"is not below .*: wanted .*; give `data_root`") as found:
         load_images(name, data_root=tmp_path)
     assert "\n" not in str(found.value)
 

@@ -93,7 +93,7 @@ def test_standardised_tables_have_no_mean_and_unit_deviation(tmp_path):
 @pytest.mark.parametrize(
     ("make", "columns", "message"),
     [
-        (lambda p: p / "none.npz", None, "there is no file .* check --features"),
+        (lambda p: p / "none.npz", None, "there is no file .* check `features`"),
         (
             lambda p: save(p / "f.npz", id=np.array([1, 2]), v=np.eye(2)),
             None,

@@ -96,7 +96,7 @@ def test_wrong_content_is_refused(server, tmp_path):
 
 @pytest.mark.parametrize("url", ["{}/absent", "http://127.0.0.1:9/closed"])
 def test_unreachable_is_one_line(server, tmp_path, url):
-    with pytest.raises(UserError, match="cannot download .*--data-root") as caught:
+    with pytest.raises(UserError, match="cannot download .*`data_root`") as caught:
         downloads.download(url.format(server.url), tmp_path / "a", progress=False)
     assert "\n" not in str(caught.value)
 
@@ -149,10 +149,14 @@ def test_offline_and_missing_is_one_clear_line(server, toy, tmp_path, monkeypatc
     with pytest.raises(UserError) as caught:
         load_dataset("toy", data_root=tmp_path)
     message = str(caught.value)
-    assert "\n" not in message and str(tmp_path / "toy") in message and "--data-root" in message and "404" in message
+    assert (
+        "\n" not in message and str(tmp_path / "toy") in message and "`data_root DIR`" in message and "404" in message
+    )
     with pytest.raises(UserError, match="downloading is off"):
         load_dataset("toy", data_root=tmp_path, download=False)
-    with pytest.raises(UserError, match="citeulike-a not found in .*no download is offered.*train.txt.*--data-root"):
+    with pytest.raises(
+        UserError, match="citeulike-a not found in .*no download is offered.*train.txt.*`data_root DIR`"
+    ):
         load_dataset("citeulike-a", data_root=tmp_path)
 
 

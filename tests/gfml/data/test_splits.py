@@ -126,7 +126,7 @@ def test_thresholds():
     records = toy()
     assert len(splits.keep_positive(records, 3)) == int((records.ratings >= 3).sum())
     assert len(splits.keep_positive(records, 3, strict=True)) == int((records.ratings > 3).sum())
-    with pytest.raises(UserError, match="no interaction is left at --threshold 6: found ratings from 1 to 5"):
+    with pytest.raises(UserError, match="no interaction is left at `threshold 6`: found ratings from 1 to 5"):
         splits.keep_positive(records, 6)
     with pytest.raises(UserError, match="has no ratings"):
         splits.keep_positive(Records(records.users, records.items), 3)
@@ -234,7 +234,7 @@ def test_repeated_pairs_count_once_at_the_time_asked_for():
     assert kept(threshold=5, duplicates="sum") == {(0, 5)}
     notes = splits.prepare(records, "toy", threshold=5, duplicates="sum").notes
     assert notes["rows"] == "5 read; 1 repeated pairs, merged; 3 below --threshold, dropped; 1 left"
-    with pytest.raises(UserError, match="--duplicates last needs a time column"):
+    with pytest.raises(UserError, match="`duplicates last` needs a time column"):
         splits.prepare(replace(records, times=None), "toy", duplicates="last")
 
 

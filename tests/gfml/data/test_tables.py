@@ -229,7 +229,7 @@ def test_cells_are_what_stands_there(tmp_path, text, names, rows, form):
         ("a.csv", "user,item\n", "a header and no rows"),
         ("a.csv", "nothing\nhere\n", "line 1: found one column 'nothing'"),
         ("a.csv", "user,item,rating\n1,2,3\n1,3,bad\n", "line 3: found 'bad', wanted a number in column rating"),
-        ("a.csv", "who,what\n1,2\n", "no user column that is recognised: found who, what; name it with --user-col, or give --no-header"),
+        ("a.csv", "who,what\n1,2\n", "no user column that is recognised: found who, what; name it with `user_col`, or give `header False`"),
         ("a.csv", "user_id,User ID,item\n1,2,3\n", "several columns 'user_id': found user_id, User ID, item"),
         ("a.inter", "userID\titemID\tx_label\n0\t3\t7\n", "line 2: found 7.0, wanted 0 (train), 1 (valid) or 2 (test)"),
         ("a.jsonl", '{"user":"a","item":1}\nno\n', "line 2: found 'no\\n', wanted one JSON object a line"),
@@ -279,13 +279,13 @@ def test_usual_names_whatever_their_spelling(tmp_path, header):
 
 def test_columns_asked_for(tmp_path):
     path = written(tmp_path, "who,What Else,stars\na,b,3\n")
-    with pytest.raises(UserError, match="no column 'whom' for --user-col: .*did you mean 'who'"):
+    with pytest.raises(UserError, match="no column 'whom' for `user_col`: .*did you mean 'who'"):
         read_table(path, Columns(user="whom"))
     records = read_table(path, Columns(user="WHO", item="what_else"))
     assert pairs(records) == [("a", "b")] and records.ratings.tolist() == [3]
     with pytest.raises(UserError, match="column who stands for two things"):
         read_table(path, Columns(user="who", item="who"))
-    with pytest.raises(UserError, match="found --sep 'ab', wanted one character"):
+    with pytest.raises(UserError, match="found `sep 'ab'`, wanted one character"):
         read_table(path, Columns(sep="ab"))
     strange = written(tmp_path, "user~item\n1~2\n", "own.txt")
     assert pairs(read_table(strange, Columns(sep="~"))) == [("1", "2")]
@@ -301,7 +301,7 @@ def test_tables_without_a_header(tmp_path):
     assert pairs(records) == [("A1", "B1"), ("A2", "B2")] and records.ratings.tolist() == [5, 4]
     swapped = read_table(shop, Columns(user="2", item="1", rating="none", time="4", header=False))
     assert pairs(swapped) == [("B1", "A1"), ("B2", "A2")] and swapped.ratings is None
-    with pytest.raises(UserError, match="no column '9' for --user-col: found 1, 2, 3, 4"):
+    with pytest.raises(UserError, match="no column '9' for `user_col`: found 1, 2, 3, 4"):
         read_table(shop, Columns(user="9", header=False))
 
 

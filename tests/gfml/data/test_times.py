@@ -72,7 +72,7 @@ def test_a_column_decides_day_or_month_as_a_whole(tmp_path):
     assert (
         "05 April 2017 (%d/%m/%Y)" in said
         and "04 May 2017 (%m/%d/%Y)" in said
-        and "--time-format %d/%m/%Y or %m/%d/%Y" in said
+        and "`time_format %d/%m/%Y` or %m/%d/%Y" in said
     )
     assert (
         seconds(tmp_path, ["05/04/2017", "06/04/2017"], "%d/%m/%Y")[0][0]
@@ -120,7 +120,7 @@ def test_date_and_clock_in_two_columns(tmp_path):
             "mixes seconds (line 2: 1500000000) and milliseconds (line 3: 1500000000000)",
         ),
         (["1500000000", "nan"], None, "line 3: found"),
-        (["2017-07-14"], "ms", "line 2: found '2017-07-14', wanted a number, as --time-format ms says"),
+        (["2017-07-14"], "ms", "line 2: found '2017-07-14', wanted a number, as `time_format ms` says"),
         (["2017-07-14", "14.7.2017"], "%Y-%m-%d", "line 3: found '14.7.2017'"),
     ],
 )
@@ -142,6 +142,6 @@ def test_typed_times_of_parquet(tmp_path):
 
 
 def test_moments_of_flags():
-    assert moment("2017-07-14 02:40:00", "--split-date") == moment("1500000000", "--split-date") == 1_500_000_000
-    with pytest.raises(UserError, match="found --split-date 'soon', wanted a date"):
-        moment("soon", "--split-date")
+    assert moment("2017-07-14 02:40:00", "`split_date`") == moment("1500000000", "`split_date`") == 1_500_000_000
+    with pytest.raises(UserError, match="found `split_date` 'soon', wanted a date"):
+        moment("soon", "`split_date`")

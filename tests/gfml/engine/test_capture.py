@@ -133,7 +133,7 @@ def test_batches_of_many_forms_are_left_alone() -> None:
     assert "forms" in capture.reason and torch.equal(capture.model.table, other.table)
     capture, *_ = pair("plain")
     capture.required = True
-    with pytest.raises(UserError, match="--cuda-graph 1"):
+    with pytest.raises(UserError, match="`cuda_graph 1`"):
         for size in range(1, MOST_FORMS + 4):
             capture(Triples(*torch.randint(20, (3, size)).unbind()))
 

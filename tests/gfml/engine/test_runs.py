@@ -109,7 +109,7 @@ def test_interrupt_leaves_the_run_incomplete_and_says_how_to_go_on(tmp_path):
     with pytest.raises(KeyboardInterrupt) as stop, open_run(tmp_path) as run:
         raise KeyboardInterrupt
     assert run_state(run.path) == "incomplete" and not (run.path / "failed").exists()
-    assert f"--resume {run.path}" in stop.value.__notes__[0]
+    assert f"`resume {run.path}`" in stop.value.__notes__[0]
     assert json.loads((run.path / "run.json").read_text())["sessions"][-1]["state"] == "incomplete"
 
 
@@ -175,19 +175,19 @@ def test_an_extended_run_is_not_taken_for_the_short_one(tmp_path):
     path = finished(tmp_path)
     with open_run(tmp_path, CONFIG | {"epochs": 8}, resume=path) as run:
         run.finish(RESULT)
-    with pytest.raises(UserError, match=r"epochs 8 \(now 4\).*--overwrite") as error:
+    with pytest.raises(UserError, match=r"epochs 8 \(now 4\).*`overwrite`") as error:
         open_run(tmp_path)
     one_line(error)
 
 
 def test_named_runs(tmp_path):
     assert finished(tmp_path, name="mine") == tmp_path / "mine"
-    with pytest.raises(UserError, match=r"holds a run with lr 0.1 \(now 0.2\).*--run-name"):
+    with pytest.raises(UserError, match=r"holds a run with lr 0.1 \(now 0.2\).*`run_name`"):
         open_run(tmp_path, CONFIG | {"lr": 0.2}, name="mine")
     for bad in ("../x", "a/b", "~x", "-x", ".hidden"):
-        with pytest.raises(UserError, match="--run-name"):
+        with pytest.raises(UserError, match="`run_name`"):
             open_run(tmp_path, name=bad)
-    with pytest.raises(UserError, match="--resume and --overwrite together"):
+    with pytest.raises(UserError, match="`resume` and `overwrite` together"):
         open_run(tmp_path, resume=tmp_path / "mine", overwrite=True)
 
 
@@ -216,7 +216,7 @@ def test_changed_data_is_noticed(tmp_path):
     with open_run(tmp_path) as run:
         run.check_data("a" * 64)
         run.check_data("a" * 64)
-    with open_run(tmp_path) as run, pytest.raises(UserError, match="data has changed.*--overwrite"):
+    with open_run(tmp_path) as run, pytest.raises(UserError, match="data has changed.*`overwrite`"):
         run.check_data("b" * 64)
 
 
@@ -339,8 +339,8 @@ def test_advice_about_damaged_files_names_what_helps(tmp_path):
     path = finished(tmp_path)
     for name in ("best.pt", "final.pt"):
         told = str(checkpoints.damaged(path / name, "why"))
-        assert f"--config {path / 'config.toml'} --out {tmp_path} --run-name {path.name} --overwrite" in told
-    with pytest.raises(UserError, match="final.pt .it is missing.*--overwrite"):
+        assert f"`config {path / 'config.toml'}` `out {tmp_path}` `run_name {path.name}` `overwrite`" in told
+    with pytest.raises(UserError, match="final.pt .it is missing.*`overwrite`"):
         checkpoints.load_state(path / "final.pt")  # training again would only show the result
     inner = path / "refit-3"
     assert f"delete {inner} and run" in str(checkpoints.damaged(inner / "best.pt", "why"))
@@ -369,7 +369,7 @@ def test_a_done_run_without_its_result_is_finished_again(tmp_path):
         runs.read_result(path)
     (path / "result.json").unlink()
     assert run_state(path) == "incomplete"
-    with pytest.raises(UserError, match=f"no result .incomplete.*--resume {path}"):
+    with pytest.raises(UserError, match=f"no result .incomplete.*`resume {path}`"):
         runs.read_result(path)
     with open_run(tmp_path, resume=path) as run:
         assert not run.is_done
@@ -413,7 +413,7 @@ def test_damaged_metrics_are_told(tmp_path):
     path = finished(tmp_path)
     for content in (b"\xff\xfe{}\n", b"[1]\n", b'{"loss": 1}\n', b"{\n"):
         (path / "metrics.jsonl").write_bytes(content)
-        with pytest.raises(UserError, match="metrics.jsonl is damaged.*--overwrite"):
+        with pytest.raises(UserError, match="metrics.jsonl is damaged.*`overwrite`"):
             runs.read_metrics(path)
 
 
@@ -454,7 +454,7 @@ def test_torch_reports_a_full_disk_as_assumed(tmp_path):
 
 def test_unwritable_places(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot write .*file.*--out") as error:
+    with pytest.raises(UserError, match="cannot write .*file.*`out`") as error:
         open_run(tmp_path / "file")
     one_line(error)
     with pytest.raises(UserError, match="cannot write"):

@@ -174,7 +174,7 @@ def test_weight_average_state():
     assert same(other.averages, ema.averages) and other.num_updates == 1
     with pytest.raises(ValueError, match="shape"):
         WeightAverage(nn.Linear(4, 2).parameters()).load_state_dict(ema.state_dict())
-    with pytest.raises(UserError, match="--lam_d"):
+    with pytest.raises(UserError, match="`lam_d`"):
         WeightAverage([], 1.5)
 
 
@@ -186,7 +186,7 @@ def test_early_stopping_counts_exactly():
     values = [0.1, 0.3, 0.3, 0.2, 0.4, 0.4, 0.4, 0.4]
     assert [stopping.update(value) for value in values] == [False] * 7 + [True]
     assert not any(EarlyStopping(None).update(-float(i)) for i in range(100))
-    with pytest.raises(UserError, match="--patience"):
+    with pytest.raises(UserError, match="`patience`"):
         EarlyStopping(0)
 
 
@@ -395,7 +395,7 @@ def test_user_mistakes(tmp_path):
         Problem().fit(None, 1, evaluate=lambda split: {"fit": math.nan})
     with pytest.raises(UserError, match="epoch 1 had no batches"):
         Problem().fit(None, 1, batches=lambda epoch: [])
-    with pytest.raises(UserError, match="--eval_every"):
+    with pytest.raises(UserError, match="`eval_every`"):
         Problem().fit(None, 1, eval_every=0)
 
 
@@ -589,7 +589,7 @@ def test_lost_or_foreign_best_weights_are_told(tmp_path):
         with pytest.raises(UserError, match="best.pt.*of epoch 2, wanted epoch 1"):
             Problem().fit(run, 3)
         best.unlink()
-        with pytest.raises(UserError, match="best.pt.*it is missing.*--overwrite"):
+        with pytest.raises(UserError, match="best.pt.*it is missing.*`overwrite`"):
             Problem().fit(run, 3)
 
 

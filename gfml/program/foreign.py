@@ -1,0 +1,70 @@
+"""Other programs' names of weights become ours: the parts that the papers' ``foreign.py`` share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gfml.base.errors import UserError
+
+State = dict[str, Tensor]
+
+
+def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
+    """The tensors under new names: pattern of the whole old name -> new name, "" for what is left out.
+
+    UserError for a name that no pattern knows, and for a pattern with a new name that nothing matches only where nothing
+    at all does.
+    """
+    found: State = {}
+    for old, value in state.items():
+        pattern = next((pattern for pattern in names if re.fullmatch(pattern, old)), None)
+        if pattern is None:
+            raise UserError(f"the file has {old}, which is no name of that program: choose another --from")
+        new = re.sub(pattern, names[pattern], old)
+        if new:
+            found[new] = value
+    return found
+
+
+def tables_of(state: Mapping[str, Tensor], user: str, item: str, *, rest: Sequence[str]) -> State:
+    """{"encoder.nodes": [U + I, D]} from two tables. rest: beginnings of further names the file may have."""
+    for name in (user, item):
+        if name not in state:
+            listed = ", ".join(list(state)[:4])
+            raise UserError(f"the file lacks {name} (it has {listed}): choose another --from")
+    if state[user].ndim != 2 or state[user].shape[1:] != state[item].shape[1:]:
+        shapes = f"{tuple(state[user].shape)} and {tuple(state[item].shape)}"
+        raise UserError(
+            f"the tables {user} and {item} have shapes {shapes}, wanted [U, D] and [I, D]: give another file"
+        )
+    other = next(
+        (name for name in state if name not in (user, item) and not name.startswith(tuple(rest) or ("\0",))), None
+    )
+    if other is not None:
+        raise UserError(f"the file has {other}, which is no name of that program: choose another --from")
+    return {"encoder.nodes": torch.cat([state[user], state[item]]).float()}
+
+
+def masses_of(state: Mapping[str, Tensor], num_users: int, num_items: int) -> State:
+    """Raw masses [U, 1], [I, 1] as ``gravity.mass.user`` [U] and ``gravity.mass.item`` [I].
+
+    A lone ``mass.weight`` is the users' or the items' by its length. UserError where it could be either or neither.
+    """
+    sides = {"mass_u.weight": "user", "mass_i.weight": "item"}
+    if "mass.weight" in state:
+        length = len(state["mass.weight"])
+        if num_users == num_items or length not in (num_users, num_items):
+            raise UserError(
+                f"mass.weight has {length} rows beside {num_users} users and {num_items} items: whose they are is unclear"
+            )
+        sides["mass.weight"] = "user" if length == num_users else "item"
+    found = {f"gravity.mass.{side}": state[name].reshape(-1).float() for name, side in sides.items() if name in state}
+    for name, value in found.items():
+        wanted = num_users if name.endswith("user") else num_items
+        if len(value) != wanted:
+            raise UserError(f"{name} has {len(value)} entries, wanted {wanted}: give another file")
+    return found

@@ -1,0 +1,29 @@
+"""Weights of the published port of HLR and HLR++ under this program's names.
+
+Source: nlee-208/HLRM, commit de6df3b3 (names and shapes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from gfml.program.foreign import renamed, tables_of
+
+State = dict[str, Tensor]
+NAMES = {
+    "userattn.key_.weight": "relation.key",
+    "userattn.val_.weight": "relation.value",
+    "itemattn.key_.weight": "relation.item_key",
+    "itemattn.val_.weight": "relation.item_value",
+}
+
+
+def hlrm(state: Mapping[str, Tensor]) -> State:
+    """Points of users and items, and keys and values of the port's relation (``--form port``); HLR++ has the item's too."""
+    tables = tables_of(state, "user_emb.weight", "item_emb.weight", rest=("userattn.", "itemattn."))
+    return tables | renamed({name: value for name, value in state.items() if name in NAMES}, NAMES)
+
+
+SOURCES: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], State], str]] = {"hlrm": (hlrm, "")}

@@ -1,0 +1,34 @@
+"""Weights of LightGCN-PyTorch and of the published gravity programs under this program's names.
+
+Sources: gusye1234/LightGCN-PyTorch, commit 947ca2b3b1d2; MLAI-Yonsei/GFML, gfml-rs 918c2359 and 47e83520 (names and shapes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from gfml.program.foreign import masses_of, tables_of
+
+State = dict[str, Tensor]
+
+
+def lightgcn(state: Mapping[str, Tensor]) -> State:
+    """``embedding_user``, ``embedding_item`` of either of its models; the graph and the layers are not in the file."""
+    return tables_of(state, "embedding_user.weight", "embedding_item.weight", rest=())
+
+
+def gravity(state: Mapping[str, Tensor]) -> State:
+    """The tables of mf, lgn and cml, with raw masses of users, items or both where there are any."""
+    if "user_embeddings.weight" in state:
+        return tables_of(state, "user_embeddings.weight", "item_embeddings.weight", rest=("feat_extract_model.",))
+    tables = tables_of(state, "embedding_user.weight", "embedding_item.weight", rest=("mass.", "mass_u.", "mass_i."))
+    return tables | masses_of(state, len(state["embedding_user.weight"]), len(state["embedding_item.weight"]))
+
+
+# What a file is from, and by which score its program ranks where it has no masses.
+SOURCES: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], State], str]] = {
+    "lightgcn": (lightgcn, "dot"),
+    "gfml": (gravity, "dot"),
+}

@@ -1,0 +1,76 @@
+"""The benchmarks' own logic: stages on a small data set, tables, and that a ratio is of one run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_stages_hand_their_data_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    netflix = module("netflix")
+    monkeypatch.setitem(netflix.SHAPES, 50_000, (1_500, 400))
+    for stage in netflix.STAGES:
+        row = netflix.run_stage(stage, 50_000, tmp_path, steps=3)
+        assert row["cpu_s"] >= 0 and row["peak_gib"] > 0
+        data = netflix.load(tmp_path)
+        assert data.train.nnz + data.test.nnz == 50_000 and data.train.shape == (1_500, 400), stage
+
+
+def test_table_of_sizes() -> None:
+    netflix = module("netflix")
+    rows = [{"stage": "a", "interactions": 10**6, "cpu_s": 2.0, "peak_gib": 0.5},
+            {"stage": "b", "interactions": 10**6, "failed": "MemoryError"},
+            {"stage": "a", "interactions": 10**7, "cpu_s": 30.0, "peak_gib": 1.0}]  # fmt: skip
+    assert netflix.table(rows).splitlines()[2:] == [
+        "| a | 2.00, 2.000, 0.50 | 30.00, 3.000, 1.00 |", "| b | MemoryError | - |"
+    ]  # fmt: skip
+
+
+def test_both_sides_are_timed_on_the_same_work(tmp_path: Path) -> None:
+    import numpy as np
+
+    from gfml.data.synthetic import generate
+
+    peers, train = module("peers"), generate(300, 100, 5000).train
+    path = tmp_path / "train.npz"
+    np.savez(path, data=train.data, indices=train.indices, indptr=train.indptr, shape=train.shape)
+    for work in peers.WORKS:
+        assert peers.one_turn("ours", work, str(path))["cpu_s"] > 0
+
+
+def test_the_page_is_filled_from_one_run(tmp_path: Path) -> None:
+    peers = module("peers")
+    row = {"work": "w, d", "against": "p", "bar": 1.2, "ours": 1.0, "peer": 4.0, "ratio": 0.25}
+    found = {
+        "versions": {"ours": {"torch": "2"}, "peer": {"implicit": "0.7.3"}},
+        "cpus": 2,
+        "machine": "m",
+        "rows": [row],
+    }
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{peers.BEGIN}\nold 57 x\n{peers.END}\nafter\n")
+    (tmp_path / "run.json").write_text(json.dumps(found))
+    assert peers.main(["--table", str(tmp_path / "run.json"), str(page)]) == 0
+    text = page.read_text()
+    assert (
+        "| w, d | p | 1.000 | 4.000 | 0.25 | 1.2 |" in text and "old" not in text and "torch 2, implicit 0.7.3" in text
+    )
+    assert text.startswith("before\n") and text.endswith("after\n")
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="has no line"):
+        peers.fill(found, page)

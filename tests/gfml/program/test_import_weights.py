@@ -1,0 +1,217 @@
+"""gfml import: every source's names, safetensors with ours, figures of tables, errors that leave nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gfml.base.errors import UserError
+from gfml.base.weights import read_weights
+from gfml.data.options import load_dataset
+from gfml.gravity import Gravity, GravityScorer
+from gfml.program.import_weights import main, sources
+from gfml.ranking.evaluation import evaluate
+from gfml.ranking.graph import build_graph, propagate
+from gfml.ranking.topk import FactorScorer
+
+DEMO = "--dataset demo --demo-users 60 --demo-items 40 --demo-interactions 900 --no-cache --topks 5".split()
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "golden" / "checkpoints" / "contextual"
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_dataset("demo", demo_users=60, demo_items=40, demo_interactions=900, cache=False)
+
+
+@pytest.fixture
+def tables(data):
+    torch.manual_seed(3)
+    return {
+        "embedding_user.weight": torch.randn(data.num_users, 8),
+        "embedding_item.weight": torch.randn(data.num_items, 8),
+    }
+
+
+def figures(text: str) -> dict[str, float]:
+    return {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if "@" in line.split(" ")[0]}
+
+
+def test_every_source_is_found():
+    assert set(sources()) == {"contextual", "gfml", "hlrm", "lightgcn", "mcl", "mirror-gradient", "vit-cifar"}
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_lightgcn_is_judged_as_its_program_ranks(layers, data, tables, tmp_path, capsys):
+    torch.save(tables, tmp_path / "lgn-demo.pth.tar", _use_new_zipfile_serialization=False)
+    out = tmp_path / "w.safetensors"
+    words = ["--from", "lightgcn", "--out", str(out), "--layers", str(layers), "--metrics-as", "lightgcn"]
+    assert main([str(tmp_path / "lgn-demo.pth.tar"), *words, *DEMO]) == 0
+    found = figures(capsys.readouterr().out)
+    nodes = torch.cat(list(tables.values()))
+    assert torch.equal(read_weights(out)["encoder.nodes"], nodes)
+    user, item = propagate(build_graph(data.train), nodes, layers).split([data.num_users, data.num_items])
+    wanted = evaluate(FactorScorer(user, item), data, "test", [5], mask_valid=False).means
+    assert found["ndcg@5"] == pytest.approx(wanted["ndcg@5"], abs=5e-5)
+    assert found["lightgcn:ndcg@5"] == found["ndcg@5"]
+
+
+@pytest.mark.parametrize(("names", "mode"), [(("mass_u", "mass_i"), "both"), (("mass",), "user")])
+def test_gravity_tables_with_their_masses(names, mode, data, tables, tmp_path, capsys):
+    masses = {
+        f"{name}.weight": torch.randn(size, 1)
+        for name, size in zip(names, (data.num_users, data.num_items), strict=False)
+    }
+    torch.save(tables | masses, tmp_path / "w.pth.tar")
+    out = tmp_path / "w.safetensors"
+    assert main([str(tmp_path / "w.pth.tar"), "--from", "gfml", "--out", str(out), "--lamb", "3.08", *DEMO]) == 0
+    said = capsys.readouterr().out
+    assert "--score gravity --lamb 3.08" in said
+    gravity = Gravity(data.num_users, data.num_items, mass=mode, lamb=3.08)
+    state = {
+        f"mass.{side}": read_weights(out)[f"gravity.mass.{side}"] for side in ("user", "item") if mode in (side, "both")
+    }
+    gravity.load_state_dict(state)
+    scorer = GravityScorer(gravity, tables["embedding_user.weight"], tables["embedding_item.weight"])
+    wanted = evaluate(scorer, data, "test", [5], mask_valid=False).means
+    assert figures(said)["recall@5"] == pytest.approx(wanted["recall@5"], abs=5e-5)
+
+
+def test_mcl_ranks_by_distance(data, tables, tmp_path, capsys):
+    torch.save(tables, tmp_path / "w.pth.tar")
+    assert main([str(tmp_path / "w.pth.tar"), "--from", "mcl", "--out", str(tmp_path / "o.safetensors"), *DEMO]) == 0
+    said = capsys.readouterr().out
+    user, item = (table.numpy().astype(np.float64) for table in tables.values())
+    distance = ((user[:, None] - item[None]) ** 2).sum(-1)
+    distance[data.train.nonzero()] = np.inf
+    hits = [len({*np.argsort(distance[u])[:5]} & {*data.test[[u]].indices}) for u in range(len(user))]
+    judged = np.flatnonzero(np.diff(data.test.indptr))
+    assert figures(said)["precision@5"] == pytest.approx(np.mean([hits[u] / 5 for u in judged]), abs=5e-5)
+
+
+def test_vit_cifar_scores_as_written_by_hand(tmp_path):
+    """A small network of the original's structure, computed here token by token from its own names."""
+    from vision.vit import ViT, ViTSettings
+
+    torch.manual_seed(1)
+    width, heads = 12, 3
+    shapes = {"cls_token": (1, 1, width), "pos_emb": (1, 5, width), "emb.weight": (width, 48), "emb.bias": (width,)}
+    for layer in range(2):
+        for part in ("la1", "la2"):
+            shapes |= {f"enc.{layer}.{part}.weight": (width,), f"enc.{layer}.{part}.bias": (width,)}
+        for part in ("msa.q", "msa.k", "msa.v", "msa.o", "mlp.0", "mlp.3"):
+            shapes |= {f"enc.{layer}.{part}.weight": (width, width), f"enc.{layer}.{part}.bias": (width,)}
+    shapes |= {"fc.0.weight": (width,), "fc.0.bias": (width,), "fc.1.weight": (4, width), "fc.1.bias": (4,)}
+    state = {f"model.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    torch.save(state, tmp_path / "w.pth")
+    assert main([str(tmp_path / "w.pth"), "--from", "vit-cifar", "--out", str(tmp_path / "o.safetensors")]) == 0
+    settings = ViTSettings(patch=2, hidden=width, mlp_hidden=width, num_layers=2, num_heads=heads)
+    model = ViT(4, image_size=8, settings=settings)
+    model.load_state_dict(read_weights(tmp_path / "o.safetensors"))
+
+    images = torch.randn(2, 3, 8, 8)
+    get = {name.removeprefix("model."): value for name, value in state.items()}
+
+    def linear(x, name):
+        return x @ get[f"{name}.weight"].T + get[f"{name}.bias"]
+
+    def norm(x, name):
+        return torch.nn.functional.layer_norm(x, (width,), get[f"{name}.weight"], get[f"{name}.bias"])
+
+    words = [
+        images[:, :, 4 * r : 4 * r + 4, 4 * c : 4 * c + 4].permute(0, 2, 3, 1).flatten(1)
+        for r in (0, 1)
+        for c in (0, 1)
+    ]
+    x = torch.cat([get["cls_token"].expand(2, -1, -1), linear(torch.stack(words, 1), "emb")], 1) + get["pos_emb"]
+    for layer in range(2):
+        y = norm(x, f"enc.{layer}.la1")
+        q, k, v = (linear(y, f"enc.{layer}.msa.{part}").split(width // heads, 2) for part in "qkv")
+        mixed = [((a @ b.mT) / width**0.5).softmax(-1) @ c for a, b, c in zip(q, k, v, strict=True)]
+        x = linear(torch.cat(mixed, 2), f"enc.{layer}.msa.o") + x
+        gelu = torch.nn.functional.gelu
+        x = gelu(linear(gelu(linear(norm(x, f"enc.{layer}.la2"), f"enc.{layer}.mlp.0")), f"enc.{layer}.mlp.3")) + x
+    torch.testing.assert_close(model.eval()(images), linear(norm(x[:, 0], "fc.0"), "fc.1"), rtol=1e-4, atol=1e-4)
+
+
+def test_hlrm_fits_the_model_of_the_port(tmp_path):
+    from gfml.ranking.encoders import Tables
+    from hlrm.model import RelationModel
+    from hlrm.relations import DiagonalRelation
+
+    state = {"user_emb.weight": torch.randn(6, 4), "item_emb.weight": torch.randn(9, 4)}
+    for side in ("user", "item"):
+        state |= {f"{side}attn.key_.weight": torch.randn(5, 4), f"{side}attn.val_.weight": torch.randn(5, 4)}
+    torch.save(state, tmp_path / "w.pth")
+    assert main([str(tmp_path / "w.pth"), "--from", "hlrm", "--out", str(tmp_path / "o.safetensors")]) == 0
+    model = RelationModel(Tables(6, 9, 4), DiagonalRelation(4, 5, "plus"))
+    model.load_state_dict(read_weights(tmp_path / "o.safetensors"))
+    assert torch.equal(model.relation.item_value, state["itemattn.val_.weight"])
+
+
+@pytest.mark.parametrize("name", ["cub_network_256_pickled_module.pt", "sop_network_256_pickled_module.pt",
+                                  "cub_network_256_state.pth", "resnet50_224_model_state_dict.pth"])  # fmt: skip
+def test_contextual_vectors_of_the_original(name, tmp_path):
+    """Files that the original classes wrote, at 1/32 of the widths: equal vectors of three pictures."""
+    from contextual.network import EmbeddingNet
+
+    if not (SHARED / name).is_file():
+        pytest.skip("the original's files are not at hand")
+    assert main([str(SHARED / name), "--from", "contextual", "--out", str(tmp_path / "o.safetensors")]) == 0
+    state = read_weights(tmp_path / "o.safetensors")
+    dim, width = state["head.weight"].shape
+    stored = np.load(SHARED / f"{name.split('_pickled')[0].split('_state')[0].split('_model')[0]}_vectors.npz")
+    backbone = small_resnet(2048 // width)
+    how = {"cub": ("max", True), "sop": ("avg", False), "res": ("maxavg", False)}[name[:3]]
+    net = EmbeddingNet(backbone, width, dim, pooling=how[0], layer_norm=how[1]).eval()
+    net.load_state_dict(state)
+    key = next(key for key in stored.files if stored[key].ndim == 4)
+    vectors = next(stored[other] for other in stored.files if stored[other].ndim == 2)
+    with torch.no_grad():
+        found = net(torch.from_numpy(stored[key].astype(np.float32))).numpy()
+    wanted = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
+
+
+def small_resnet(factor: int):
+    """timm's ResNet-50 with every width divided."""
+    import timm
+    from torch import nn
+
+    net = timm.create_model("resnet50", num_classes=0, global_pool="")
+    for parent in list(net.modules()):
+        for name, part in list(parent.named_children()):
+            if isinstance(part, nn.Conv2d):
+                inputs = part.in_channels if part.in_channels == 3 else part.in_channels // factor
+                size = part.kernel_size, part.stride, part.padding
+                setattr(parent, name, nn.Conv2d(inputs, part.out_channels // factor, *size, bias=False))
+            elif isinstance(part, nn.BatchNorm2d):
+                setattr(parent, name, nn.BatchNorm2d(part.num_features // factor))
+    return net
+
+
+@pytest.mark.parametrize(
+    ("state", "source", "message"),
+    [
+        ({"a.weight": torch.zeros(2, 2)}, "lightgcn", "lacks embedding_user.weight"),
+        ({"a.weight": torch.zeros(2, 2)}, "vit-cifar", "no name of that program"),
+        ({"a.weight": torch.zeros(2, 2)}, "contextual", "no name of that program"),
+        ({"a.weight": torch.zeros(2, 2)}, "mirror-gradient", "names of none of"),
+        ({"embedding_user.weight": torch.zeros(3, 2), "embedding_item.weight": torch.zeros(3, 2), "mass.weight": torch.zeros(3, 1)},
+         "gfml", "whose they are is unclear"),
+    ],
+)  # fmt: skip
+def test_errors_leave_nothing(state, source, message, tmp_path, monkeypatch):
+    torch.save(state, tmp_path / "theirs.pth")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as found:
+        main(["theirs.pth", "--from", source])
+    assert "delete" not in str(found.value) and [path.name for path in tmp_path.iterdir()] == ["theirs.pth"]
+
+
+def test_tables_of_other_data(tables, tmp_path):
+    torch.save({name: value[:7] for name, value in tables.items()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="the file has 7 users and 7 items, demo has"):
+        main([str(tmp_path / "w.pth"), "--from", "lightgcn", "--out", str(tmp_path / "o.safetensors"), *DEMO])
