@@ -93,6 +93,11 @@ class Retrieve(Experiment):
 
     # -- model
 
+    def check(self) -> None:
+        """A --checkpoint that is there must fit the network."""
+        if self.settings.checkpoint is not None and Path(self.settings.checkpoint).is_file():
+            self.build()
+
     def build(self, *, start: bool = True) -> Retriever:
         return self._build(self.data.num_classes, start=start)
 

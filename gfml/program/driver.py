@@ -54,6 +54,7 @@ def run_one(program: Program, kind: type[Experiment], settings: Any, world: Worl
     with distributed.main_first():
         data = kind.load(settings)
     this = kind(settings, data, world)
+    this.check()
     with (
         distributed.open_run(
             settings.out, program.family, settings.resolved, label=this.label, exclude=LOCATION_FLAGS | settings.beside(),

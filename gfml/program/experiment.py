@@ -83,6 +83,9 @@ class Experiment:
         """A fresh model on the device. start False: saved weights will follow, so none are read from elsewhere."""
         raise NotImplementedError
 
+    def check(self) -> None:
+        """UserError for what can be known to be wrong before a run directory is made, such as a foreign file of weights."""
+
     def training(self, model: nn.Module) -> Training | None:
         """Optimizer, batches and loss; None for a model that is not trained."""
         raise NotImplementedError

@@ -23,7 +23,7 @@ def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
     for old, value in state.items():
         pattern = next((pattern for pattern in names if re.fullmatch(pattern, old)), None)
         if pattern is None:
-            raise UserError(f"the file has {old}, which is no name of that program: choose another --from")
+            raise UserError(f"the file has {old}, which is no name of that program: give one of its files")
         new = re.sub(pattern, names[pattern], old)
         if new:
             found[new] = value
@@ -45,7 +45,7 @@ def tables_of(state: Mapping[str, Tensor], user: str, item: str, *, rest: Sequen
         (name for name in state if name not in (user, item) and not name.startswith(tuple(rest) or ("\0",))), None
     )
     if other is not None:
-        raise UserError(f"the file has {other}, which is no name of that program: choose another --from")
+        raise UserError(f"the file has {other}, which is no name of that program: give one of its files")
     return {"encoder.nodes": torch.cat([state[user], state[item]]).float()}
 
 

@@ -456,3 +456,22 @@ def test_a_checkpoint_of_another_network_is_named(
         run, ["--checkpoint", first / "final.pt", "--width", 8], tmp_path, capsys
     )
     assert "there is no" in failure(run, ["--checkpoint", tmp_path / "none.pt"], tmp_path, capsys)
+
+
+def test_weights_of_the_published_programs_are_a_start(
+    run: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their names, in a whole pickled tuple too; a file of another program is one line and leaves no run behind."""
+    _, (first,) = run("256", tmp_path / "a")
+    net = {key.removeprefix("encoder.0."): value for key, value in weights_of(first).items() if "encoder.0." in key}
+    theirs = {key.replace("head.", "remap.", 1): value for key, value in net.items()}
+    torch.save((theirs, [1.0], None), tmp_path / "theirs.pt")
+    code, (path,) = run("256", tmp_path / "b", "--checkpoint", tmp_path / "theirs.pt", "--epochs", 0)
+    then = weights_of(path)
+    assert code == 0 and all(torch.equal(value, then[f"encoder.0.{key}"]) for key, value in net.items())
+    capsys.readouterr()
+    for bad in ({"embedding_user.weight": torch.zeros(2, 2)}, {**theirs, "remap.weight": torch.zeros(2, 2)}):
+        torch.save(bad, tmp_path / "bad.pt")
+        code, paths = run("256", tmp_path / "c", "--checkpoint", tmp_path / "bad.pt", "--epochs", 0)
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert code == 2 and said.startswith("error: ") and "delete" not in said and not paths, said
