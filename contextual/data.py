@@ -101,9 +101,7 @@ def load(
     if name not in COUNTS:
         return read_class_folder(Path(name))
     if root is None:
-        raise UserError(
-            f"{name} needs --root, the folder with its images and annotation files (scripts/download_retrieval.sh fetches it)"
-        )
+        raise UserError(f"{name} needs --root, the folder with its images and annotation files{_script(name)}")
     folder = _folder(Path(root), name)
     if name == "inat":
         data = _read_inat(folder, split_lists, split_seed)
@@ -125,8 +123,9 @@ def hold_out(data: RetrievalData, share: float, seed: int) -> RetrievalData:
     number = max(2, round(share * data.num_classes))
     if len(usable) < number or data.num_classes - number < 2:
         found = f"found {data.num_classes} training classes in {data.name}, {len(usable)} with two or more images"
+        lower = "lower --val-share, or " if number > 2 and len(usable) >= 2 and data.num_classes >= 4 else ""
         raise UserError(
-            f"{found}, wanted at least 2 to train on beside {number} for validation: lower --val-share, or give --select-on test"
+            f"{found}, wanted at least 2 to train on beside {number} for validation: {lower}give --select-on test"
         )
     held = np.sort(np.random.default_rng(seed).permutation(usable)[:number])
     kept = np.setdiff1d(np.arange(data.num_classes), held)
@@ -221,7 +220,7 @@ def _lines(path: Path) -> list[str]:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
         raise UserError(
-            f"there is no {path}: put the official annotation file there (scripts/download_retrieval.sh fetches it)"
+            f"there is no {path}: put the official annotation file there (scripts/download_retrieval.sh says where it is)"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}): bring the file back") from None
@@ -237,10 +236,12 @@ def _folder(root: Path, name: str) -> Path:
         "inat": "train_mini_resized",
     }
     if not root.is_dir():
-        raise UserError(
-            f"there is no folder {root}: give the folder of {name} with --root (scripts/download_retrieval.sh fetches it)"
-        )
+        raise UserError(f"there is no folder {root}: give the folder of {name} with --root{_script(name)}")
     return root / usual[name] if (root / usual[name]).is_dir() else root
+
+
+def _script(name: str) -> str:
+    return " (scripts/download_retrieval.sh fetches it)" if name in ("cub", "sop", "inat") else ""
 
 
 # -- published data sets
@@ -477,7 +478,7 @@ def _check_files(data: RetrievalData, folder: Path) -> None:
 def read_class_folder(folder: Path) -> RetrievalData:
     """Images by class: ``train/CLASS/*`` and ``test/CLASS/*`` with disjoint classes, or ``CLASS/*``, whose first half trains.
 
-    Classes are ordered by name.
+    Classes are ordered by name. Of six classes four train, two of them for validation.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give a folder of images by class with --dataset")
@@ -509,7 +510,7 @@ def _first_half(
     whole: ImageSet, name: str, trained: int | None = None, flip: bool = True, notes: tuple[str, ...] = ()
 ) -> RetrievalData:
     number = len(whole.classes)
-    cut = (number + 1) // 2 if trained is None else trained
+    cut = max((number + 1) // 2, min(4, number - 2)) if trained is None else trained
     if number - cut < 2:
         raise UserError(f"found {number} classes in {name}, wanted at least 4: two to train on and two to test on")
     train, test = whole.of_classes(range(cut), f"{name} train"), whole.of_classes(range(cut, number), f"{name} test")

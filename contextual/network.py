@@ -163,25 +163,19 @@ def build_backbone(
 
 
 def _timm_backbone(name: str, pretrained: bool, image_size: int, own_pooling: bool) -> tuple[nn.Module, int]:
-    import logging
-
     import timm
 
-    # Its warnings about each retry would bury the one line that says what to do.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    from gfml.program.weights import pretrained as with_weights
+
     if not timm.is_model(name):
         near = suggest(name, timm.list_models())
         raise UserError(f"unknown backbone {name!r}: give small or a model name of timm such as resnet50{near}")
     pooled = {} if own_pooling else {"global_pool": ""}
-    try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **pooled)
-    except Exception as error:  # the hub's client raises its own and the network's errors
-        if not pretrained:
-            raise
-        raise UserError(
-            f"cannot get the pretrained weights of {name} ({type(error).__name__}): connect to the network once, put them "
-            "in the cache of huggingface_hub, or train from scratch with --pretrained 0"
-        ) from error
+    if pretrained:
+        advice = "connect to the network once, put them in the cache of huggingface_hub, or train from scratch with --pretrained 0"
+        model = with_weights(name, advice, num_classes=0, **pooled)
+    else:
+        model = timm.create_model(name, pretrained=False, num_classes=0, **pooled)
     _check_maps(model, name, image_size, own_pooling)
     return model, model.num_features
 

@@ -7,6 +7,7 @@ Each original flag is accepted under its name. A flag left out takes the value o
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +25,8 @@ METRICS = ("recall", "map@r", "r_precision")
 BASELINES = ("pixels", "start")
 
 # What a data set changes in the defaults, by flag.
-_FOR_ALL = {"backbone": "resnet50", "pretrained": 1, "embedding_size": 512, "batch_size": 128, "ipc": 4, "workers": 8,
+_FOR_ALL = {"backbone": "resnet50", "pretrained": 1, "embedding_size": 512, "batch_size": 128, "ipc": 4,
+            "workers": min(8, os.cpu_count() or 1),
             "trainxform": "bigtrain", "testxform": "bigtest", "select_metric": "recall@1", "layer_norm": 0, "hierarchical": 0, "ks": (1, 2, 4, 8)}  # fmt: skip
 _FROM_SCRATCH = {"backbone": "small", "pretrained": 0, "embedding_size": 128, "workers": 0, "testxform": "none", "lr": 1e-3,
                  "weight_decay": 1e-4, "xform_scale": 0.4, "pooling": "avg", "ks": (1, 2, 4, 8), "bottleneck": "identity"}  # fmt: skip

@@ -20,14 +20,15 @@ and heads of a split layer weigh another head's values (``head_order="original"`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gfml.distances import DISTANCES, SquaredDistance, at_least_float32, common_floats
 from gfml.gravity import log_mass
@@ -94,6 +95,10 @@ class AttentionSettings:
             raise ValueError(f"found lambda {self.lamb}, wanted a finite number >= 0, and > 0 if it is learned")
         if not 0 <= self.lamb_mix <= 1:
             raise ValueError(f"found lamb_mix {self.lamb_mix}, wanted a share between 0 and 1")
+        if self.num_split == 0 and self.mix != "split":
+            raise ValueError(
+                f"found num_split 0, no gravity heads, with mix {self.mix!r}, all of them: give mix='split'"
+            )
 
     @property
     def blend(self) -> float:
@@ -156,9 +161,8 @@ class ContentMass(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_heads)) if bias or param != "raw" else None
 
     def forward(self, k: Tensor) -> Tensor:
-        """Shape: k [B, G, n, d] -> [B, G, n]."""
-        raw = torch.einsum("bgnd,gd->bgn", k, self.weight)
-        return _log_mass(raw if self.bias is None else raw + self.bias[:, None], self.param)
+        """Shape: k [B, G, n, d] -> [B, G, n], in float32 at least, also under autocast."""
+        return _content_mass(self.weight, self.bias, k, self.param)
 
 
 def pairwise(q: Tensor, k: Tensor, distance: SquaredDistance) -> Tensor:
@@ -171,6 +175,8 @@ def pairwise(q: Tensor, k: Tensor, distance: SquaredDistance) -> Tensor:
     return found.square() if distance.is_squared_form else found.clamp_min(0)
 
 
+# What is wrapped is traced by torch.fx as it stands: it looks at types and devices, which a trace does not know.
+@torch.fx.wrap
 def gravity_logits(q: Tensor, k: Tensor, mu: Tensor | float, *, lamb: Tensor | float, divisor: float,
                    distance: SquaredDistance = SquaredDistance()) -> Tensor:  # fmt: skip
     """( mu_ij - lambda log(1 + Q(q_i, k_j)) ) / divisor, in float32 at least, also under autocast.
@@ -181,6 +187,7 @@ def gravity_logits(q: Tensor, k: Tensor, mu: Tensor | float, *, lamb: Tensor | f
         return (mu - lamb * torch.log1p(pairwise(q, k, distance))) / divisor
 
 
+@torch.fx.wrap
 def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float, alpha: float = 0.0) -> Tensor:
     """softmax_j( column_j - beta log(1 + D2_ij) + 2 alpha q_i . k_j ) with D2 = |q_i - k_j|^2 in float32 at least.
 
@@ -188,12 +195,47 @@ def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float
     softmax cancels |q_i|^2. The backward pass is written by hand: two products and no stored logits.
 
     Shape: q, k [B, H, n, d]; column broadcasts to [B, H, 1, n]; beta a number or [H, 1, 1]. Returns [B, H, n, n].
-    Gradient: to q, k, column and beta, once. Equals :func:`gravity_logits` with l2 and a softmax.
+    Gradient: to q, k, column and beta; a second derivative goes through the definition. Equals :func:`gravity_logits`
+    with l2 and a softmax.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k = common_floats(q, k)
         column = column + alpha * k.square().sum(-1).unsqueeze(-2) if alpha else column
-        return _PowerLaw.apply(q, k, column, beta, alpha)
+        try:
+            return _PowerLaw.apply(q, k, column, beta, alpha)[0]
+        except NotImplementedError as error:  # of forward-mode differentiation
+            raise ValueError(f"gravity attention's own kernel: {error} Give the settings kernel='explicit'") from error
+
+
+@torch.fx.wrap
+def _dot_logits(q: Tensor, k: Tensor, divisor: float) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = common_floats(q, k)
+        return q @ k.mT / divisor
+
+
+@torch.fx.wrap
+def _content_mass(weight: Tensor, bias: Tensor | None, k: Tensor, param: str) -> Tensor:
+    with torch.autocast(k.device.type, enabled=False):
+        k, weight = common_floats(k, weight)
+        raw = torch.einsum("bgnd,gd->bgn", k, weight)
+        return _log_mass(raw if bias is None else raw + bias[:, None], param)
+
+
+@torch.fx.wrap
+def _without_masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """x itself; ValueError when there is a mask."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("gravity attention knows no masks: found attn_mask or is_causal")
+    return x
+
+
+@torch.fx.wrap
+def _check_tokens(x: Tensor, wanted: int) -> Tensor:
+    """x itself; ValueError when it has not so many tokens."""
+    if x.shape[1] != wanted:
+        raise ValueError(f"found {x.shape[1]} tokens, wanted {wanted}: each position has its own mass")
+    return x
 
 
 class _PowerLaw(torch.autograd.Function):
@@ -204,7 +246,7 @@ class _PowerLaw(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float, alpha: float) -> Tensor:
+    def forward(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float, alpha: float) -> tuple[Tensor, ...]:
         query_norm, key_norm = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
         one = torch.ones_like(key_norm)
         left, right = torch.cat([-2 * q, query_norm + 1, one], -1), torch.cat([k, one, key_norm], -1)
@@ -212,15 +254,29 @@ class _PowerLaw(torch.autograd.Function):
         logits = z.log().mul_(-beta).add_(column)
         if alpha:
             logits.sub_(z, alpha=alpha)
-        weights = torch.softmax(logits, -1)
-        ctx.save_for_backward(left, right, z, weights, beta if isinstance(beta, Tensor) else None)
-        ctx.beta, ctx.alpha, ctx.column_shape = beta, alpha, column.shape
-        return weights
+        return torch.softmax(logits, -1), left, right, z
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, z, weights, beta = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, column, beta, alpha = inputs
+        weights, *parts = output
+        ctx.mark_non_differentiable(*parts)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, column, *parts, weights, beta if isinstance(beta, Tensor) else None)
+        ctx.beta, ctx.alpha, ctx.column_shape = beta, alpha, column.shape
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        raise ValueError("gravity attention's own kernel cannot be mapped over: give the settings kernel='explicit'")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        q, k, column, left, right, z, weights, beta = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 5
+        if torch.is_grad_enabled():
+            # A second derivative is asked for: ordinary operations, which autograd follows.
+            return _by_definition(grad, (q, k, column, beta), ctx.needs_input_grad, ctx.beta, ctx.alpha)
         with torch.autocast(grad.device.type, enabled=False):
             logit = torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
             wants = ctx.needs_input_grad
@@ -234,6 +290,74 @@ class _PowerLaw(torch.autograd.Function):
             q_grad = query[..., :d].mul(2).addcmul_(left[..., :d], query[..., d : d + 1])
             k_grad = torch.addcmul(-key[..., :d], right[..., :d], key[..., d + 1 :], value=-2)
         return q_grad, k_grad, column, exponent, None
+
+
+def _by_definition(
+    grad: Tensor, inputs: tuple[Tensor, ...], wanted: Sequence[bool], beta: Any, alpha: float
+) -> tuple[Tensor | None, ...]:
+    """The gradients of :class:`_PowerLaw` by the definition, with a graph."""
+    q, k, column, learned = inputs
+    z = 1 + (q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1)
+    weights = (column - (beta if learned is None else learned) * z.log() - alpha * z).softmax(-1)
+    places = [place for place in range(4) if wanted[place]]
+    found = torch.autograd.grad(weights, [inputs[place] for place in places], grad, create_graph=True)
+    own = dict(zip(places, found, strict=True))
+    return (*(own.get(place) for place in range(4)), None)
+
+
+class TokenGrid:
+    """Which of the patches that have a mass a layer sees: those of another image size, or what patch dropping kept.
+
+    size: rows and columns of the patches that the masses are of; prefix: tokens before them. The model's patch
+    embedding and patch dropping leave here what they do, with :meth:`see` and :meth:`keep`.
+    """
+
+    def __init__(self, size: tuple[int, int], prefix: int) -> None:
+        self.size, self.prefix, self.now = size, prefix, size
+        self.kept: Tensor | None = None
+
+    def see(self, embedding: nn.Module, inputs: Any, output: Tensor) -> None:
+        """A forward hook of timm's patch embedding: its output is a grid where image sizes vary. A trace has one size."""
+        varies = not isinstance(output, torch.fx.Proxy) and output.dim() == 4
+        found = output.shape[1:3] if varies else embedding.grid_size
+        self.now, self.kept = (int(found[0]), int(found[1])), None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a layer at present."""
+        return self.prefix + (self.now[0] * self.now[1] if self.kept is None else self.kept.shape[1])
+
+    def of(self, masses: Tensor) -> Tensor:
+        """Masses [S, n] of the positions at present: [S, n'], or [B, S, n'] after patch dropping.
+
+        Resampled as timm resamples its position embedding (bicubic).
+        """
+        if self.now != self.size:
+            from timm.layers import resample_abs_pos_embed
+
+            masses = resample_abs_pos_embed(masses.T[None], list(self.now), list(self.size), self.prefix)[0].T
+        if self.kept is None:
+            return masses
+        first, rest = masses[:, : self.prefix], masses[:, self.prefix :]
+        first = first.expand(len(self.kept), -1, -1)
+        return torch.cat([first, rest.T[self.kept].mT], -1)
+
+
+class PatchDrop(nn.Module):
+    """timm's patch dropping, which tells a :class:`TokenGrid` which patches stay."""
+
+    def __init__(self, drop: nn.Module, grid: TokenGrid) -> None:
+        super().__init__()
+        from timm.layers import patch_dropout
+
+        own = getattr(patch_dropout, "PatchDropoutWithIndices", None)
+        settings = {"prob": drop.prob, "num_prefix_tokens": drop.num_prefix_tokens, "ordered": drop.ordered}
+        self.drop = own(**settings) if own else patch_dropout.PatchDropout(**settings, return_indices=True)
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, self.grid.kept = self.drop(x)
+        return x
 
 
 class GravityAttention(nn.Module):
@@ -255,6 +379,7 @@ class GravityAttention(nn.Module):
             raise ValueError(f"found width {width} and {num_heads} heads, wanted a width that the heads divide")
         self.width, self.num_heads, self.head_width, self.settings = width, num_heads, width // num_heads, settings
         self.num_tokens, self.num_gravity_heads = num_tokens, settings.num_gravity_heads(num_heads)
+        self.grid: TokenGrid | None = None
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_norm, self.k_norm, self.norm = nn.Identity(), nn.Identity(), nn.Identity()
         self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(dropout)
@@ -280,8 +405,7 @@ class GravityAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attend among all tokens; masks are refused (the arguments are those of timm's attention)."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("gravity attention knows no masks: found attn_mask or is_causal")
+        x = _without_masks(x, attn_mask, is_causal)
         q, k, v = self._project(x)
         if self.settings.kernel == "explicit":
             heads = self.attn_drop(self._weights(q, k)).to(v.dtype) @ v
@@ -300,8 +424,8 @@ class GravityAttention(nn.Module):
         return self._logits(q, k)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if isinstance(self.mass, PositionMass) and x.shape[1] != self.num_tokens:
-            raise ValueError(f"found {x.shape[1]} tokens, wanted {self.num_tokens}: each position has its own mass")
+        if isinstance(self.mass, PositionMass):
+            x = _check_tokens(x, self.num_tokens if self.grid is None else self.grid.num_tokens)
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_width)).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind(0)
         return self.q_norm(q), self.k_norm(k), v
@@ -338,30 +462,31 @@ class GravityAttention(nn.Module):
 
     def _logits(self, q: Tensor, k: Tensor) -> Tensor:
         count = self.num_gravity_heads
-        gravity, dot = self._gravity_logits(q[:, :count], k[:, :count]), self._dot_logits(q[:, count:], k[:, count:])
+        gravity, dot = (
+            self._gravity_logits(q[:, :count], k[:, :count]),
+            _dot_logits(q[:, count:], k[:, count:], self.dot_divisor),
+        )
         return torch.cat([dot, gravity] if self.settings.head_order == "original" else [gravity, dot], 1)
 
     def _gravity_logits(self, q: Tensor, k: Tensor) -> Tensor:
         """Logits [B, G, n, n] of gravity heads, blended with the dot logit where the settings say so."""
         share = self.settings.blend
         logits = gravity_logits(q, k, self._mass(k), lamb=self.lamb, divisor=self.divisor, distance=self.distance)
-        return logits if share == 1 else torch.lerp(self._dot_logits(q, k), logits, share)
-
-    def _dot_logits(self, q: Tensor, k: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
-            return at_least_float32(q) @ at_least_float32(k).mT / self.dot_divisor
+        return logits if share == 1 else torch.lerp(_dot_logits(q, k, self.dot_divisor), logits, share)
 
     def _key_mass(self, k: Tensor) -> Tensor | None:
         """Log-masses of the keys, broadcastable to [B, G, 1, n]; None without masses."""
         if isinstance(self.mass, ContentMass):
-            with torch.autocast(k.device.type, enabled=False):
-                return self.mass(at_least_float32(k)).unsqueeze(-2)
-        return None if self.mass is None else self.mass.log_key()[:, None]
+            return self.mass(k).unsqueeze(-2)
+        return None if self.mass is None else self._at_present(self.mass.log_key()).unsqueeze(-2)
+
+    def _at_present(self, masses: Tensor) -> Tensor:
+        return masses if self.grid is None else self.grid.of(masses)
 
     def _query_mass(self) -> Tensor | None:
         """Log-masses of the queries, broadcastable to [B, G, n, 1]; None where the settings have none."""
         if isinstance(self.mass, PositionMass) and self.mass.query is not None:
-            return self.mass.log_query()[:, :, None]
+            return self._at_present(self.mass.log_query()).unsqueeze(-1)
         return None
 
     def _mass(self, k: Tensor) -> Tensor | float:
@@ -404,15 +529,26 @@ def shared_mass(settings: AttentionSettings, mass_pos: str, num_heads: int, num_
 
 
 def replace_attention(
-    model: nn.Module, settings: AttentionSettings, *, mass_pos: str = "full", num_tokens: int | None = None
+    model: nn.Module,
+    settings: AttentionSettings,
+    *,
+    mass_pos: str = "full",
+    num_tokens: int | None = None,
+    input_size: tuple[int, int, int] | None = None,
 ) -> nn.Module:
     """Give layers of a timm vision transformer gravity attention, in place; returns the model.
 
     Every attention of timm's standard kind that ``mass_pos`` selects is replaced. Its maps, norms and
     dropouts are carried over as they are (trained or not) and dot logits keep its divisor, so ``PLAIN`` settings
-    (``mix="split", num_split=0``) compute what the model computed before. num_tokens: by default patches and prefix tokens of the model.
+    (``mix="split", num_split=0``) compute what the model computed before. Masses and lambdas join the model's
+    ``no_weight_decay()``.
 
-    ValueError when the model has no such attention, or one that is gated or masked.
+    num_tokens: tokens that every layer sees. By default a VisionTransformer's patches and prefix tokens, whose masses
+    are then resampled at other image sizes as its position embedding is, and picked where patches are dropped; of
+    another model each layer's own number, found by one picture of ``input_size`` (channels, height, width; by default
+    that of its published weights).
+
+    ValueError when the model has no such attention, one that is gated or masked, or no fixed number of tokens.
 
     Examples:
         >>> import timm
@@ -423,21 +559,68 @@ def replace_attention(
         >>> vit(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
-    from timm.models.vision_transformer import Attention
+    from timm.models.vision_transformer import Attention, VisionTransformer
 
     found = [(name, layer) for name, layer in model.named_modules() if type(layer) is Attention]
     if not found:
         raise ValueError(f"found no standard timm attention in {type(model).__name__}, wanted a vision transformer")
-    if num_tokens is None:
-        patches: Any = model.patch_embed
-        num_tokens = int(patches.num_patches + getattr(model, "num_prefix_tokens", 0))
-    settings = replace(settings, dot_scale="sqrt_head")
-    mass = shared_mass(settings, mass_pos, found[0][1].num_heads, num_tokens)
-    for index in gravity_layers(mass_pos, len(found)):
-        name, layer = found[index]
+    settings, grid = replace(settings, dot_scale="sqrt_head"), None
+    chosen = [found[index] for index in gravity_layers(mass_pos, len(found))]
+    if num_tokens is not None or settings.mass != "position":
+        numbers = [num_tokens or 0] * len(chosen)
+    elif isinstance(model, VisionTransformer):
+        grid = TokenGrid(tuple(model.patch_embed.grid_size), model.num_prefix_tokens)
+        numbers = [grid.num_tokens] * len(chosen)
+    else:
+        numbers = _token_numbers(model, [layer for _, layer in chosen], input_size)
+    if mass_pos == "full_fix" and len(set(numbers)) > 1:
+        raise ValueError(f"found layers of {min(numbers)} to {max(numbers)} tokens, which cannot share their masses")
+    mass = shared_mass(settings, mass_pos, found[0][1].num_heads, numbers[0])
+    for (name, layer), number in zip(chosen, numbers, strict=True):
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _converted(layer, settings, num_tokens, mass))
+        new = _converted(layer, settings, number, mass)
+        new.grid = grid if isinstance(new.mass, PositionMass) else None
+        setattr(model.get_submodule(parent), child, new)
+    if grid is not None:
+        model.patch_embed.register_forward_hook(grid.see)
+        if hasattr(model.patch_drop, "prob"):
+            model.patch_drop = PatchDrop(model.patch_drop, grid)
+    _exempt_from_decay(model)
     return model
+
+
+@torch.no_grad()
+def _token_numbers(model: nn.Module, layers: Sequence[nn.Module], input_size: tuple[int, int, int] | None) -> list[int]:
+    """Tokens that each attention sees in one picture."""
+    seen: dict[int, int] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda own, inputs: seen.__setitem__(id(own), inputs[0].shape[1]))
+        for layer in layers
+    ]
+    size = input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
+    parameter = next(model.parameters())
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()(torch.zeros(1, *size, device=parameter.device, dtype=parameter.dtype))
+        return [seen[id(layer)] for layer in layers]
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
+        what = (
+            f"cannot tell how many tokens the attention of {type(model).__name__} sees ({str(error).splitlines()[0]})"
+        )
+        raise ValueError(f"{what}: give num_tokens, or masses that have no position, mass='content'") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+        for handle in handles:
+            handle.remove()
+
+
+def _exempt_from_decay(model: nn.Module) -> None:
+    """Add masses and lambdas to the names that timm's optimizers do not decay."""
+    own = {id(parameter) for parameter in mass_parameters(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    before = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    model.no_weight_decay = partial(set, frozenset({*before, *names}))
 
 
 def _converted(

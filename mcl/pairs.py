@@ -38,6 +38,8 @@ class _PairDistances(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("found create_graph: pair distances have no second derivative")
         vectors, queries = ctx.saved_tensors
         users, indptr, nodes, rows = ctx.pattern
         # d/dx sum g |x - y|^2 = 2 (sum of g) x - 2 S y, and the same for y with S^T.

@@ -98,14 +98,19 @@ def encode_pictures(
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
+    from gfml.data.images import decode
+    from gfml.program.weights import pretrained
+
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: check --image-folder")
     if not timm.is_model(backbone):
         raise UserError(
             f"timm has no backbone {backbone!r}: check --image-encoder (python -c 'import timm; print(timm.list_models())')"
         )
-    model = timm.create_model(backbone, pretrained=weights is None, num_classes=0)
-    if weights is not None:
+    if weights is None:
+        model = pretrained(backbone, "connect to the network once, or give --image-weights", num_classes=0)
+    else:
+        model = timm.create_model(backbone, num_classes=0)
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     model.eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
@@ -120,7 +125,8 @@ def encode_pictures(
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
         with torch.inference_mode():
-            batch = torch.stack([transform(Image.open(paths[row]).convert("RGB")) for row in some])
+            pictures = [decode(paths[row].read_bytes(), str(paths[row]), upright=True) for row in some]
+            batch = torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
             values[some] = model(batch).numpy()
     return values, known
 

@@ -22,7 +22,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from gfml.base.errors import UserError
-from gfml.base.files import atomic_open, write_json
+from gfml.base.files import atomic_open, read_arrays, write_json
 from gfml.data.tables import read_bytes
 
 MODALITIES = ("image", "text")
@@ -56,13 +56,8 @@ def require_labels(path: Path) -> None:
 
 def read_feature_file(path: Path, num_items: int) -> np.ndarray:
     """float32 [I, F] of one .npy file; UserError for pickles, other shapes, other row counts and numbers not finite."""
-    try:
-        table = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UserError(
-            f"cannot read {path} ({' '.join(str(error).split())[:120]}): wanted a plain .npy table of numbers"
-        ) from None
-    if not isinstance(table, np.ndarray) or table.ndim != 2 or table.dtype.kind not in "biuf":
+    table = read_arrays(path).get("array", np.zeros(0))
+    if table.ndim != 2 or table.dtype.kind not in "biuf":
         raise UserError(f"{path} holds no table of numbers, wanted {num_items} rows of features: mend the file")
     return checked_features(table, num_items, str(path))
 
@@ -137,11 +132,10 @@ def write_user_graph(path: Path, graph: sp.csr_array) -> None:
 
 def read_user_graph(path: Path, num_users: int) -> sp.csr_array:
     """What :func:`write_user_graph` wrote; UserError when it is of other users."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            indptr, indices, counts = (file[name] for name in ("indptr", "indices", "counts"))
-    except (ValueError, OSError, KeyError, EOFError) as error:
-        raise UserError(f"cannot read {path} ({error}): delete it, it is computed again from train") from None
+    found = read_arrays(path, advice := "delete it, it is computed again from train")
+    if not {"indptr", "indices", "counts"} <= found.keys():
+        raise UserError(f"{path} holds {', '.join(sorted(found))}, wanted indptr, indices and counts: {advice}")
+    indptr, indices, counts = (found[name] for name in ("indptr", "indices", "counts"))
     if len(indptr) != num_users + 1 or (len(indices) and indices.max() >= num_users):
         raise UserError(
             f"{path} is of {len(indptr) - 1} users, the data has {num_users}: delete it, it is computed again"

@@ -67,21 +67,14 @@ class Stored:
 
 def read_run(path: Path) -> Stored:
     """UserError unless the path holds a finished run of ``mirror_grad/main.py``."""
-    import numpy as np
-
+    from gfml.base.checkpoints import train_anew
+    from gfml.base.files import read_arrays
     from gfml.engine.runs import read_config, read_result
 
     config, result = read_config(path), read_result(path)
     if not {"arm", "behaviour", "features"} <= result.keys():
         raise UserError(f"{path} is no run of mirror_grad/main.py: give the directory of one")
-    try:
-        with np.load(path / "analysis.npz", allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path / 'analysis.npz'} ({error}): train the run again with --overwrite"
-        ) from None
-    return Stored(path, config, result, arrays)
+    return Stored(path, config, result, read_arrays(path / "analysis.npz", train_anew(path)))
 
 
 def write_report(paths: Sequence[Path], out: str | None = None) -> Path:

@@ -443,13 +443,11 @@ def bench_multimodal(name: str, model: str, data_root: str | None, steps: int = 
     Features are noise of the published widths (4096 and 384) where the model reads any; plain training, batch 2048.
     With it the peak of this process's resident memory in MiB, an evaluation of the validation part included.
     """
-    from mirror_grad import data as multimodal
-    from mirror_grad import experiment
-    from mirror_grad.models import MODELS
-    from mirror_grad.options import parse
+    from mirror_grad.experiment import MirrorGrad
+    from mirror_grad.main import PROGRAM
 
     root = [f"--data-root={data_root}"] if data_root else []
-    options = parse(
+    settings = PROGRAM.parse(
         [
             "--model",
             model,
@@ -464,18 +462,19 @@ def bench_multimodal(name: str, model: str, data_root: str | None, steps: int = 
             *root,
         ]
     )
-    data = multimodal.load(options, needs_features=MODELS[model].needs_features)
-    built = experiment.build_model(options, data, "cpu").train()
-    optimizer, step, _ = experiment.build_training(options, built)
+    this = MirrorGrad(settings, MirrorGrad.load(settings))
+    built = this.build().train()
+    training = this.training(built)
+    optimizer, step = training.optimizer, training.step
     start = time.process_time(), time.perf_counter()
-    epoch = experiment.build_batches(options, data, built, "cpu")(1)
+    epoch = training.batches(1)
     batches = list(itertools.islice(epoch, steps + 1))
     drawing = time.process_time() - start[0], time.perf_counter() - start[1]
     given = itertools.cycle(batches)
     cpu, wall = measure(lambda: step(functools.partial(built.loss, next(given)), optimizer), runs=steps)
-    experiment.judge_split(options, data, built.eval(), "valid")
+    this.evaluation(built.eval(), "valid")
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    row = Row(f"{model} epoch on {data.interactions.name}, {len(epoch)} steps", cpu * len(epoch) + drawing[0],
+    row = Row(f"{model} epoch on {this.interactions.name}, {len(epoch)} steps", cpu * len(epoch) + drawing[0],
               wall * len(epoch) + drawing[1], "", 0.0, "")  # fmt: skip
     return row, peak
 

@@ -100,7 +100,11 @@ def _timm(
         near = suggest(base, [*MODELS, *timm.list_models()])
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)} or a timm model{near}")
     model = _create(known, num_classes, image_size, in_channels)
-    return model if known == name else replace_attention(model, attention, mass_pos=mass_pos)
+    return (
+        model
+        if known == name
+        else replace_attention(model, attention, mass_pos=mass_pos, input_size=(in_channels, image_size, image_size))
+    )
 
 
 def _create(name: str, num_classes: int, image_size: int, in_channels: int) -> nn.Module:

@@ -120,8 +120,8 @@ def _beside(paths: Sequence[Path]) -> Path:
 
 
 def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
-    import numpy as np
-
+    from gfml.base.checkpoints import train_anew
+    from gfml.base.files import read_arrays
     from gfml.engine.runs import read_config, read_result
     from gfml.report.page import COLORS
     from vision.main import PROGRAM
@@ -131,8 +131,7 @@ def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
         read_config(path)
         changes = {"data_root": data_root} if data_root else {}
         settings = PROGRAM.with_changes(str(path / "config.toml"), changes)
-        with np.load(path / "analysis.npz", allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+        arrays = read_arrays(path / "analysis.npz", train_anew(path))
         label = settings.label
         label = label if label not in [run.label for run in runs] else f"{label} [{path.name[-8:]}]"
         runs.append(StoredRun(path, settings, read_result(path), arrays, label, COLORS[number % len(COLORS)]))

@@ -236,6 +236,11 @@ class VisionSettings(
 
     seed: int = changed(RunSettings, "seed", 42)
     compile: bool = changed(RunSettings, "compile", False, late=False)
+    refit: bool = setting(
+        False,
+        "with --val_fraction: report a model trained anew on train and validation for the epochs that validation selected",
+        late=True,
+    )
 
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:
@@ -244,6 +249,8 @@ class VisionSettings(
         _choose_imbalance(options)
         super().resolve(options)
         _check(options)
+        if options.refit and not options.val_fraction:
+            raise UserError("--refit needs a validation part: give --val_fraction, such as 0.1")
 
     def each(self) -> Sequence[Self]:
         """One run for each model."""
@@ -285,6 +292,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--model-name names a model twice: each has one run")
     if len(names) > 1 and {"run_name", "resume"} & options.explicit:
         raise UserError("--run-name and --resume are for one run: give one --model-name")
+    if not options.num_split and not (options.mix_on and options.mix_mode == "split"):
+        raise UserError("--num_split 0, no gravity heads, belongs to --mix_on 1 --mix_mode split: add these or drop it")
     if "vit_gra" in names and options.mix_on and options.mix_mode == "split" and options.num_split > options.head:
         found = f"found --num_split {options.num_split} and --head {options.head}"
         raise UserError(f"{found}: num_split may be 0 to the number of heads")

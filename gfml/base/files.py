@@ -9,11 +9,16 @@ import glob
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from gfml.base.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextlib.contextmanager
@@ -72,6 +77,21 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> UserError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"cannot write {path} ({error.strerror}): give a writable directory, for runs with `out`")
     return UserError(f"cannot write {path} ({error.strerror or error}): check the path given with `out`")
+
+
+def read_arrays(path: str | os.PathLike[str], advice: str = "mend the file or give another") -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, or that of an .npy file as "array"; no pickles. UserError when they cannot be read."""
+    import numpy as np
+
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"array": loaded}
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: {advice}") from None
+    # A damaged file raises almost anything: wrong checksums, cut-off streams, headers that are no Python.
+    except (OSError, ValueError, EOFError, KeyError, SyntaxError, NotImplementedError, BadZipFile, zlib.error) as error:
+        why = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"cannot read {path} as .npy or .npz ({why}), wanted plain arrays: {advice}") from None
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -26,6 +26,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from gfml.base.errors import UserError, suggest
+from gfml.base.files import read_arrays
 from gfml.data.registry import data_roots
 
 Unreadable = Literal["error", "skip"]
@@ -549,14 +550,14 @@ def read_sprites(folder: Path, name: str, tile: int = 32) -> ImageData:
 
     labels.npz: y_train, y_test, classes.
     """
-    with _npz(folder / "labels.npz") as found:
-        missing = {"y_train", "y_test", "classes"} - set(found.files)
-        if missing:
-            raise UserError(
-                f"{folder / 'labels.npz'} has no {', '.join(sorted(missing))}, wanted y_train, y_test and classes"
-            )
-        classes = tuple(map(str, found["classes"]))
-        labels = {part: found[f"y_{part}"].astype(np.int64) for part in ("train", "test")}
+    found = read_arrays(folder / "labels.npz", "bring the file back")
+    missing = {"y_train", "y_test", "classes"} - found.keys()
+    if missing:
+        raise UserError(
+            f"{folder / 'labels.npz'} has no {', '.join(sorted(missing))}, wanted y_train, y_test and classes"
+        )
+    classes = tuple(map(str, found["classes"]))
+    labels = {part: found[f"y_{part}"].astype(np.int64) for part in ("train", "test")}
     sets = {
         part: ImageSet(ArrayPictures(_tiles(folder / f"{part}.webp", len(y), tile), name), y, classes, f"{name} {part}")
         for part, y in labels.items()
@@ -566,13 +567,6 @@ def read_sprites(folder: Path, name: str, tile: int = 32) -> ImageData:
     if name.endswith("-lossy"):
         notes += ("the images were compressed again with loss: not for comparison with published accuracy",)
     return ImageData(name, sets["train"], sets["test"], statistics=STATISTICS.get(parent), notes=notes)
-
-
-def _npz(path: Path) -> np.lib.npyio.NpzFile:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read {path} ({error}): bring the file back") from None
 
 
 def _tiles(path: Path, count: int, tile: int) -> np.ndarray:
@@ -637,6 +631,8 @@ def read_folder(folder: Path, test_fraction: float = 0.2, seed: int = 2020) -> I
         if not 0 < test_fraction < 1:
             raise UserError(f"found a test fraction of {test_fraction}, wanted 0 < fraction < 1 to cut {folder}")
         rest, part = stratified_split(whole.labels, test_fraction, seed)
+        if not len(part):
+            raise UserError(f"{folder} has one image in each class, none is left to test on: add images")
         return ImageData(
             folder.name, whole.subset(rest, f"{folder.name} train"), whole.subset(part, f"{folder.name} test")
         )

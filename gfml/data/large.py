@@ -6,6 +6,7 @@ Beside the result memory holds the file's two columns in the smallest type, what
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,8 @@ def _grouped(path: Path, user: str, item: str) -> tuple[np.ndarray, np.ndarray]:
     return degree, items
 
 
-def _batches(path: Path, user: str, item: str):
+def _batches(path: Path, user: str, item: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both columns, some rows at a time, int32."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

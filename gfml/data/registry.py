@@ -272,7 +272,11 @@ def data_roots(data_root: str | os.PathLike[str] | None) -> list[Path]:
     if data_root is not None:
         return [Path(data_root).expanduser()]
     given = os.environ.get("GFML_DATA")
-    return [*([Path(given).expanduser()] if given else []), Path("data"), Path.home() / ".cache" / "gfml" / "data"]
+    try:
+        own = [Path.home() / ".cache" / "gfml" / "data"]
+    except RuntimeError:  # a user without HOME and without a line in passwd, as in some containers
+        own = []
+    return [*([Path(given).expanduser()] if given else []), Path("data"), *own]
 
 
 def folders_of(known: KnownDataset, roots: Iterable[Path]) -> list[Path]:

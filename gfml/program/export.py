@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     places = {name: value for name in ("dataset", "data_root") if (value := getattr(options, name)) is not None}
     run = load(options.run, **places)
     require_recommender(run)
-    files = export(run.experiment.scorer(run.model, "test"), run.interactions, Path(options.out))  # type: ignore[attr-defined]
+    files = export(run.experiment.scorer(run.model, "test"), run.interactions, Path(options.out))
     print("\n".join(str(file) for file in files))
     return 0
 

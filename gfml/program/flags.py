@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gfml.base import settings as kinds
@@ -11,7 +12,8 @@ from gfml.base.errors import UserError
 from gfml.base.settings import Settings, TopksAction, setting
 
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
-BASELINES = ("popularity", "item-knn", "ease")
+BASELINES = ("popularity", "item-knn", "ease", "ials")
+TUNED = {"item-knn": ("k", "shrink"), "ease": ("l2",), "ials": ("alpha0", "l2")}
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
@@ -30,7 +32,9 @@ class RunSettings(Settings):
         unit="N",
         beside=True,
     )
-    threads: int = setting(0, "CPU threads; 0 leaves the choice to PyTorch", kinds.whole, unit="N", beside=True)
+    threads: int = setting(
+        0, "CPU threads; 0 leaves the choice to PyTorch", kinds.number(int, least=0, most=1024), unit="N", beside=True
+    )
     cuda_graph: str = setting(
         "auto", "record training steps on CUDA: faster, same numbers", choices=("auto", "0", "1"), beside=True
     )
@@ -96,6 +100,14 @@ class JudgingSettings(Settings):
     baselines: tuple[str, ...] = setting(
         BASELINES, "simple recommenders judged beside the model", nargs="+", choices=(*BASELINES, "none"), beside=True
     )
+    baseline_grid: tuple[str, ...] | None = setting(
+        None,
+        "values of a baseline's setting to search on validation in place of the usual ones: item-knn.k=50,100 "
+        "item-knn.shrink=10 ease.l2=200 ials.alpha0=0.05 ials.l2=0.02; a single value is taken as it is",
+        nargs="+",
+        unit="NAME.SETTING=V,...",
+        beside=True,
+    )
     metrics_as: tuple[str, ...] | None = setting(
         None,
         f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
@@ -118,6 +130,7 @@ class JudgingSettings(Settings):
         check_metric(options.select_metric, cls.other_metrics())
         if "none" in options.baselines and len(options.baselines) > 1:
             raise UserError("--baselines none cannot stand beside others")
+        baseline_grids(options.baseline_grid)
 
     @classmethod
     def other_metrics(cls) -> tuple[str, ...]:
@@ -131,3 +144,20 @@ def check_metric(metric: str, others: tuple[str, ...] = ()) -> None:
     if metric not in others and (name not in METRICS or not re.fullmatch(r"[1-9][0-9]*", k)):
         wanted = f"{', '.join((*others, *METRICS))} with a cut-off, such as ndcg@20"
         raise UserError(f"found --select-metric {metric!r}, wanted one of {wanted}")
+
+
+def baseline_grids(words: Sequence[str] | None) -> dict[str, dict[str, tuple[float, ...]]]:
+    """{baseline: {setting: values in ascending order}} of ``--baseline-grid``."""
+    found: dict[str, dict[str, tuple[float, ...]]] = {}
+    for word in words or ():
+        left, _, right = word.partition("=")
+        name, _, own = left.partition(".")
+        try:
+            values = sorted({(int if own == "k" else float)(value) for value in right.split(",")})
+        except ValueError:
+            values = []
+        if own not in TUNED.get(name, ()) or not values:
+            known = ", ".join(f"{name}.{own}" for name, settings in TUNED.items() for own in settings)
+            raise UserError(f"found --baseline-grid {word}, wanted NAME=NUMBER,... with a name of {known}")
+        found.setdefault(name, {})[own] = tuple(values)
+    return found

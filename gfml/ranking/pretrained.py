@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
+from gfml.base.files import read_arrays
 
 NODES = "encoder.nodes"
 
@@ -23,7 +24,7 @@ def read_nodes(source: str | os.PathLike[str], shape: tuple[int, int, int]) -> T
     """
     path = Path(source)
     if path.suffix == ".npz":
-        arrays = load_arrays(path)
+        arrays = read_arrays(path)
         if not {"user", "item"} <= arrays.keys():
             raise UserError(f"{path} holds {', '.join(sorted(arrays))}, wanted the arrays user and item: mend the file")
         return join_tables(arrays["user"], arrays["item"], shape, path)
@@ -44,7 +45,7 @@ def read_nodes(source: str | os.PathLike[str], shape: tuple[int, int, int]) -> T
 
 def read_table(source: str | os.PathLike[str]) -> np.ndarray:
     """The one two-dimensional array of an .npy or .npz file. UserError otherwise."""
-    tables = [array for array in load_arrays(source).values() if array.ndim == 2]
+    tables = [array for array in read_arrays(source).values() if array.ndim == 2]
     if len(tables) != 1:
         raise UserError(f"{source} holds {len(tables)} tables, wanted exactly one [rows, width]: mend the file")
     return tables[0]
@@ -54,22 +55,13 @@ def join_tables(user: np.ndarray, item: np.ndarray, shape: tuple[int, int, int],
     """user [U, D] over item [I, D] as float32 [U + I, D]; UserError names ``source`` when a shape is another."""
     num_users, num_items, dim = shape
     for name, table, rows in (("user", user, num_users), ("item", item, num_items)):
+        if table.dtype.kind not in "fiub":
+            raise UserError(f"{source} holds {name} vectors of {table.dtype}, wanted numbers: mend the file")
         if table.shape != (rows, dim):
             raise UserError(
                 f"{source} holds {name} vectors {table.shape}, wanted {(rows, dim)}: use the same data and width"
             )
     return _finite(torch.from_numpy(np.concatenate([user, item]).astype(np.float32)), source)
-
-
-def load_arrays(source: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npy (named "array") or .npz file, no pickles. UserError when it cannot be read."""
-    try:
-        loaded = np.load(source, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {source}: check the path") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot read {source} as .npy or .npz ({error}): wanted plain arrays") from None
-    return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"array": loaded}
 
 
 def _finite(nodes: Tensor, source: object) -> Tensor:

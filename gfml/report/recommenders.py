@@ -28,8 +28,8 @@ GRIDS: dict[str, baselines.Grid] = {
     "item-knn": {"k": (5, 10, 20, 50, 100, 200, 500), "shrink": (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)},
     "ease": {"l2": (10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)},
     "ials": {
-        "alpha0": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
-        "l2": (3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.1),
+        "alpha0": (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+        "l2": (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5),
     },
 }
 # Figures of the tables, best first in a reader's interest; those a result lacks are left out.
@@ -197,7 +197,7 @@ def other_conventions(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
         lines.append("  ".join([f"{'metric':<{width}}", *(f"{name:<6}" for name in having)]))
         for column in own:
             cells = [f"{_figure(row.get(column)):<{max(len(name), 6)}}" for name, row in having.items()]
-            lines.append("  ".join([f"{column:<{width}}", *cells]))
+            lines.append("  ".join([f"{column:<{width}}", *cells]).rstrip())
     return lines
 
 

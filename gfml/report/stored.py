@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
+from gfml.base import files
+from gfml.base.checkpoints import train_anew
 from gfml.base.errors import UserError
 from gfml.base.toml import LOCATION_FLAGS
 from gfml.engine.runs import identity, read_config, read_metrics, read_result, run_state
@@ -47,12 +48,7 @@ class StoredRun:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The content of a run's analysis.npz. UserError when it cannot be read."""
-    file = path / "analysis.npz"
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            return dict(stored)
-    except (OSError, ValueError, BadZipFile) as error:
-        raise UserError(f"cannot read {file} ({error}): train the run again with --overwrite") from None
+    return files.read_arrays(path / "analysis.npz", train_anew(path))
 
 
 def each_once(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -183,9 +183,11 @@ def folder_of_classes(root: Path, number: int = 6, each: int = 3) -> Path:
 
 
 def test_a_folder_of_classes_trains_on_the_first_half(tmp_path: Path) -> None:
-    found = load(str(folder_of_classes(tmp_path)), None)
-    assert found.train.classes == ("class0", "class1", "class2") and found.test.classes == (
-        "class3",
+    """Of six classes four train, so that two of them can validate."""
+    found = load(str(folder_of_classes(tmp_path / "ten", number=10)), None)
+    assert found.train.classes == tuple(f"class{label}" for label in range(5)) and len(found.test.classes) == 5
+    found = load(str(folder_of_classes(tmp_path / "six")), None)
+    assert found.train.classes == ("class0", "class1", "class2", "class3") and found.test.classes == (
         "class4",
         "class5",
     )
@@ -276,3 +278,32 @@ def test_wrong_roots_are_named(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     with pytest.raises(UserError, match="no image in the class folder 'b'"):
         load(str(tmp_path), None)
+
+
+@pytest.mark.parametrize(("classes", "trained", "held"), [(6, 4, 2), (8, 4, 2), (12, 6, 2)])
+def test_small_folders_have_classes_to_validate_on(tmp_path: Path, classes: int, trained: int, held: int) -> None:
+    """At the defaults of --val-share and --split-seed."""
+    for label in range(classes):
+        for number in range(3):
+            picture(tmp_path / f"c{label:02}" / f"{number}.png")
+    data = load(str(tmp_path), None)
+    assert data.num_classes == trained and len(data.test.classes) == classes - trained
+    assert len(hold_out(data, 0.2, 2020).valid.classes) == held
+
+
+def test_advice_on_too_few_classes_helps(tmp_path: Path) -> None:
+    """A share is only to be lowered where that leaves classes to train on."""
+    for label in range(5):
+        for number in range(3):
+            picture(tmp_path / f"c{label:02}" / f"{number}.png")
+    data = load(str(tmp_path), None)
+    for share in (0.01, 0.2, 1.0):
+        with pytest.raises(UserError, match="for validation: give --select-on test$"):
+            hold_out(data, share, 0)
+    for label in range(5, 12):
+        for number in range(3):
+            picture(tmp_path / f"c{label:02}" / f"{number}.png")
+    data = load(str(tmp_path), None)
+    with pytest.raises(UserError, match="lower --val-share, or give --select-on test$"):
+        hold_out(data, 0.9, 0)
+    assert hold_out(data, 0.2, 0).num_classes == 4

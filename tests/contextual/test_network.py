@@ -110,6 +110,7 @@ def test_what_cannot_be_built_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **options: object) -> None:
         raise ConnectionError("no network")
 
+    monkeypatch.setattr("gfml.program.weights._place", lambda name: None)
     monkeypatch.setattr("timm.create_model", offline)
     with pytest.raises(
         UserError, match="cannot get the pretrained weights of resnet50.tv_in1k .ConnectionError.*--pretrained 0"

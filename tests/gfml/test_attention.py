@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from gfml.attention import (
@@ -655,3 +659,133 @@ def test_a_gpu_gives_the_same(mix) -> None:
     layer, x = small(lamb=3.0, num_split=2, **MIXES[mix]), rows(0, 2, 5, 12)
     wanted = layer(x)
     torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), wanted, rtol=1e-9, atol=1e-9)
+
+
+# -- models of timm at other sizes, with dropped patches, traced, differentiated twice
+
+
+def small_vit(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=24, num_heads=2, num_classes=5, **options
+    )
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "mobilevit_xxs", "crossvit_9_240"])
+def test_staged_models_have_masses_for_each_layer_s_tokens(name) -> None:
+    model = timm.create_model(name, num_classes=3)
+    size = model.pretrained_cfg["input_size"]
+    replace_attention(model, AttentionSettings())
+    layers = dict(gravity_attentions(model))
+    seen: dict[str, int] = {}
+    for key, layer in layers.items():
+        layer.register_forward_pre_hook(lambda own, inputs, key=key: seen.__setitem__(key, inputs[0].shape[1]))
+    assert model.eval()(torch.zeros(1, *size)).shape == (1, 3)
+    assert seen == {key: layer.mass.key.shape[1] for key, layer in layers.items()} and len(set(seen.values())) > 1
+    with pytest.raises(ValueError, match="which cannot share their masses"):
+        replace_attention(timm.create_model(name), AttentionSettings(), mass_pos="full_fix")
+
+
+def test_a_model_of_no_known_tokens_is_one_line() -> None:
+    model = timm.create_model("mobilevit_xxs", num_classes=3)
+    with pytest.raises(
+        ValueError, match="cannot tell how many tokens the attention of ByobNet sees .*: give num_tokens"
+    ):
+        replace_attention(model, AttentionSettings(), input_size=(5, 64, 64))
+    replace_attention(model, AttentionSettings(mass="content"))
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("how", ["dynamic_img_size", "set_input_size"])
+def test_masses_follow_the_position_embedding_to_other_sizes(how) -> None:
+    """Resampled by the same library function; at the model's own size nothing changes, also after a copy."""
+    from timm.layers import resample_abs_pos_embed
+
+    model = small_vit(**({how: True} if how == "dynamic_img_size" else {}))
+    replace_attention(model, AttentionSettings(lamb=0.0, scale="none"))
+    model = copy.deepcopy(model).eval()
+    if how == "set_input_size":
+        model.set_input_size((96, 32))
+    found = attention_weights(model, torch.randn(2, 3, 96, 32))
+    for name, layer in gravity_attentions(model):
+        assert layer.mass.key.shape == (1, 17)
+        masses = resample_abs_pos_embed(layer.mass.key[..., None], [6, 2], [4, 4], num_prefix_tokens=1)[0, :, 0]
+        torch.testing.assert_close(found[name], masses.softmax(0).expand(2, 2, 13, 13))
+    masses.sum().backward()
+    if how == "dynamic_img_size":
+        own = attention_weights(model, torch.randn(1, 3, 64, 64))
+        torch.testing.assert_close(own[name], layer.mass.key[0].softmax(0).expand(1, 2, 17, 17))
+    with pytest.raises(ValueError, match="found 13 tokens, wanted"):
+        layer.grid.now = (4, 4)
+        layer(torch.zeros(1, 13, 24))
+
+
+def test_dropped_patches_take_their_masses_along() -> None:
+    model = small_vit(patch_drop_rate=0.5)
+    replace_attention(model, AttentionSettings(lamb=0.0, scale="none"))
+    name, layer = next(iter(gravity_attentions(model)))
+    seen = []
+    layer.register_forward_pre_hook(lambda own, inputs: seen.append(own.weights(inputs[0])))
+    model.train()(torch.randn(3, 3, 64, 64)).sum().backward()
+    kept = layer.grid.kept
+    assert kept.shape == (3, 8) and not torch.equal(kept[0], kept[1])
+    for picture in range(3):
+        masses = torch.stack(
+            [layer.mass.key[0, 0], *(layer.mass.key[0, 1 + place] for place in kept[picture].tolist())]
+        )
+        torch.testing.assert_close(seen[0][picture], masses.softmax(0).expand(2, 9, 9))
+    assert layer.mass.key.grad.abs().sum() > 0
+    assert attention_weights(model, torch.randn(1, 3, 64, 64))[name].shape == (1, 2, 17, 17)  # none are dropped in eval
+
+
+def test_masses_and_lambdas_do_not_decay_in_timm_s_groups() -> None:
+    from timm.optim import param_groups_weight_decay
+
+    model = replace_attention(small_vit(), AttentionSettings(learn_lamb=True), mass_pos="full_fix")
+    names = model.no_weight_decay()
+    assert {"pos_embed", "cls_token", "blocks.0.attn.mass.key", "blocks.1.attn.raw_lamb"} <= names
+    free = param_groups_weight_decay(model, 0.1, no_weight_decay_list=names)[0]
+    assert free["weight_decay"] == 0
+    assert all(any(own is one for one in free["params"]) for own in mass_parameters(model))
+    assert pickle.loads(pickle.dumps(model)).no_weight_decay() == names
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"mix": "normal"}, {"mix": "split", "num_split": 1}, {"mass": "content"}, {"distance": "l1"}]
+)
+def test_torch_fx_traces_what_the_model_computes(settings) -> None:
+    model = replace_attention(small_vit(), AttentionSettings(**settings)).eval()
+    traced = torch.fx.symbolic_trace(model)
+    with pytest.raises(ValueError, match="knows no masks"):
+        traced(torch.zeros(2, 3, 64, 64), is_causal=True)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_second_derivatives_of_the_closed_form(alpha) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 3, 2, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2))
+    column = torch.randn(1, 2, 1, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    beta = torch.tensor([[[0.7]], [[1.6]]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *inputs: power_law_weights(*inputs, alpha), (q, k, column, beta))
+
+
+def test_functional_transforms_work_or_name_what_does() -> None:
+    layer, explicit = (GravityAttention(8, 2, 3, AttentionSettings(kernel=kernel)) for kernel in ("auto", "explicit"))
+    explicit.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    found, wanted = (torch.func.grad(lambda v, own=own: own(v).square().sum())(x) for own in (layer, explicit))
+    torch.testing.assert_close(found, wanted)
+    per_row = torch.func.vmap(torch.func.grad(lambda v: explicit(v[None]).square().sum()))(x)
+    torch.testing.assert_close(per_row, wanted)
+    with pytest.raises(ValueError, match="cannot be mapped over: give the settings kernel='explicit'"):
+        torch.func.vmap(lambda v: layer(v[None]).sum())(x)
+    with pytest.raises(ValueError, match="forward mode AD. Give the settings kernel='explicit'"):
+        torch.func.jvp(lambda v: layer(v), (x,), (x,))
+
+
+def test_no_gravity_heads_need_the_split_mix() -> None:
+    for mix in ("off", "normal"):
+        with pytest.raises(ValueError, match=f"num_split 0, no gravity heads, with mix '{mix}'.*give mix='split'"):
+            AttentionSettings(mix=mix, num_split=0)

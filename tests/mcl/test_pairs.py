@@ -64,3 +64,10 @@ def test_more_pairs_than_cells(close, places):
     weights = torch.linspace(-1, 2, places, dtype=torch.float64)
     (found * weights).sum().backward(), (wanted * weights).sum().backward()
     close(ours.grad, theirs.grad, grad=True)
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Rather than wrong: what the backward pass needs of the first is not followed."""
+    v = vectors().requires_grad_()
+    with pytest.raises(RuntimeError, match="pair distances have no second derivative"):
+        torch.autograd.grad(pair_sq_distances(v, USERS, INDPTR, NODES).sum(), v, create_graph=True)

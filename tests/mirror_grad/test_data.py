@@ -14,7 +14,9 @@ from gfml.base.errors import UserError
 from gfml.data.interactions import csr_from_pairs, pairs_from_csr
 from mirror_grad import features, layout
 from mirror_grad.data import MultimodalData, load, without_cold_users
-from mirror_grad.options import parse
+from mirror_grad.main import PROGRAM
+
+parse = PROGRAM.parse
 
 
 def read(*words, model="VBPR", needs=True):

@@ -13,7 +13,9 @@ from gfml.base.errors import UserError
 from gfml.program.cli import run_main
 from mirror_grad import features, preprocess
 from mirror_grad.data import load
-from mirror_grad.options import parse
+from mirror_grad.main import PROGRAM
+
+parse = PROGRAM.parse
 
 
 @pytest.fixture(scope="module")

@@ -265,6 +265,12 @@ def test_a_folder_without_parts_is_cut(tmp_path, pictures):
     assert len(names) == 12
 
 
+def test_one_image_a_class_leaves_none_to_test_on(tmp_path, pictures):
+    write_tree(tmp_path, pictures[:2], parts=("photos",))
+    with pytest.raises(UserError, match="has one image in each class, none is left to test on: add images"):
+        load_images(tmp_path / "photos")
+
+
 def test_hidden_files_and_folders_are_no_images(tmp_path, pictures):
     """At every level, and their endings do not matter; .jfif is a JPEG."""
     folder = write_tree(tmp_path / "photos", pictures)

@@ -8,7 +8,8 @@ import torch
 
 from gfml.base.checkpoints import save_state
 from gfml.base.errors import UserError
-from gfml.ranking.pretrained import join_tables, load_arrays, read_nodes, read_table
+from gfml.base.files import read_arrays
+from gfml.ranking.pretrained import join_tables, read_nodes, read_table
 
 SHAPE = (3, 4, 2)
 
@@ -51,7 +52,7 @@ def test_what_does_not_fit(tmp_path, nodes):
 def test_no_pickles(tmp_path):
     np.save(tmp_path / "object.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="wanted plain arrays"):
-        load_arrays(tmp_path / "object.npy")
+        read_arrays(tmp_path / "object.npy")
 
 
 def _saved(path, array):
