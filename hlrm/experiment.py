@@ -19,6 +19,7 @@ from gfml.distances import SquaredDistance
 from gfml.engine.runs import Run
 from gfml.engine.train import FitResult
 from gfml.program.experiment import Judged, Training
+from gfml.program.flags import baseline_grids
 from gfml.program.recommender import Recommender
 from gfml.program.steps import ProjectedStep, build_step
 from gfml.ranking.encoders import Tables
@@ -181,7 +182,9 @@ class HLRM(Recommender):
                 "seen items": "left out" if s.mask_seen else "recommended too, as in the port",
             },
             "cold_users": found.cold_users,
-            "baselines": baseline_results(names, data, s.topks, cache_dir=Path(s.out) / "baselines"),
+            "baselines": baseline_results(
+                names, data, s.topks, cache_dir=Path(s.out) / "baselines", grids=baseline_grids(s.baseline_grid)
+            ),
         }  # fmt: skip
         return Judged(result, self.arrays(model, found), found)
 

@@ -13,7 +13,7 @@ from gfml.data.items import read_item_features
 from gfml.distances import SquaredDistance
 from gfml.engine.optimizers import build_optimizer
 from gfml.engine.train import WeightAverage
-from gfml.fused import FusedPairLoss
+from gfml.fused import FusedHinge, FusedPairLoss
 from gfml.gravity import Gravity, GravityScorer, Mass, unit_rows
 from gfml.program.experiment import Training
 from gfml.program.recommender import Recommender
@@ -112,7 +112,7 @@ class Recsys(Recommender):
             step=ProjectedStep(step, model) if s.model == "cml" else step, scheduler=_schedule(s, optimizer), ema=ema,
         )  # fmt: skip
 
-    def fused_or_reason(self, model: Model) -> FusedPairLoss | str:
+    def fused_or_reason(self, model: Model) -> FusedPairLoss | FusedHinge | str:
         """The loss with gradients by formula, or why autograd makes them."""
         if self.settings.kernel == "autograd":
             return "--kernel autograd"

@@ -135,7 +135,7 @@ class TrainingSettings(Settings):
     )
     kernel: str = setting(
         "auto",
-        "gradients; auto: by formula for the pair losses of tables on a CPU, else by autograd",
+        "gradients; auto: by formula for losses of tables on a CPU, else by autograd",
         choices=("auto", "autograd"),
         late=True,
     )
