@@ -10,26 +10,19 @@ Kind sklearn is a ball tree, which is exact. The items nearest to a user are its
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cml_baseline.settings import ANN
 from gfml.base.errors import UserError
 from gfml.program.cli import Parser, number, run_main
+from gfml.program.index import measure_index
 
 if TYPE_CHECKING:
     import numpy as np
-
-# Neighbours a node of the graph keeps, how widely it is built, and how widely it is searched, in lengths of the list:
-# speed against recall. A search narrower than the list cannot fill it.
-LINKS, BUILD_WIDTH = 32, 200
-SEARCH_WIDTHS = (1, 2, 4)
-QUERIES = 2000
 
 
 def build_parser() -> Parser:
@@ -56,28 +49,15 @@ def export(run: str | os.PathLike[str], kind: str = "auto", top: int = 100) -> d
     """
     import numpy as np
 
-    from gfml.base.files import atomic_open, write_json
+    from gfml.base.files import atomic_open
 
-    kind = _available(kind)
     arrays = read_arrays(Path(run))
     user, item = search_vectors(arrays)
-    top = min(top, len(item))
     folder = Path(run) / "ann"
     kept = {"user": user, "item": item} | {name: arrays[name] for name in ("item_ids",) if name in arrays}
     with atomic_open(folder / "vectors.npz", "wb") as stream:
         np.savez_compressed(stream, **kept)
-    queries = user[np.random.default_rng(0).permutation(len(user))[:QUERIES]]
-    exact, exact_seconds = _timed(lambda: exact_search(queries, item, top))
-    rows = _faiss_rows(folder, item, queries, exact, top) if kind == "faiss" else _tree_rows(item, queries, exact, top)
-    found = {"kind": kind, "items": len(item), "top": top, "queries": len(queries),
-             "exact_queries_per_second": len(queries) / exact_seconds, "searches": rows}  # fmt: skip
-    write_json(folder / "ann.json", found)
-    print(f"\n{kind} index of {len(item):,} items, {top} neighbours of {len(queries):,} users, against exact search")
-    print(f"{'search':<22}  recall@{top:<4}  queries/s")
-    print(f"{'exact (one product)':<22}  {1:>11.4f}  {found['exact_queries_per_second']:>9,.0f}")
-    for row in rows:
-        print(f"{row['search']:<22}  {row['recall']:>11.4f}  {row['queries_per_second']:>9,.0f}")
-    return found
+    return measure_index(folder, user, item, kind, top)
 
 
 def read_arrays(run: Path) -> dict[str, np.ndarray]:
@@ -105,83 +85,6 @@ def search_vectors(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.nda
         return user, item
     more = np.sqrt(arrays["item_offset"], dtype=np.float32)[:, None]
     return np.concatenate([user, np.zeros_like(user[:, :1])], 1), np.concatenate([item, more], 1)
-
-
-def exact_search(queries: np.ndarray, items: np.ndarray, top: int) -> np.ndarray:
-    """The ``top`` nearest items of every query by squared distance: int64 [n, top]."""
-    import torch
-
-    from gfml.cml import SquaredDistanceScorer
-    from gfml.ranking.topk import topk_items
-
-    scorer = SquaredDistanceScorer(torch.from_numpy(queries), torch.from_numpy(items))
-    return topk_items(scorer, torch.arange(len(queries)), top, seen=None).numpy()
-
-
-def distance_recall(queries: np.ndarray, items: np.ndarray, found: np.ndarray, exact: np.ndarray) -> float:
-    """Mean share of a list that lies within the K-th exact distance: of equally near items any may be found.
-
-    Shape: queries [n, D]; items [I, D]; found, exact int64 [n, K], found with -1 where nothing was. Repeats count once.
-    """
-    import numpy as np
-
-    good = 0
-    for query, own, best in zip(queries.astype(np.float64), found, exact, strict=True):
-        own = np.unique(own[own >= 0])
-        sq_distance = [np.square(items[ids].astype(np.float64) - query).sum(1) for ids in (own, best)]
-        # Exact search rounds in float32: an item that is farther by that much is as near.
-        scale = np.square(query).sum() + np.square(items[best].astype(np.float64)).sum(1).max()
-        good += int((sq_distance[0] <= sq_distance[1].max() + 1e-6 * scale).sum())
-    return good / exact.size
-
-
-def _available(kind: str) -> str:
-    there = importlib.util.find_spec("faiss") is not None
-    if kind == "auto":
-        return "faiss" if there else "sklearn"
-    if kind == "faiss" and not there:
-        raise UserError("faiss is not installed: pip install -e '.[ann]', or give sklearn")
-    return kind
-
-
-def _faiss_rows(
-    folder: Path, item: np.ndarray, queries: np.ndarray, exact: np.ndarray, top: int
-) -> list[dict[str, Any]]:
-    import faiss
-    import torch
-
-    from gfml.base.files import atomic_open
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    index = faiss.IndexHNSWFlat(item.shape[1], LINKS)
-    index.hnsw.efConstruction = BUILD_WIDTH
-    index.add(item)
-    rows = []
-    for width in (top * times for times in SEARCH_WIDTHS):
-        index.hnsw.efSearch = width
-        (_, found), seconds = _timed(lambda: index.search(queries, top))
-        rows.append(_row(f"HNSW, width {width}", distance_recall(queries, item, found, exact), len(found) / seconds))
-    with atomic_open(folder / "index.faiss", "wb") as stream:
-        stream.write(faiss.serialize_index(index).tobytes())
-    return rows
-
-
-def _tree_rows(item: np.ndarray, queries: np.ndarray, exact: np.ndarray, top: int) -> list[dict[str, Any]]:
-    from sklearn.neighbors import NearestNeighbors
-
-    tree = NearestNeighbors(n_neighbors=top, algorithm="ball_tree").fit(item)
-    found, seconds = _timed(lambda: tree.kneighbors(queries, return_distance=False))
-    return [_row("ball tree", distance_recall(queries, item, found, exact), len(found) / seconds)]
-
-
-def _row(name: str, recall: float, queries_per_second: float) -> dict[str, Any]:
-    return {"search": name, "recall": recall, "queries_per_second": queries_per_second}
-
-
-def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    found = call()
-    return found, max(time.perf_counter() - started, 1e-9)
 
 
 if __name__ == "__main__":

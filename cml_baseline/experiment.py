@@ -19,8 +19,8 @@ from gfml.distances import SquaredDistance
 from gfml.engine.runs import Run
 from gfml.engine.train import FitResult, Optimizers
 from gfml.program.experiment import Judged, Training
-from gfml.program.recommender import Recommender, check_judgeable, cut_offs
-from gfml.program.steps import ProjectedStep, build_step
+from gfml.program.recommender import Recommender
+from gfml.program.steps import ProjectedStep, build_step, check_judgeable, cut_offs
 from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleSampler, TwoStageSampler
 from gfml.report.recommenders import USUAL_METRICS, other_conventions, table_columns, text_table
@@ -35,7 +35,7 @@ class CML(Recommender):
     @classmethod
     def load(cls, settings: Any) -> Interactions:
         data = sources.load(settings)
-        check_judgeable(data, cut_offs(settings), settings.select_on)
+        check_judgeable(data, cut_offs(settings.topks, settings.select_metric), settings.select_on)
         return data
 
     @property

@@ -67,6 +67,8 @@ class Retrieve(Experiment):
     """One network that maps pictures to unit vectors; classes of test are no classes of train."""
 
     judged_by_all = True
+    # Pictures of what no file of the run holds are drawn of this judgement.
+    redrawn = True
     settings: ContextualSettings
     data: RetrievalData
 

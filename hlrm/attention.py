@@ -17,7 +17,7 @@ from gfml.data.items import beside, read_item_info
 from gfml.program.cli import Options
 from gfml.ranking.evaluation import Evaluation
 from hlrm.data import History
-from hlrm.experiment import histories
+from hlrm.experiment import HLRM
 from hlrm.model import RelationModel
 
 INFO_FILES = ("movies.dat", "ml-100k.item", "items.csv", "items.tsv")
@@ -25,21 +25,20 @@ PLOTTED = 12
 SHOWN_SLOTS = 15
 
 
-def explain(
-    given: Options, options: Options, data: Interactions, model: RelationModel, evaluation: Evaluation, file: Path
-) -> list[str]:
+def explain(given: Options, this: HLRM, model: RelationModel, evaluation: Evaluation, file: Path) -> list[str]:
     """Write attention.npz, attention.csv and a plot per pair into a folder; lines that say where.
 
     Pairs: those of --pair, then the first recommendations of --attention judged users (drawn with the seed).
     """
+    options, data = this.settings, this.data
     if model.relation is None:
         raise UserError(f"{file} has no relations to explain (--model {options.model}): drop --attention and --pair")
     pairs = [_numbered(data, *pair) for pair in getattr(given, "pair", [])]
     rows = np.random.default_rng(options.seed).permutation(len(evaluation.users))[: given.attention]
     pairs += [(int(evaluation.users[row]), int(evaluation.top[row, 0])) for row in rows if evaluation.top[row, 0] >= 0]
     folder = Path(getattr(given, "attention_dir", file.with_suffix(".attention")))
-    arrays = attention_of(options, data, model, pairs, given.eval_split)
-    names = item_names(data, options, getattr(given, "item_info", None))
+    arrays = attention_of(this, model, pairs, given.eval_split)
+    names = item_names(this, getattr(given, "item_info", None))
     with atomic_open(folder / "attention.npz", "wb") as stream:
         np.savez_compressed(stream, **arrays)
     with atomic_open(folder / "attention.csv", newline="") as stream:
@@ -50,18 +49,16 @@ def explain(
         writer.writerows(table_rows(arrays, data, names))
     for number in range(min(len(pairs), PLOTTED)):
         plot_pair(folder / f"pair-{number + 1}.png", arrays, number, data, names)
-    return [f"attention     {folder} ({len(pairs)} pairs)"]
+    return [f"attention       {folder} ({len(pairs)} pairs)"]
 
 
 @torch.no_grad()
-def attention_of(
-    options: Options, data: Interactions, model: RelationModel, pairs: list[tuple[int, int]], split: str
-) -> dict[str, np.ndarray]:
+def attention_of(this: HLRM, model: RelationModel, pairs: list[tuple[int, int]], split: str) -> dict[str, np.ndarray]:
     """Arrays of N pairs: users [N], items [N], references [N, S] (-1 the user, -2 no item), user_weights [N, S],
     item_weights [N, 1 + P] (target slot first) for kind plus, addresses [N, S, n] for the memory form."""
-    device = model.encoder.nodes.device
+    device = this.device
     users, items = torch.tensor(pairs, dtype=torch.int64, device=device).view(-1, 2).T
-    every = histories(options, data, split, device)
+    every = this.histories(split)
     history = History(every.ids[users], every.counts[users])
     found = model.attend(users, items[:, None], history)
     references = history.ids.masked_fill(~history.mask, -2)
@@ -75,13 +72,14 @@ def attention_of(
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
 
-def item_names(data: Interactions, options: Options, file: str | None) -> list[str]:
+def item_names(this: HLRM, file: str | None) -> list[str]:
     """Titles where a file beside the data, or the given one, has them; else the ids of the source."""
+    data = this.data
     ids = [str(name) for name in (np.arange(data.num_items) if data.item_ids is None else data.item_ids).tolist()]
     path = Path(file) if file else None
     # Titles belong to source ids; data in numbers of its own has none that a file could name.
     if path is None and data.item_ids is not None:
-        path = beside(options.dataset, options.data_root, INFO_FILES)
+        path = beside(this.settings.dataset, this.settings.data_root, INFO_FILES)
     if path is None:
         return [f"item {name}" for name in ids]
     titles = read_item_info(path, data).titles

@@ -167,6 +167,17 @@ class PairBatch:
     def __len__(self) -> int:
         return len(self.users)
 
+    def rows(self, part: slice) -> PairBatch:
+        """The pairs at these places."""
+        audience = None
+        if self.audience is not None:
+            both = (
+                torch.stack([side[: len(self)][part], side[len(self) :][part]]).flatten(0, 1) for side in self.audience
+            )
+            audience = History(*both)
+        history = History(*(side[part] for side in self.history))
+        return PairBatch(self.users[part], self.pos[part], self.neg[part], history, audience)
+
 
 class PairSampler:
     """Epochs of batches: every train pair once, shuffled, with one uniform negative and a fresh history.

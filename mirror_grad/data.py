@@ -20,7 +20,6 @@ from gfml.data.cache import default_cache_dir
 from gfml.data.interactions import Interactions, csr_from_pairs
 from gfml.data.items import read_item_features, read_item_info
 from gfml.data.options import load_from_args
-from gfml.program.cli import Options
 from mirror_grad import features as encoders
 from mirror_grad.layout import (
     MODALITIES,
@@ -30,10 +29,11 @@ from mirror_grad.layout import (
     read_item_map,
     read_user_graph,
     require_labels,
+    rows_in_map,
     shared_items,
     write_user_graph,
 )
-from mirror_grad.options import DATASETS, FEATURES
+from mirror_grad.settings import DATASETS, FEATURES, MirrorGradSettings
 
 TEXT_FILES = ("item_text.csv", "movies.dat", "ml-100k.item")
 ID_MODELS = ("BPR", "LightGCN", "LayerGCN", "SELFCFED_LGN")
@@ -95,7 +95,7 @@ class MultimodalData:
         return replace(self, features=dict(features), feature_source=source or self.feature_source)
 
 
-def load(options: Options, *, needs_features: bool) -> MultimodalData:
+def load(options: MirrorGradSettings, *, needs_features: bool) -> MultimodalData:
     """The data of the flags. Features are read or made when the model needs them or ``--features`` names them."""
     inter = _own_inter(options)
     if inter is not None and options.split is None:
@@ -111,7 +111,9 @@ def load(options: Options, *, needs_features: bool) -> MultimodalData:
     numbered = folder is not None and interactions.item_ids is None
     ids = read_item_map(folder, interactions.num_items) if numbered else None
     if ids is not None:
-        interactions = replace(interactions, item_ids=ids)
+        more = (rows_in_map(folder) or 0) - interactions.num_items
+        notes = {"items of the map that no interaction names, ignored": more} if more > 0 else {}
+        interactions = replace(interactions, item_ids=ids, notes=interactions.notes | notes)
     cache_dir = (
         (Path(options.cache_dir) if options.cache_dir else default_cache_dir()).parent / "graphs"
         if options.cache
@@ -135,7 +137,7 @@ def without_cold_users(data: Interactions) -> Interactions:
     return replace(data, **parts, notes=notes) if dropped else data
 
 
-def _own_inter(options: Options) -> Path | None:
+def _own_inter(options: MirrorGradSettings) -> Path | None:
     """The .inter file of a data set that is not known by name."""
     if (
         options.dataset in registry.GENERATED
@@ -153,7 +155,7 @@ def _own_inter(options: Options) -> Path | None:
     return found
 
 
-def _registry_folder(options: Options) -> Path | None:
+def _registry_folder(options: MirrorGradSettings) -> Path | None:
     known = registry.KNOWN.get(registry.ALIASES.get(options.dataset, options.dataset))
     if known is None:
         path = Path(options.dataset).expanduser()
@@ -165,7 +167,7 @@ def _registry_folder(options: Options) -> Path | None:
 # -- features
 
 
-def _with_modalities(options: Options, data: MultimodalData, *, needs_features: bool) -> MultimodalData:
+def _with_modalities(options: MirrorGradSettings, data: MultimodalData, *, needs_features: bool) -> MultimodalData:
     """The data with the features of ``--features``, limited to ``--modalities``."""
     tables, source = _tables(options, data)
     tables = {name: tables[name] for name in MODALITIES if name in tables and name in options.modalities}
@@ -184,7 +186,7 @@ def _with_modalities(options: Options, data: MultimodalData, *, needs_features: 
     return replace(data, features=values, known=known, feature_source=source if values else "none")
 
 
-def _tables(options: Options, data: MultimodalData) -> tuple[dict[str, np.ndarray], str]:
+def _tables(options: MirrorGradSettings, data: MultimodalData) -> tuple[dict[str, np.ndarray], str]:
     """Raw tables by modality and where they are from; empty where there are none."""
     what = options.features
     if what == "none":
@@ -226,7 +228,7 @@ def _stored_tables(place: Path, data: MultimodalData) -> tuple[dict[str, np.ndar
     return named, "npz"
 
 
-def item_texts(options: Options, data: MultimodalData) -> list[str]:
+def item_texts(options: MirrorGradSettings, data: MultimodalData) -> list[str]:
     """One text an item, from ``--item-text`` or the folder's own file; empty where the file says nothing."""
     names = [data.folder / f"{name}{end}" for name in TEXT_FILES for end in ("", ".gz")] if data.folder else []
     file = (
@@ -247,7 +249,7 @@ def item_texts(options: Options, data: MultimodalData) -> list[str]:
     return encoders.words_of(info.titles, info.genres)
 
 
-def _no_features(options: Options, data: MultimodalData) -> UserError:
+def _no_features(options: MirrorGradSettings, data: MultimodalData) -> UserError:
     """What is missing and every way out."""
     name, where = data.interactions.name, "" if data.folder is None else f" in {data.folder}"
     wanted = " or ".join(f"{kind}_feat.npy" for kind in options.modalities)

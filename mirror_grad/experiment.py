@@ -1,29 +1,40 @@
-"""From flags to objects: model, optimizer, mirror step, batches, evaluation."""
+"""What a run is made of: data with item features, any of the models, the mirror step and its control arms."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gfml.base.errors import UserError
+from gfml.base.files import write_json
 from gfml.base.weights import read_weights
+from gfml.data.interactions import Interactions
+from gfml.engine.distributed import World
 from gfml.engine.runs import Run
-from gfml.engine.train import Step, plain_step
+from gfml.engine.train import FitResult, Step, plain_step
 from gfml.mirror import MirrorGradient
-from gfml.program import steps as program
-from gfml.program.cli import Options
-from gfml.program.steps import cut_offs
-from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.program.experiment import Training
+from gfml.program.recommender import Recommender
+from gfml.program.steps import check_judgeable, cut_offs
+from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleBatches, TripleSampler
+from gfml.ranking.topk import FactorScorer, Scorer
+from gfml.report.recommenders import USUAL_METRICS, judged_text, other_conventions, table_columns, text_table
 from mirror_grad import foreign
-from mirror_grad.data import MultimodalData
+from mirror_grad.data import MultimodalData, load
 from mirror_grad.models import MODELS, load_model
-from mirror_grad.options import arm_of
+from mirror_grad.settings import arm_of
 
 LEARNERS = {
     "adam": torch.optim.Adam,
@@ -31,58 +42,206 @@ LEARNERS = {
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
 }
+# What is reported without training.
+UNTRAINED = {"epoch": 0, "metric": None, "protocol": "no training", "weights": "none", "epochs_trained": 0}
+PUBLISHED_MASK = "validation items left in the test lists, as published"
 
 
-def build_model(options: Options, data: MultimodalData, device: torch.device) -> nn.Module:
-    """The model of the flags with fresh parameters."""
-    build = load_model(options.model)
-    model = build(
-        data, options.settings, behaviour=options.behaviour, embedding_dim=options.embedding_dim, seed=options.seed
-    )
-    return model.to(device)
+class MirrorGrad(Recommender):
+    """A multimodal recommender, trained with the mirror step or as one of its control arms."""
+
+    @classmethod
+    def load(cls, settings: Any) -> MultimodalData:
+        data = load(settings, needs_features=MODELS[settings.model].needs_features)
+        check_judgeable(data.interactions, cut_offs(settings.topks, settings.select_metric), settings.select_on)
+        return data
+
+    @property
+    def interactions(self) -> Interactions:
+        return self.data.interactions
+
+    def whole(self) -> Self:
+        data = replace(self.data, interactions=self.interactions.refit())
+        return type(self)(self.settings, data, self.world)
+
+    @property
+    def name(self) -> str:
+        return self.settings.model
+
+    @property
+    def label(self) -> str:
+        return f"{self.interactions.name}-{self.settings.model}-{arm_of(self.settings)}"
+
+    @property
+    def patience(self) -> int | None:
+        return None if self.settings.patience is None else self.settings.patience + 1
+
+    # -- building and training
+
+    def build(self, *, start: bool = True) -> nn.Module:
+        s = self.settings
+        build = load_model(s.model)
+        model = build(self.data, s.settings, behaviour=s.behaviour, embedding_dim=s.embedding_dim, seed=s.seed)
+        return model.to(self.device)
+
+    def training(self, model: nn.Module) -> Training | None:
+        """The learning rate is that of the arm, and falls by epoch."""
+        s = self.settings
+        if not MODELS[s.model].trains:
+            return None
+        groups = [p for p in model.parameters() if p.requires_grad]
+        if hasattr(model, "optimizer_groups"):
+            groups = model.optimizer_groups()
+        fused = {"fused": True} if s.learner == "adam" else {}
+        optimizer = LEARNERS[s.learner](
+            groups, lr=s.learning_rate * arm_factor(s), weight_decay=s.weight_decay, **fused
+        )
+        base, period = s.learning_rate_scheduler
+        scheduler = None
+        if base != 1.0:
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: base ** (epoch / period))
+        loss = self.shared(model.loss, model, reduction="mean")
+        return Training(optimizer, self.batches(model), loss, step=build_step(s, optimizer), scheduler=scheduler)
+
+    def batches(self, model: nn.Module) -> Callable[[int], TripleBatches]:
+        """batches(epoch): every train pair once, shuffled, each with one negative among the items of train.
+
+        The model's ``new_epoch`` runs first, so that what it draws for an epoch is there after a resume too.
+        """
+        s = self.settings
+        sampler = TripleSampler(
+            self.interactions.train, batch_size=s.batch_size, seed=s.seed, scheme="interaction", negatives="train-items",
+            num_negatives=int(MODELS[s.model].needs_negatives), device=self.device,
+        )  # fmt: skip
+
+        def batches(epoch: int) -> TripleBatches:
+            if hasattr(model, "new_epoch"):
+                model.new_epoch(epoch)
+            return sampler.epoch(epoch)
+
+        return batches
+
+    def sharing_problem(self) -> str | None:
+        s = self.settings
+        return None if MODELS[s.model].rowwise and s.behaviour == "fixed" else f"--model {s.model}, {s.behaviour},"
+
+    # -- judging
+
+    def scorer(self, model: nn.Module, split: str = "test") -> Scorer:
+        return model.scorer()
+
+    def vectors(self, model: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Of models that rank by a dot product of users and items."""
+        with torch.no_grad():
+            scorer = model.scorer()
+        return (scorer.user, scorer.item) if isinstance(scorer, FactorScorer) else None
+
+    def evaluation(self, model: nn.Module, split: str, *, beyond: bool = False, **how: Any) -> Evaluation:
+        return super().evaluation(model, split, beyond=beyond, mask_valid=self.settings.test_mask == "seen", **how)
+
+    def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
+        """For stopping and selection; rounded where the flags ask for it."""
+        means, digits = super().evaluate(model, split), self.settings.round_metrics
+        return means if digits is None else {name: round(value, digits) for name, value in means.items()}
+
+    def selection(self, fitted: FitResult | None, run: Run) -> dict[str, Any]:
+        selection = super().selection(fitted, run) if MODELS[self.settings.model].trains else dict(UNTRAINED)
+        if self.settings.test_mask == "train":
+            selection["protocol"] = f"{selection['protocol'].split('; ' + PUBLISHED_MASK)[0]}; {PUBLISHED_MASK}"
+        return selection
+
+    def facts(self, model: nn.Module, test: Evaluation) -> dict[str, Any]:
+        """What was trained on what."""
+        s, data = self.settings, self.data
+        mirror: dict[str, Any] = {"mode": s.mirror}
+        if s.mirror != "off":
+            mirror |= {
+                "alpha1": s.mirror_alpha1, "alpha2": s.mirror_alpha2, "every": s.mirror_every, "counter": s.mirror_counter,
+                "phase": s.mirror_phase,
+            }  # fmt: skip
+        widths = {name: int(table.shape[1]) for name, table in data.features.items()}
+        return {
+            "behaviour": s.behaviour, "settings": dict(vars(s.settings)), "arm": arm_of(s), "mirror": mirror,
+            "learning_rate": s.learning_rate * arm_factor(s),
+            "features": {"source": data.feature_source, "widths": widths, "fingerprint": data.fingerprint},
+            "test_mask": s.test_mask, "seconds": {"train": 0.0, "eval": 0.0} if not MODELS[s.model].trains else {},
+        }  # fmt: skip
+
+    # -- words
+
+    def describe(self, model: nn.Module) -> list[str]:
+        s, data = self.settings, self.data
+        tables = [
+            f"{name} {table.shape[1]} wide, {int(data.known[name].sum()):,} items"
+            for name, table in data.features.items()
+        ]
+        noise = ["note: features are RANDOM NOISE as asked: only times mean anything"]
+        arm, mirror = arm_of(s), f"alpha1 {s.mirror_alpha1:g}, alpha2 {s.mirror_alpha2:g}, every {s.mirror_every}"
+        return [
+            *(noise if data.feature_source == "random" else []),
+            f"features: {', '.join(tables) or 'none'} ({data.feature_source})",
+            f"{s.model}, {s.behaviour}: {', '.join(f'{key} {value}' for key, value in vars(s.settings).items())}",
+            f"arm {arm}: mirror {s.mirror}{'' if s.mirror == 'off' else ', ' + mirror}; "
+            f"learning rate {s.learning_rate * arm_factor(s):g}; masked in test lists: {s.test_mask}",
+        ]
+
+    @classmethod
+    def result_text(cls, result: Mapping[str, Any]) -> str:
+        text = judged_text(result, {f"{result['model']}, {result['arm']}": result["test"]})
+        if result["features"]["source"] == "random":
+            text += "\nfeatures were random noise, as asked: the figures say nothing about the model"
+        return text
+
+    @classmethod
+    def text(cls, settings: Any, results: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
+        """Of a grid the comparison, stored beside the runs. The winner has the highest selected value on ``--select-on``;
+        equal values go to the earlier point. Only its test figures are shown."""
+        if not settings.points:
+            return super().text(settings, results)
+        part = "test" if settings.select_on == "test" else "val"
+        rows = [
+            {"flags": point, "run": path.name, "value": result[part][settings.select_metric], "test": result["test"]}
+            for point, (result, path) in zip(settings.points, results, strict=True)
+        ]
+        best = max(rows, key=lambda row: row["value"])
+        file = Path(settings.out) / f"{_grid_name(settings)}.json"
+        protocol = results[rows.index(best)][0]["selection"]["protocol"]
+        write_json(file, {"metric": settings.select_metric, "split": settings.select_on, "protocol": protocol,
+                          "best": best["run"], "points": rows})  # fmt: skip
+        column = f"{settings.select_on} {settings.select_metric}"
+        means, said = (
+            {best["run"]: best["test"]},
+            ", ".join(f"{flag[2:]} {value}" for flag, value in best["flags"].items()),
+        )
+        lines = [
+            text_table({row["run"]: {column: row["value"]} for row in rows}, [column]),
+            f"\nbest by {column}: {said}; its test:",
+            text_table(means, table_columns(means, settings.topks)),
+            *(["selected on test: optimistic"] if part == "test" else []),
+            f"grid            {file}",
+        ]
+        return "\n".join(lines)
 
 
-def build_training(
-    options: Options, model: nn.Module
-) -> tuple[torch.optim.Optimizer, Step, torch.optim.lr_scheduler.LRScheduler | None]:
-    """Optimizer, ordinary or mirror step, and the schedule of the learning rate (stepped every epoch)."""
-    groups = (
-        model.optimizer_groups()
-        if hasattr(model, "optimizer_groups")
-        else [p for p in model.parameters() if p.requires_grad]
-    )
-    fused = {"fused": True} if options.learner == "adam" else {}
-    optimizer = LEARNERS[options.learner](
-        groups, lr=options.learning_rate * arm_factor(options), weight_decay=options.weight_decay, **fused
-    )
-    base, period = options.learning_rate_scheduler
-    scheduler = None
-    if base != 1.0:
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: base ** (epoch / period))
-    return optimizer, build_step(options, optimizer), scheduler
+def _grid_name(settings: Any) -> str:
+    """The same for the same points on the same settings."""
+    text = json.dumps([settings.resolved, settings.points], sort_keys=True, default=str)
+    return f"grid-{settings.model}-{Path(settings.dataset).name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def build_step(options: Options, optimizer: torch.optim.Optimizer) -> Step:
+def build_step(s: Any, optimizer: torch.optim.Optimizer) -> Step:
     """The ordinary step, or the mirror step of the flags."""
-    if options.mirror == "off":
-        return partial(plain_step, clip_norm=options.clip_grad_norm)
+    clip = s.clip_grad_norm if s.mirror_clip is None else s.mirror_clip
+    if s.mirror == "off":
+        return partial(plain_step, clip_norm=clip)
     return MirrorGradient(
-        optimizer,
-        options.mirror_alpha1,
-        options.mirror_alpha2,
-        options.mirror_every,
-        options.mirror,
-        counter=options.mirror_counter,
-        phase=options.mirror_phase,
-        rng=options.mirror_rng,
-        wd=options.mirror_wd,
-        clip=options.clip_grad_norm,
-        clip_halves=options.mirror_clip_halves,
-        diagnostics=options.mirror_diagnostics,
-    )
+        optimizer, s.mirror_alpha1, s.mirror_alpha2, s.mirror_every, s.mirror, counter=s.mirror_counter,
+        phase=s.mirror_phase, rng=s.mirror_rng, wd=s.mirror_wd, clip=clip, clip_halves=s.mirror_clip_halves,
+        diagnostics=s.mirror_diagnostics,
+    )  # fmt: skip
 
 
-def arm_factor(options: Options) -> float:
+def arm_factor(options: Any) -> float:
     """The learning rate's factor in the arm equal-lr, 1 elsewhere.
 
     Adam: the net movement per batch of the two half-steps against that of plain Adam under a constant gradient,
@@ -98,125 +257,60 @@ def arm_factor(options: Options) -> float:
     return moved / math.sqrt((first**2 + second**2 + every - 1) / (every + 1))
 
 
-def build_batches(
-    options: Options, data: MultimodalData, model: nn.Module, device: torch.device
-) -> Callable[[int], TripleBatches]:
-    """batches(epoch): every train pair once, shuffled, each with one negative among the items of train.
-
-    The model's ``new_epoch`` runs first, so that what it draws for an epoch is there after a resume too.
-    """
-    sampler = TripleSampler(
-        data.interactions.train,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        scheme="interaction",
-        negatives="train-items",
-        num_negatives=int(MODELS[options.model].needs_negatives),
-        device=device,
-    )
-
-    def batches(epoch: int) -> TripleBatches:
-        if hasattr(model, "new_epoch"):
-            model.new_epoch(epoch)
-        return sampler.epoch(epoch)
-
-    return batches
+def judge_weights(settings: Any, world: World) -> str:
+    """The test figures of stored weights. Nothing is trained or written."""
+    this = MirrorGrad(settings, MirrorGrad.load(settings), world)
+    model, notes = weights_model(this, Path(settings.weights))
+    for note in notes:
+        print(f"note: {settings.weights}: {note}", file=sys.stderr)
+    rows = {settings.model: this.evaluation(model, "test", beyond=True).means}
+    more = [f"{name}@{k}" for name in ("precision", "map") for k in settings.topks]
+    masked = "train and validation" if settings.test_mask == "seen" else "train"
+    return "\n".join([
+        f"test of {this.interactions.name}, weights of {settings.weights}, {masked} items masked; {USUAL_METRICS}",
+        text_table(rows, [*table_columns(rows, settings.topks), *more]),
+        *other_conventions(rows),
+    ])  # fmt: skip
 
 
-def judge_split(
-    options: Options, data: MultimodalData, model: nn.Module, split: str, *, beyond: bool = False
-) -> Evaluation:
-    """Full ranking of one part, from the model's parameters as they are now."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.no_grad():
-        scorer = model.scorer()
-    return evaluate(
-        scorer,
-        data.interactions,
-        split,
-        cut_offs(options.topks, options.select_metric),
-        beyond=beyond,
-        mask_valid=options.test_mask == "seen",
-        device=device,
-        definitions=program.definitions_of(options, judging=beyond),
-    )
-
-
-def metrics(options: Options, data: MultimodalData, model: nn.Module, split: str) -> dict[str, float]:
-    """Ranking metrics of one part, for stopping and selection; rounded where the flags ask for it."""
-    means = judge_split(options, data, model, split).means
-    digits = options.round_metrics
-    return means if digits is None else {name: round(value, digits) for name, value in means.items()}
-
-
-def weights_model(
-    options: Options, data: MultimodalData, device: torch.device, path: Path
-) -> tuple[nn.Module, list[str]]:
+def weights_model(this: MirrorGrad, path: Path) -> tuple[nn.Module, list[str]]:
     """The model with a file's weights, in eval mode, and notes: best.pt, last.pt, final.pt, a bare state of tensors, or a
     file of Mirror-Gradient's or MMRec's own program, whose names are translated.
 
     UserError when the file is damaged, or its names or shapes are another model's.
     """
-    state, notes = read_weights(path), []
+    name, dim = this.settings.model, this.settings.embedding_dim
+    state: dict[str, Tensor] = read_weights(path)
+    notes: list[str] = []
     found = foreign.recognise(state)
-    if found and options.model not in found:
-        raise foreign.other_model(options.model, found, path)
+    if found and name not in found:
+        raise foreign.other_model(name, found, path)
     if found:
-        dim = options.embedding_dim
+        options = argparse.Namespace(**vars(this.settings), settings=this.settings.settings)
         notes = foreign.adapt(options, state)
-    model = build_model(options, data, torch.device("cpu"))
+        own = vars(options.settings)
+        changes = {key: getattr(options, key) for key in vars(this.settings) if key not in own}
+        this = type(this)(replace(this.settings, **changes | own), this.data, this.world)
+    model = type(this)(this.settings, this.data).build()
     if found:
-        state = foreign.rename(options.model, state)
-        if options.behaviour == "published":
-            notes += foreign.complete(model, options.model, state, data, options.seed, dim)
+        state = foreign.rename(name, state)
+        if this.settings.behaviour == "published":
+            notes += foreign.complete(model, name, state, this.data, this.settings.seed, dim)
         else:
-            state = {name: value for name, value in state.items() if name != "item_weight"}
-    return load_weights(options, model, path, state).to(device), notes
+            state = {key: value for key, value in state.items() if key != "item_weight"}
+    return load_weights(name, model, path, state).to(this.device), notes
 
 
-def load_weights(options: Options, model: nn.Module, path: Path, state: dict[str, torch.Tensor]) -> nn.Module:
+def load_weights(name: str, model: nn.Module, path: Path, state: dict[str, Tensor]) -> nn.Module:
     """Put the named tensors of a file into the model, in eval mode. UserError when names or shapes are another model's."""
     wanted = model.state_dict()
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unknown:
-        found = f"{path} lacks {', '.join(missing[:3]) or 'nothing'} and has {', '.join(unknown[:3]) or 'nothing'} beyond {options.model}'s"
+        found = f"{path} lacks {', '.join(missing[:3]) or 'nothing'} and has {', '.join(unknown[:3]) or 'nothing'} beyond {name}'s"
         raise UserError(f"{found}: give the --model and the hyper-parameters it was trained with")
-    other = next((name for name, value in wanted.items() if state[name].shape != value.shape), None)
+    other = next((key for key, value in wanted.items() if state[key].shape != value.shape), None)
     if other is not None:
         shapes = f"{other} {tuple(state[other].shape)}, wanted {tuple(wanted[other].shape)}"
         raise UserError(f"{path} has {shapes}: give the --dataset and the hyper-parameters it was trained with")
     model.load_state_dict(state)
     return model.eval()
-
-
-def load_reported(options: Options, data: MultimodalData, device: torch.device, run: Run) -> nn.Module:
-    """The model that a run's result is about, in eval mode."""
-    return program.load_reported(build_model(options, data, device), run.path, done=run.is_done)
-
-
-def describe(options: Options, data: MultimodalData, model: nn.Module, run: Run) -> str:
-    """What is about to run, in a few lines."""
-    return "\n".join(_description(options, data, model, run))
-
-
-def _description(options: Options, data: MultimodalData, model: nn.Module, run: Run) -> Iterator[str]:
-    inter = data.interactions
-    yield (
-        f"{inter.name}: {data.num_users:,} users x {data.num_items:,} items; train {inter.train.nnz:,}, "
-        f"validation {inter.valid.nnz:,}, test {inter.test.nnz:,} interactions"
-    )
-    yield from (f"note: {key}: {value}" for key, value in inter.notes.items())
-    tables = [
-        f"{name} {table.shape[1]} wide, {int(data.known[name].sum()):,} items" for name, table in data.features.items()
-    ]
-    if data.feature_source == "random":
-        yield "note: features are RANDOM NOISE as asked: only times mean anything"
-    yield f"features: {', '.join(tables) or 'none'} ({data.feature_source})"
-    count, settings = sum(p.numel() for p in model.parameters()), vars(options.settings)
-    yield f"{options.model}, {options.behaviour}: {', '.join(f'{key} {value}' for key, value in settings.items())}"
-    arm, factor = arm_of(options), arm_factor(options)
-    mirror = f"alpha1 {options.mirror_alpha1:g}, alpha2 {options.mirror_alpha2:g}, every {options.mirror_every}"
-    yield f"arm {arm}: mirror {options.mirror}{'' if options.mirror == 'off' else ', ' + mirror}; learning rate {options.learning_rate * factor:g}"
-    yield f"{count:,} parameters; seed {options.seed}; masked in test lists: {options.test_mask}"
-    on = "TEST: optimistic" if options.select_on == "test" else "validation"
-    yield f"selecting by {options.select_metric} on {on}; run directory {run.path}"

@@ -170,7 +170,7 @@ def adapt(options: Any, state: Mapping[str, Tensor]) -> list[str]:
     fields = {field.name: field for field in dataclasses.fields(options.settings)}
     said = []
     for name in ASSUMED.get(model, ()):
-        grid = fields[name].metadata["grid"]
+        grid = fields[name].metadata["setting"].grid
         if name not in options.explicit and grid:
             changed[name] = grid[0]
         if name not in options.explicit:

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
 from gfml.program.cli import Options, Parser, number, resolve_device, run_main
+from mirror_grad.main import PROGRAM
 from mirror_grad.models import MODELS
-from mirror_grad.options import parse
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mirror_grad.data import MultimodalData
+    from mirror_grad.experiment import MirrorGrad
 
 
 def build_parser() -> Parser:
@@ -111,17 +111,16 @@ def write_csv(file: Path, rows: Mapping[str, Mapping[str, float]], measured: Seq
 
 def measure(path: Path, given: Options) -> dict[str, Any]:
     """Everything measured about one run."""
+    from gfml.engine.distributed import World
     from gfml.engine.runs import read_result
-    from gfml.program.steps import load_reported
-    from mirror_grad import experiment
     from mirror_grad.data import load
+    from mirror_grad.experiment import MirrorGrad
 
     result = read_result(path)
     if "arm" not in result or "features" not in result:
         raise UserError(f"{path} is no run of mirror_grad/main.py: give the directory of one")
     root = [f"--data-root={given.data_root}"] if given.data_root else []
-    options = parse([f"--config={path / 'config.toml'}", f"--device={given.device}", *root])
-    device = resolve_device(options)
+    options = PROGRAM.parse([f"--config={path / 'config.toml'}", f"--device={given.device}", *root])
     if not MODELS[options.model].needs_features:
         raise UserError(
             f"{path}: {options.model} reads no item features, so no change of them can matter: give runs of other models"
@@ -131,10 +130,11 @@ def measure(path: Path, given: Options) -> dict[str, Any]:
         raise UserError(
             f"{path} was trained on other data or features than those found now: give --data-root, or train it again"
         )
-    model = load_reported(experiment.build_model(options, data, device), path)
+    this = MirrorGrad(options, data, World(0, 1, resolve_device(options)))
+    model = this.restore(path)
 
     def judged(changed: nn.Module) -> dict[str, float]:
-        return experiment.judge_split(options, data, changed, "test").means
+        return this.evaluation(changed, "test").means
 
     facts = {
         "model": options.model,
@@ -143,39 +143,33 @@ def measure(path: Path, given: Options) -> dict[str, Any]:
         "seed": given.seed,
         "draws": given.draws,
     }
-    found = {**facts, "clean": judged(model)} | changes(options, data, model, given, judged)
+    found = {**facts, "clean": judged(model)} | changes(this, model, given, judged)
     if given.curvature_batches and MODELS[options.model].trains:
-        found["curvature"] = curvature(options, data, model, given)
+        found["curvature"] = curvature(this, model, given)
     return found
 
 
 def changes(
-    options: Options,
-    data: MultimodalData,
-    model: nn.Module,
-    given: Options,
-    judged: Callable[[nn.Module], dict[str, float]],
+    this: MirrorGrad, model: nn.Module, given: Options, judged: Callable[[nn.Module], dict[str, float]]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{"noise": {level: means over draws}, "swap": ...}."""
     import dataclasses
 
-    from mirror_grad import experiment
     from mirror_grad.diagnostics import changed_model, with_noise, with_swap
 
-    device = next((p.device for p in model.parameters()), None)
     # Graphs of changed features are used once: they are not kept.
-    passing = dataclasses.replace(data, cache_dir=None)
+    passing = dataclasses.replace(this.data, cache_dir=None)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for kind, change, values in (("noise", with_noise, given.noise), ("swap", with_swap, given.swap)):
         found[kind] = {}
         for value in values:
             draws = []
             for draw in range(given.draws):
-                features = change(data.features, value, given.seed + draw)
+                features = change(this.data.features, value, given.seed + draw)
                 draws.append(
                     judged(
                         changed_model(
-                            model, passing, features, lambda d: experiment.build_model(options, d, device or "cpu")
+                            model, passing, features, lambda d: type(this)(this.settings, d, this.world).build()
                         )
                     )
                 )
@@ -183,13 +177,12 @@ def changes(
     return found
 
 
-def curvature(options: Options, data: MultimodalData, model: nn.Module, given: Options) -> dict[str, float]:
+def curvature(this: MirrorGrad, model: nn.Module, given: Options) -> dict[str, float]:
     """Gradient norms, cosine of the half-steps and the top Hessian eigenvalue at the selected weights, in train mode."""
-    from mirror_grad import experiment
     from mirror_grad.diagnostics import half_steps, mean_loss, top_eigenvalue
 
-    device = next(model.parameters()).device
-    batches = list(islice(experiment.build_batches(options, data, model, device)(1), given.curvature_batches))
+    options = this.settings
+    batches = list(islice(this.batches(model)(1), given.curvature_batches))
     loss, parameters = mean_loss(model.train(), batches), [p for p in model.parameters() if p.requires_grad]
     found = half_steps(loss, parameters, options.learning_rate, options.mirror_alpha1, given.seed)
     value, count = top_eigenvalue(loss, parameters, iterations=given.iterations, seed=given.seed)

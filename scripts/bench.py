@@ -4,6 +4,7 @@
     python scripts/bench.py mcl [--data-root DIR] [--json FILE]
     python scripts/bench.py contextual [--sizes 128 256 512] [--device cuda] [--json FILE]
     python scripts/bench.py mirror [--data baby] [--models BPR FREEDOM ...] [--data-root DIR] [--json FILE]
+    python scripts/bench.py data [--sizes 1000000 10000000] [--json FILE]
     python scripts/bench.py vision [--batch N] [--device DEVICE] [--only attention model] [--json FILE]
 
 Every row times ours and something to hold it against in the same run: the library operations it cannot do without
@@ -443,13 +444,11 @@ def bench_multimodal(name: str, model: str, data_root: str | None, steps: int = 
     Features are noise of the published widths (4096 and 384) where the model reads any; plain training, batch 2048.
     With it the peak of this process's resident memory in MiB, an evaluation of the validation part included.
     """
-    from mirror_grad import data as multimodal
-    from mirror_grad import experiment
-    from mirror_grad.models import MODELS
-    from mirror_grad.options import parse
+    from mirror_grad.experiment import MirrorGrad
+    from mirror_grad.main import PROGRAM
 
     root = [f"--data-root={data_root}"] if data_root else []
-    options = parse(
+    settings = PROGRAM.parse(
         [
             "--model",
             model,
@@ -464,18 +463,19 @@ def bench_multimodal(name: str, model: str, data_root: str | None, steps: int = 
             *root,
         ]
     )
-    data = multimodal.load(options, needs_features=MODELS[model].needs_features)
-    built = experiment.build_model(options, data, "cpu").train()
-    optimizer, step, _ = experiment.build_training(options, built)
+    this = MirrorGrad(settings, MirrorGrad.load(settings))
+    built = this.build().train()
+    training = this.training(built)
+    optimizer, step = training.optimizer, training.step
     start = time.process_time(), time.perf_counter()
-    epoch = experiment.build_batches(options, data, built, "cpu")(1)
+    epoch = training.batches(1)
     batches = list(itertools.islice(epoch, steps + 1))
     drawing = time.process_time() - start[0], time.perf_counter() - start[1]
     given = itertools.cycle(batches)
     cpu, wall = measure(lambda: step(functools.partial(built.loss, next(given)), optimizer), runs=steps)
-    experiment.judge_split(options, data, built.eval(), "valid")
+    this.evaluation(built.eval(), "valid")
     peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-    row = Row(f"{model} epoch on {data.interactions.name}, {len(epoch)} steps", cpu * len(epoch) + drawing[0],
+    row = Row(f"{model} epoch on {this.interactions.name}, {len(epoch)} steps", cpu * len(epoch) + drawing[0],
               wall * len(epoch) + drawing[1], "", 0.0, "")  # fmt: skip
     return row, peak
 
@@ -738,10 +738,32 @@ def contextual(arguments: argparse.Namespace) -> list[Row]:
     return [row for batch in sizes for row in bench_contextual(batch, device, repeats=max(1, 2560 // batch))]
 
 
+def data(arguments: argparse.Namespace) -> list[Row]:
+    """A table read, cut and cached, beside pyarrow's reading and factorising of it."""
+    sys.path.append(str(ROOT))
+    from benchmarks.data import bench
+
+    rows = []
+    for size, cost in zip(sizes := arguments.sizes or [10_000_000], bench(sizes), strict=True):
+        rows += [
+            Row(
+                f"{size:,} rows read, cut by time, cached",
+                cost.ours,
+                cost.wall,
+                "pyarrow reads, factorises",
+                cost.other,
+                "1.5",
+            ),
+            Row("second start", cost.again, cost.again_wall, "first start", cost.ours, "0.1"),
+            Row("peak memory, MiB", cost.peak_mb, 0, "file, MiB", cost.file_mb, "3"),
+        ]
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
-        "family", choices=("recsys", "mcl", "cml", "mirror", "vision", "contextual"), help="what to time"
+        "family", choices=("recsys", "mcl", "cml", "mirror", "vision", "contextual", "data"), help="what to time"
     )
     parser.add_argument("--data-root", help="where the data sets lie")
     parser.add_argument("--big", default="gowalla", help="data set of the graph, evaluation and memory rows")
@@ -771,9 +793,15 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, {torch.get_num_threads()} threads\n"
     )
-    rows = {"recsys": recsys, "mcl": mcl, "cml": cml, "mirror": mirror, "vision": vision, "contextual": contextual}[
-        arguments.family
-    ](arguments)
+    rows = {
+        "recsys": recsys,
+        "mcl": mcl,
+        "cml": cml,
+        "mirror": mirror,
+        "vision": vision,
+        "contextual": contextual,
+        "data": data,
+    }[arguments.family](arguments)
     print("\n" + table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=2))

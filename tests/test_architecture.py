@@ -111,7 +111,8 @@ def test_importing_a_module_runs_nothing() -> None:
         "contextual.names",
         "contextual.main",
         "vision.main",
-        "mirror_grad.options",
+        "mirror_grad.main",
+        "hlrm.train",
     ],
 )
 def test_light_modules_stay_light(module: str) -> None:

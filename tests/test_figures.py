@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -55,3 +57,30 @@ def _is_held(place: str) -> bool:
 
 # Programs that wait for the driver: their flags and mains go with it.
 WAITING = ("gfml/engine/train.py", "hlrm/", "contextual/", "mirror_grad/", "scripts/bench.py")
+
+
+def test_a_reader_goes_from_flags_to_loss_in_nine_files(tmp_path: Path) -> None:
+    """The files on the way of recsys: those that declare and build, and those that call down to the loss."""
+    code = (
+        "import sys, traceback\n"
+        "from pathlib import Path\n"
+        "from gfml import losses\n"
+        "found, plain = [], losses.bce\n"
+        "def bce(*scores):\n"
+        "    found.extend(frame.filename for frame in traceback.extract_stack() if 'gfml' in frame.filename or 'recsys' in frame.filename)\n"
+        "    return plain(*scores)\n"
+        "losses.bce = bce\n"
+        "from recsys.main import main\n"
+        "main(sys.argv[1:])\n"
+        "print('FILES', *sorted({'/'.join(Path(name).parts[-3:]) for name in found}))\n"
+    )
+    small = (
+        "--demo-users 60 --demo-items 50 --demo-interactions 800 --epochs 1 --report 0 --baselines none --no-progress"
+    )
+    words = [sys.executable, "-c", code, *small.split(), "--kernel", "autograd", "--out", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    called = done.stdout.rpartition("FILES ")[2].split()
+    assert len(called) >= 5 and any(name.endswith("gfml/losses.py") for name in called)
+    declared = ["recsys/main.py", "recsys/settings.py", "recsys/experiment.py", "gfml/gravity.py"]
+    assert len({*called, *declared}) <= 9, called

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -53,6 +54,11 @@ class Vision(Experiment):
     def load(cls, settings: VisionSettings) -> VisionData:
         torch.backends.cudnn.benchmark = not settings.off_benchmark
         return load(settings)
+
+    def whole(self) -> Self:
+        """Nothing set aside."""
+        settings = replace(self.settings, val_fraction=0.0)
+        return type(self)(settings, load(settings), self.world)
 
     # -- model
 
@@ -152,6 +158,9 @@ class Vision(Experiment):
         if fitted is None:
             return super().selection(None, run)
         facts = {"epoch": fitted.epochs, "rule": "last epoch", "protocol": "last epoch, nothing selected"}
+        if self.settings.refit:
+            anew = "trained anew on train and validation for the epochs that validation selected"
+            facts = {"epoch": fitted.best_epoch, "rule": "highest balanced accuracy on validation", "protocol": anew}
         return {**facts, "weights": fitted.weights, "epochs_trained": fitted.epochs}
 
     @torch.inference_mode()

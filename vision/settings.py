@@ -236,6 +236,11 @@ class VisionSettings(
 
     seed: int = changed(RunSettings, "seed", 42)
     compile: bool = changed(RunSettings, "compile", False, late=False)
+    refit: bool = setting(
+        False,
+        "with --val_fraction: report a model trained anew on train and validation for the epochs that validation selected",
+        late=True,
+    )
 
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:
@@ -244,6 +249,8 @@ class VisionSettings(
         _choose_imbalance(options)
         super().resolve(options)
         _check(options)
+        if options.refit and not options.val_fraction:
+            raise UserError("--refit needs a validation part: give --val_fraction, such as 0.1")
 
     def each(self) -> Sequence[Self]:
         """One run for each model."""

@@ -22,7 +22,6 @@ LOG = logging.getLogger("mkdocs.hooks.pages")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 # What is made here, and so has no file.
 MADE = ("docs/flags.md", "docs/papers/", "docs/reference/")
-ROOMS = ("base", "data", "metrics", "ranking", "engine", "program", "report")
 # Title and page of the hand-written part, in reading order; a page that is not there yet is left out.
 GUIDE = (
     ("First steps", "index.md"),
@@ -143,9 +142,10 @@ def reference() -> list[tuple[str, str, str]]:
     """Title, page and text of the reference: the mathematics, and a page per room of the core."""
     top = [path.stem for path in sorted((ROOT / "gfml").glob("*.py")) if path.stem != "__init__"]
     pages = [("Mathematics", "reference/mathematics.md", [f"gfml.{name}" for name in top])]
-    for room in ROOMS:
-        names = [path.stem for path in sorted((ROOT / "gfml" / room).glob("*.py")) if path.stem != "__init__"]
-        pages.append((f"gfml.{room}", f"reference/{room}.md", [f"gfml.{room}.{name}" for name in names]))
+    for folder in sorted(path.parent for path in (ROOT / "gfml").glob("*/__init__.py")):
+        names = [path.stem for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
+        modules = [f"gfml.{folder.name}", *(f"gfml.{folder.name}.{name}" for name in names)]
+        pages.append((f"gfml.{folder.name}", f"reference/{folder.name}.md", modules))
     return [
         (title, page, "\n\n".join([f"# {title}", *(f"::: {name}" for name in names)])) for title, page, names in pages
     ]

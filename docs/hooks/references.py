@@ -19,7 +19,7 @@ class Roles(griffe.Extension):
 
         def reference(found: re.Match[str]) -> str:
             kind, name = found[1], found[2]
-            if kind == "data":  # constants have no entry of their own
+            if kind == "data" or name.rpartition(".")[2].startswith("_"):  # these have no entry of their own
                 return f"`{name}`"
             return f"[`{name.rpartition('.')[2]}`][{name if name.startswith('gfml.') else _full_name(name, obj)}]"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import os
 from collections.abc import Sequence
@@ -100,61 +99,8 @@ class DemoSettings(Settings):
     demo_seed: int | None = setting(None, "seed of the generator (default: 2020)", whole, unit="SEED")
 
 
-def add_data_flags(parser: argparse.ArgumentParser, *, dataset: str = "demo", short: Sequence[str] = ()) -> None:
-    """Add the flags of :func:`load_dataset`; their names are its keywords. short: further names of ``--dataset``."""
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", *short, default=dataset,
-                      help="a known name, a file (CSV, TSV, .inter, Parquet, JSON lines) or a folder with one or with train and test")  # fmt: skip
-    data.add_argument("--data-root", metavar="DIR",
-                      help="where data sets lie (default: $GFML_DATA, ./data, ~/.cache/gfml/data)")  # fmt: skip
-    data.add_argument("--download", action=argparse.BooleanOptionalAction, default=True,
-                      help="fetch a missing data set where its terms allow it")  # fmt: skip
-    data.add_argument("--cache-dir", metavar="DIR", help="where parsed data is kept (default: ~/.cache/gfml/parsed)")
-    data.add_argument("--cache", action=argparse.BooleanOptionalAction, default=True,
-                      help="keep parsed data; otherwise read the source files each time")  # fmt: skip
-    more = {
-        "rating": "; none: it has none",
-        "time": "; DATE,CLOCK: two columns of one moment; order: the order of the rows; none",
-    }
-    for role in ("user", "item", "rating", "time"):
-        data.add_argument(f"--{role}-col", metavar="NAME",
-                          help=f"column of the {role} (default: the usual names{more.get(role, '')})")  # fmt: skip
-    data.add_argument("--no-header", dest="header", action="store_const", const=False,
-                      help="the first line is data: columns go by number, 1 user, 2 item, 3 rating, 4 time unless named so")  # fmt: skip
-    data.add_argument(
-        "--sep", metavar="CHAR", help="what separates cells: a character, ::, tab, comma, ... (default: found)"
-    )
-    data.add_argument("--time-format", metavar="FORM",
-                      help="form of the times: s, ms, us, ns, or a strptime form such as %%d/%%m/%%Y (default: found)")  # fmt: skip
-    data.add_argument("--threshold", type=float, metavar="T", help="keep interactions with rating >= T (default: all)")
-    data.add_argument("--duplicates", choices=DUPLICATE_CHOICES, default="first",
-                      help="a repeated pair counts once: at its first time of those kept by --threshold, at its last with "
-                      "the rating it has there, or with the sum of its ratings (default: first)")  # fmt: skip
-    data.add_argument("--kcore", type=int, default=0, metavar="K",
-                      help="keep users and items with K interactions or more (default: 0, all)")  # fmt: skip
-    data.add_argument("--split", choices=SPLIT_CHOICES,
-                      help="how to cut: each user's pairs at random (per-user) or by time (user-time), all pairs at random "
-                      "(global) or by time (time), each user's last one or K (default: the published split, else per-user)")  # fmt: skip
-    data.add_argument("--split-ratios", type=float, nargs=3, metavar=("TRAIN", "VALID", "TEST"),
-                      help="shares (default: 0.8 0.1 0.1)")  # fmt: skip
-    data.add_argument("--split-date", nargs="+", metavar="DATE",
-                      help="with --split time: where test begins, or where validation and test begin (2017-07-14)")  # fmt: skip
-    data.add_argument("--leave-k", type=int, metavar="K", help="with --split leave-k-out: pairs of a user in each part")
-    data.add_argument("--split-seed", type=whole, default=2020, metavar="SEED",
-                      help="seed of every random cut (default: 2020)")  # fmt: skip
-    data.add_argument("--val-ratio", "--val_ratio", dest="val_ratio", type=float, default=0.1, metavar="R",
-                      help="share of train cut off for validation if the data has none (default: 0.1)")  # fmt: skip
-    demo = parser.add_argument_group("generated data (--dataset demo or synthetic)")
-    demo.add_argument("--demo-users", type=int, metavar="N", help="users (default: 1500)")
-    demo.add_argument("--demo-items", type=int, metavar="N", help="items (default: 1000)")
-    demo.add_argument("--demo-interactions", type=int, metavar="N", help="interactions (default: 45000)")
-    demo.add_argument("--demo-tail", type=float, metavar="X", help="exponent of the popularity law (default: 1.0)")
-    demo.add_argument("--demo-noise", type=float, metavar="X", help="share of random interactions (default: 0.02)")
-    demo.add_argument("--demo-seed", type=whole, metavar="SEED", help="seed of the generator (default: 2020)")
-
-
 def load_from_args(args: Any) -> Interactions:
-    """:func:`load_dataset` with the values that :func:`add_data_flags` put into ``args``."""
+    """:func:`load_dataset` with the values of :class:`DataSettings` and :class:`DemoSettings`."""
     names = [name for name in inspect.signature(load_dataset).parameters if name != "dataset"]
     return load_dataset(args.dataset, **{name: getattr(args, name) for name in names})
 

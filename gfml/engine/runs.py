@@ -97,7 +97,7 @@ class Run:
         overwrite: bool = False,
         read_only: bool = False,
     ) -> Self:
-        """Open the run of ``config`` (see ``Parser.config_of``) below ``out``, new, unfinished or done.
+        """Open the run of ``config`` (see :attr:`gfml.base.settings.Settings.resolved`) below ``out``, new, unfinished or done.
 
         name: directory name instead of ``run_id(family, label, config, exclude)``.
         resume: open this directory; ``config`` may differ from the stored one in ``epochs`` and ``patience`` alone.

@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,16 +30,10 @@ from gfml.base.settings import nonnegative as nonnegative
 from gfml.base.settings import number as number
 from gfml.base.settings import positive as positive
 from gfml.base.settings import share as share
-from gfml.base.toml import UNSAVED
 from gfml.program.flags import CONVENTIONS
 
 if TYPE_CHECKING:
     import torch
-
-# Simple recommenders judged beside a model, and the ranking metrics that may select.
-BASELINES = ("popularity", "item-knn", "ease", "ials")
-METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
-MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
 class Options(argparse.Namespace):
@@ -99,22 +93,16 @@ class Parser(argparse.ArgumentParser):
         """One line on stderr, exit code 2."""
         self.exit(2, f"{self.prog}: error: {as_flags(' '.join(message.split()))}\n")
 
-    def config_of(self, options: argparse.Namespace) -> dict[str, Any]:
-        """Every flag's value under its name, ready for :func:`gfml.base.toml.toml_text`: the resolved config.
-
-        A value of None is left out when it is the default and written as "none" when it is not.
-        """
-        config: dict[str, Any] = {}
-        for action in self._actions:
-            if not action.option_strings or action.dest in UNSAVED or not hasattr(options, action.dest):
+    def tokens_of(self, values: Mapping[str, Any]) -> list[str]:
+        """Values by name as words of a command line; None stands for "none" where it is not the default."""
+        tokens: list[str] = []
+        for name, value in values.items():
+            flag = self._flag_of(name, "the settings")
+            if value is None and self._option_string_actions[flag].default is None:
                 continue
-            value = getattr(options, action.dest)
-            key = action.option_strings[0].lstrip("-")
-            if value is not None:
-                config[key] = list(value) if isinstance(value, (tuple, list)) else value
-            elif action.default is not None:
-                config[key] = "none"
-        return config
+            value = list(value) if isinstance(value, tuple) else "none" if value is None else value
+            tokens += self._tokens_of(flag, name, value, "the settings")
+        return tokens
 
     # -- spelling
 
@@ -313,75 +301,6 @@ def _how(default: Any, told: Setting) -> dict[str, Any]:
 # -- common flags
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Seed, device and run directory, the same in every program."""
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=number(int, least=0, most=2**32 - 1), default=2020, metavar="N", help="seed of every generator")
-    add("--device", type=kinds.device, default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
-    add(
-        "--gpu_id",
-        type=number(int, least=0),
-        default=0,
-        metavar="N",
-        help="old name of --device cuda:N; the CPU is used where there is no CUDA device",
-    )
-    add(
-        "--threads",
-        type=number(int, least=0, most=1024),
-        default=0,
-        metavar="N",
-        help="CPU threads; 0 leaves the choice to PyTorch",
-    )
-    add(
-        "--tf32",
-        choices=("auto", "0", "1"),
-        default="auto",
-        help="CUDA products of float32 numbers with 10 bits of mantissa; auto: convolutions alone, as torch has it",
-    )
-    add(
-        "--cuda-graph",
-        choices=("auto", "0", "1"),
-        default="auto",
-        help="record training steps on CUDA: faster, same numbers",
-    )
-    add("--out", default="runs", metavar="DIR", help="directory that holds the run directories")
-    add("--run-name", metavar="NAME", help="name of the run directory instead of the automatic one")
-    add("--config", metavar="FILE", action="append", help="TOML file of flags; a later file wins")
-    add("--resume", metavar="RUN_DIR", help="continue this run; its config.toml is the base of the flags")
-    add("--overwrite", action="store_true", help="start anew; an earlier run is kept as NAME~1, NAME~2, ...")
-    add("--eval-only", action="store_true", help="evaluate the best weights of the run, train nothing")
-    add(
-        "--checkpoint-every",
-        type=number(int, least=1),
-        default=10,
-        metavar="N",
-        help="epochs between checkpoints; every evaluation writes one too",
-    )
-    add(
-        "--progress",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="progress bar; without the flag, only on a terminal",
-    )
-    add("--tensorboard", type=int, choices=(0, 1), default=0, help="write TensorBoard files")
-
-
-def add_mirror_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the mirror-gradient step, the same in every program."""
-    add = parser.add_argument_group("mirror gradient").add_argument
-    add("--mirror", choices=MIRROR_MODES, default="off", help="kind of the mirror step")
-    add("--mirror-alpha1", type=number(), default=1.0, metavar="A", help="factor of the descending step")
-    add("--mirror-alpha2", type=number(), default=0.2, metavar="A", help="factor of the inverted, ascending step")
-    add("--mirror-every", type=number(int, least=1), default=3, metavar="N", help="a mirror step every N batches")
-    add(
-        "--mirror-clip",
-        type=number(above=0, none=True),
-        default=None,
-        metavar="NORM",
-        help="largest gradient norm, or none",
-    )
-
-
 def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False) -> None:
     """Which definitions of the metrics are used; graded: also that of graded relevance, for data with ratings."""
     group.add_argument(
@@ -405,83 +324,7 @@ def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False
         )
 
 
-def add_judging_flags(
-    parser: argparse.ArgumentParser,
-    *,
-    topks: tuple[int, ...],
-    metric: str,
-    patience: int,
-    eval_every: int,
-    metric_flags: tuple[str, ...] = ("--select-metric",),
-    on_flags: tuple[str, ...] = ("--select-on",),
-    metric_help: str = "what selects the epoch",
-) -> argparse._ArgumentGroup:
-    """Flags of evaluation and selection, the same in every recommender but for defaults and older names.
-
-    The first name of ``metric_flags`` and ``on_flags`` names the option. Returns the group, for a program's own flags.
-    """
-    switch = argparse.BooleanOptionalAction
-    group = parser.add_argument_group("evaluation and selection")
-    add = group.add_argument
-    add(
-        "--topks",
-        nargs="+",
-        action=TopksAction,
-        default=topks,
-        metavar="K",
-        help=f"list lengths, such as {' '.join(map(str, topks))}",
-    )
-    add(
-        *on_flags,
-        choices=("val", "test"),
-        default="val",
-        help="test: the original's protocol, selection on the reported split; labelled in every result",
-    )
-    add(*metric_flags, default=metric, metavar="NAME@K", help=metric_help)
-    add(
-        "--patience",
-        type=number(int, least=1, none=True),
-        default=patience,
-        metavar="N",
-        help="evaluations without a better one before stopping, or none",
-    )
-    add("--eval-every", type=count, default=eval_every, metavar="N", help="epochs between evaluations")
-    add(
-        "--refit",
-        action=switch,
-        default=False,
-        help="report a model trained anew on train and validation for the selected number of epochs",
-    )
-    add(
-        "--baselines",
-        nargs="+",
-        choices=(*BASELINES, "none"),
-        default=list(BASELINES),
-        help="simple recommenders judged beside the model",
-    )
-    add_definition_flags(group)
-    return group
-
-
-def check_judging(parser: argparse.ArgumentParser, options: Options, *, on: str = "select_on", metric: str = "select_metric",
-                  other_metrics: tuple[str, ...] = ()) -> None:  # fmt: skip
-    """The rules between the flags of :func:`add_judging_flags` and :func:`add_mirror_flags`; other_metrics need no cut-off."""
-    if options.mirror != "off" and options.clip_grad is not None:
-        parser.error("with --mirror give --mirror-clip instead of --clip-grad")
-    if getattr(options, on) == "test" and options.refit:
-        flag = "--es_on" if on == "es_on" else "--select-on"
-        parser.error(f"--refit needs selection on validation; {flag} test trains on all train pairs already")
-    value = getattr(options, metric)
-    name, _, k = value.partition("@")
-    if value not in other_metrics and (name not in METRICS or not re.fullmatch(r"[1-9][0-9]*", k)):
-        flag = "--es_metric" if metric == "es_metric" else "--select-metric"
-        wanted = f"{', '.join((*other_metrics, *METRICS))} with a cut-off, such as ndcg@20"
-        parser.error(f"found {flag} {value!r}, wanted one of {wanted}")
-    if "none" in options.baselines and len(options.baselines) > 1:
-        parser.error("--baselines none cannot stand beside others")
-
-
-def resolve_device(options: Options) -> torch.device:
+def resolve_device(options: Any) -> torch.device:
     """The device that ``--device`` or ``--gpu_id`` asks for.
 
     ``--device`` counts when it is not auto. Raises UserError when the asked CUDA device does not exist.
@@ -502,7 +345,7 @@ def resolve_device(options: Options) -> torch.device:
     return device
 
 
-def set_threads(options: Options) -> None:
+def set_threads(options: Any) -> None:
     """Apply ``--threads``, and ``--tf32`` where a program has it."""
     import torch
 

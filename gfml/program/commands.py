@@ -1,8 +1,7 @@
 """Command lines that make runs: which runs a line makes, their states, and running many lines over several devices.
 
 A line is ``python FOLDER/PROGRAM.py --flag value ...`` or ``torchrun ... FOLDER/PROGRAM.py --flag value ...``. What it
-makes is asked of ``FOLDER/options.py``: of ``runs_of(program, argv)``, which returns the family and the parsed flags of
-every run, or, without that function, of ``parse(argv)`` for one run of FOLDER/main.py with the folder as its family.
+makes is asked of the program itself: of ``PROGRAM`` in the module FOLDER.PROGRAM (:class:`gfml.program.program.Program`).
 
 Whoever launches a run holds its claim, a lock below ``OUT/.commands``, until the launched process has ended; the process
 inherits it. So one run is never launched twice, whatever becomes of the launcher.
@@ -26,13 +25,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from gfml.base.errors import UserError
 from gfml.base.files import explain_os_error
 from gfml.base.home import find_program
 from gfml.base.toml import LOCATION_FLAGS
-from gfml.program.cli import Options
 
 # How long a stopped program may take to write what it has before it is killed.
 GRACE_SECONDS = 30.0
@@ -47,7 +45,7 @@ class PlannedRun:
     family: str
     digest: str
     out: Path
-    options: Options = field(compare=False, repr=False)
+    options: Any = field(compare=False, repr=False)
 
     def path(self) -> Path | None:
         """The run directory, None before the run was first launched."""
@@ -111,42 +109,37 @@ def read_command(words: Sequence[str], root: Path) -> Command:
         raise UserError(f"found the command {text!r}, wanted python FOLDER/main.py and its flags")
     with contextlib.chdir(root):
         made = _ask(Path(words[place]), list(words[place + 1 :]), text)
-        if any(options.run_name or options.resume for _, options, _ in made):
+        if any(options.run_name or options.resume for _, options in made):
             raise UserError(f"runs of a list are named by their settings: drop --run-name and --resume (in: {text})")
         return Command(tuple(words), tuple(_planned(*one) for one in made))
 
 
-def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Options, frozenset[str]]]:
-    """Family, flags and flags without identity of every run, from the program itself."""
+def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Any]]:
+    """Family and settings of every run, from the program itself."""
     folder = program.parent.name
     spec = importlib.util.find_spec(folder) if folder.isidentifier() else None
     if spec is None or spec.origin is None:
         raise UserError(f"{folder} is no paper, so {program.name} makes no runs (in: {text})")
-    old = (Path(spec.origin).parent / "options.py").is_file()
-    module = importlib.import_module(f"{folder}.options" if old else f"{folder}.{program.stem}")
+    found = getattr(importlib.import_module(f"{folder}.{program.stem}"), "PROGRAM", None)
     said, made = io.StringIO(), []
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            if not old:
-                found = getattr(module, "PROGRAM", None)
-                made = [(found.family, one) for one in found.runs(argv)] if found else []
-            elif hasattr(module, "runs_of"):
-                made = module.runs_of(program.stem, argv)
-            else:
-                made = [(folder, module.parse(argv))] if program.stem == "main" else []
+            # A companion, such as one that judges, may import the program beside it.
+            own = found is not None and found.module == f"{folder}.{program.stem}"
+            made = [(found.family, one) for one in found.runs(argv)] if own else []
     except SystemExit as stop:
         if stop.code in (0, None):
             raise UserError(f"found a command that only prints its help: {text}") from None
         raise UserError(f"{said.getvalue().strip().splitlines()[-1]} (in: {text})") from None
     if not made:
         raise UserError(f"{program} makes no runs (in: {text})")
-    return [(family, options, module.NOT_IDENTITY if old else options.beside()) for family, options in made]
+    return made
 
 
-def _planned(family: str, options: Options, not_identity: frozenset[str]) -> PlannedRun:
+def _planned(family: str, options: Any) -> PlannedRun:
     from gfml.engine.runs import run_id
 
-    name = run_id(family, "*", options.resolved, LOCATION_FLAGS | not_identity)
+    name = run_id(family, "*", options.resolved, LOCATION_FLAGS | options.beside())
     return PlannedRun(family, name.rpartition("-")[2], Path(options.out).absolute(), options)
 
 

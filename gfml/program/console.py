@@ -28,6 +28,7 @@ from gfml.program.cli import run_main
 # Commands of the project itself; each module has a ``main(argv)``.
 COMMANDS = {
     "recommend": "gfml.program.recommend",
+    "vectors": "gfml.program.vectors",
     "compare": "gfml.report.compare",
     "report": "gfml.report.collection",
     "sweep": "gfml.program.sweep",

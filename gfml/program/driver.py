@@ -24,7 +24,7 @@ from gfml.engine.runs import EXTENDABLE, Run, seed_everything
 from gfml.engine.tracking import Tracker
 from gfml.engine.train import FitResult, fit
 from gfml.program.cli import resolve_device, set_threads
-from gfml.program.experiment import Experiment, Judged, Training
+from gfml.program.experiment import Experiment, Judged, Training, places
 from gfml.program.program import Program
 
 LOG = "log.txt"
@@ -40,12 +40,9 @@ def drive(program: Program, settings: Any) -> int:
             print(kind.text(settings, found))
             for _, path in found:
                 print(places(path))
-            if (
-                settings.report
-                and not settings.eval_only
-                and (page := kind.joint_page(settings, [path for _, path in found]))
-            ):
-                print(f"{'report':<15} {page}")
+            if settings.report and not settings.eval_only:
+                page = kind.joint_page(settings, [path for _, path in found])
+                print(*([f"{'report':<15} {page}"] if page else []), end="\n" if page else "")
     return 0
 
 
@@ -74,8 +71,7 @@ def run_one(program: Program, kind: type[Experiment], settings: Any, world: Worl
         if settings.eval_only:
             this, model = reported(this, run)
             judged = judge(this, model, None, run)
-            # Pictures of what no file of the run holds are drawn of this judgement.
-            if judged.detail is not None and settings.report and world.is_main:
+            if this.redrawn and settings.report and world.is_main:
                 this.page(run, judged)
         else:
             if world.is_main:
@@ -228,22 +224,6 @@ def _opening(this: Experiment, model: nn.Module, run: Run) -> Iterator[str]:
         part, _, metric = this.select.partition("/")
         yield f"selecting by {metric} on {'TEST, the original protocol: optimistic' if part == 'test' else 'validation'}"
     yield f"run directory {run.path}"
-
-
-def places(path: Path) -> str:
-    """Where everything of a run is, a line each."""
-    lines = [f"run directory   {path}"]
-    for what, name in (
-        ("report", "report/report.html"),
-        ("report", "report.html"),
-        ("epochs", "epochs.csv"),
-        ("index", "ann"),
-    ):
-        if (path / name).exists():
-            lines.append(f"{what:<15} {path / name}")
-    if (path / "tensorboard").exists():
-        lines.append(f"TensorBoard     tensorboard --logdir {path / 'tensorboard'}")
-    return "\n".join(lines)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +51,11 @@ class Experiment:
 
     # Whether all processes judge together; otherwise the first one does it for all.
     judged_by_all = False
+    # Whether --eval-only draws the page again.
+    redrawn = False
+
+    # What its runs cannot, by the name of a setting, and why.
+    without: Mapping[str, str] = {}
 
     def __init__(self, settings: Any, data: Any, world: World | None = None) -> None:
         self.settings, self.data = settings, data
@@ -102,11 +107,6 @@ class Experiment:
         return f"{self.settings.select_on}/{self.settings.select_metric}"
 
     @property
-    def epochs(self) -> int:
-        """Passes over the train part."""
-        return self.settings.epochs
-
-    @property
     def patience(self) -> int | None:
         """Evaluations in a row without a better one before stopping."""
         return getattr(self.settings, "patience", None)
@@ -149,6 +149,11 @@ class Experiment:
         except (KeyError, RuntimeError) as error:
             raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
         return model.eval()
+
+    @property
+    def epochs(self) -> int:
+        """The last epoch."""
+        return self.settings.epochs
 
     @property
     def progress(self) -> bool | None:
@@ -196,6 +201,27 @@ class Experiment:
         return []
 
     @classmethod
-    def text(cls, settings: Any, results: list[tuple[Mapping[str, Any], Path]]) -> str:
-        """What is printed of the results of a command line, one for each of its runs."""
+    def result_text(cls, result: Mapping[str, Any]) -> str:
+        """What is printed of a result."""
         raise NotImplementedError
+
+    @classmethod
+    def text(cls, settings: Any, results: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
+        """What is printed of the results of a command line, one for each of its runs."""
+        return "\n".join(cls.result_text(result) for result, _ in results)
+
+
+def places(path: Path) -> str:
+    """Where everything of a run is, a line each."""
+    lines = [f"run directory   {path}"]
+    for what, name in (
+        ("report", "report/report.html"),
+        ("report", "report.html"),
+        ("epochs", "epochs.csv"),
+        ("index", "ann"),
+    ):
+        if (path / name).exists():
+            lines.append(f"{what:<15} {path / name}")
+    if (path / "tensorboard").exists():
+        lines.append(f"TensorBoard     tensorboard --logdir {path / 'tensorboard'}")
+    return "\n".join(lines)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError, choice_error
-from gfml.data.options import add_data_flags, load_from_args
-from gfml.program.cli import Options, Parser, TopksAction, add_definition_flags, number, run_main
+from gfml.data.options import DataSettings, DemoSettings, load_from_args
+from gfml.program.cli import Options, Parser, TopksAction, add_definition_flags, add_settings, number, run_main
 from gfml.program.console import papers
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def build_parser(sources: Sequence[str]) -> Parser:
         "--from", dest="source", required=True, metavar="NAME", help=f"whose it is: {', '.join(sources)}"
     )
     parser.add_argument("--out", metavar="FILE", help="where the safetensors go (default: FILE's name, here)")
-    add_data_flags(parser, dataset="none")
+    for part in (DataSettings, DemoSettings):
+        add_settings(parser, part)
+    parser.set_defaults(dataset="none")
     group = parser.add_argument_group("judging tables of users and items, with --dataset")
     group.add_argument(
         "--layers",

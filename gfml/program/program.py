@@ -45,7 +45,17 @@ class Program:
         tokens = self.settings.translate(list(sys.argv[1:] if argv is None else argv))
         settings = self.settings.choose(tokens)
         parser = parser_of(self.file, self.about, settings)
-        options = parser.parse_args(settings.layers(tokens) + tokens)
+        return self._checked(settings, parser, settings.layers(tokens) + tokens)
+
+    def of(self, config: Mapping[str, Any] | None = None, **values: Any) -> Any:
+        """The same from values by name: ``PROGRAM.of(dataset="lastfm", lr=1e-2)``. config: others below them."""
+        values = {**{key.replace("-", "_"): value for key, value in (config or {}).items()}, **values}
+        settings = self.settings.choose(as_tokens(values))
+        parser = parser_of(self.file, self.about, settings)
+        return self._checked(settings, parser, parser.tokens_of(values))
+
+    def _checked(self, settings: type[Settings], parser: Parser, tokens: Sequence[str]) -> Any:
+        options = parser.parse_args(tokens)
         try:
             settings.resolve(options)
         except UserError as error:
@@ -54,10 +64,6 @@ class Program:
             if told.inert and name in options.explicit:
                 print(f"note: --{name.replace('_', '-')} has no effect: {told.help}", file=sys.stderr)
         return frozen(settings, options)
-
-    def of(self, **values: Any) -> Any:
-        """The same from values by name, for use in Python: ``PROGRAM.of(dataset="lastfm", lr=1e-2)``."""
-        return self.parse(as_tokens(values))
 
     def with_changes(self, config: str, changes: Mapping[str, Any]) -> Any:
         """The settings of a stored config with some values changed."""
@@ -76,7 +82,10 @@ class Program:
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """The program: parse, then one life of a run for each that the flags ask for."""
-        settings = self.parse(argv)
+        return self.run(self.parse(argv))
+
+    def run(self, settings: Any) -> int:
+        """The runs of these settings."""
         # Heavy imports wait until the flags are known to be good.
         from gfml.program.driver import drive
 

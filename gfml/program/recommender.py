@@ -21,8 +21,8 @@ from gfml.engine.train import FitResult, Terms
 from gfml.gravity import Mass
 from gfml.program.experiment import Experiment, Judged
 from gfml.program.flags import baseline_grids
-from gfml.program.steps import shared_loss
-from gfml.ranking.evaluation import USUAL, Definitions, Evaluation, evaluate
+from gfml.program.steps import check_judgeable, cut_offs, definitions_of, shared_loss
+from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.topk import Scorer
 from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, list_names, mass_report
 
@@ -33,7 +33,7 @@ class Recommender(Experiment):
     @classmethod
     def load(cls, settings: Any) -> Any:
         data = load_from_args(settings)
-        check_judgeable(data, cut_offs(settings), getattr(settings, "select_on", "val"))
+        check_judgeable(data, cut_offs(settings.topks, settings.select_metric), settings.select_on)
         return data
 
     @property
@@ -47,6 +47,11 @@ class Recommender(Experiment):
 
     def whole(self) -> Self:
         return type(self)(self.settings, self.data.refit(), self.world)
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The list lengths to judge."""
+        return cut_offs(self.settings.topks, self.settings.select_metric)
 
     # -- to be said by a paper
 
@@ -100,9 +105,8 @@ class Recommender(Experiment):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with torch.no_grad():
             scorer = how.pop("scorer", None) or self.scorer(model, split)
-        asked = self.settings.metrics_as or (), self.settings.map_denominator
-        how = {"definitions": Definitions(*asked) if beyond else USUAL, **how}
-        return evaluate(scorer, self.interactions, split, cut_offs(self.settings), beyond=beyond, device=device, **how)
+        how = {"definitions": definitions_of(self.settings, judging=beyond), **how}
+        return evaluate(scorer, self.interactions, split, self.ks, beyond=beyond, device=device, **how)
 
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
         return self.evaluation(model, split).means
@@ -119,7 +123,7 @@ class Recommender(Experiment):
             "test": test.means,
             "cold_users": test.cold_users,
             "baselines": baseline_results(
-                names, data, cut_offs(settings), cache_dir=cache, grids=baseline_grids(settings.baseline_grid)
+                names, data, self.ks, cache_dir=cache, grids=baseline_grids(settings.baseline_grid)
             ),
         }
         if data.valid.nnz:
@@ -161,10 +165,6 @@ class Recommender(Experiment):
         return data_lines(self.interactions)
 
     @classmethod
-    def text(cls, settings: Any, results: list[tuple[Mapping[str, Any], Path]]) -> str:
-        return "\n".join(cls.result_text(result) for result, _ in results)
-
-    @classmethod
     def result_text(cls, result: Mapping[str, Any]) -> str:
         """The table of one result."""
         return judged_text(result, {result["model"]: result["test"]}) + mass_text(result.get("mass", {}))
@@ -193,24 +193,3 @@ def mass_text(mass: Mapping[str, float]) -> str:
     line = f"\nitem mass: Spearman {mass['item_spearman_popularity']:.3f} with popularity"
     line += f", {mass['item_spearman_true']:.3f} with the true mass" if "item_spearman_true" in mass else ""
     return line + (f", {mass['item_dead']:.0%} without gradient" if "item_dead" in mass else "")
-
-
-def cut_offs(settings: Any) -> tuple[int, ...]:
-    """The list lengths to judge, ascending: those asked for and that of the metric that selects (``ndcg@20``)."""
-    k = settings.select_metric.partition("@")[2]
-    return tuple(sorted({*settings.topks, *([int(k)] if k else [])}))
-
-
-def check_judgeable(data: Interactions, ks: tuple[int, ...], select_on: str) -> None:
-    """UserError unless lists of these lengths can be ranked and the split that selects, and test, have interactions."""
-    if max(ks) > data.num_items:
-        found = f"found a list length of {max(ks)}, wanted at most the {data.num_items} items of {data.name}"
-        raise UserError(f"{found}: mend --topks")
-    if select_on == "val" and data.valid.nnz == 0:
-        raise UserError(
-            f"{data.name} has no validation part to select on: give --val-ratio 0.1, or --select-on test and say so"
-        )
-    if data.test.nnz == 0:
-        raise UserError(
-            f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off"
-        )

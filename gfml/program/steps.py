@@ -1,28 +1,19 @@
-"""Steps that every recommender program takes between its flags and its result.
-
-Each program keeps its own reading order in ``main.py``; what would be written the same way twice lives here.
-"""
+"""What experiments share in training and judging: list lengths, checks of the data, steps, losses of several processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
-from gfml.base.checkpoints import damaged, load_state
 from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions
-from gfml.engine import distributed
 from gfml.engine.capture import graph_key, replayed
 from gfml.engine.distributed import World
-from gfml.engine.runs import EXTENDABLE, Run
-from gfml.engine.train import Closure, FitResult, Step, Terms, fit, load_best, plain_step
+from gfml.engine.train import Closure, Step, Terms, plain_step
 from gfml.mirror import MirrorGradient
-from gfml.program.cli import Options
 from gfml.ranking.evaluation import USUAL, Definitions
 from gfml.ranking.sampling import Triples
 
@@ -37,9 +28,9 @@ def cut_offs(topks: Collection[int], select_metric: str) -> tuple[int, ...]:
     return tuple(sorted({*topks, *([int(k)] if k else [])}))
 
 
-def definitions_of(options: Options, *, judging: bool) -> Definitions:
+def definitions_of(settings: Any, *, judging: bool) -> Definitions:
     """``--metrics-as`` and ``--map-denominator``, for the reported figures; selection keeps the usual ones."""
-    return Definitions(tuple(options.metrics_as or ()), options.map_denominator) if judging else USUAL
+    return Definitions(tuple(settings.metrics_as or ()), settings.map_denominator) if judging else USUAL
 
 
 def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> None:
@@ -57,23 +48,17 @@ def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> No
         )
 
 
-def require_earlier_run(load: int, run: Run) -> None:
-    """With ``--load 1`` a missing checkpoint is an error, not a fresh start."""
-    if load and not run.file("last.pt").exists():
-        raise UserError(f"--load 1 found no checkpoint in {run.path}: train first, or give --load 0")
-
-
-def build_step(options: Options, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Step:
-    """The ordinary step with gradient clipping, or the mirror step of :func:`gfml.program.cli.add_mirror_flags`."""
-    if options.mirror == "off":
+def build_step(settings: Any, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Step:
+    """The ordinary step with gradient clipping, or the mirror step of :class:`gfml.program.flags.MirrorSettings`."""
+    if settings.mirror == "off":
         return partial(plain_step, clip_norm=clip_norm)
     return MirrorGradient(
         optimizer,
-        options.mirror_alpha1,
-        options.mirror_alpha2,
-        options.mirror_every,
-        options.mirror,
-        clip=options.mirror_clip,
+        settings.mirror_alpha1,
+        settings.mirror_alpha2,
+        settings.mirror_every,
+        settings.mirror,
+        clip=settings.mirror_clip,
     )
 
 
@@ -133,50 +118,3 @@ class ProjectedStep:
         """Put :meth:`state_dict` back."""
         if state:
             self.inner.load_state_dict(state)
-
-
-def refit(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, fitted: FitResult, run: Run, family: str, **how: Any
-) -> nn.Module:
-    """Train a fresh model, whose parts were built on train and validation, for the selected number of epochs.
-
-    how: batches, loss_fn, step, ... of :func:`gfml.engine.train.fit`. The refit has a run directory of its own inside the
-    run, so an interrupted one continues, and a run that is extended and selects another epoch has another refit.
-    """
-    epochs = fitted.best_epoch or 0
-    config = {key: value for key, value in run.config.items() if key not in EXTENDABLE} | {"epochs": epochs}
-    with distributed.open_run(run.path, family, config, name=f"refit-{epochs}") as inner:
-        if inner.is_done:
-            model.load_state_dict(inner.load_best()["model"])
-            return model.eval()
-        fit(model, optimizer, evaluate=None, select=None, run=inner, epochs=epochs, **how)
-        inner.finish({"selection": {**fitted.selection(), "refit": "on train and validation, for the selected epochs"}})
-    return model
-
-
-def load_reported(model: nn.Module, path: Path, *, done: bool = True) -> nn.Module:
-    """Put the weights that a run's result is about into the model, in eval mode.
-
-    done False: the best weights so far of an unfinished run. UserError when the file is missing or damaged.
-    """
-    if not done:
-        load_best(model, path)
-        return model.eval()
-    try:
-        model.load_state_dict(load_state(path / "final.pt")["model"])
-    except (KeyError, RuntimeError) as error:
-        raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
-    return model.eval()
-
-
-def selection_of(fitted: FitResult | None, run: Run, *, refit: bool) -> Mapping[str, Any]:
-    """How the reported epoch was chosen. fitted None: weights were loaded, and the stored result says it."""
-    if fitted is None:
-        if run.is_done:
-            return run.result["selection"]
-        best = run.load_best()
-        return {"epoch": best["epoch"], "metric": best["metric"], "protocol": "best so far of an unfinished run"}
-    selection = fitted.selection()
-    if refit:
-        selection["protocol"] += ", trained anew on train and validation"
-    return selection

@@ -16,6 +16,7 @@ class Entry:
     module: a file of this folder, or with a dot the full name of any importable module.
     needs_features: item features of at least one modality. needs_negatives: False for models of (user, item) pairs.
     trains: False for models without parameters. has_published: ``--behaviour published`` differs from fixed.
+    rowwise: the loss (fixed) is a mean over the rows of a batch, so that several processes can share one.
     """
 
     module: str
@@ -25,6 +26,7 @@ class Entry:
     needs_negatives: bool = True
     trains: bool = True
     has_published: bool = True
+    rowwise: bool = False
 
 
 MODELS: dict[str, Entry] = {

@@ -18,6 +18,7 @@ from gfml.base.errors import UserError
 from gfml.data.options import load_dataset
 from gfml.data.readers import read_counted_lists
 from gfml.engine.runs import read_metrics, read_result
+from gfml.program import index
 from gfml.program.cli import run_main
 
 TINY = ["--dataset", "demo", "--demo-users", "60", "--demo-items", "80", "--demo-interactions", "1500", "--dim", "8",
@@ -184,7 +185,7 @@ def test_features_place_items_that_train_never_shows(run, tmp_path, capsys):
     user, item = ann.search_vectors(stored)
     assert user.shape[1] == item.shape[1] == 9
     seen = load_dataset("demo", demo_users=60, demo_items=80, demo_interactions=1500)
-    near = ann.exact_search(user, item, 10)
+    near = index.exact_search(user, item, 10)
     for row, judged in zip(stored["test_users"], stored["top"], strict=True):
         known = set(hide_items(seen, 0.3, 2020).train_and_valid[[row]].indices.tolist())
         assert [i for i in near[row] if i not in known] == [i for i in judged.tolist() if i in near[row]]
@@ -262,15 +263,15 @@ def test_recall_counts_what_is_as_near_as_the_exact_list():
         ([5, -1], 0.5),
         ([4, -1], 0),
     ):
-        assert ann.distance_recall(query, items, np.array([found]), exact) == wanted
+        assert index.distance_recall(query, items, np.array([found]), exact) == wanted
 
 
 def test_exact_indexes_are_exact_where_items_are_equally_near():
     generator = np.random.default_rng(0)
     items = generator.integers(0, 3, (300, 4)).astype(np.float32)  # many equal points
     queries = generator.integers(0, 3, (50, 4)).astype(np.float32)
-    exact = ann.exact_search(queries, items, 20)
-    (row,) = ann._tree_rows(items, queries, exact, 20)
+    exact = index.exact_search(queries, items, 20)
+    (row,) = index._tree_rows(items, queries, exact, 20)
     assert row["recall"] == 1.0
 
 
@@ -450,7 +451,7 @@ def test_an_unknown_title_names_a_near_one(run, tmp_path, capsys):
 
 
 def test_asking_for_faiss_without_it(monkeypatch):
-    monkeypatch.setattr(ann.importlib.util, "find_spec", lambda name: None)
-    assert ann._available("auto") == "sklearn"
+    monkeypatch.setattr(index.importlib.util, "find_spec", lambda name: None)
+    assert index._available("auto") == "sklearn"
     with pytest.raises(Exception, match=r"faiss is not installed: pip install -e '.\[ann\]'"):
-        ann._available("faiss")
+        index._available("faiss")

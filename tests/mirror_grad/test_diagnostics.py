@@ -11,10 +11,11 @@ from torch import nn
 from gfml.program.cli import run_main
 from mirror_grad import diagnostics, experiment
 from mirror_grad.data import load
-from mirror_grad.main import main
+from mirror_grad.main import PROGRAM, main
 from mirror_grad.models import MODELS
-from mirror_grad.options import parse
 from mirror_grad.robustness import main as robustness
+
+parse = PROGRAM.parse
 
 SHORT = "--epochs 2 --batch-size 100 --lr 0.02 --embedding-dim 8 --topks 5 20 --device cpu --no-progress --baselines none --no-cache".split()
 FEATURED = [name for name, entry in MODELS.items() if entry.needs_features]
@@ -122,12 +123,13 @@ def trained(planted):
             seed_everything(1)
 
             def build(changed, options=options):
-                return experiment.build_model(options, changed, torch.device("cpu"))
+                return experiment.MirrorGrad(options, changed).build()
 
             model = build(data)
             if MODELS[name].trains:
-                optimizer, step, _ = experiment.build_training(options, model)
-                batches = experiment.build_batches(options, data, model, torch.device("cpu"))
+                training = experiment.MirrorGrad(options, data).training(model)
+                optimizer, step = training.optimizer, training.step
+                batches = experiment.MirrorGrad(options, data).batches(model)
                 for epoch in (1, 2):
                     for batch in batches(epoch):
                         step(lambda batch=batch: model.loss(batch), optimizer)

@@ -11,10 +11,9 @@ import torch
 
 from gfml.base.errors import UserError
 from mirror_grad import experiment, foreign
-from mirror_grad.data import load
-from mirror_grad.main import main
-from mirror_grad.models import MODELS
-from mirror_grad.options import parse
+from mirror_grad.main import PROGRAM, main
+
+parse = PROGRAM.parse
 
 HERE = Path(__file__).resolve().parents[1] / "golden" / "checkpoints"
 ALL = Path(__file__).resolve().parents[3] / "shared" / "golden" / "checkpoints"
@@ -40,15 +39,16 @@ def arguments(model: str, file: Path) -> list[str]:
 def test_scores_and_metrics_of_the_original(model: str) -> None:
     folder = folder_of(model)
     options = parse(arguments(model, folder / "weights.pth"))
-    data = load(options, needs_features=MODELS[model].needs_features)
-    found, notes = experiment.weights_model(options, data, torch.device("cpu"), folder / "weights.pth")
+    this = experiment.MirrorGrad(options, experiment.MirrorGrad.load(options))
+    data = this.data
+    found, notes = experiment.weights_model(this, folder / "weights.pth")
     with torch.no_grad():
         scores = found.scorer().score(torch.arange(data.num_users)).numpy()
     stored = np.load(folder / "scores.npy")
     if model == "SLMRec":  # the original prints the sigmoid of the product
         scores = 1 / (1 + np.exp(-scores))
     np.testing.assert_allclose(scores, stored, rtol=0, atol=5e-6)
-    means = experiment.judge_split(options, data, found, "test").means
+    means = this.evaluation(found, "test").means
     exact = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["exact"]
     assert means == pytest.approx(means | exact, abs=1e-12)
     assert any("renamed" in note for note in notes)

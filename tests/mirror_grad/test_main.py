@@ -17,9 +17,10 @@ from gfml.program.cli import run_main
 from gfml.ranking.evaluation import evaluate
 from gfml.ranking.topk import DenseScorer, topk_items
 from mirror_grad.experiment import arm_factor
-from mirror_grad.main import main
+from mirror_grad.main import PROGRAM, main
 from mirror_grad.models import MODELS
-from mirror_grad.options import parse
+
+parse = PROGRAM.parse
 
 SHORT = "--epochs 3 --batch-size 100 --lr 0.02 --embedding-dim 8 --topks 5 10 --device cpu --no-progress --baselines none --no-cache".split()
 TRAINED = [name for name, entry in MODELS.items() if entry.trains]
@@ -43,7 +44,8 @@ def result_of(path):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds/")} for line in lines]
 
 
 def weights_of(path, name="last.pt"):
@@ -98,8 +100,8 @@ def test_off_is_plain_training_bit_for_bit(model, run, planted, tmp_path):
     options = parse([*SHORT, "-d", str(planted), "-m", model, "--not_mg"])
     data = load(options, needs_features=MODELS[model].needs_features)
     seed_everything(options.seed)
-    built = experiment.build_model(options, data, torch.device("cpu"))
-    batches = experiment.build_batches(options, data, built, torch.device("cpu"))
+    built = experiment.MirrorGrad(options, data).build()
+    batches = experiment.MirrorGrad(options, data).batches(built)
     optimizer = torch.optim.Adam(built.parameters(), lr=0.02, fused=True)
     for epoch in (1, 2, 3):
         built.train()
@@ -120,8 +122,8 @@ def test_two_step_on_every_third_batch_as_published(run, planted):
     options = parse([*SHORT, "-d", str(planted), "-m", "BPR", "--alpha2", "0.3"])
     data = load(options, needs_features=False)
     seed_everything(options.seed)
-    model = experiment.build_model(options, data, torch.device("cpu"))
-    batches = experiment.build_batches(options, data, model, torch.device("cpu"))
+    model = experiment.MirrorGrad(options, data).build()
+    batches = experiment.MirrorGrad(options, data).batches(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02, fused=True)
     steps = 0
     for epoch in (1, 2, 3):
@@ -397,8 +399,8 @@ def test_batches_are_a_function_of_seed_and_epoch_not_of_the_model(planted):
     }.items():
         options = parse([*SHORT, "-d", str(planted), "-m", "BPR", *words])
         data = load(options, needs_features=False)
-        model = experiment.build_model(options, data, torch.device("cpu"))
-        batches = list(experiment.build_batches(options, data, model, torch.device("cpu"))(2))
+        model = experiment.MirrorGrad(options, data).build()
+        batches = list(experiment.MirrorGrad(options, data).batches(model)(2))
         drawn[name] = torch.cat([torch.stack([batch.users, batch.pos, batch.neg]) for batch in batches], 1)
     train = data.interactions.train.toarray()
     assert torch.equal(drawn["narrow"], drawn["wide"]) and not torch.equal(drawn["wide"], drawn["seed"])

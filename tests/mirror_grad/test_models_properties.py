@@ -54,9 +54,9 @@ def test_settings_are_plain_and_explained(name):
     settings = MODELS[name].settings
     assert settings.__doc__ and load_model(name).Settings is settings and load_model(name).__doc__
     for option in dataclasses.fields(settings):
-        assert isinstance(option.default, int | float | bool | str) and len(option.metadata["help"]) > 9
+        assert isinstance(option.default, int | float | bool | str) and len(option.metadata["setting"].help) > 9
         assert type(option.default).__name__ == option.type
-        for value in (*option.metadata["grid"], *option.metadata["choices"]):
+        for value in (*option.metadata["setting"].grid, *option.metadata["setting"].choices):
             assert type(value) is type(option.default), option.name
 
 

@@ -12,9 +12,12 @@ import pytest
 
 from gfml.base.errors import UserError
 from gfml.base.home import configs
-from mirror_grad import options as flags
+from mirror_grad import settings as flags
+from mirror_grad.main import PROGRAM
 from mirror_grad.models import MODELS
-from mirror_grad.options import arm_of, layers, parse
+from mirror_grad.settings import arm_of, layers
+
+parse = PROGRAM.parse
 
 CONFIGS = configs() / "mirror_grad"
 
@@ -29,8 +32,8 @@ def refused(capsys, *words):
 
 def test_nothing_heavy_for_help_and_wrong_flags():
     code = (
-        "import sys; from mirror_grad.options import parse\n"
-        "try: parse(['--model', 'VBPR', '--reg-weigth', '1'])\nexcept SystemExit: pass\n"
+        "import sys; from mirror_grad.main import PROGRAM\n"
+        "try: PROGRAM.parse(['--model', 'VBPR', '--reg-weigth', '1'])\nexcept SystemExit: pass\n"
         "print(*sorted(sys.modules.keys() & {'torch', 'pandas', 'scipy', 'sklearn', 'timm', 'matplotlib', 'torchvision'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -72,7 +75,7 @@ def test_every_hyper_parameter_is_a_flag(model, capsys):
         new = (
             {"int": 7, "float": 0.125, "bool": not default}.get(kind.__name__)
             if kind is not str
-            else field.metadata["choices"][-1]
+            else field.metadata["setting"].choices[-1]
         )
         spellings = [f"--{field.name}", f"--{field.name.replace('_', '-')}"]
         for flag in spellings:
@@ -204,7 +207,9 @@ def test_grid_points():
     options = parse(["-m", "BPR", "--grid", "reg_weight=1,2", "learning-rate=0.1,0.2", "--not_mg"])
     assert options.points == [{"--reg-weight": r, "--learning-rate": lr} for r in "12" for lr in ("0.1", "0.2")]
     published = parse(["-m", "BPR", "--grid", "published"])
-    assert len(published.points) == 3 * len(MODELS["BPR"].settings.__dataclass_fields__["reg_weight"].metadata["grid"])
+    assert len(published.points) == 3 * len(
+        MODELS["BPR"].settings.__dataclass_fields__["reg_weight"].metadata["setting"].grid
+    )
     assert len(parse(["-m", "BPR", "--grid", "published", "--not_mg"]).points) * 3 == len(published.points)
     assert "grid" not in published.resolved
 
@@ -217,7 +222,7 @@ def test_grid_points():
         (["--alpha1", "0.1", "--alpha2", "0.2"], "wanted alpha1 > alpha2"),
         (["--mirror-phase", "3"], "wanted less than --mirror-every 3"),
         (["--mirror", "fused", "--mirror-clip-halves", "second"], "two_step"),
-        (["--select-metric", "recall"], "recall@20"),
+        (["--select-metric", "recall"], "ndcg@20"),
         (["--grid", "reg_weight"], "wanted published or NAME=V,V"),
         (["--grid", "reg_wight=1,2"], "did you mean '--reg-weight'"),
         (["--baselines", "none", "ease"], "cannot stand beside"),

@@ -14,7 +14,8 @@ import pytest
 
 from gfml.base.errors import UserError
 from gfml.data import cache
-from gfml.data.options import add_data_flags, load_dataset, load_from_args
+from gfml.data.options import DataSettings, DemoSettings, load_dataset, load_from_args
+from gfml.program.cli import Parser, add_settings
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +35,9 @@ def ratings_csv(path, num_users=40, num_items=25, seed=0):
 
 
 def parse(*tokens: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_data_flags(parser)
+    parser = Parser()
+    add_settings(parser, DataSettings)
+    add_settings(parser, DemoSettings)
     return parser.parse_args(tokens)
 
 
@@ -57,8 +59,8 @@ def test_flags_reach_the_loader(tmp_path):
 
 def test_help_needs_no_heavy_import():
     code = (
-        "import argparse, sys; from gfml.data.options import add_data_flags; p = argparse.ArgumentParser();"
-        "add_data_flags(p); p.format_help(); print(sorted({'torch', 'pandas', 'scipy'} & set(sys.modules)))"
+        "import sys; from gfml.data.options import DataSettings; from gfml.program.cli import parser_of;"
+        "parser_of('p', '', DataSettings).format_help(); print(sorted({'torch', 'pandas', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

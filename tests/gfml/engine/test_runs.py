@@ -17,9 +17,11 @@ import torch
 
 from gfml.base import checkpoints, files
 from gfml.base.errors import UserError
+from gfml.base.settings import frozen
 from gfml.engine import runs
 from gfml.engine.runs import Run, run_id, run_state
-from gfml.program.cli import Parser, add_run_flags
+from gfml.program.cli import parser_of
+from gfml.program.flags import RunSettings
 
 CONFIG = {"lr": 0.1, "epochs": 4, "seed": 1, "topks": [10, 20], "out": "runs", "device": "cpu", "checkpoint-every": 5}
 RESULT = {"selection": {"epoch": 2}, "val": {"ndcg@20": 0.5}}
@@ -201,14 +203,13 @@ def test_a_foreign_directory_is_left_alone(tmp_path, overwrite):
 
 
 def test_config_toml_is_a_config(tmp_path):
-    parser = Parser()
-    add_run_flags(parser)
-    options = parser.parse_args(["--seed", "5", "--out", str(tmp_path)])
-    with Run.open(tmp_path, "demo", parser.config_of(options)) as run:
+    parser = parser_of("demo", "", RunSettings)
+    options = frozen(RunSettings, parser.parse_args(["--seed", "5", "--out", str(tmp_path)]))
+    with Run.open(tmp_path, "demo", options.resolved) as run:
         pass
-    again = parser.parse_args(["--resume", str(run.path)])
-    assert again.seed == 5 and parser.config_of(again) == parser.config_of(options)
-    with Run.open(again.out, "demo", parser.config_of(again), resume=again.resume) as resumed:
+    again = frozen(RunSettings, parser.parse_args(["--resume", str(run.path)]))
+    assert again.seed == 5 and again.resolved == options.resolved
+    with Run.open(again.out, "demo", again.resolved, resume=again.resume) as resumed:
         assert resumed.path == run.path
 
 

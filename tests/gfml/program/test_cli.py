@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tomllib
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gfml.base import settings as kinds
 from gfml.base.errors import UserError
+from gfml.base.settings import frozen, setting
 from gfml.base.toml import toml_text
 from gfml.program import cli
+from gfml.program.flags import MIRROR_MODES, MirrorSettings, RunSettings
+
+
+@dataclass(frozen=True)
+class Toy(RunSettings, MirrorSettings):
+    lr: float = setting(0.001, "learning rate", kinds.positive)
+    emb_norm: int = setting(1, "normalise", choices=(0, 1))
+    mass_reg: float = setting(0.01, "weight of the regulariser", kinds.nonnegative, also="weight_decay", exact=True)
+    model: str = setting("mf", "model", choices=("mf", "lgn", "cml"))
+    topks: tuple[int, ...] = setting((10, 20), "cut-offs", nargs="+", action=cli.TopksAction)
+    names: tuple[str, ...] = setting(("a",), "names", nargs="+")
+    bounds: tuple[float, float] | None = setting(None, "range", float, nargs=2)
+    use_rank_weight: bool = setting(False, "by rank")
+    plain: bool = setting(False, "a switch")
+    patience: int | None = setting(30, "evaluations", kinds.number(int, least=1, none=True))
+    comment: str = setting("lgn", "text")
 
 
 def make_parser() -> cli.Parser:
-    parser = cli.Parser(prog="prog")
-    cli.add_run_flags(parser)
-    cli.add_mirror_flags(parser)
-    parser.add_argument("--lr", type=cli.number(above=0), default=0.001, help="learning rate")
-    parser.add_argument("--emb_norm", type=int, choices=(0, 1), default=1, help="normalise")
-    parser.add_argument("--weight_decay", type=cli.number(least=0), default=0.01, help="weight of the regulariser")
-    parser.one_spelling("--weight_decay")
-    parser.add_argument("--model", choices=("mf", "lgn", "cml"), default="mf", help="model")
-    parser.add_argument("--topks", nargs="+", action=cli.TopksAction, default=(10, 20), help="cut-offs")
-    parser.add_argument("--names", nargs="+", default=["a"], help="names")
-    parser.add_argument("--bounds", nargs=2, type=float, default=None, help="range")
-    parser.add_argument("--use_rank_weight", action=argparse.BooleanOptionalAction, default=False, help="by rank")
-    parser.add_argument("--plain", action="store_true", help="a switch")
-    parser.add_argument("--patience", type=cli.number(int, least=1, none=True), default=30, help="evaluations")
-    parser.add_argument("--comment", default="lgn", help="text")
-    return parser
+    return cli.parser_of("prog", "", Toy)
+
+
+def config_of(options: cli.Options) -> dict[str, object]:
+    return frozen(Toy, options).resolved
 
 
 def parse(*tokens: str) -> cli.Options:
@@ -64,7 +71,7 @@ def test_importing_is_light():
 def test_mirror_modes_are_those_of_the_step():
     from gfml.mirror import MODES
 
-    assert set(cli.MIRROR_MODES) == {"off", *MODES}
+    assert set(MIRROR_MODES) == {"off", *MODES}
 
 
 # -- spelling
@@ -81,7 +88,7 @@ def test_both_spellings_of_a_negated_switch(flag):
 
 
 def test_a_second_spelling_can_be_forbidden(capsys):
-    assert parse("--weight_decay", "0.5").weight_decay == 0.5
+    assert parse("--weight_decay", "0.5").mass_reg == 0.5
     assert "unknown flag --weight-decay; did you mean '--weight_decay'?" in error_of(capsys, "--weight-decay", "0.5")
     with pytest.raises(ValueError, match="--weigth"):
         make_parser().one_spelling("--weigth")
@@ -91,7 +98,7 @@ def test_a_spelling_that_is_another_flag_stays_that_flag():
     parser = make_parser()
     parser.add_argument("--weight-decay", dest="adamw", type=float, default=0.0)
     options = parser.parse_args(["--weight-decay", "0.1", "--weight_decay", "0.2"])
-    assert (options.adamw, options.weight_decay) == (0.1, 0.2)
+    assert (options.adamw, options.mass_reg) == (0.1, 0.2)
 
 
 def test_flags_are_not_abbreviated(capsys):
@@ -110,7 +117,7 @@ def test_words_after_a_double_dash_are_left_alone():
 
 
 def test_errors_are_one_helpful_line(capsys):
-    assert "unknown flag --emb_nrom; did you mean '--emb_norm'?" in error_of(capsys, "--emb_nrom", "1")
+    assert "unknown flag --emb_nrom; did you mean '--emb-norm'?" in error_of(capsys, "--emb_nrom", "1")
     assert "unknown flag --zzzzzz; see --help" in error_of(capsys, "--zzzzzz=3")
     choices = error_of(capsys, "--model", "lgm")
     assert "--model: unknown value 'lgm': choose one of mf, lgn, cml; did you mean 'lgn'?" in choices
@@ -146,7 +153,7 @@ def test_negative_numbers_are_values():
 
 @pytest.mark.parametrize("text", ["[10, 20]", "10,20", "10 20", "(20, 10)", "20,10,20", " [10,20,] "])
 def test_topks_forms(text):
-    assert cli.topks(text) == (10, 20)
+    assert kinds.topks(text) == (10, 20)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +170,7 @@ def test_topks_refuses(text, capsys):
     if text != "[10 20":  # a bracket left open is read all the same
         assert "wanted positive whole numbers" in error_of(capsys, f"--topks={text}")
     else:
-        assert cli.topks(text) == (10, 20)
+        assert kinds.topks(text) == (10, 20)
 
 
 # -- TOML
@@ -190,7 +197,7 @@ def test_explicit_names_what_was_set_anywhere(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("emb_nrom = 1", "sets the unknown key 'emb_nrom'; did you mean 'emb_norm'?"),
+        ("emb_nrom = 1", "sets the unknown key 'emb_nrom'; did you mean 'emb-norm'?"),
         ('model = "lgm"', "did you mean 'lgn'? (set in "),
         ('lr = "fast"', "found 'fast', wanted a number > 0 (set in "),
         ("emb_norm = 1.5", "invalid int value: '1.5' (set in "),
@@ -206,7 +213,7 @@ def test_explicit_names_what_was_set_anywhere(tmp_path):
         ('resume = "run"', "unknown key 'resume'"),
         ("no-progress = true", "unknown key 'no-progress'"),
         ("weight-decay = 1", "unknown key 'weight-decay'; did you mean 'weight_decay'?"),
-        ("emb_norm = 1\nemb-norm = 0", "sets --emb_norm twice"),
+        ("emb_norm = 1\nemb-norm = 0", "sets --emb-norm twice"),
         ('names = ["--overwrite"]', "no value of a list may start with --"),
         ("topks = [10, -1]", "wanted positive whole numbers"),
         ("lr = [1, 2]", "found '[1, 2]'"),
@@ -262,10 +269,10 @@ def test_the_resolved_config_is_a_config(tmp_path):
         "--mirror", "fused", "--mirror-clip", "0.5", "--seed", "7", "--threads", "1",
     ]  # fmt: skip
     first = parser.parse_args(tokens)
-    text = toml_text(parser.config_of(first))
+    text = toml_text(config_of(first))
     second = parser.parse_args(["--config", write(tmp_path / "c.toml", text)])
     assert {**vars(second), "config": None} == vars(first)
-    assert toml_text(parser.config_of(second)) == text
+    assert toml_text(config_of(second)) == text
     assert tomllib.loads(text)["topks"] == [5, 50]
 
 
@@ -280,21 +287,21 @@ def test_any_string_and_number_survives_the_round_trip(tmp_path_factory, text, v
     options = parser.parse_args([f"--comment={text}", f"--lr={value!r}"])
     options.names = names
     path = tmp_path_factory.mktemp("toml") / "c.toml"
-    path.write_text(toml_text(parser.config_of(options)), encoding="utf-8", newline="")
+    path.write_text(toml_text(config_of(options)), encoding="utf-8", newline="")
     again = parser.parse_args(["--config", str(path)])
     assert (again.comment, again.lr, again.names) == (text, value, names)
 
 
 def test_the_default_config_is_a_config(tmp_path):
     parser = make_parser()
-    text = toml_text(parser.config_of(parser.parse_args([])))
-    again = parser.parse_args(["--config", write(tmp_path / "c.toml", text)])
-    assert {**vars(again), "config": None} == vars(parser.parse_args([]))
+    text = toml_text(config_of(parser.parse_args([])))
+    again = frozen(Toy, parser.parse_args(["--config", write(tmp_path / "c.toml", text)]))
+    assert replace(again, config=None) == frozen(Toy, parser.parse_args([]))
 
 
 def test_flags_of_the_moment_are_not_saved():
     parser = make_parser()
-    config = parser.config_of(parser.parse_args(["--overwrite", "--eval-only", "--run-name", "x", "--gpu_id", "1"]))
+    config = config_of(parser.parse_args(["--overwrite", "--eval-only", "--run-name", "x", "--gpu_id", "1"]))
     assert not {"overwrite", "eval-only", "run-name", "gpu_id", "config", "resume", "help"} & set(config)
 
 

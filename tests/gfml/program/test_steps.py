@@ -13,12 +13,16 @@ from torch import nn
 
 from gfml.base.checkpoints import save_state
 from gfml.base.errors import UserError
+from gfml.base.settings import Settings
 from gfml.data.interactions import csr_from_pairs
 from gfml.data.synthetic import generate
 from gfml.engine.runs import Run
-from gfml.engine.train import fit, plain_step
+from gfml.engine.train import FitResult, fit, plain_step
 from gfml.mirror import MirrorGradient
+from gfml.program import driver
 from gfml.program import steps as program
+from gfml.program.experiment import Experiment, Training
+from gfml.program.program import Program
 
 
 def test_cut_offs_join_the_lists_and_the_metric_that_selects() -> None:
@@ -83,66 +87,69 @@ def test_projected_step_keeps_the_inner_state() -> None:
     assert other.inner.is_mirror_step()
 
 
-def toy(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
-    model = nn.Linear(2, 1)
-    return model, torch.optim.SGD(model.parameters(), lr=0.05)
+class Small(Experiment):
+    """An experiment whose model is a line."""
+
+    def build(self, *, start: bool = True) -> nn.Module:
+        torch.manual_seed(0 if start else 1)
+        return nn.Linear(self.data, 1)
+
+    def whole(self) -> Small:
+        return self
+
+    def training(self, model: nn.Module) -> Training:
+        def batches(epoch: int) -> list[torch.Tensor]:
+            self.world.calls.append(epoch)
+            return [torch.ones(4, 2) * epoch]
+
+        def loss(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": (model(batch) - 1).square().mean()}
+
+        return Training(torch.optim.SGD(model.parameters(), lr=0.05), batches, loss)
 
 
-def train_toy(out: Path, run: Run) -> object:
-    model, optimizer = toy()
-    values = iter((0.1, 0.5, 0.3, 0.2))
+def small(inputs: int = 2, **flags: object) -> Small:
+    settings = SimpleNamespace(
+        seed=0, refit=True, compile=False, amp=False, cuda_graph="auto", checkpoint_every=10, progress=False, **flags
+    )
+    world = SimpleNamespace(is_main=True, size=1, device=torch.device("cpu"), calls=[])
+    return Small(settings, inputs, world)
+
+
+PROGRAM = Program("toy/main.py", "toy", Settings, Small, "")
+
+
+def fitted(this: Small, run: Run) -> FitResult:
+    model, values = this.build(), iter((0.1, 0.5, 0.3, 0.2))
+    training = this.training(model)
     return fit(
-        model, optimizer, batches=lambda epoch: [torch.ones(4, 2) * epoch], evaluate=lambda split: {"m": next(values)},
-        loss_fn=lambda batch: {"loss": (model(batch) - 1).square().mean()}, select="val/m", run=run, epochs=4, progress=False,
+        model, training.optimizer, batches=training.batches, loss_fn=training.loss, evaluate=lambda split: {"m": next(values)},
+        select="val/m", run=run, epochs=4, progress=False,
     )  # fmt: skip
 
 
 def test_refit_trains_for_the_selected_epochs_and_continues(tmp_path: Path) -> None:
+    this = small()
     with Run.open(tmp_path, "toy", {"seed": 0, "epochs": 4}) as run:
-        fitted = train_toy(tmp_path, run)
-        assert fitted.best_epoch == 2
-        calls: list[int] = []
-
-        def again() -> nn.Module:
-            model, optimizer = toy()
-
-            def batches(epoch: int) -> list[torch.Tensor]:
-                calls.append(epoch)
-                return [torch.ones(4, 2)]
-
-            loss = lambda batch: {"loss": (model(batch) - 1).square().mean()}  # noqa: E731
-            return program.refit(
-                model, optimizer, fitted=fitted, run=run, family="toy", batches=batches, loss_fn=loss, progress=False
-            )
-
-        first = again()
-        assert calls == [1, 2] and (run.path / "refit-2" / "done").exists() and not first.training
-        second = again()  # it is done: nothing is trained, the weights are read
-        assert calls == [1, 2] and torch.equal(first.weight, second.weight)
-        assert program.selection_of(fitted, run, refit=True)["protocol"].endswith(
-            "trained anew on train and validation"
-        )
+        found = fitted(this, run)
+        assert found.best_epoch == 2
+        this.world.calls.clear()
+        _, first = driver.refit(PROGRAM, this, found, run)
+        assert this.world.calls == [1, 2] and (run.path / "refit-2" / "done").exists() and not first.training
+        _, second = driver.refit(PROGRAM, this, found, run)  # it is done: nothing is trained, the weights are read
+        assert this.world.calls == [1, 2] and torch.equal(first.weight, second.weight)
+        assert this.selection(found, run)["protocol"].endswith("trained anew on train and validation")
 
 
 def test_reported_weights_and_their_selection(tmp_path: Path) -> None:
+    this = small()
     with Run.open(tmp_path, "toy", {"seed": 0}) as run:
-        fitted = train_toy(tmp_path, run)
-        trained, _ = toy(1)
-        assert program.selection_of(None, run, refit=False)["epoch"] == fitted.best_epoch
-        best = program.load_reported(trained, run.path, done=False).weight.clone()
+        found = fitted(this, run)
+        assert this.selection(None, run)["epoch"] == found.best_epoch
+        best = this.restore(run.path, done=False).weight.clone()
         save_state(run.file("final.pt"), {"model": {"weight": best + 1, "bias": torch.zeros(1)}})
         run.finish({"selection": {"epoch": 7, "protocol": "stored"}})
-        assert torch.equal(program.load_reported(trained, run.path).weight, best + 1)
-        assert program.selection_of(None, run, refit=False)["epoch"] == 7
+        assert torch.equal(this.restore(run.path).weight, best + 1)
+        assert this.selection(None, run)["epoch"] == 7
         with pytest.raises(UserError, match="another model"):
-            program.load_reported(nn.Linear(3, 1), run.path)
-
-
-def test_load_1_insists_on_a_checkpoint(tmp_path: Path) -> None:
-    with Run.open(tmp_path, "toy", {"seed": 0}) as run:
-        program.require_earlier_run(0, run)
-        with pytest.raises(UserError, match="found no checkpoint"):
-            program.require_earlier_run(1, run)
-        run.checkpoint({})
-        program.require_earlier_run(1, run)
+            small(3).restore(run.path)

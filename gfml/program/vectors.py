@@ -1,0 +1,130 @@
+"""Vectors and masses of a finished run of any recommender, under the ids of the source, and a nearest-neighbour index.
+
+    gfml vectors RUN                       RUN/vectors/: users.parquet and items.parquet, a row for each
+    gfml vectors RUN --form npz            ids and log-masses in vectors.npz, vectors in vectors.safetensors
+    gfml vectors RUN --index --top 50      also an index whose nearest items are a user's best ones
+
+A row holds the id, the vector and, where the model has masses, the log-mass. The index is by squared distance: where a
+model ranks by a dot product of keys, items get one coordinate more, with which both orders are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gfml.base.errors import UserError
+from gfml.program.cli import Parser, number
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gfml.program.loading import Loaded
+
+
+def build_parser() -> Parser:
+    """The command line of ``gfml vectors``."""
+    parser = Parser(prog="vectors", description="Vectors and masses of a finished run under the ids of the source.")
+    parser.add_argument("run", metavar="RUN", help="directory of a finished run of a recommender")
+    parser.add_argument("--form", choices=("parquet", "npz"), default="parquet", help="npz: with safetensors beside it")
+    parser.add_argument("--output", metavar="DIR", help="where to write (default: RUN/vectors)")
+    parser.add_argument("--index", action="store_true", help="also build and measure a nearest-neighbour index")
+    parser.add_argument("--kind", choices=("auto", "faiss", "sklearn"), default="auto", help="of index")
+    parser.add_argument(
+        "--top", type=number(int, least=1), default=100, metavar="K", help="neighbours that are compared"
+    )
+    parser.add_argument("--data-root", metavar="DIR", help="where the data lies now (default: as for the run)")
+    parser.add_argument("--device", default="auto", metavar="{auto,cpu,cuda,cuda:N}", help="where to compute")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(argv)
+    from gfml.program.index import measure_index
+    from gfml.program.loading import load
+    from gfml.program.recommend import require_recommender
+
+    places = {"data_root": options.data_root} if options.data_root else {}
+    run = load(options.run, device=options.device, **places)
+    require_recommender(run)
+    folder = Path(options.output) if options.output else run.path / "vectors"
+    for file in export(run, folder, options.form):
+        print(f"vectors         {file}")
+    if options.index:
+        measure_index(folder, *search_space(run), options.kind, options.top)
+    return 0
+
+
+def export(run: Loaded, folder: Path, form: str = "parquet") -> list[Path]:
+    """Write users and items into the folder; the files. UserError for a model without vectors."""
+    sides = tables(run)
+    return _parquet(folder, sides) if form == "parquet" else _npz(folder, sides)
+
+
+def tables(run: Loaded) -> dict[str, dict[str, np.ndarray]]:
+    """{"user": {"id" [U], "vector" [U, D], "log_mass" [U] where there are masses}, "item": ...}."""
+    import numpy as np
+
+    vectors, data = run.experiment.vectors(run.model), run.interactions
+    if vectors is None:
+        raise UserError(f"{run.path} is a run of {run.experiment.name}, which has no vectors of users and items")
+    mass, found = run.experiment.mass(run.model), {}
+    for side, table, ids in zip(("user", "item"), vectors, (data.user_ids, data.item_ids), strict=True):
+        names = np.arange(len(table)) if ids is None else np.asarray(ids)
+        found[side] = {"id": names, "vector": table.float().cpu().numpy()}
+        if mass is not None and getattr(mass, side) is not None:
+            found[side]["log_mass"] = getattr(mass, f"log_{side}")().detach().float().cpu().numpy()
+    return found
+
+
+def search_space(run: Loaded) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of users and items among which the nearest items of a user are its best ones.
+
+    Keys u . v become squared distances by v' = [v, sqrt(M - |v|^2)], u' = [u, 0], M the largest |v|^2. UserError where
+    the ranking is no dot product.
+    """
+    import torch
+
+    factors = run.experiment.scorer(run.model, "test").factors()
+    if factors is None:
+        raise UserError(f"the ranking of {run.path} is no dot product of keys, so no index can hold it")
+    user, item = (part.detach().float().cpu() for part in factors)
+    sq_norm = item.square().sum(1)
+    more = (sq_norm.max() - sq_norm).clamp_min(0).sqrt()[:, None]
+    joined = torch.cat([user, torch.zeros_like(user[:, :1])], 1), torch.cat([item, more], 1)
+    return joined[0].numpy(), joined[1].numpy()
+
+
+def _parquet(folder: Path, sides: dict[str, dict[str, np.ndarray]]) -> list[Path]:
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("pyarrow is not installed: pip install pyarrow, or give --form npz") from None
+    from gfml.base.files import atomic_open
+
+    files = []
+    for side, columns in sides.items():
+        arrays = {
+            name: pa.array(list(values) if values.ndim == 2 else values.tolist()) for name, values in columns.items()
+        }
+        files.append(folder / f"{side}s.parquet")
+        with atomic_open(files[-1], "wb") as stream:
+            parquet.write_table(pa.table(arrays), stream)
+    return files
+
+
+def _npz(folder: Path, sides: dict[str, dict[str, np.ndarray]]) -> list[Path]:
+    import numpy as np
+    from safetensors.numpy import save
+
+    from gfml.base.files import atomic_open
+
+    flat = {f"{side}_{name}": values for side, columns in sides.items() for name, values in columns.items()}
+    names = {key: values.astype(str) if values.dtype == object else values for key, values in flat.items()}
+    with atomic_open(folder / "vectors.npz", "wb") as stream:
+        np.savez_compressed(stream, **{key: values for key, values in names.items() if values.ndim == 1})
+    with atomic_open(folder / "vectors.safetensors", "wb") as stream:
+        stream.write(save({key: np.ascontiguousarray(values) for key, values in flat.items() if values.ndim == 2}))
+    return [folder / "vectors.npz", folder / "vectors.safetensors"]
