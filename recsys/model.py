@@ -168,6 +168,25 @@ class BlendScorer:
         """Blended scores of users [B] with every item: [B, I]."""
         return self.dot.score(users).mul_(1 - self.mix_ratio).add_(self.gravity.score(users), alpha=self.mix_ratio)
 
+    @property
+    def user(self) -> Tensor:
+        """User vectors [U, D]."""
+        return self.dot.user
+
+    @property
+    def item(self) -> Tensor:
+        """Item vectors [I, D]."""
+        return self.dot.item
+
+    def at(self, users: Tensor, items: Tensor) -> Tensor:
+        """Blended scores of users [B] with their own items int64 [B, K]: [B, K]."""
+        return (1 - self.mix_ratio) * self.dot.at(users, items) + self.mix_ratio * self.gravity.at(users, items)
+
+    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+        """Blended scores of user vectors [B, D] with all items, or with items int64 [W]."""
+        dot, gravity = self.dot.of_vectors(vectors, items), self.gravity.of_vectors(vectors, items)
+        return (1 - self.mix_ratio) * dot + self.mix_ratio * gravity
+
     def factors(self) -> Factors | None:
         """The dot product alone when rho is 0, the gravity form when it is 1, else None."""
         if self.mix_ratio == 0:
