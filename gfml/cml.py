@@ -322,6 +322,17 @@ class SquaredDistanceScorer:
         negated = torch.addmm(self._item_term, user, self.item.T, alpha=-2)
         return negated.add_(user.square().sum(1, keepdim=True)).neg_()
 
+    def at(self, users: Tensor, items: Tensor) -> Tensor:
+        """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
+        user, item = self.user[users], self.item[items]
+        term = self._item_term[items] - item.square().sum(-1)
+        return -(user[:, None] - item).square().sum(-1) - term
+
+    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+        """Scores of user vectors [B, D] with all items, or with items int64 [W]."""
+        item, term = (table if items is None else table[items] for table in (self.item, self._item_term))
+        return 2 * vectors @ item.T - term - vectors.square().sum(1, keepdim=True)
+
     @torch.no_grad()
     def factors(self) -> Factors:
         """[2 x, 1] . [y, -|y|^2 - offset]: the score without the user's own constant."""

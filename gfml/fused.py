@@ -14,6 +14,7 @@ installation compiles for some seconds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gfml.cml import ItemFeatures, MetricOptions
 from gfml.gravity import Gravity
 from gfml.ranking.encoders import Tables
 from gfml.ranking.sampling import Triples
@@ -31,35 +33,133 @@ COORDINATES_PER_THREAD = 1 << 16
 
 def why_not_fused(encoder: Tables, gravity: Gravity, loss_mode: str, *, compat: bool = False) -> str | None:
     """Why :class:`FusedPairLoss` cannot give this loss, None where it can."""
+    if compat:
+        return "published formulas"
+    if gravity.distance.kind == "kl" and gravity.distance.kl_kind == "compat" and loss_mode not in ("dot", "bpr"):
+        return "the published kl"
+    return _why_not_rows(encoder)
+
+
+def why_no_fused_hinge(encoder: Tables, options: MetricOptions, features: ItemFeatures | None) -> str | None:
+    """Why :class:`FusedHinge` cannot give :func:`gfml.cml.metric_loss`, None where it can."""
+    if options.cov_weight or (features is not None and options.feature_weight):
+        return "a covariance penalty" if options.cov_weight else "item features"
+    return _why_not_rows(encoder)
+
+
+def _why_not_rows(encoder: Tables) -> str | None:
     if type(encoder) is not Tables:
         return "vectors come from a graph"
     if encoder.nodes.device.type != "cpu":
         return f"parameters are on {encoder.nodes.device.type}"
     if encoder.nodes.dtype not in (torch.float32, torch.float64):
         return f"parameters are {str(encoder.nodes.dtype).removeprefix('torch.')}"
-    if loss_mode == "cml":
-        return "loss cml"
-    if compat:
-        return "published formulas"
-    if gravity.distance.kind == "kl" and gravity.distance.kl_kind == "compat" and loss_mode not in ("dot", "bpr"):
-        return "the published kl"
     return None
 
 
 class _Kept(NamedTuple):
-    """The rows that a kept gradient has, and the version of the tensor for which this is known."""
+    """Rows first .. last - 1 of a table of nodes, of which a kept gradient has ``nodes``; true of one version of it."""
 
-    rows: Tensor
+    nodes: np.ndarray
+    first: int
+    last: int
     version: int
 
 
-def touched_rows(gradient: Tensor) -> Tensor | None:
-    """Rows [n] outside which a gradient is 0 for sure, in no order; None where nobody knows."""
+def _is_known(gradient: Tensor) -> bool:
+    """Whether nobody else wrote to a kept gradient since its rows were noted."""
     kept = getattr(gradient, "kept", None)
-    return kept.rows if kept is not None and kept.version == gradient._version else None
+    return kept is not None and kept.version == gradient._version
 
 
-class FusedPairLoss:
+def touched_rows(gradient: Tensor) -> np.ndarray | None:
+    """Rows, int64 [n], outside which a gradient is 0 for sure, in no order; None where nobody knows."""
+    if not _is_known(gradient):
+        return None
+    kept: _Kept = gradient.kept  # type: ignore[attr-defined]
+    mine = (kept.nodes >= kept.first) & (kept.nodes < kept.last)
+    return kept.nodes[mine] - kept.first
+
+
+class Computed(NamedTuple):
+    """The loss of a batch, its weighted parts, its derivative by log lambda, and what the backward pass scatters."""
+
+    total: float
+    parts: np.ndarray
+    by_log_lamb: float
+    out: Any
+
+
+class _RowLoss:
+    """A loss of tables that computes its gradients with its value; :meth:`compute` is left to the kinds."""
+
+    def __init__(self, encoder: Tables, user: nn.Parameter | None, item: nn.Parameter | None) -> None:
+        self.encoder = encoder
+        self.gradients = RowGradients(encoder.nodes, user, item, num_users=encoder.num_users)
+        self._kernel = _kernels()[0]
+        self._free: list[Any] = []
+
+    def compute(self, batch: Triples) -> Computed:
+        raise NotImplementedError
+
+    def scatter(self, out: Any, scale: float) -> None:
+        """Write ``scale`` times the gradients of :meth:`compute` and take their memory back."""
+        self.gradients.write(out, scale)
+        self._free = [out]
+
+    def _run(self, pairs: Callable[..., None], batch: Triples, recipe: Any, count: int) -> Any:
+        """A loop of :mod:`gfml.kernels.pairs` over a batch, ``count`` rows to a pair, shared out among threads."""
+        size, out = len(batch), self._room(len(batch), count)
+        inputs = (
+            self.encoder.num_users,
+            self._kernel.Parameters(*self.gradients.parameter_arrays()),
+            self._kernel.Pairs(batch.users.numpy(), batch.pos.numpy(), batch.neg.view(size, -1).numpy()),
+            recipe,
+            out,
+        )
+        parts = threads_for(out.rows.size)
+        self.gradients.team(lambda part: pairs(size * part // parts, size * (part + 1) // parts, *inputs), parts)
+        return out
+
+    def _room(self, size: int, count: int) -> Any:
+        """Memory for the gradients of a batch: that of the last one, if its backward pass gave it back."""
+        nodes, room = self.encoder.nodes, self._free.pop() if self._free else None
+        if room is not None and room.places.shape == (size, count):
+            return room
+        return self._kernel.Gradients(
+            np.empty((size, count, nodes.shape[1]), _kind(nodes)),
+            np.empty((size, count), np.int64),
+            np.empty((size, count), _kind(nodes)),
+            np.empty((size, len(self._kernel.PARTS))),
+        )
+
+
+class FusedHinge(_RowLoss):
+    """The hinge of :func:`gfml.cml.mined_hinge` as a function of a batch; see :func:`why_no_fused_hinge`."""
+
+    def __init__(self, encoder: Tables, options: MetricOptions) -> None:
+        _refuse(why_no_fused_hinge(encoder, options, None))
+        super().__init__(encoder, None, None)
+        self.options = options
+
+    def __call__(self, batch: Triples) -> dict[str, Tensor]:
+        """{"loss": hinge, "hinge": the same}; only "loss" has a gradient."""
+        loss, parts = _Fused.apply(self, batch, self.encoder.nodes, None)
+        return {"loss": loss, "hinge": parts[0]}
+
+    def compute(self, batch: Triples) -> Computed:
+        """See :class:`Computed`."""
+        options, size = self.options, len(batch)
+        weight = 1.0 if options.reduction == "sum" else 1 / size
+        recipe = self._kernel.HingeRecipe(
+            options.margin, self.encoder.num_items, options.use_rank_weight, options.rank_floor, weight
+        )
+        out = self._run(self._kernel.hinge_pairs, batch, recipe, 3)
+        total = out.values[:, 0].sum()
+        return Computed(total, np.array([total]), 0.0, out)
+
+
+class FusedPairLoss(_RowLoss):
     """One of the six pair losses of tables as a function of a batch; arguments as :func:`gfml.losses.pair_loss`.
 
     Where :func:`why_not_fused` gives a reason, use autograd. As many threads as torch has, fewer for small batches.
@@ -75,17 +175,15 @@ class FusedPairLoss:
         mass_decay: float = 0.0,
         mix_ratio: float = 0.5,
     ) -> None:
-        reason = why_not_fused(encoder, gravity, loss_mode)
-        if reason is not None:
-            raise ValueError(f"found a loss that has no fused form ({reason}), wanted a pair loss of tables on a CPU")
-        self.encoder, self.gravity, self.loss_mode = encoder, gravity, loss_mode
+        _refuse(why_not_fused(encoder, gravity, loss_mode))
+        self.gravity, self.loss_mode = gravity, loss_mode
         self.decay, self.mass_decay, self.mix_ratio = decay, mass_decay, mix_ratio
         self.uses_gravity = loss_mode not in ("dot", "bpr")
         masses = (gravity.mass.user, gravity.mass.item) if self.uses_gravity else (None, None)
-        self.gradients = RowGradients(encoder.nodes, *masses, num_users=encoder.num_users)
-        self._kernel = _kernels()[0]
+        super().__init__(encoder, *masses)
         self._recipe = self._build_recipe()
-        self._free: list[Any] = []
+        linear = not self.uses_gravity or gravity.distance.kind == "l2"
+        self._pairs = self._kernel.linear_pairs if linear else self._kernel.general_pairs
 
     def __call__(self, batch: Triples) -> dict[str, Tensor]:
         """{"loss": total, named parts} of :func:`gfml.losses.pair_loss`; only "loss" has a gradient."""
@@ -93,42 +191,17 @@ class FusedPairLoss:
         loss, values = _Fused.apply(self, batch, self.encoder.nodes, log_lamb)
         weights = {"dot": self._recipe.dot > 0, "gravity": self.uses_gravity, "emb_reg": self.decay,
                    "mass_reg": self.mass_decay * self.uses_gravity}  # fmt: skip
-        parts = zip(weights.items(), values.unbind(), strict=False)
+        parts = zip(weights.items(), values.unbind(), strict=True)
         return {"loss": loss, **{name: value for (name, weight), value in parts if weight}}
 
-    def compute(self, batch: Triples) -> tuple[np.ndarray, Any]:
-        """Means of the parts [5], weighted by the regularisers' weights, and what the backward pass scatters."""
-        kernel, size = self._kernel, len(batch)
-        neg = batch.neg.view(size, -1)
-        count = 1 + neg.shape[1]
-        out = self._room(size, 1 + count)
-        inputs = (
-            self.encoder.num_users,
-            kernel.Parameters(*self.gradients.parameter_arrays()),
-            kernel.Pairs(batch.users.numpy(), batch.pos.numpy(), neg.numpy()),
-            self._recipe_of(size),
-            out,
-        )
-        parts = threads_for(out.rows.size)
-        self.gradients.team(lambda part: kernel.pairs(size * part // parts, size * (part + 1) // parts, *inputs), parts)
-        return out.values.sum(0) / size, out
-
-    def scatter(self, out: Any, scale: float) -> None:
-        """Write ``scale`` times the gradients of :meth:`compute` and take their memory back."""
-        self.gradients.write(out, scale)
-        self._free = [out]
-
-    def _room(self, size: int, count: int) -> Any:
-        """Memory for the gradients of a batch: that of the last one, if its backward pass gave it back."""
-        nodes, room = self.encoder.nodes, self._free.pop() if self._free else None
-        if room is not None and room.places.shape == (size, count):
-            return room
-        return self._kernel.Gradients(
-            np.empty((size, count, nodes.shape[1]), _kind(nodes)),
-            np.empty((size, count), np.int64),
-            np.empty((size, count), _kind(nodes)),
-            np.empty((size, len(self._kernel.PARTS))),
-        )
+    def compute(self, batch: Triples) -> Computed:
+        """See :class:`Computed`."""
+        recipe, size = self._recipe, len(batch)
+        out = self._run(self._pairs, batch, self._recipe_of(size), 2 + batch.neg.numel() // size)
+        dot, gravity, emb_reg, mass_reg, by_log_lamb = self._kernel.totals(out.values).tolist()
+        parts = np.array([dot, gravity, recipe.decay * emb_reg, recipe.mass_decay * mass_reg]) / size
+        total = recipe.dot_weight * parts[0] + recipe.gravity_weight * parts[1] + parts[2] + parts[3]
+        return Computed(total, parts, by_log_lamb, out)
 
     def _build_recipe(self) -> Any:
         kernel, mode, distance, mass = self._kernel, self.loss_mode, self.gravity.distance, self.gravity.mass
@@ -167,16 +240,15 @@ class _Fused(torch.autograd.Function):
     """The loss and its parts; the backward pass writes the tables' gradients and returns that of log lambda."""
 
     @staticmethod
-    def forward(ctx: Any, loss: FusedPairLoss, batch: Triples, nodes: Tensor, log_lamb: Tensor | None) -> Any:
-        means, ctx.out = loss.compute(batch)
-        ctx.loss, ctx.by_log_lamb = loss, means[4] * len(batch)
-        recipe = loss._recipe
-        means[2:4] *= np.array([recipe.decay, recipe.mass_decay if loss.uses_gravity else 0.0])
-        total = recipe.dot_weight * means[0] + recipe.gravity_weight * means[1] + means[2] + means[3]
-        values = torch.from_numpy(means).to(nodes.dtype)
-        ctx.mark_non_differentiable(values)
-        ctx.has_lamb = log_lamb is not None
-        return values.new_tensor(total), values
+    def forward(
+        ctx: Any, loss: _RowLoss, batch: Triples, nodes: Tensor, log_lamb: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        found = loss.compute(batch)
+        ctx.loss, ctx.out = loss, found.out
+        ctx.by_log_lamb = None if log_lamb is None else found.by_log_lamb
+        parts = torch.from_numpy(found.parts).to(nodes.dtype)
+        ctx.mark_non_differentiable(parts)
+        return parts.new_tensor(found.total), parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[None, None, None, Tensor | None]:
@@ -185,7 +257,12 @@ class _Fused(torch.autograd.Function):
                 "found create_graph with a fused loss, which has no second derivative: use `kernel autograd`"
             )
         ctx.loss.scatter(ctx.out, float(upstream))
-        return None, None, None, upstream * ctx.by_log_lamb if ctx.has_lamb else None
+        return None, None, None, None if ctx.by_log_lamb is None else upstream * ctx.by_log_lamb
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(f"found a loss that has no fused form ({reason}), wanted one of tables on a CPU")
 
 
 class RowGradients:
@@ -217,8 +294,7 @@ class RowGradients:
             arrays = self._arrays([None if p is None else p.grad for p in self.parameters])
             self._kernel.add_rows(self.num_users, self._kernel.Tables(*arrays), *content)
             for parameter in there:
-                written: Any = parameter.grad
-                written.kept = None
+                parameter.grad.kept = None  # type: ignore[union-attr]
             return
         parts = threads_for(out.rows.size)
         self._prepare(parts)
@@ -237,7 +313,7 @@ class RowGradients:
         """Kept gradients that are 0 outside the rows of the last batch: made now, or cleared if others wrote to them."""
         there = [parameter for parameter in self.parameters if parameter is not None]
         known = self._old is not None and len(self._old.counts) == parts
-        if known and all(touched_rows(gradient) is not None for gradient in self._kept):
+        if known and all(map(_is_known, self._kept)):
             return
         if not self._kept:
             # NumPy asks the system for large pages, which reading scattered rows needs; torch does not.
@@ -251,15 +327,11 @@ class RowGradients:
 
     def _hand_over(self, there: list[nn.Parameter], touched: Any) -> None:
         rows = np.concatenate([row[:count] for row, count in zip(touched.rows, touched.counts, strict=True)])
-        nodes = torch.from_numpy(rows)
-        lists = {id(self.parameters[0]): nodes}
-        if len(there) > 1:
-            is_user = rows < self.num_users
-            lists |= {id(self.parameters[1]): torch.from_numpy(rows[is_user])}
-            lists |= {id(self.parameters[2]): torch.from_numpy(rows[~is_user] - self.num_users)}
-        gradient: Any
-        for parameter, gradient in zip(there, self._kept, strict=True):
-            gradient.kept = _Kept(lists[id(parameter)], gradient._version)
+        whole, users = len(self.parameters[0]), self.num_users
+        spans = ((0, whole), (0, users), (users, whole))
+        shown = [span for parameter, span in zip(self.parameters, spans, strict=True) if parameter is not None]
+        for parameter, gradient, (first, last) in zip(there, self._kept, shown, strict=True):
+            gradient.kept = _Kept(rows, first, last, gradient._version)  # type: ignore[attr-defined]
             parameter.grad = gradient
 
     def _arrays(self, tensors: Any) -> list[np.ndarray]:

@@ -292,6 +292,24 @@ class GravityScorer:
             self.user[users], self.item, users, emb_norm=self.emb_norm, mass_scale=self.mass_scale
         )
 
+    def at(self, users: Tensor, items: Tensor) -> Tensor:
+        """g of users [B] with their own items int64 [B, K]: [B, K]."""
+        gravity, (users, items) = self.gravity, (part.to(self.item.device) for part in (users, items))
+        x, y = (gravity._prepare(rows, self.emb_norm) for rows in (self.user[users], self.item[items]))
+        return gravity.from_sq_distance(gravity.distance.paired(x, y), self.mass_scale * gravity.mass(users, items))
+
+    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+        """g of user vectors [B, D] with all items, or with items int64 [W]; the user's own mass is the mean of all."""
+        gravity, mass = self.gravity, self.gravity.mass
+        x, y = (
+            gravity._prepare(rows, self.emb_norm)
+            for rows in (vectors, self.item if items is None else self.item[items])
+        )
+        log_user = None if mass.user is None else mass.log_user().detach().mean()
+        log_item = None if mass.item is None else mass.log_item(items).detach()
+        mu = self.mass_scale * mass._combine(log_user, log_item)
+        return gravity.from_sq_distance(gravity.distance.all_pairs(x, y), mu)
+
     def factors(self) -> Factors | None:
         """See :meth:`Gravity.factors`."""
         return self.gravity.factors(self.user, self.item, emb_norm=self.emb_norm, mass_scale=self.mass_scale)

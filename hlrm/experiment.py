@@ -103,9 +103,14 @@ class HLRM(Recommender):
         s = self.settings
         shape = (self.data.num_users, self.data.num_items, s.embedding_dim)
         if s.pretrained is not None:
-            nodes = read_nodes(s.pretrained, shape)
+            nodes = read_nodes(s.pretrained, shape, self.data)
         else:
-            nodes = join_tables(read_table(s.user_emb), read_table(s.item_emb), shape, f"{s.user_emb} and {s.item_emb}")
+            nodes = join_tables(
+                read_table(s.user_emb, "user", self.data),
+                read_table(s.item_emb, "item", self.data),
+                shape,
+                f"{s.user_emb} and {s.item_emb}",
+            )
         model.encoder.nodes.copy_(nodes)
         if not s.freeze_embs:
             clip_rows_(model.encoder.nodes, s.clip_norm, compat=bool(s.compat))

@@ -91,8 +91,12 @@ class StartSettings(Settings):
     pretrained: str | None = setting(
         None, "run directory (its final.pt), checkpoint, or .npz with user [U, D] and item [I, D]", unit="FILE"
     )
-    user_emb: str | None = setting(None, ".npy of user vectors [U, D]", unit="FILE")
-    item_emb: str | None = setting(None, ".npy of item vectors [I, D]", unit="FILE")
+    user_emb: str | None = setting(
+        None, "user vectors [U, D] in the order of the data, or an .npz with user_ids beside them", unit="FILE"
+    )
+    item_emb: str | None = setting(
+        None, "item vectors [I, D] in the order of the data, or an .npz with item_ids beside them", unit="FILE"
+    )
     freeze_embs: bool = yes_or_no(False, "train the relations alone")
 
 

@@ -29,6 +29,7 @@ from mirror_grad.layout import (
     read_item_map,
     read_user_graph,
     require_labels,
+    rows_in_map,
     shared_items,
     write_user_graph,
 )
@@ -110,7 +111,9 @@ def load(options: MirrorGradSettings, *, needs_features: bool) -> MultimodalData
     numbered = folder is not None and interactions.item_ids is None
     ids = read_item_map(folder, interactions.num_items) if numbered else None
     if ids is not None:
-        interactions = replace(interactions, item_ids=ids)
+        more = (rows_in_map(folder) or 0) - interactions.num_items
+        notes = {"items of the map that no interaction names, ignored": more} if more > 0 else {}
+        interactions = replace(interactions, item_ids=ids, notes=interactions.notes | notes)
     cache_dir = (
         (Path(options.cache_dir) if options.cache_dir else default_cache_dir()).parent / "graphs"
         if options.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,8 @@ def read_amazon_images(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np
 
     The file is a sequence of records of a 10-byte id and 4096 little-endian float32; it is mapped, not read whole.
     """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: check --images")
     record = np.dtype([("asin", "S10"), ("values", "<f4", AMAZON_WIDTH)])
     size = path.stat().st_size
     if size == 0 or size % record.itemsize:
@@ -95,10 +98,8 @@ def encode_pictures(
     """
     import timm
     import torch
-    from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
 
-    from gfml.data.images import decode
     from gfml.program.weights import pretrained
 
     if not folder.is_dir():
@@ -111,7 +112,7 @@ def encode_pictures(
         model = pretrained(backbone, "connect to the network once, or give --image-weights", num_classes=0)
     else:
         model = timm.create_model(backbone, num_classes=0)
-        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        _load_weights(model, backbone, weights)
     model.eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     paths = [next((p for end in PICTURES if (p := folder / f"{name}{end}").is_file()), None) for name in names]
@@ -124,11 +125,41 @@ def encode_pictures(
     rows = np.flatnonzero(known)
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
-        with torch.inference_mode():
-            pictures = [decode(paths[row].read_bytes(), str(paths[row]), upright=True) for row in some]
-            batch = torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
-            values[some] = model(batch).numpy()
+        pictures = {row: picture for row in some.tolist() if (picture := _picture(paths[row])) is not None}
+        known[some] = [row in pictures for row in some.tolist()]
+        if pictures:
+            with torch.inference_mode():
+                values[list(pictures)] = model(torch.stack([transform(one) for one in pictures.values()])).numpy()
+    if not known.any():
+        raise UserError(f"none of the {len(rows)} pictures in {folder} can be opened: check --image-folder")
     return values, known
+
+
+def _picture(path: Path) -> Any:
+    """The picture as RGB, None where it cannot be opened."""
+    from PIL import Image
+
+    from gfml.data.images import decode
+
+    try:
+        return Image.fromarray(decode(path.read_bytes(), str(path), upright=True))
+    except (UserError, OSError):
+        return None
+
+
+def _load_weights(model: Any, backbone: str, weights: Path) -> None:
+    import torch
+
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {weights}: check --image-weights") from None
+    except Exception as error:  # whatever torch raises for damaged files and for names or shapes of another network
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{weights} holds no weights of {backbone} ({reason}): check --image-weights and --image-encoder"
+        ) from error
 
 
 def random_features(num_items: int, width: int, seed: int, stream: int) -> np.ndarray:

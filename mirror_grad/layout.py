@@ -23,7 +23,7 @@ import scipy.sparse as sp
 
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, read_arrays, write_json
-from gfml.data.tables import read_bytes
+from gfml.data.tables import open_table
 
 MODALITIES = ("image", "text")
 # Neighbours that the published script keeps of each user.
@@ -46,19 +46,24 @@ def find_inter(dataset: str, roots: Sequence[Path]) -> Path | None:
 
 def require_labels(path: Path) -> None:
     """UserError unless the table has the column of its published split."""
-    head = read_bytes(path).split(b"\n", 1)[0].decode("utf-8", "replace").strip().split("\t")
-    if "x_label" not in [name.partition(":")[0] for name in head]:
-        found = ", ".join(head[:6])
+    names = open_table(path).names
+    if "x_label" not in names:
+        found = ", ".join(names[:6])
         raise UserError(
             f"{path} has no column x_label (0 train, 1 validation, 2 test), found {found}: add it, or give --split per-user"
         )
 
 
 def read_feature_file(path: Path, num_items: int) -> np.ndarray:
-    """float32 [I, F] of one .npy file; UserError for pickles, other shapes, other row counts and numbers not finite."""
+    """float32 [I, F] of one .npy file; UserError for pickles, other shapes, other row counts and numbers not finite.
+
+    The rows after the last item are left out where the folder's map says that they are other items.
+    """
     table = read_arrays(path).get("array", np.zeros(0))
     if table.ndim != 2 or table.dtype.kind not in "biuf":
         raise UserError(f"{path} holds no table of numbers, wanted {num_items} rows of features: mend the file")
+    if len(table) > num_items and rows_in_map(path.parent) == len(table):
+        table = table[:num_items]
     return checked_features(table, num_items, str(path))
 
 
@@ -87,19 +92,33 @@ def read_item_map(folder: Path, num_items: int) -> np.ndarray | None:
 
 
 def _mapped(path: Path, number: str, source: str, num_items: int) -> np.ndarray:
-    lines = read_bytes(path).decode("utf-8").splitlines()
-    rows = list(csv.DictReader(lines, delimiter="\t" if "\t" in lines[0] else ","))
-    if not rows or not {number, source} <= rows[0].keys():
-        raise UserError(f"{path} lacks the columns {number} and {source}, found {lines[0]!r}: mend the map")
+    rows, ids = _map_rows(path, number, source)
     names = [f"unmapped-{row}" for row in range(num_items)]
-    for row in rows:
-        place = int(row[number]) if row[number].isdigit() else -1
-        if not 0 <= place < num_items:
-            raise UserError(
-                f"{path} maps {row[source]!r} to {row[number]!r}, wanted a number below the {num_items} items: mend the map"
-            )
-        names[place] = row[source] or names[place]
+    for row, name in zip(rows, ids, strict=True):
+        if row < num_items:
+            names[row] = name or names[row]
     return np.array(names)
+
+
+def _map_rows(path: Path, number: str, source: str) -> tuple[list[int], list[str]]:
+    """Row numbers of a map and the source's ids."""
+    table = open_table(path, wanted=(number, source))
+    if not {number, source} <= set(table.names):
+        raise UserError(f"{path} lacks the columns {number} and {source}, found {', '.join(table.names)}: mend the map")
+    places, ids = table.texts(number), table.texts(source)
+    wrong = next((row for row, place in enumerate(places) if not place.isdecimal()), None)
+    if wrong is not None:
+        raise UserError(f"{path} maps {ids[wrong]!r} to {places[wrong]!r}, wanted a number of an item: mend the map")
+    return [int(place) for place in places], ids
+
+
+def rows_in_map(folder: Path) -> int | None:
+    """How many items the folder's map numbers; None without a map."""
+    for name, (number, source) in ITEM_MAPS.items():
+        path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+        if path is not None:
+            return max(_map_rows(path, number, source)[0], default=-1) + 1
+    return None
 
 
 def shared_items(train: sp.csr_array, limit: int = NEIGHBOURS, block: int = 1024) -> sp.csr_array:

@@ -12,12 +12,9 @@ Source: Zhou, MMRec, 2023 (the pipeline); McAuley et al., SIGIR 2015 (the 2014 r
 
 from __future__ import annotations
 
-import ast
-import gzip
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +35,8 @@ def build_parser() -> Parser:
         "--reviews",
         required=True,
         metavar="FILE",
-        help="reviews as JSON lines (reviewerID, asin, overall, unixReviewTime) or "
-        "ratings as CSV without header (user, item, rating, time); gzip or not",
+        help="reviews as JSON lines (2014, 2018 or 2023 release) or ratings as a table, with a header or as user, item, rating, "
+        "time (2018: item, user); packed or not",
     )
     add(
         "--meta",
@@ -106,14 +103,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             "found neither --meta nor --images nor --image-folder: items would have no features; give at least one"
         )
-    rows = read_reviews(Path(options.reviews)).deduplicated(options.duplicates)
-    rows = rows.take(k_core_rows(rows, options.kcore))
+    rows = read_reviews(Path(options.reviews))
+    read = len(rows) + sum(rows.dropped.values())
+    rows = rows.deduplicated(options.duplicates)
+    rows = rows.take(k_core_rows(rows, options.kcore), f"rows outside the {options.kcore}-core")
     if not len(rows):
         raise UserError(f"the {options.kcore}-core of {options.reviews} is empty: lower --kcore")
     users, user_names = by_appearance(rows.users)
     items, item_names = by_appearance(rows.items)
     labels = split_rows(options.split, users, rows.times, options.ratios, options.seed)
     folder = write(options, rows, users, user_names, items, item_names, labels)
+    gone = "".join(f"; {count:,} {why}, dropped" for why, count in rows.dropped.items())
+    for line in (
+        f"rows: {read:,} read{gone}; {len(rows):,} left",
+        *(f"{key}: {value}" for key, value in rows.notes.items()),
+    ):
+        print(f"note: {line}")
     print(f"{folder}: {len(user_names):,} users, {len(item_names):,} items, {len(rows):,} rows")
     return 0
 
@@ -123,19 +128,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Reviews:
-    """Complete rows: users and items str, ratings and times float64."""
+    """Complete rows: users and items str, ratings and times float64. dropped: how many rows went, and why."""
 
     users: np.ndarray
     items: np.ndarray
     ratings: np.ndarray
     times: np.ndarray
+    dropped: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, object] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.users)
 
-    def take(self, keep: np.ndarray) -> Reviews:
-        """The rows that a mask or an index selects."""
-        return Reviews(self.users[keep], self.items[keep], self.ratings[keep], self.times[keep])
+    def take(self, keep: np.ndarray, why: str = "") -> Reviews:
+        """The rows that a mask or an index selects; those that go are counted under ``why``."""
+        columns = {name: getattr(self, name)[keep] for name in ("users", "items", "ratings", "times")}
+        gone = len(self) - len(columns["users"])
+        return replace(self, **columns, dropped=self.dropped | {why: gone} if why and gone else self.dropped)
 
     def deduplicated(self, how: str) -> Reviews:
         """Without repeats of (user, item, time); with ``first``, of each (user, item) only the earliest row."""
@@ -146,93 +155,92 @@ class Reviews:
         first = np.ones(len(self), dtype=bool)
         if len(self):
             first[1:] = np.any([column[order][1:] != column[order][:-1] for column in key], axis=0)
-        return self.take(np.sort(order[first]))
+        return self.take(np.sort(order[first]), "repeated rows" if how == "times" else "later rows of a pair")
 
 
 def read_reviews(path: Path) -> Reviews:
-    """Rows with user, item, rating and time, in file order; incomplete ones are left out."""
-    return _from_json(path) if ".json" in path.suffixes or ".jsonl" in path.suffixes else _from_csv(path)
+    """Rows with user, item, rating and time, in file order; incomplete ones are left out and counted.
 
+    JSON lines of the 2014, 2018 and 2023 releases, their rating files with or without a header, or any table.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-def _from_csv(path: Path) -> Reviews:
-    import pandas as pd
+    from gfml.data.names import encode
+    from gfml.data.readers import (
+        ITEM_NAMES,
+        RATING_NAMES,
+        TIME_NAMES,
+        USER_NAMES,
+        Columns,
+        is_item_first,
+        read_ratings,
+        roles,
+    )
+    from gfml.data.tables import normal, open_table
+    from gfml.data.times import read_times
 
     if not path.is_file():
         raise UserError(f"there is no file {path}: check --reviews")
-    names = ["user", "item", "rating", "time"]
-    try:
-        frame = pd.read_csv(path, header=None, names=names, dtype={"user": str, "item": str}).dropna()
-    except ValueError as error:
+    usual = (*USER_NAMES, *ITEM_NAMES, *RATING_NAMES, *TIME_NAMES)
+    table = open_table(path, wanted=usual)
+    if not {normal(name) for name in table.names} & {normal(name) for name in usual}:
+        table = open_table(path, header=False)
+    pick = roles(table, Columns())
+    missing = [role for role in ("rating", "time") if pick[role] is None]
+    if missing:
         raise UserError(
-            f"{path} is no table of user, item, rating, time ({' '.join(str(error).split())[:120]}): check --reviews"
-        ) from None
-    return _checked(path, *(frame[name].to_numpy() for name in names))
-
-
-def _from_json(path: Path) -> Reviews:
-    names = ("reviewerID", "asin", "overall", "unixReviewTime")
-    found = [[row.get(name) for name in names] for row in _objects(path)]
-    kept = [row for row in found if all(value not in (None, "") for value in row)]
-    return _checked(path, *(list(column) for column in (zip(*kept, strict=True) if kept else ((),) * 4)))
-
-
-def _checked(path: Path, users: Any, items: Any, ratings: Any, times: Any) -> Reviews:
-    import numpy as np
-
-    try:
-        numbers = [np.asarray(column, dtype=np.float64) for column in (ratings, times)]
-    except ValueError:
-        raise UserError(
-            f"{path} has ratings or times that are not numbers: wanted user, item, rating, time without header"
-        ) from None
-    if not len(numbers[0]):
+            f"{path} has no {missing[0]} column, found {', '.join(table.names)}: wanted user, item, rating and time"
+        )
+    names = [pick[role] for role in ("user", "item", "rating", "time")]
+    cells = table.read(names)
+    whole = np.ones(len(cells[names[0]]), dtype=bool)
+    for column in cells.values():
+        whole &= np.asarray(pc.is_valid(column))
+        if pa.types.is_string(column.type):
+            whole &= np.asarray(pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(column), ""), False))
+    if not whole.any():
         raise UserError(f"{path} has no complete row of user, item, rating and time: check --reviews")
-    return Reviews(np.asarray(users, dtype=str), np.asarray(items, dtype=str), *numbers)
+    if not whole.all():
+        cells = {name: column.filter(pa.array(whole)) for name, column in cells.items()}
+    users, items = (encode(table, name, cells[name]) for name in names[:2])
+    if pick["bare"] and is_item_first(users, items):
+        users, items = items, users
+        table.notes["columns by position"] = "item, user, rating, time: the first holds Amazon's item numbers"
+    times = read_times(table, names[3], cells[names[3]])
+    rows = Reviews(
+        *(ids.names.astype(np.str_)[ids.codes] for ids in (users, items)),
+        read_ratings(table, names[2], cells[names[2]]),
+        times.values.astype(np.float64),
+        notes=table.notes,
+    )
+    gone = int((~whole).sum())
+    return replace(rows, dropped={"incomplete rows": gone} if gone else {})
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """One object a line, JSON or a Python literal as in the 2014 metadata; nothing is evaluated."""
+def read_metadata(path: Path, names: Sequence[str], notes: dict[str, object] | None = None) -> list[str]:
+    """The text of every item of ``names``: title, brand, first category path, description; "" where nothing is known."""
+    from gfml.data.tables import json_objects
+
     if not path.is_file():
         raise UserError(f"there is no file {path}: check the path")
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-    with opened as stream:
-        for place, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _object(line, path, place)
-
-
-def _object(line: str, path: Path, place: int) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        try:
-            found = ast.literal_eval(line.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            found = None
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{path}, line {place}: found {line[:40]!r}, wanted one JSON object a line: fetch the file again"
-        )
-    return found
-
-
-def read_metadata(path: Path, names: Sequence[str]) -> list[str]:
-    """The text of every item of ``names``: title, brand, first category path, description; "" where nothing is known."""
     wanted, texts = set(names), {}
-    for row in _objects(path):
-        if row.get("asin") in wanted:
-            texts[row["asin"]] = item_text(row)
+    for _, row in json_objects(path, {} if notes is None else notes):
+        found = {str(row[key]) for key in ("parent_asin", "asin") if row.get(key) is not None} & wanted
+        texts |= {name: item_text(row) for name in found}
     return [texts.get(name, "") for name in names]
 
 
 def item_text(row: dict[str, Any]) -> str:
-    """One line of text from an item's metadata."""
-    paths = row.get("categories") or [[]]
+    """One line of text from an item's metadata: 2014 (categories, a list of paths), 2018 (category) or 2023 (store)."""
+    paths = row.get("categories") or row.get("category") or [[]]
+    paths = [paths] if isinstance(paths, str) else paths
     first = paths[0] if isinstance(paths[0], list) else paths
     description = row.get("description") or ""
     words = [
         row.get("title") or "",
-        row.get("brand") or "",
+        row.get("brand") or row.get("store") or "",
         *first,
         *([description] if isinstance(description, str) else description),
     ]
@@ -329,15 +337,16 @@ def write(
     layout.write_inter(folder / f"{folder.resolve().name}.inter", *columns)
     layout.write_map(folder / "u_id_mapping.csv", ("user_id", "userID"), user_names)
     layout.write_map(folder / "i_id_mapping.csv", ("asin", "itemID"), item_names)
-    made = _features(options, folder, item_names)
+    made = _features(options, folder, item_names, rows.notes)
     layout.write_manifest(folder, {
         "users": len(user_names), "items": len(item_names), "rows": len(rows), "parts": np.bincount(labels, minlength=3).tolist(),
+        "dropped": rows.dropped, "notes": {key: str(value) for key, value in rows.notes.items()},
         "settings": {key: value for key, value in vars(options).items() if value is not None}, "features": made,
     })  # fmt: skip
     return folder
 
 
-def _features(options: Options, folder: Path, names: list[str]) -> dict[str, Any]:
+def _features(options: Options, folder: Path, names: list[str], notes: dict[str, object]) -> dict[str, Any]:
     """Write the feature files; what they are, for the manifest. Items without own features are listed there."""
     import numpy as np
 
@@ -345,7 +354,7 @@ def _features(options: Options, folder: Path, names: list[str]) -> dict[str, Any
 
     made: dict[str, Any] = {}
     if options.meta:
-        texts = read_metadata(Path(options.meta), names)
+        texts = read_metadata(Path(options.meta), names, notes)
         layout.write_texts(folder / "item_text.csv", names, texts)
         # A text without words is one blank for a sentence model, a row of zeros for the others.
         table = features.encode_texts(
@@ -364,6 +373,14 @@ def _features(options: Options, folder: Path, names: list[str]) -> dict[str, Any
             weights = Path(options.image_weights) if options.image_weights else None
             values, known = features.encode_pictures(Path(options.image_folder), names, options.image_encoder, weights)
             encoder = options.image_encoder
+            there = sum(
+                any((Path(options.image_folder) / f"{name}{end}").is_file() for end in features.PICTURES)
+                for name in names
+            )
+            if there > known.sum():
+                notes["pictures that cannot be opened"] = (
+                    f"{there - int(known.sum()):,} of {there:,}, their items have no own features"
+                )
         layout.write_feature_file(folder / "image_feat.npy", features.fill_missing(values, known, "mean"))
         made["image"] = {"encoder": encoder, "width": values.shape[1], "missing": np.asarray(names)[~known].tolist()}
     return made

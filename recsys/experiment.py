@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gfml.base.errors import UserError
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
+from gfml.data.items import read_item_features
 from gfml.distances import SquaredDistance
 from gfml.engine.optimizers import build_optimizer
 from gfml.engine.train import WeightAverage
-from gfml.fused import FusedPairLoss
+from gfml.fused import FusedHinge, FusedPairLoss
 from gfml.gravity import Gravity, GravityScorer, Mass, unit_rows
 from gfml.program.experiment import Training
 from gfml.program.recommender import Recommender
@@ -22,7 +21,7 @@ from gfml.program.steps import ProjectedStep, build_step
 from gfml.ranking.encoders import LightGCN, Tables
 from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.graph import build_graph
-from gfml.ranking.pretrained import read_nodes, read_table
+from gfml.ranking.pretrained import read_nodes
 from gfml.ranking.sampling import TripleSampler
 from gfml.ranking.topk import Scorer
 from recsys.model import BlendScorer, PairOptions
@@ -67,7 +66,7 @@ class Recsys(Recommender):
         )  # fmt: skip
         if s.pretrain and start:
             shape = (data.num_users, data.num_items, s.embedding_dim)
-            model.encoder.nodes.data.copy_(read_nodes(s.pretrain_file, shape))
+            model.encoder.nodes.data.copy_(read_nodes(s.pretrain_file, shape, data))
         return model.to(self.device)
 
     def _encoder(self) -> Tables:
@@ -82,7 +81,7 @@ class Recsys(Recommender):
     def _features(self) -> ItemFeatures:
         """CML's feature network over every item, as published: those without interactions take part too."""
         s = self.settings
-        table = read_features(s.features, self.data.num_items)
+        table = torch.from_numpy(read_item_features(s.features, self.data).values)
         projection = FeatureProjection(
             table.shape[1], s.embedding_dim, hidden_dim=s.hidden_layer_dim, dropout=s.dropout_rate,
             scale=s.feature_projection_scaling_factor, radius=s.clip_norm,
@@ -113,7 +112,7 @@ class Recsys(Recommender):
             step=ProjectedStep(step, model) if s.model == "cml" else step, scheduler=_schedule(s, optimizer), ema=ema,
         )  # fmt: skip
 
-    def fused_or_reason(self, model: Model) -> FusedPairLoss | str:
+    def fused_or_reason(self, model: Model) -> FusedPairLoss | FusedHinge | str:
         """The loss with gradients by formula, or why autograd makes them."""
         if self.settings.kernel == "autograd":
             return "--kernel autograd"
@@ -186,13 +185,3 @@ def _schedule(s: Any, optimizer: torch.optim.Optimizer) -> torch.optim.lr_schedu
     if s.lr_schedule == "step":
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, [s.epochs // 2, s.epochs * 3 // 4])
     return None
-
-
-def read_features(file: str, num_items: int) -> Tensor:
-    """Item features float32 [I, F] from an .npy or .npz with one table."""
-    features = torch.from_numpy(read_table(file).astype(np.float32))
-    if len(features) != num_items:
-        raise UserError(f"{file} holds {len(features)} rows, wanted one for each of {num_items} items: mend --features")
-    if not bool(torch.isfinite(features).all()):
-        raise UserError(f"{file} holds numbers that are not finite, wanted finite features: mend the file")
-    return features

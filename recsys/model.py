@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gfml import losses
 from gfml.cml import ItemFeatures, MetricOptions, SquaredDistanceScorer, metric_loss
-from gfml.fused import FusedPairLoss, why_not_fused
+from gfml.fused import FusedHinge, FusedPairLoss, why_no_fused_hinge, why_not_fused
 from gfml.gravity import Gravity, GravityScorer
 from gfml.ranking.encoders import Embedded, Tables
 from gfml.ranking.sampling import Triples
@@ -71,8 +71,10 @@ class Recommender(nn.Module):
             compat=self.pair.compat,
         )
 
-    def fused_loss(self) -> FusedPairLoss | str:
+    def fused_loss(self) -> FusedPairLoss | FusedHinge | str:
         """:meth:`loss` with gradients by formula, or why there is none."""
+        if self.loss_mode == "cml":
+            return why_no_fused_hinge(self.encoder, self.metric, self.features) or FusedHinge(self.encoder, self.metric)
         reason = why_not_fused(self.encoder, self.gravity, self.loss_mode, compat=self.pair.compat)
         weights = {"decay": self.pair.decay, "mass_decay": self.pair.mass_decay, "mix_ratio": self.pair.mix_ratio}
         return reason or FusedPairLoss(self.encoder, self.gravity, self.loss_mode, **weights)
@@ -165,6 +167,25 @@ class BlendScorer:
     def score(self, users: Tensor) -> Tensor:
         """Blended scores of users [B] with every item: [B, I]."""
         return self.dot.score(users).mul_(1 - self.mix_ratio).add_(self.gravity.score(users), alpha=self.mix_ratio)
+
+    @property
+    def user(self) -> Tensor:
+        """User vectors [U, D]."""
+        return self.dot.user
+
+    @property
+    def item(self) -> Tensor:
+        """Item vectors [I, D]."""
+        return self.dot.item
+
+    def at(self, users: Tensor, items: Tensor) -> Tensor:
+        """Blended scores of users [B] with their own items int64 [B, K]: [B, K]."""
+        return (1 - self.mix_ratio) * self.dot.at(users, items) + self.mix_ratio * self.gravity.at(users, items)
+
+    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+        """Blended scores of user vectors [B, D] with all items, or with items int64 [W]."""
+        dot, gravity = self.dot.of_vectors(vectors, items), self.gravity.of_vectors(vectors, items)
+        return (1 - self.mix_ratio) * dot + self.mix_ratio * gravity
 
     def factors(self) -> Factors | None:
         """The dot product alone when rho is 0, the gravity form when it is 1, else None."""

@@ -52,7 +52,9 @@ class ModelSettings(Settings):
     init_std: float = setting(0.1, "deviation of --init normal", kinds.positive, unit="S")
     pretrain: int = setting(0, "start from the tables of --pretrain-file", choices=(0, 1))
     pretrain_file: str | None = setting(
-        None, "run directory, or .npz with user [U, D] and item [I, D] tables", unit="FILE"
+        None,
+        "run directory, or .npz with user and item tables, matched by user_ids and item_ids; without them in the order of the data",
+        unit="FILE",
     )
 
 
@@ -133,7 +135,7 @@ class TrainingSettings(Settings):
     )
     kernel: str = setting(
         "auto",
-        "gradients; auto: by formula for the pair losses of tables on a CPU, else by autograd",
+        "gradients; auto: by formula for losses of tables on a CPU, else by autograd",
         choices=("auto", "autograd"),
         late=True,
     )
@@ -148,7 +150,11 @@ class MetricLearningSettings(Settings):
     use_rank_weight: bool = setting(False, "weight pairs by log(1 + rank)")
     use_cov_loss: bool = setting(False, "penalise correlated dimensions")
     cov_loss_weight: float = setting(1.0, "weight of that penalty", kinds.nonnegative)
-    features: str | None = setting(None, ".npy or .npz of item features [I, F]; None: no features", unit="FILE")
+    features: str | None = setting(
+        None,
+        "item features, matched by the ids in the file (item_id); without ids in the order of the data's items; None: none",
+        unit="FILE",
+    )
     hidden_layer_dim: int = setting(64, "hidden width of the feature projection", kinds.count)
     dropout_rate: float = setting(0.2, "dropout of the feature projection", kinds.number(least=0, most=0.99))
     feature_l2_reg: float = setting(0.1, "weight of the feature loss", kinds.nonnegative)

@@ -4,6 +4,7 @@
     python scripts/bench.py mcl [--data-root DIR] [--json FILE]
     python scripts/bench.py contextual [--sizes 128 256 512] [--device cuda] [--json FILE]
     python scripts/bench.py mirror [--data baby] [--models BPR FREEDOM ...] [--data-root DIR] [--json FILE]
+    python scripts/bench.py data [--sizes 1000000 10000000] [--json FILE]
     python scripts/bench.py vision [--batch N] [--device DEVICE] [--only attention model] [--json FILE]
 
 Every row times ours and something to hold it against in the same run: the library operations it cannot do without
@@ -737,10 +738,32 @@ def contextual(arguments: argparse.Namespace) -> list[Row]:
     return [row for batch in sizes for row in bench_contextual(batch, device, repeats=max(1, 2560 // batch))]
 
 
+def data(arguments: argparse.Namespace) -> list[Row]:
+    """A table read, cut and cached, beside pyarrow's reading and factorising of it."""
+    sys.path.append(str(ROOT))
+    from benchmarks.data import bench
+
+    rows = []
+    for size, cost in zip(sizes := arguments.sizes or [10_000_000], bench(sizes), strict=True):
+        rows += [
+            Row(
+                f"{size:,} rows read, cut by time, cached",
+                cost.ours,
+                cost.wall,
+                "pyarrow reads, factorises",
+                cost.other,
+                "1.5",
+            ),
+            Row("second start", cost.again, cost.again_wall, "first start", cost.ours, "0.1"),
+            Row("peak memory, MiB", cost.peak_mb, 0, "file, MiB", cost.file_mb, "3"),
+        ]
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
-        "family", choices=("recsys", "mcl", "cml", "mirror", "vision", "contextual"), help="what to time"
+        "family", choices=("recsys", "mcl", "cml", "mirror", "vision", "contextual", "data"), help="what to time"
     )
     parser.add_argument("--data-root", help="where the data sets lie")
     parser.add_argument("--big", default="gowalla", help="data set of the graph, evaluation and memory rows")
@@ -770,9 +793,15 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}, {torch.get_num_threads()} threads\n"
     )
-    rows = {"recsys": recsys, "mcl": mcl, "cml": cml, "mirror": mirror, "vision": vision, "contextual": contextual}[
-        arguments.family
-    ](arguments)
+    rows = {
+        "recsys": recsys,
+        "mcl": mcl,
+        "cml": cml,
+        "mirror": mirror,
+        "vision": vision,
+        "contextual": contextual,
+        "data": data,
+    }[arguments.family](arguments)
     print("\n" + table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([{**row._asdict(), "ratio": row.ratio} for row in rows], indent=2))

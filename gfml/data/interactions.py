@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -31,25 +32,51 @@ def grouped(groups: np.ndarray, size: int, rows: np.ndarray | None = None) -> tu
     return by_group.data, by_group.indptr
 
 
+def pair_order(users: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows, their users, their items) ordered by user, then item, then row; two counting sorts."""
+    num_users, num_items = (int(side.max(initial=-1)) + 1 for side in (users, items))
+    rows, _ = grouped(items, num_items)
+    if len(users) >= 2**31 or num_items >= 2**31:
+        rows, starts = grouped(users[rows], num_users, rows)
+        return rows, np.repeat(np.arange(num_users), np.diff(starts)), items[rows]
+    # The item rides along with its row: cheaper than looking it up in a random order afterwards.
+    both = np.repeat(np.arange(num_items, dtype=np.int64), np.bincount(items, minlength=num_items))
+    both <<= 32
+    both |= rows
+    both, starts = grouped(users[rows], num_users, both)
+    ordered = both.view(np.int32).reshape(-1, 2)
+    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
+    by_user = np.repeat(np.arange(num_users, dtype=np.int32), np.diff(starts))
+    return np.ascontiguousarray(ordered[:, low]), by_user, np.ascontiguousarray(ordered[:, high])
+
+
 def sorted_in_groups(groups: np.ndarray, size: int, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows ordered by group, then by ``key`` (int >= 0; equal ones in any fixed order), and where each group starts."""
-    rows, starts = grouped(groups, size)
-    table = sp.csr_array((rows, key[rows], starts), shape=(max(size, 1), int(key.max(initial=0)) + 1))
+    if (groups[1:] >= groups[:-1]).all():
+        rows = np.arange(len(groups), dtype=np.int32 if len(groups) < 2**31 else np.int64)
+        starts, key = np.concatenate([[0], np.cumsum(np.bincount(groups, minlength=max(size, 1)))]), key.copy()
+    else:
+        rows, starts = grouped(groups, size)
+        key = key[rows]
+    table = sp.csr_array((rows, key, starts), shape=(max(size, 1), int(key.max(initial=0)) + 1))
     table.sort_indices()
     return table.data, starts
 
 
 def place_in_groups(groups: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """Position 0, 1, ... of each row within its group by ascending ``key``; int64 [N]."""
+    """Position 0, 1, ... of each row within its group by ascending ``key``; int [N]."""
     rows, starts = sorted_in_groups(groups, size, key)
-    place = np.empty(len(groups), dtype=np.int64)
-    place[rows] = np.arange(len(groups)) - np.repeat(starts[:-1].astype(np.int64), np.diff(starts))
+    place = np.empty(len(groups), dtype=rows.dtype)
+    place[rows] = np.arange(len(groups), dtype=rows.dtype)
+    place -= starts[:-1].astype(rows.dtype)[groups]
     return place
 
 
 def random_key(count: int, rng: np.random.Generator) -> np.ndarray:
     """``count`` draws of ``rng.random`` as whole numbers in the same order."""
-    return (rng.random(count) * 2.0**53).astype(np.int64)
+    draws = rng.random(count)
+    draws *= 2.0**53
+    return draws.astype(np.int64)
 
 
 def csr_from_pairs(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> sp.csr_array:
@@ -57,8 +84,13 @@ def csr_from_pairs(users: np.ndarray, items: np.ndarray, num_users: int, num_ite
     users = np.asarray(users, dtype=np.int64)
     items = np.asarray(items, dtype=np.int64)
     keys = sorted_unique(users * num_items + items)
-    rows, columns = np.divmod(keys, max(num_items, 1))
-    return csr_from_parts(columns, np.cumsum(np.bincount(rows + 1, minlength=num_users + 1)), (num_users, num_items))
+    return csr_in_order(*np.divmod(keys, max(num_items, 1)), num_users, num_items)
+
+
+def csr_in_order(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> sp.csr_array:
+    """The same of distinct pairs that are ordered by user, then item."""
+    starts = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))])
+    return csr_from_parts(items, starts, (num_users, num_items))
 
 
 def csr_from_parts(columns: np.ndarray, starts: np.ndarray, shape: tuple[int, int]) -> sp.csr_array:

@@ -81,8 +81,16 @@ def _sorted(codes: np.ndarray, names: pa.Array) -> Ids:
     order = np.argsort(plain) if plain is not None else np.asarray(pc.array_sort_indices(names)).astype(np.int64)
     rank = np.empty(len(order), dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
-    ordered = plain[order] if plain is not None else np.array(names.take(pa.array(order)).to_pylist(), dtype=np.str_)
-    return Ids(rank[codes], ordered)
+    return Ids(rank[codes], plain[order] if plain is not None else _as_numpy(names.take(pa.array(order))))
+
+
+def _as_numpy(names: pa.Array) -> np.ndarray:
+    """Strings as an array of numpy's; by way of equally long ones where all are ASCII, which is much faster."""
+    width = int(pc.max(pc.binary_length(names)).as_py() or 1)
+    if pc.all(pc.string_is_ascii(names)).as_py() and width <= 64:
+        padded = pc.ascii_rpad(names, width=width, padding="\0")
+        return np.frombuffer(padded.buffers()[2], dtype=f"S{width}", count=len(names)).astype(f"U{width}")
+    return np.array(names.to_pylist(), dtype=np.str_)
 
 
 def _numbers(names: pa.Array) -> np.ndarray | None:

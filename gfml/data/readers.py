@@ -326,7 +326,7 @@ def _read_numbers(path: str | os.PathLike[str], columns: Sequence[str], separato
                 raise table.error(row, texts[row], "an id (an integer from 0 to 2^63 - 1)")
             read.append(ids.names[ids.codes])
         else:
-            read.append(_ratings(table, own, cells[own]))
+            read.append(read_ratings(table, own, cells[own]))
     return read
 
 
@@ -566,15 +566,15 @@ def read_table(
     """
     usual = (*USER_NAMES, *ITEM_NAMES, *RATING_NAMES, *TIME_NAMES, *filter(None, (columns.user, columns.item)))
     table = open_table(path, separator=columns.sep, header=columns.header, wanted=usual)
-    pick = _roles(table, columns)
+    pick = roles(table, columns)
     if "time" in uses and columns.time is None and not pick["bare"]:
         _find_clock(table, pick)
-    roles = ("user", "item", "rating", "part", *(("time", "clock") if "time" in uses else ()))
-    needed = list(dict.fromkeys(pick[role] for role in roles if pick[role] is not None))
+    used = ("user", "item", "rating", "part", *(("time", "clock") if "time" in uses else ()))
+    needed = list(dict.fromkeys(pick[role] for role in used if pick[role] is not None))
     cells = table.read(needed, whole=[pick["time"]] if pick["time"] in needed else [])
     users = encode(table, pick["user"], cells.pop(pick["user"]))
     items = encode(table, pick["item"], cells.pop(pick["item"]))
-    if pick["bare"] and columns.user is None and columns.item is None and _is_item_first(users, items):
+    if pick["bare"] and columns.user is None and columns.item is None and is_item_first(users, items):
         users, items = items, users
         table.notes["columns by position"] = "item, user, rating, time: the first holds Amazon's item numbers"
     times = None
@@ -585,9 +585,10 @@ def read_table(
     if pick["rating"]:
         found = cells.pop(pick["rating"])
         if "rating" in uses:
-            ratings = _ratings(table, pick["rating"], found)
+            ratings = read_ratings(table, pick["rating"], found)
         else:
             table.notes[f"rating {pick['rating']}"] = f"recognised, not thresholded (--threshold): {_stars(found)}"
+    pa.default_memory_pool().release_unused()
     parts = None if pick["part"] is None else _parts(table, pick["part"], cells[pick["part"]])
     numbered = parts is not None and users.names.dtype.kind == items.names.dtype.kind == "i"
     records = Records(
@@ -605,7 +606,7 @@ def read_table(
     return records.in_order() if columns.time == "order" else records
 
 
-def _roles(table: Table, columns: Columns) -> dict[str, Any]:
+def roles(table: Table, columns: Columns) -> dict[str, Any]:
     """The column of each role, None where there is none; ``bare``: whether there is no header."""
     bare = isinstance(table, TextTable) and not table.header
     asked = {"user": columns.user, "item": columns.item, "rating": columns.rating, "time": columns.time}
@@ -650,7 +651,7 @@ def _find_clock(table: Table, pick: dict[str, Any]) -> None:
         pick["time"], pick["clock"] = date, clock
 
 
-def _is_item_first(users: Ids, items: Ids) -> bool:
+def is_item_first(users: Ids, items: Ids) -> bool:
     """Whether columns taken for user and item are Amazon's item and user, as in the 2018 rating files."""
     if users.names.dtype.kind != "U" or items.names.dtype.kind != "U":
         return False
@@ -659,7 +660,7 @@ def _is_item_first(users: Ids, items: Ids) -> bool:
     return bool(pc.all(is_item).as_py() and pc.all(is_user).as_py())
 
 
-def _ratings(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarray:
+def read_ratings(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarray:
     """float64, finite."""
     wanted = f"a number in column {column}"
     if cells.null_count:
@@ -692,7 +693,7 @@ def _stars(cells: pa.ChunkedArray, most: int = 12) -> str:
 
 
 def _parts(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarray:
-    value = _ratings(table, column, cells)
+    value = read_ratings(table, column, cells)
     bad = np.flatnonzero(~np.isin(value, (0, 1, 2)))
     if len(bad):
         raise table.error(int(bad[0]), value[bad[0]].item(), f"0 (train), 1 (valid) or 2 (test) in column {column}")

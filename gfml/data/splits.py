@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy.sparse as sp
 
 from gfml.base.errors import UserError, choice_error
-from gfml.data.interactions import Interactions, csr_from_pairs, grouped, place_in_groups, random_key, sorted_unique
+from gfml.data.interactions import Interactions, csr_in_order, pair_order, place_in_groups, random_key, sorted_unique
 from gfml.data.readers import PARTS, Records, largest_table
 
 SPLITS = ("native", "per-user", "global", "leave-one-out", "leave-k-out", "time", "user-time")
@@ -40,7 +41,10 @@ def time_key(times: np.ndarray | None, count: int, rng: np.random.Generator) -> 
         late = np.unique(times, return_inverse=True)[1]
     late = late.astype(np.int64) - int(late.min())
     spare = min(62 - int(late.max()).bit_length(), 53)
-    return (late << np.int64(spare)) | (draws >> np.int64(53 - spare))
+    late <<= spare
+    draws >>= 53 - spare
+    late |= draws
+    return late
 
 
 def split_per_user(users: np.ndarray, ratios: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
@@ -55,7 +59,7 @@ def split_per_user(users: np.ndarray, ratios: tuple[float, float, float], rng: n
     take_test = _take(degree, test, spare=2 if valid else 1)
     take_valid = np.minimum(_take(degree, valid, spare=1), np.maximum(degree - take_test - 1, 0))
     place = place_in_groups(users, len(degree), random_key(len(users), rng))
-    return _held(place, take_test[users], take_valid[users])
+    return _held(place, users, take_test, take_valid)
 
 
 def split_user_time(
@@ -69,19 +73,22 @@ def split_user_time(
     degree = np.bincount(users)
     take_test = _take(degree, test, spare=2 if valid else 1)
     take_valid = np.minimum(_take(degree, valid, spare=1), np.maximum(degree - take_test - 1, 0))
-    return _held(_from_the_end(users, degree, times, rng), take_test[users], take_valid[users])
+    return _held(_from_the_end(users, degree, times, rng), users, take_test, take_valid)
 
 
 def _from_the_end(
     users: np.ndarray, degree: np.ndarray, times: np.ndarray | None, rng: np.random.Generator
 ) -> np.ndarray:
     """How many pairs of its user are later than each pair."""
-    return degree[users] - 1 - place_in_groups(users, len(degree), time_key(times, len(users), rng))
+    place = place_in_groups(users, len(degree), time_key(times, len(users), rng))
+    return np.subtract((degree - 1).astype(place.dtype)[users], place, out=place)
 
 
-def _held(place: np.ndarray, test: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Labels: the first ``test`` places test, the next ``valid`` ones valid."""
-    return np.select([place < test, place < test + valid], [TEST, VALID], TRAIN).astype(np.int8)
+def _held(place: np.ndarray, users: np.ndarray, test: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Labels: of each user's places the first ``test`` test, the next ``valid`` valid."""
+    labels = (place < test.astype(np.int32)[users]).view(np.int8)
+    labels += place < (test + valid).astype(np.int32)[users]  # 2 test, 1 valid
+    return labels
 
 
 def _take(degree: np.ndarray, share: float, spare: int) -> np.ndarray:
@@ -111,7 +118,7 @@ def split_leave_out(
     degree = np.bincount(users)
     left = _from_the_end(users, degree, times, rng)
     test, valid = count * (degree > count), count * (degree > 2 * count)
-    return _held(left, test[users], valid[users])
+    return _held(left, users, test, valid)
 
 
 def split_by_time(times: np.ndarray, ratios: tuple[float, float, float]) -> np.ndarray:
@@ -318,39 +325,59 @@ def _without_duplicates(records: Records, which: str, *, own_split: bool, file_o
 
     file_order: in the order of the file, by the place of the row that is kept.
     """
-    num_users, num_items = (int(side.max(initial=-1)) + 1 for side in (records.users, records.items))
-    order = np.lexsort((records.parts, records.items)) if own_split else grouped(records.items, num_items)[0]
-    order = grouped(records.users[order], num_users, order)[0]
-    users, items = records.users[order], records.items[order]
-    same = (users[1:] == users[:-1]) & (items[1:] == items[:-1])
+    order, users, items = pair_order(records.users, records.items)
     if own_split:
-        parts = records.parts[order]
-        same &= parts[1:] == parts[:-1]
+        order = order[np.lexsort((records.parts[order], items, users))]  # users and items stay as they are
+    ordered = replace(records, users=users, items=items)
+    for name in ("ratings", "times", "parts"):
+        column = getattr(records, name)
+        if column is not None:
+            ordered = replace(ordered, **{name: column[order]})
+    same = (ordered.users[1:] == ordered.users[:-1]) & (ordered.items[1:] == ordered.items[:-1])
+    if own_split:
+        same &= ordered.parts[1:] == ordered.parts[:-1]
     if not same.any():
-        return records if file_order else records.take(order)
+        return records if file_order else ordered
     first = np.concatenate([[True], ~same])
-    keep, ratings = _representatives(records, order, np.cumsum(first) - 1, which)
-    merged = replace(records.take(keep), ratings=ratings)
-    return merged.take(np.argsort(keep, kind="stable")) if file_order else merged
+    again = ~first
+    again[:-1] |= same  # every row of a repeated pair
+    ordered, kept = _merged(ordered, np.flatnonzero(again), first, which)
+    if not file_order:
+        return ordered.take(first)
+    order[first & again] = order[kept]
+    return ordered.take(first).take(np.argsort(order[first], kind="stable"))
 
 
-def _representatives(
-    records: Records, order: np.ndarray, pair: np.ndarray, which: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The row that stands for each pair, and the ratings. order: rows by pair; pair: the number of each one's pair."""
+def _merged(records: Records, rows: np.ndarray, first: np.ndarray, which: str) -> tuple[Records, np.ndarray]:
+    """Time and rating that stand for each repeated pair, written to its first row; and the row that they are from.
+
+    rows: of the repeated pairs, pair after pair; first: of all rows, whether a pair begins there.
+    """
     times, ratings = records.times, records.ratings
     if which == "last" and times is None:
         raise UserError(
             "`duplicates last` needs a time column and none was found: name it with `time_col`, or use first or sum"
         )
-    keys = [column[order] for column in (ratings, times) if column is not None]
-    inner = np.lexsort((*keys, pair)) if keys else np.arange(len(order))
+    pair = np.cumsum(first[rows]) - 1
+    keys = [column[rows] for column in (ratings, times) if column is not None]
+    inner = rows[np.lexsort((*keys, pair))] if keys else rows
     ends = np.flatnonzero(np.concatenate([pair[1:] != pair[:-1], [True]]))
     starts = np.concatenate([[0], ends[:-1] + 1])
-    keep = order[inner[ends if which == "last" else starts]]
-    if ratings is None:
-        return keep, None
-    return keep, np.add.reduceat(ratings[order], starts) if which == "sum" else ratings[keep]
+    kept, head = inner[ends if which == "last" else starts], rows[starts]
+    changed: dict[str, np.ndarray] = {}
+    if times is not None:
+        changed["times"] = _with(times, head, times[kept])
+    if ratings is not None:
+        changed["ratings"] = _with(
+            ratings, head, np.add.reduceat(ratings[rows], starts) if which == "sum" else ratings[kept]
+        )
+    return replace(records, **changed), kept
+
+
+def _with(column: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    column = column.copy()
+    column[rows] = values
+    return column
 
 
 def _cored(records: Records, k: int) -> Records:
@@ -387,7 +414,23 @@ def assemble(
     notes = dict(notes or {})
     if not len(users):
         raise UserError(f"{name} has no interaction at all: check the file and the filters")
-    keys = users.astype(np.int64) * max(shape[1], 1) + items
+    keys = users.astype(np.int64)
+    keys *= max(shape[1], 1)
+    keys += items
+    if (keys[1:] > keys[:-1]).all():  # in order and each once: no part can hold a pair of another
+        parts = [csr_in_order(users[labels == label], items[labels == label], *shape) for label in range(len(PARTS))]
+    else:
+        parts = _disjoint(keys, labels, shape, notes)
+    if parts[TRAIN].nnz == 0:
+        raise UserError(f"{name} has no training interaction: check the split, `split_ratios` and the filters")
+    data = Interactions(name, *parts, user_ids=user_ids, item_ids=item_ids, notes=notes)
+    return replace(data, notes={**notes, **_observations(data)})
+
+
+def _disjoint(
+    keys: np.ndarray, labels: np.ndarray, shape: tuple[int, int], notes: dict[str, object]
+) -> list[sp.csr_array]:
+    """The parts of pairs (user x items + item) in any order, each pair in the first part that has it."""
     taken, parts = np.empty(0, np.int64), []
     for label, part in enumerate(PARTS):
         own = sorted_unique(keys[labels == label])
@@ -396,12 +439,9 @@ def assemble(
             earlier = "train" if part == "valid" else "train or valid"
             notes[f"{part} pairs also in {earlier}, dropped"] = int(known.sum())
             own = own[~known]
-        taken = np.sort(np.concatenate([taken, own])) if part != PARTS[-1] else own
-        parts.append(csr_from_pairs(*np.divmod(own, max(shape[1], 1)), *shape))
-    if parts[TRAIN].nnz == 0:
-        raise UserError(f"{name} has no training interaction: check the split, `split_ratios` and the filters")
-    data = Interactions(name, *parts, user_ids=user_ids, item_ids=item_ids, notes=notes)
-    return replace(data, notes={**notes, **_observations(data)})
+        taken = np.sort(np.concatenate([taken, own]))
+        parts.append(csr_in_order(*np.divmod(own, max(shape[1], 1)), *shape))
+    return parts
 
 
 def _observations(data: Interactions) -> dict[str, object]:

@@ -11,11 +11,9 @@ import csv
 import io
 import itertools
 import json
-import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -365,25 +363,26 @@ class TextTable(Table):
         if self.dialect.quoted and not self.many_lines:
             self._check_quotes()
         asked = [*columns, *([""] if self.extra else [])]
+        odd: list[Any] = []
         try:
-            found = self._chunks(asked, whole)
+            found = self._chunks(asked, whole, odd)
         except pa.ArrowInvalid as error:
             if "invalid UTF8" not in str(error):
-                raise self._explain(error) from error
+                raise self._explain(error, odd) from error
             # Only columns that are read are looked at: one that is not UTF-8 makes the file latin-1.
             self.raw = utf8_bytes(self.raw or read_bytes(self.path), self.path, self.notes)
             self._find_start(_head(self.path, self.raw))
-            found = self._chunks(asked, whole)
+            found = self._chunks(asked, whole, odd)
         if self.extra:
             self._check_extra(found.pop(""))
         return found
 
-    def _chunks(self, columns: Sequence[str], whole: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+    def _chunks(self, columns: Sequence[str], whole: Sequence[str], odd: list[Any]) -> dict[str, pa.ChunkedArray]:
         """Every column chunk by chunk, so that numbers never stand in memory as text."""
         place = {name: str(self.names.index(name) if name or not self.extra else self.width - 1) for name in columns}
         numeric = set(whole)
         found: dict[str, list[pa.Array]] = {name: [] for name in columns}
-        with self._reader(list(place.values()), threads=True) as reader:
+        with self._reader(list(place.values()), odd) as reader:
             for batch in reader:
                 for name, key in place.items():
                     cells = batch.column(key)
@@ -397,16 +396,15 @@ class TextTable(Table):
         types = {name: pa.int64() if name in numeric else pa.string() for name in columns}
         return {name: pa.chunked_array(chunks, types[name]) for name, chunks in found.items()}
 
-    def _reader(self, keys: list[str], *, threads: bool, odd: list[Any] | None = None) -> Any:
-        """A stream of batches. odd: takes the rows of another width."""
+    def _reader(self, keys: list[str], odd: list[Any]) -> Any:
+        """A stream of batches; rows of another width end it and go to ``odd``. In one thread: less CPU, and rows are numbered."""
         import pyarrow.csv as arrow_csv
 
         source = pa.OSFile(str(self.path)) if self.raw is None else pa.BufferReader(self.raw)
         source.seek(self.start)
         names = [str(column) for column in range(self.width)]
 
-        def kept(row: Any) -> str:
-            assert odd is not None
+        def end(row: Any) -> str:
             odd.append(row)
             return "error"
 
@@ -414,7 +412,7 @@ class TextTable(Table):
             delimiter=self.dialect.separator,
             quote_char='"' if self.many_lines else False,
             newlines_in_values=self.many_lines,
-            invalid_row_handler=None if odd is None else kept,
+            invalid_row_handler=end,
         )
         convert = arrow_csv.ConvertOptions(
             include_columns=keys,
@@ -422,18 +420,18 @@ class TextTable(Table):
             strings_can_be_null=False,
             null_values=[],
         )
-        read = arrow_csv.ReadOptions(column_names=names, block_size=_BLOCK, use_threads=threads)
+        read = arrow_csv.ReadOptions(column_names=names, block_size=_BLOCK, use_threads=False)
         return arrow_csv.open_csv(source, read, parse, convert)
 
-    def _explain(self, error: pa.ArrowInvalid) -> UserError:
+    def _blocks(self) -> Iterator[bytes]:
+        """The rows without the header, in pieces."""
+        with io.BytesIO(self.raw) if self.raw is not None else open(self.path, "rb") as stream:
+            stream.seek(self.start)
+            while block := stream.read(_BLOCK):
+                yield block
+
+    def _explain(self, error: pa.ArrowInvalid, odd: list[Any]) -> UserError:
         """Which row is not as wide as the header."""
-        odd: list[Any] = []
-        try:
-            with self._reader([], threads=False, odd=odd) as reader:
-                for _ in reader:
-                    pass
-        except pa.ArrowInvalid:
-            pass
         if not odd:
             return UserError(f"{self.path} is no readable table ({short(error)}): correct it, or name its `sep`")
         shown = "::" if self.dialect.separator == UNIT else self.dialect.separator
@@ -467,10 +465,9 @@ class TextTable(Table):
 
         One that does not, swallows rows up to the next one. Raises UserError with its line.
         """
-        with _mapped(self.path, self.raw) as content:
-            if content.find(b'"', self.start) < 0:
-                return
-            sound = _well_quoted(content, self.start, self.dialect.separator.encode())
+        sound = _well_quoted(self._blocks(), self.dialect.separator.encode())
+        if sound is None:
+            return
         self.many_lines = True
         if sound:
             return
@@ -485,34 +482,29 @@ class TextTable(Table):
             ) from error
 
 
-def _well_quoted(content: mmap.mmap | bytes, start: int, separator: bytes) -> bool:
-    """Whether odd quotation marks follow a separator or a line's end and even ones stand before one, or before another."""
-    opening = np.zeros(256, dtype=bool)
-    opening[[10, 13, 34, *separator]] = True
-    count, size = 0, len(content)
-    for first in range(start, size, 1 << 24):
-        block = np.frombuffer(content[max(first - 1, 0) : first + (1 << 24) + 1], dtype=np.uint8)
-        shift = min(first, 1)
-        inside = block[shift : shift + (1 << 24)]
-        marks = np.flatnonzero(inside == 34) + shift
-        opens = (np.arange(count, count + len(marks)) % 2) == 0
-        count += len(marks)
-        before = np.where(marks > 0, block[np.maximum(marks - 1, 0)], 10)
-        before[(marks + first - shift) == start] = 10
-        after = np.where(marks + 1 < len(block), block[np.minimum(marks + 1, len(block) - 1)], 10)
-        if not opening[np.where(opens, before, after)].all():
-            return False
-    return count % 2 == 0
+def _well_quoted(blocks: Iterator[bytes], separator: bytes) -> bool | None:
+    """Whether odd quotation marks follow a separator or a line's end and even ones stand before one, or before another.
 
-
-@contextmanager
-def _mapped(path: Path, raw: bytes | None) -> Iterator[mmap.mmap | bytes]:
-    """The content, mapped only for so long: mapped pages count as memory in use."""
-    if raw is not None:
-        yield raw
-        return
-    with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        yield content
+    None where there is no quotation mark. blocks: the rows, in pieces.
+    """
+    edge = np.zeros(256, dtype=bool)
+    edge[[10, 13, 34, *separator]] = True
+    count, last, sound, waits = 0, 10, True, False
+    for block in blocks:
+        if waits:  # the closing mark at the end of the block before
+            sound, waits = sound and bool(edge[block[0]]), False
+        if b'"' in block:
+            cells = np.frombuffer(block, dtype=np.uint8)
+            marks = np.flatnonzero(cells == 34)
+            opens = (np.arange(count, count + len(marks)) % 2) == 0
+            count += len(marks)
+            waits = bool(marks[-1] == len(cells) - 1 and not opens[-1])
+            before = cells[np.maximum(marks - 1, 0)]
+            before[marks == 0] = last
+            after = cells[np.minimum(marks + 1, len(cells) - 1)]
+            sound = sound and bool(edge[np.where(opens, before, after)].all())
+        last = block[-1]
+    return None if count == 0 else sound and count % 2 == 0
 
 
 def _starts(path: Path, mark: bytes) -> bool:

@@ -86,6 +86,10 @@ def _numbers(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarray | 
 def _epoch(table: Table, column: str, values: np.ndarray, unit: str | None) -> Times:
     if unit is not None:
         return _noted(table, column, values, UNITS[unit], f"{_UNIT_NAMES[unit]} since 1970")
+    edges = [_LEAST * 10**3, _LEAST * 10**6, _LEAST * 10**9]
+    least, most = (int(np.searchsorted(edges, end, side="right")) for end in (values.min(), values.max()))
+    if values.min() >= _LEAST and least == most:
+        return _noted(table, column, values, list(UNITS.values())[most], f"{_UNIT_NAMES[list(UNITS)[most]]} since 1970")
     late = values >= _LEAST
     if not late.any():
         days = _as_days(values)
@@ -95,7 +99,7 @@ def _epoch(table: Table, column: str, values: np.ndarray, unit: str | None) -> T
             f"plain numbers from {values.min():g} to {values.max():g}, the smaller the earlier"
         )
         return Times(values, None)
-    group = np.searchsorted([_LEAST * 10**3, _LEAST * 10**6, _LEAST * 10**9], values, side="right")
+    group = np.searchsorted(edges, values, side="right")
     first, last = int(group[late].min()), int(group.max())
     names = list(UNITS)
     if first != last:
@@ -132,7 +136,9 @@ def _parsed(texts: list[str], form: str) -> np.ndarray:
     """Seconds since 1970, NaN where a text is not of this form."""
     import pandas as pd
 
-    dates = pd.to_datetime(pd.Series(texts, dtype=object), format=form, errors="coerce", utc=True)
+    # Whatever the form, pandas reads these two words as the moment of the run.
+    given = pd.Series([None if text.strip().lower() in ("now", "today") else text for text in texts], dtype=object)
+    dates = pd.to_datetime(given, format=form, errors="coerce", utc=True)
     return (dates - pd.Timestamp(0, tz="UTC")).dt.total_seconds().to_numpy(dtype=np.float64)
 
 

@@ -121,7 +121,7 @@ class _RowSteps:
         self._team = self._team or Team()
         known = touched_rows(parameter.grad)
         size = len(parameter) if parameter.dim() else 1
-        rows = np.arange(size) if known is None else known.numpy()
+        rows = np.arange(size) if known is None else known
         arrays = [t.detach().view(size, -1).numpy() for t in tensors]
         parts = threads_for(len(rows) * arrays[0].shape[1])
 

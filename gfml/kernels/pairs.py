@@ -88,7 +88,7 @@ class Pairs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What :func:`pairs` writes; row 0 of a pair is its user, row 1 the positive, the others the negatives.
+    """What is computed of a batch; row 0 of a pair is its user, row 1 the positive, the others the negatives.
 
     rows [B, 2 + W, D]: gradients of the vectors; places [B, 2 + W]: the node each belongs to; masses [B, 2 + W]: those
     of the raw masses; values [B, 5]: a pair's share of PARTS, the last the gradient by log lambda.
@@ -335,25 +335,29 @@ def general_pair(nodes, places, recipe, work, prepared, by, rows, b):
 
 
 @scalar
-def measure(nodes, places, b, recipe, work, prepared):
-    """Dot products, Q (before it is squared once more), scales and squared norms of the rows of pair b into ``work``."""
+def measure(nodes, places, b, recipe, work):
+    """Dot products, squared norms and scales of the rows of pair b into ``work``, and Q if it is l2."""
     kind, count, user = nodes.dtype.type, work.shape[1] - 1, places[b, 0]
-    linear = recipe.distance == L2
     for j in range(count, -1, -1):
         row = user if j == count else places[b, 1 + j]
         square = product(nodes, row, nodes, row)
-        scale = 1 / math.sqrt(max(square, 1e-24)) if recipe.norm else 1.0
-        work[SQUARE, j], work[SCALE, j] = square, scale
-        if recipe.gravity and not linear:
-            prepare(recipe.distance, nodes, row, kind(scale), prepared, 0 if j == count else 1 + j)
-        if j == count:
-            continue
-        if recipe.dot:
+        work[SQUARE, j] = square
+        work[SCALE, j] = 1 / math.sqrt(max(square, 1e-24)) if recipe.norm else 1.0
+        if j < count and recipe.dot:
             work[DOT, j] = product(nodes, user, nodes, row)
-        if recipe.gravity and linear:
-            work[SQ, j] = sq_difference(nodes, user, row, kind(work[SCALE, count]), kind(scale))
-        elif recipe.gravity:
-            work[SQ, j] = sq_distance(recipe.distance, prepared, 1 + j)
+        if j < count and recipe.gravity and recipe.distance == L2:
+            work[SQ, j] = sq_difference(nodes, user, row, kind(work[SCALE, count]), kind(work[SCALE, j]))
+
+
+@apart
+def measure_general(nodes, places, b, recipe, work, prepared):
+    """As :func:`measure` for any distance: Q, before it is squared once more, from prepared rows."""
+    kind, count = nodes.dtype.type, work.shape[1] - 1
+    measure(nodes, places, b, recipe, work)
+    for k in range(count + 1):
+        prepare(recipe.distance, nodes, places[b, k], kind(work[SCALE, count if k == 0 else k - 1]), prepared, k)
+    for j in range(count):
+        work[SQ, j] = sq_distance(recipe.distance, prepared, 1 + j)
 
 
 @scalar
@@ -405,34 +409,115 @@ def add_mass_decay(parameters, num_users, places, b, decay, masses):
             masses[b, k] += decay / share * parameters.item[places[b, k] - num_users]
 
 
+@scalar
+def open_pair(b, last, num_users, nodes, batch, places):
+    """The nodes of pair b, while rows of later pairs are asked for."""
+    ahead = min(b + AHEAD, last - 1)
+    fetch(nodes, batch.users[ahead])
+    fetch(nodes, batch.pos[ahead] + num_users)
+    places[b, 0], places[b, 1] = batch.users[b], batch.pos[b] + num_users
+    for j in range(batch.neg.shape[1]):
+        fetch(nodes, batch.neg[ahead, j] + num_users)
+        places[b, 2 + j] = batch.neg[b, j] + num_users
+
+
+@scalar
+def judge_pair(b, num_users, parameters, recipe, work, places, masses, values):
+    """Losses of pair b, regularisers, slopes by dot products and Q, and gradients of the masses."""
+    count = work.shape[1] - 1
+    squares = work[SQUARE, count] + work[SQUARE, 0]
+    for j in range(1, count):
+        squares += work[SQUARE, j] / (count - 1)
+    values[b, 0], values[b, 1], values[b, 2], values[b, 3], values[b, 4] = 0, 0, 0.5 * squares, 0, 0
+    if recipe.dot:
+        values[b, 0] = loss_of(recipe.dot, work, DOT, BY_DOT, count, recipe.dot_weight)
+    if recipe.gravity:
+        values[b, 3] = read_masses(parameters, num_users, places, b, recipe, work)
+        gravity_pair(recipe, work, masses, values, b)
+        add_mass_decay(parameters, num_users, places, b, recipe.mass_decay, masses)
+
+
 @compiled
-def pairs(first, last, num_users, parameters, batch, recipe, out):
-    """Fill ``out`` at the pairs first .. last - 1 of a batch."""
-    nodes, count, values = parameters.nodes, 1 + batch.neg.shape[1], out.values
-    work = np.zeros((12, count + 1))
-    prepared = np.empty((count + 1, 3, nodes.shape[1]), nodes.dtype)
-    by = np.empty((2, nodes.shape[1]), nodes.dtype)
+def linear_pairs(first, last, num_users, parameters, batch, recipe, out):
+    """Fill ``out`` at the pairs first .. last - 1 of a batch, for dot products and l2."""
+    nodes = parameters.nodes
+    work = np.zeros((12, out.places.shape[1]))
     for b in range(first, last):
-        ahead = min(b + AHEAD, last - 1)
+        open_pair(b, last, num_users, nodes, batch, out.places)
+        measure(nodes, out.places, b, recipe, work)
+        judge_pair(b, num_users, parameters, recipe, work, out.places, out.masses, out.values)
+        linear_pair(nodes, out.places, recipe, work, out.rows, b)
+
+
+@compiled
+def general_pairs(first, last, num_users, parameters, batch, recipe, out):
+    """As :func:`linear_pairs` for all distances."""
+    nodes, count = parameters.nodes, out.places.shape[1]
+    work, by = np.zeros((12, count)), np.empty((2, nodes.shape[1]), nodes.dtype)
+    prepared = np.empty((count, 3, nodes.shape[1]), nodes.dtype)
+    for b in range(first, last):
+        open_pair(b, last, num_users, nodes, batch, out.places)
+        measure_general(nodes, out.places, b, recipe, work, prepared)
+        judge_pair(b, num_users, parameters, recipe, work, out.places, out.masses, out.values)
+        general_pair(nodes, out.places, recipe, work, prepared, by, out.rows, b)
+
+
+@compiled
+def totals(values):
+    """Sums of the columns, row after row: NumPy takes four times as long over rows this short."""
+    sums = np.zeros(values.shape[1])
+    for row in range(len(values)):
+        for column in range(len(sums)):
+            sums[column] += values[row, column]
+    return sums
+
+
+# ------------------------------------------------------------------ the hinge of metric learning
+
+
+class HingeRecipe(NamedTuple):
+    """Of :func:`gfml.losses.warp_hinge`; weight: that of one pair."""
+
+    margin: float
+    num_items: int
+    use_rank_weight: bool
+    rank_floor: bool
+    weight: float
+
+
+@fast
+def write_hinge(nodes, places, b, slope, rows):
+    """Gradients of slope / 2 (|u - p|^2 - |u - n|^2) by u, p and n."""
+    user, pos, neg = places[b, 0], places[b, 1], places[b, 2]
+    for d in range(nodes.shape[1]):
+        u, p, n = nodes[user, d], nodes[pos, d], nodes[neg, d]
+        rows[b, 0, d] = slope * (n - p)
+        rows[b, 1, d] = slope * (p - u)
+        rows[b, 2, d] = slope * (u - n)
+
+
+@compiled
+def hinge_pairs(first, last, num_users, parameters, batch, recipe, out):
+    """As :func:`linear_pairs` for the hinge of the hardest negative, which alone has a row: ``out`` is of [B, 3]."""
+    nodes, number = parameters.nodes, batch.neg.shape[1]
+    kind = nodes.dtype.type
+    for b in range(first, last):
+        ahead = min(b + 1, last - 1)
         fetch(nodes, batch.users[ahead])
         fetch(nodes, batch.pos[ahead] + num_users)
-        for j in range(count - 1):
+        user, pos = batch.users[b], batch.pos[b] + num_users
+        sq_pos = sq_difference(nodes, user, pos, kind(1), kind(1))
+        least, hardest, imposters = kind(np.inf), batch.neg[b, 0] + num_users, 0
+        for j in range(number):
             fetch(nodes, batch.neg[ahead, j] + num_users)
-        out.places[b, 0], out.places[b, 1] = batch.users[b], batch.pos[b] + num_users
-        for j in range(count - 1):
-            out.places[b, 2 + j] = batch.neg[b, j] + num_users
-        measure(nodes, out.places, b, recipe, work, prepared)
-        squares = work[SQUARE, count] + work[SQUARE, 0]
-        for j in range(1, count):
-            squares += work[SQUARE, j] / (count - 1)
-        values[b, 0], values[b, 1], values[b, 2], values[b, 3], values[b, 4] = 0, 0, 0.5 * squares, 0, 0
-        if recipe.dot:
-            values[b, 0] = loss_of(recipe.dot, work, DOT, BY_DOT, count, recipe.dot_weight)
-        if recipe.gravity:
-            values[b, 3] = read_masses(parameters, num_users, out.places, b, recipe, work)
-            gravity_pair(recipe, work, out.masses, values, b)
-            add_mass_decay(parameters, num_users, out.places, b, recipe.mass_decay, out.masses)
-        if recipe.gravity and recipe.distance != L2:
-            general_pair(nodes, out.places, recipe, work, prepared, by, out.rows, b)
-        else:
-            linear_pair(nodes, out.places, recipe, work, out.rows, b)
+            sq_neg = sq_difference(nodes, user, batch.neg[b, j] + num_users, kind(1), kind(1))
+            imposters += kind(recipe.margin) + sq_pos - sq_neg > 0
+            if sq_neg < least:
+                least, hardest = sq_neg, batch.neg[b, j] + num_users
+        gap, weight = recipe.margin + sq_pos - least, recipe.weight
+        if recipe.use_rank_weight:
+            rank = imposters * recipe.num_items / number
+            weight *= math.log1p(math.floor(rank) if recipe.rank_floor else rank)
+        out.places[b, 0], out.places[b, 1], out.places[b, 2] = user, pos, hardest
+        out.values[b, 0] = weight * max(gap, 0.0)
+        write_hinge(nodes, out.places, b, kind(2 * weight if gap >= 0 else 0), out.rows)

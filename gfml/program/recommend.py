@@ -1,7 +1,8 @@
-"""Recommendations of a finished run of any recommender, or the items nearest to an item, as CSV or JSON.
+"""Recommendations of a finished run of any recommender, or the items nearest to an item, as CSV, JSON or Parquet.
 
     python recsys/recommend.py runs/recsys-lastfm-lgn-bpr-1a2b3c4d --user 12 57 --top 20
     python recsys/recommend.py RUN --all-users --format json --output lists.json
+    python recsys/recommend.py RUN --items 17,4012 --not sold_out.txt
     python recsys/recommend.py RUN --similar-items 4012 --titles items.csv
 
 RUN is a run of recsys, mcl, cml_baseline, hlrm or mirror_grad. Users and items go by the names of the source data. The
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 INFO_FILES = ("movies.dat", "ml-100k.item")
 # So many ids are searched for a near one when an id is unknown; difflib takes seconds for more.
 SUGGEST_AMONG = 20_000
-# One block of scores; a scorer holds two or three of that size at a time.
-BLOCK_BYTES = 64 << 20
 
 
 def build_parser() -> Parser:
@@ -47,16 +46,25 @@ def build_parser() -> Parser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--user", nargs="+", metavar="ID", help="users, as the source data names them")
     what.add_argument("--all-users", action="store_true", help="every user")
+    what.add_argument("--items", metavar="A,B,C", help="a new user who has these items")
+    what.add_argument("--items-file", metavar="FILE", help="the same from a file, one item a line")
     what.add_argument("--similar-items", nargs="+", metavar="ID", help="instead: the items nearest to these items")
     parser.add_argument("--top", type=number(int, least=1), default=20, metavar="N", help="length of a list")
-    parser.add_argument("--include-seen", action="store_true", help="keep items the user has in train or validation")
+    seen = parser.add_mutually_exclusive_group()
+    seen.add_argument("--exclude-known", dest="include_seen", action="store_false", default=False,
+                      help="leave out what the user has in train or validation, or a new user's own items (default)")  # fmt: skip
+    seen.add_argument("--include-seen", action="store_true", help="keep these items")
+    parser.add_argument("--only", metavar="FILE", help="recommend items of this file alone, one id a line")
+    parser.add_argument("--not", dest="without", metavar="FILE", help="recommend no item of this file, one id a line")
     parser.add_argument(
         "--item-info",
         "--titles",
         metavar="FILE",
         help="table with ids and titles (.csv, .tsv, .item, movies.dat; default: the data set's own, if any)",
     )
-    parser.add_argument("--format", choices=("csv", "json"), default="csv", help="form of the output")
+    parser.add_argument("--format", choices=("csv", "json", "parquet"), default="csv", help="form of the output")
+    parser.add_argument("--raw-cells", action="store_true",
+                        help="in CSV, keep names that a spreadsheet would run as formulas (default: an apostrophe before)")  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="file to write (default: standard output)")
     where = parser.add_argument_group("where things are")
     where.add_argument(
@@ -80,14 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     places = {name: value for name, value in places.items() if value is not None}
     run = load(options.run, device=options.device, threads=options.threads, **places)
     require_recommender(run)
+    allowed = allowed_items(run, options.only, options.without)
     if options.similar_items:
-        lists = similar_items(run, find_items(run, options.similar_items), options.top)
+        lists = similar_items(run, find_items(run, options.similar_items), options.top, allowed=allowed)
+    elif options.items is not None or options.items_file is not None:
+        lists = recommend_new(
+            run, _given_items(run, options), options.top, include_seen=options.include_seen, allowed=allowed
+        )
     else:
         users = range(run.interactions.num_users) if options.all_users else find_users(run, options.user)
-        lists = recommend(run, users, options.top, include_seen=options.include_seen)
+        lists = recommend(run, users, options.top, include_seen=options.include_seen, allowed=allowed)
     titles = find_titles(options.item_info, run)
-    with _output(options.output) as stream:
-        (write_csv if options.format == "csv" else write_json)(lists, stream, titles)
+    with _output(options.output, binary=options.format == "parquet") as stream:
+        if options.format == "csv":
+            write_csv(lists, stream, titles, raw=options.raw_cells)
+        else:
+            (write_json if options.format == "json" else write_parquet)(lists, stream, titles)
     return 0
 
 
@@ -138,38 +154,92 @@ class Lists:
             yield entry | {name: float(values[row, rank]) for name, values in self.columns.items()}
 
 
-def recommend(run: Loaded, users: Sequence[int], top: int, *, include_seen: bool = False) -> Lists:
+def allowed_items(run: Loaded, only: str | None, without: str | None) -> np.ndarray | None:
+    """bool [I] of the items that may be recommended, None for all. Ids that the data does not have are counted on stderr."""
+    import numpy as np
+
+    from gfml.ranking.lists import item_rows, read_ids
+
+    if only is None and without is None:
+        return None
+    data = run.interactions
+    allowed = np.full(data.num_items, only is None)
+    for file, flag, value in ((only, "--only", True), (without, "--not", False)):
+        if file is not None:
+            rows, unknown = item_rows(data, read_ids(file, flag))
+            allowed[rows] = value
+            if unknown:
+                print(f"note: {unknown} ids of {file} are no items of {data.name}, ignored", file=sys.stderr)
+    if not allowed.any():
+        raise UserError(f"--only and --not leave none of the {data.num_items} items of {data.name}: check the files")
+    return allowed
+
+
+def _given_items(run: Loaded, options: Any) -> list[int]:
+    """The items of a new user; UserError for an unknown one."""
+    from gfml.ranking.lists import read_ids
+
+    if options.items_file is None:
+        return find_items(run, [name for name in options.items.split(",") if name])
+    return find_items(run, read_ids(options.items_file, "--items-file"))
+
+
+def recommend(
+    run: Loaded, users: Sequence[int], top: int, *, include_seen: bool = False, allowed: np.ndarray | None = None
+) -> Lists:
     """The best ``top`` items of each user (rows of the data), with score and, where it means one, probability.
 
-    A probability is the sigmoid of the score, masses of both sides included, where the experiment says that the score is
-    a logit. Losses on pairs leave it uncalibrated.
+    allowed: bool [I], which items may be listed. A probability is the sigmoid of the score, masses of both sides
+    included, where the experiment says that the score is a logit. Losses on pairs leave it uncalibrated.
     """
-    import numpy as np
     import torch
-
-    from gfml.ranking.topk import topk_items
 
     data = run.interactions
     rows = torch.as_tensor(users, dtype=torch.int64)
     _say_cold(data, rows.numpy())
-    ids = rows.to(run.experiment.device)
-    scorer = run.experiment.scorer(run.model, "test")
-    items = topk_items(scorer, ids, min(top, data.num_items), seen=None if include_seen else data.train_and_valid)
-    scores = _scores_at(scorer, ids, items)
-    columns = {"score": scores}
-    if run.experiment.is_logit(run.model):
-        columns["probability"] = 1 / (1 + np.exp(-scores))
     names = _names(data.user_ids, data.num_users)
-    return Lists(
-        "user",
-        [names[user] for user in rows.tolist()],
-        items.cpu().numpy(),
-        columns,
-        _names(data.item_ids, data.num_items),
+    scorer = run.experiment.scorer(run.model, "test")
+    seen = None if include_seen else data.train_and_valid
+    return _lists(run, scorer, [names[user] for user in rows.tolist()], rows, top, seen, allowed)
+
+
+def recommend_new(
+    run: Loaded, items: Sequence[int], top: int, *, include_seen: bool = False, allowed: np.ndarray | None = None
+) -> Lists:
+    """As :func:`recommend` for a user who is not in the data and has ``items`` (columns of the data)."""
+    import numpy as np
+    import torch
+
+    from gfml.data.interactions import csr_from_pairs
+    from gfml.ranking.foldin import fold_in
+
+    own = np.asarray(items, dtype=np.int64)
+    history = csr_from_pairs(np.zeros_like(own), own, 1, run.interactions.num_items)
+    scorer = fold_in(run.experiment.scorer(run.model, "test"), history)
+    return _lists(
+        run, scorer, ["new"], torch.zeros(1, dtype=torch.int64), top, None if include_seen else history, allowed
     )
 
 
-def similar_items(run: Loaded, items: Sequence[int], top: int) -> Lists:
+def _lists(
+    run: Loaded, scorer: Scorer, keys: list[Any], rows: torch.Tensor, top: int, seen: Any, allowed: np.ndarray | None
+) -> Lists:
+    import numpy as np
+
+    from gfml.ranking.lists import Among, scores_at
+    from gfml.ranking.topk import topk_items
+
+    data, ids = run.interactions, rows.to(run.experiment.device)
+    ranked = scorer if allowed is None else Among(scorer, allowed)
+    items = topk_items(ranked, ids, min(top, data.num_items), seen=seen)
+    scores = scores_at(scorer, ids, items)
+    columns = {"score": scores}
+    if run.experiment.is_logit(run.model):
+        columns["probability"] = 1 / (1 + np.exp(-scores))
+    return Lists("user", keys, items.cpu().numpy(), columns, _names(data.item_ids, data.num_items))
+
+
+def similar_items(run: Loaded, items: Sequence[int], top: int, *, allowed: np.ndarray | None = None) -> Lists:
     """The ``top`` nearest other items of each item (columns of the data), by ascending squared distance.
 
     The distance is the one that was learned (for kl from the given item to the others), or 2 - 2 cos where the model learns
@@ -178,6 +248,7 @@ def similar_items(run: Loaded, items: Sequence[int], top: int) -> Lists:
     import scipy.sparse as sp
     import torch
 
+    from gfml.ranking.lists import Among, scores_at
     from gfml.ranking.topk import topk_items
 
     data = run.interactions
@@ -186,13 +257,14 @@ def similar_items(run: Loaded, items: Sequence[int], top: int) -> Lists:
     scorer = ItemDistances(*run.experiment.item_space(run.model))
     ids = torch.as_tensor(items, dtype=torch.int64).to(run.experiment.device)
     itself = sp.csr_array(sp.eye_array(data.num_items, format="csr", dtype="float32"))
-    found = topk_items(scorer, ids, min(top, data.num_items - 1), seen=itself)
+    ranked = scorer if allowed is None else Among(scorer, allowed)
+    found = topk_items(ranked, ids, min(top, data.num_items - 1), seen=itself)
     names = _names(data.item_ids, data.num_items)
     return Lists(
         "item",
         [names[item] for item in items],
         found.cpu().numpy(),
-        {"sq_distance": -_scores_at(scorer, ids, found)},
+        {"sq_distance": -scores_at(scorer, ids, found)},
         names,
     )
 
@@ -216,23 +288,38 @@ class ItemDistances:
 # -- output
 
 
-def write_csv(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> None:
-    """One line per list entry: the user (or item), rank, item, title if any, numbers."""
-    key = "user" if lists.subject == "user" else "similar_to"
-    columns = [key, "rank", "item", *(["title"] if titles is not None else []), *lists.columns]
+def write_csv(lists: Lists, stream: IO[str], titles: Sequence[str] | None, *, raw: bool = False) -> None:
+    """One line per list entry: the user (or item), rank, item, title if any, numbers. raw: formulas stay formulas."""
+    from gfml.ranking.lists import safe_cell
+
+    safe = (lambda cell: cell) if raw else safe_cell
+    columns = [_key(lists), "rank", "item", *(["title"] if titles is not None else []), *lists.columns]
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     for row, name in enumerate(lists.keys):
-        writer.writerows({key: name} | _rounded(entry) for entry in lists.rows(row, titles))
+        for entry in lists.rows(row, titles):
+            writer.writerow({column: safe(cell) for column, cell in ({_key(lists): name} | _rounded(entry)).items()})
+
+
+def _key(lists: Lists) -> str:
+    return "user" if lists.subject == "user" else "similar_to"
+
+
+def write_parquet(lists: Lists, stream: IO[bytes], titles: Sequence[str] | None) -> None:
+    """The rows of :func:`write_csv` as a Parquet table; ids as they are, numbers unrounded."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{_key(lists): name} | entry for row, name in enumerate(lists.keys) for entry in lists.rows(row, titles)]
+    pq.write_table(pa.Table.from_pylist(rows), stream)
 
 
 def write_json(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> None:
     """A list with an object for each user (or item), one a line."""
-    key = "user" if lists.subject == "user" else "similar_to"
     stream.write("[\n")
     for row, name in enumerate(lists.keys):
         line = json.dumps(
-            {key: name, "items": [_rounded(entry) for entry in lists.rows(row, titles)]}, ensure_ascii=False
+            {_key(lists): name, "items": [_rounded(entry) for entry in lists.rows(row, titles)]}, ensure_ascii=False
         )
         stream.write(line + (",\n" if row + 1 < len(lists.keys) else "\n"))
     stream.write("]\n")
@@ -259,16 +346,16 @@ def _rounded(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _output(file: str | None) -> Iterator[IO[str]]:
+def _output(file: str | None, *, binary: bool = False) -> Iterator[IO[Any]]:
     """A file that appears whole, or standard output, whose reader may leave early."""
     from gfml.base.files import atomic_open
 
     if file is not None:
-        with atomic_open(file, newline="") as stream:
+        with atomic_open(file, "wb") if binary else atomic_open(file, newline="") as stream:
             yield stream
         return
     try:
-        yield sys.stdout
+        yield sys.stdout.buffer if binary else sys.stdout
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes standard output once more when it ends.
@@ -292,21 +379,6 @@ def _find(what: str, ids: Sequence[str], names: Iterable[Any] | None, count: int
 
 def _names(names: np.ndarray | None, count: int) -> Sequence[Any]:
     return range(count) if names is None else names.tolist()
-
-
-def _scores_at(scorer: Scorer, rows: torch.Tensor, items: torch.Tensor) -> np.ndarray:
-    """Scores [n, k] of the given items, float64; NaN where there is none (-1)."""
-    import torch
-
-    from gfml.ranking.topk import full_precision
-
-    size = max(1, BLOCK_BYTES // (4 * scorer.num_items))
-    with torch.no_grad(), full_precision():
-        blocks = [
-            scorer.score(chunk).gather(1, wanted.clamp_min(0).to(chunk.device))
-            for chunk, wanted in zip(rows.split(size), items.split(size), strict=True)
-        ]
-    return torch.cat(blocks).double().masked_fill_((items < 0).to(blocks[0].device), torch.nan).cpu().numpy()
 
 
 def _say_cold(data: Interactions, users: np.ndarray) -> None:

@@ -92,6 +92,15 @@ class FactorScorer:
     def score(self, users: Tensor) -> Tensor:
         return self.user[users.to(self.user.device)] @ self.item.T
 
+    def at(self, users: Tensor, items: Tensor) -> Tensor:
+        """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
+        users, items = users.to(self.user.device), items.to(self.item.device)
+        return (self.user[users][:, None] * self.item[items]).sum(-1)
+
+    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+        """Scores of user vectors [B, D] with all items, or with items int64 [W]."""
+        return vectors @ (self.item if items is None else self.item[items]).T
+
     def factors(self) -> Factors:
         return Factors(self.user, self.item)
 

@@ -188,14 +188,14 @@ def _label(folder):
 
 
 def _map(folder):
-    (folder / "i_id_mapping.csv").write_text("asin\titemID\nB1\t60\n")
+    (folder / "i_id_mapping.csv").write_text("asin\titemID\nB1\tsixty\n")
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (_rows, "59 rows, wanted 60"), (_nan, "first is item 10"), (_pickle, "plain .npy"), (_flat, "no table of numbers"),
-        (_zero, "every text feature"), (_label, "no column x_label"), (_map, "wanted a number below the 60 items"),
+        (_zero, "every text feature"), (_label, "no column x_label"), (_map, "wanted a number of an item"),
     ],
 )  # fmt: skip
 def test_bad_files_are_one_line(folder, damage, said):

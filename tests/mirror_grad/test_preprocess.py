@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,14 +221,89 @@ def test_pictures_are_encoded_by_a_timm_backbone(tmp_path):
             ["--reviews", "reviews.json.gz", "--meta", "meta.json.gz", "--text-encoder", "tfidf"],
             "needs sentence-transformers|cannot load",
         ),
-        (["--reviews", "bad.csv", "--meta", "meta.json.gz"], "not numbers"),
+        (["--reviews", "bad.csv", "--meta", "meta.json.gz"], "line 1: found 'now', wanted a date"),
+        (["--reviews", "reviews.json.gz", "--images", "none.b"], "no file none.b: check --images"),
     ],
 )
 def test_mistakes_are_one_line(words, said, tmp_path, monkeypatch, capsys):
     raw_release(tmp_path)
     (tmp_path / "short.b").write_bytes(b"123")
-    (tmp_path / "bad.csv").write_text("u,i,good,now\n")
+    (tmp_path / "bad.csv").write_text("u9,i9,good,now\nu8,i8,5,3\n")
     monkeypatch.chdir(tmp_path)
     assert run_main(preprocess.main, [*words, "--out", "out"]) == 2
     error = capsys.readouterr().err.strip()
     assert re.search(said, error) and "\n" not in error
+
+
+# Releases and what is dropped ---------------------------------------------------------------------
+
+CASES = Path(__file__).parents[1] / "gfml" / "data" / "cases"
+
+
+def prepared(tmp_path, *words):
+    assert (
+        run_main(preprocess.main, [*words, "--text-encoder", "hashing", "--kcore", "2", "--out", str(tmp_path / "out")])
+        == 0
+    )
+    maps = (tmp_path / "out" / "u_id_mapping.csv").read_text().splitlines()[1:]
+    return {line.split("\t")[0] for line in maps}, json.loads((tmp_path / "out" / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("reviews", ["rat_na.csv", "rev2023.jsonl"])
+def test_every_user_of_the_cases_stays(tmp_path, reviews):
+    users, manifest = prepared(tmp_path, "--reviews", str(CASES / reviews), "--meta", str(CASES / "meta2018.json"))
+    assert len(users) == 40 and manifest["rows"] == 360 and manifest["dropped"] == {}
+    assert reviews != "rat_na.csv" or {"NA", "null", "None", "nan"} <= users
+    texts = dict(line.split("\t") for line in (tmp_path / "out" / "item_text.csv").read_text().splitlines()[1:])
+    assert texts["B000000018"] == "thing number18 b Home catzz0 long text 3"  # category is 2018's categories
+
+
+def test_what_is_dropped_is_counted(tmp_path, capsys):
+    lines = [f"A{u},B{i},5.0,{1_500_000_000 + u}" for u in range(6) for i in range(6)]
+    lines += ["A0,B0,5.0,1500000000", "A1,B1,,1500000001", "A9,B9,5.0,1500000000", "A2,,5.0,1500000000"]
+    (tmp_path / "ratings.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "meta.json.gz").write_text(
+        "".join(f'{{"asin": "B{i}", "title": "t{i} caf\u00e9"}}\n' for i in range(6)), "latin-1"
+    )
+    _, manifest = prepared(
+        tmp_path, "--reviews", str(tmp_path / "ratings.csv"), "--meta", str(tmp_path / "meta.json.gz")
+    )
+    assert manifest["dropped"] == {"incomplete rows": 2, "repeated rows": 1, "rows outside the 2-core": 1}
+    assert manifest["notes"]["encoding of meta.json.gz"] == "latin-1, not UTF-8"  # plain text whatever its name
+    assert (
+        "note: rows: 40 read; 2 incomplete rows, dropped; 1 repeated rows, dropped; 1 rows outside the 2-core, dropped; 36 left"
+        in capsys.readouterr().out
+    )
+
+
+def test_pictures_and_weights_that_cannot_be_used(tmp_path):
+    import torch
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    import timm
+
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "weights.pt")
+    values, known = features.encode_pictures(tmp_path, ["a", "b", "c"], "resnet18", tmp_path / "weights.pt")
+    assert known.tolist() == [True, False, False] and not values[1:].any() and values[0].any()
+    with pytest.raises(UserError, match="weights.pt holds no weights of resnet34"):
+        features.encode_pictures(tmp_path, ["a"], "resnet34", tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="none of the 1 pictures .* can be opened"):
+        features.encode_pictures(tmp_path, ["b"], "resnet18", tmp_path / "weights.pt")
+
+
+def test_maps_and_features_may_hold_more_items(tmp_path):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "shop.inter").write_text(
+        "userID\titemID\tx_label\n" + "".join(f"{u}\t{i}\t{(i % 4) // 2}\n" for u in range(4) for i in range(5))
+    )
+    (folder / "i_id_mapping.csv").write_text("asin\titemID\n" + "".join(f"0{i}\t{i}\n" for i in range(7)))
+    np.save(folder / "text_feat.npy", np.eye(7, 3) + 1)
+    data = load(parse(["--dataset", str(folder), "--no-cache", "--model", "VBPR"]), needs_features=True)
+    assert data.features["text"].shape == (5, 3) and data.interactions.item_ids.tolist() == [f"0{i}" for i in range(5)]
+    assert data.interactions.notes["items of the map that no interaction names, ignored"] == 2
+    np.save(folder / "text_feat.npy", np.eye(6, 3) + 1)
+    with pytest.raises(UserError, match="has 6 rows, wanted 5"):
+        load(parse(["--dataset", str(folder), "--no-cache", "--model", "VBPR"]), needs_features=True)

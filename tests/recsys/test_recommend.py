@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from gfml import load as load_run
+from gfml.base.errors import UserError
 from gfml.engine.runs import read_result
 from gfml.program.cli import run_main
-from gfml.program.recommend import Lists, main, recommend, similar_items, write_csv, write_json
+from gfml.program.recommend import Lists, main, recommend, recommend_new, similar_items, write_csv, write_json
 from recsys.main import main as train_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,9 +117,9 @@ def test_lists_do_not_depend_on_company_or_order(finished):
 def test_scores_come_block_by_block(finished, monkeypatch):
     run = load_run(finished["mix"])
     whole = recommend(run, range(60), 5)
-    monkeypatch.setattr("gfml.program.recommend.BLOCK_BYTES", 4 * 40 * 7)
+    monkeypatch.setattr("gfml.ranking.lists.ROWS", 7)
     blocks = recommend(run, range(60), 5)
-    np.testing.assert_allclose(blocks.columns["score"], whole.columns["score"], rtol=1e-5)
+    np.testing.assert_array_equal(blocks.columns["score"], whole.columns["score"])
 
 
 def test_users_without_history_are_counted(train, tmp_path, capsys):
@@ -365,3 +366,74 @@ def test_bad_titles_and_output(finished, fail, tmp_path):
     assert "cannot write" in fail(
         main, str(finished["bpr"]), "--user", "0", "--output", str(tmp_path / "titles.csv" / "x")
     )
+
+
+# -- new users, filters, forms
+
+
+def test_a_new_user_is_recommended_from_his_items(finished, named, capsys):
+    run = load_run(finished["gravity"])
+    known = run.interactions.train_and_valid
+    user = int(np.argmax(np.diff(known.indptr)))
+    own = known[[user]].indices
+    new = recommend_new(run, own.tolist(), 10)
+    assert not set(new.items[0].tolist()) & set(own.tolist()) and new.keys == ["new"]
+    trained = recommend(run, [user], 10).items[0].tolist()
+    assert len(set(trained) & set(new.items[0].tolist())) >= 3
+    (named / "have.txt").write_text("1007\n1000\n")
+    flags = (named / "run", "--top", "4", "--device", "cpu")
+    rows = rows_of(capsys, *flags, "--items", "1000,1007")
+    assert rows == rows_of(capsys, *flags, "--items-file", named / "have.txt")
+    assert (
+        len(rows) == 4
+        and {row["user"] for row in rows} == {"new"}
+        and not {row["item"] for row in rows} & {"1000", "1007"}
+    )
+    assert {
+        row["item"] for row in rows_of(capsys, named / "run", "--items", "1000", "--include-seen", "--top", "99")
+    } >= {"1000"}
+
+
+def test_filters_by_files(named, capsys):
+    (named / "only.txt").write_text("1000\n1007\n1014\nnobody\n")
+    (named / "not.txt").write_text("1007\n")
+    flags = (named / "run", "--user", "u0", "u1", "--include-seen")
+    rows = rows_of(capsys, *flags, "--only", named / "only.txt", "--not", named / "not.txt")
+    assert {row["user"]: {row["item"]} for row in rows}.keys() == {"u0", "u1"} and {row["item"] for row in rows} == {
+        "1000",
+        "1014",
+    }
+    assert rows[0]["rank"] == "1" and len(rows) == 4
+    near = rows_of(capsys, named / "run", "--similar-items", "1000", "--only", named / "only.txt")
+    assert {row["item"] for row in near} == {"1007", "1014"}
+    main([str(word) for word in (*flags, "--only", named / "only.txt")])
+    assert "1 ids of" in capsys.readouterr().err
+    (named / "none.txt").write_text("nobody\n")
+    with pytest.raises(UserError, match="leave none of the"):
+        main([str(word) for word in (*flags, "--only", named / "none.txt")])
+
+
+def test_one_user_alone_and_among_all_gets_the_same_numbers(named):
+    run = load_run(named / "run")
+    every = recommend(run, range(run.interactions.num_users), 5)
+    for user in (0, 11, 24):
+        alone = recommend(run, [user], 5)
+        assert np.array_equal(alone.items[0], every.items[user])
+        assert np.array_equal(alone.columns["score"][0], every.columns["score"][user])
+
+
+def test_parquet_and_formulas(named, capsys):
+    import pyarrow.parquet as pq
+
+    flags = (str(named / "run"), "--user", "u0", "u3", "--top", "3")
+    assert run_main(main, [*flags, "--format", "parquet", "--output", str(named / "lists.parquet")]) == 0
+    table, rows = pq.read_table(named / "lists.parquet").to_pylist(), rows_of(capsys, *flags)
+    assert [(row["user"], str(row["item"]), row["rank"]) for row in table] == [
+        (r["user"], r["item"], int(r["rank"])) for r in rows
+    ]
+    lists = Lists("user", ["=u"], np.array([[0]]), {"score": np.array([[-0.5]])}, ["@item"])
+    safe, raw = io.StringIO(), io.StringIO()
+    write_csv(lists, safe, ["=1+1"])
+    write_csv(lists, raw, ["=1+1"], raw=True)
+    assert safe.getvalue().splitlines()[1] == "'=u,1,'@item,'=1+1,-0.5"
+    assert raw.getvalue().splitlines()[1] == "=u,1,@item,=1+1,-0.5"

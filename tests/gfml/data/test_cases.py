@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gfml.base.errors import UserError
-from gfml.data.items import read_item_info
+from gfml.data.items import read_item_features, read_item_info
 from gfml.data.options import load_dataset
 
 CASES = Path(__file__).parent / "cases"
@@ -117,3 +117,9 @@ def test_a_split_that_tests_strangers_says_so():
 def test_a_line_separator_inside_a_title():
     titles = read_item_info(CASES / "titles_ls.csv", load("log_oldest_first.csv")).titles
     assert len(titles) == 30 and titles[4] == "Title 4\u2028 x" and titles[5] == "Title 5 x"
+
+
+def test_features_are_matched_by_id_whatever_their_order():
+    data = load("named.csv")
+    one, other = (read_item_features(CASES / name, data) for name in ("feats.npz", "feats_perm.npz"))
+    assert one.known.all() and one.values.any() and (one.values == other.values).all()

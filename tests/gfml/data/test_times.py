@@ -112,6 +112,8 @@ def test_date_and_clock_in_two_columns(tmp_path):
 @pytest.mark.parametrize(
     ("times", "form", "said"),
     [
+        (["2017-07-14", "now"], None, "line 3: found 'now', wanted a date in column when"),
+        (["today"], "%Y-%m-%d", "line 2: found 'today', wanted a date"),
         (["2017-07-14", "soon"], None, "line 3: found 'soon', wanted a date in column when"),
         (["2017-07-14", ""], None, "line 3: found '', wanted a date"),
         (

@@ -9,6 +9,7 @@ import torch
 from gfml.base.checkpoints import save_state
 from gfml.base.errors import UserError
 from gfml.base.files import read_arrays
+from gfml.data.interactions import Interactions, csr_from_pairs
 from gfml.ranking.pretrained import join_tables, read_nodes, read_table
 
 SHAPE = (3, 4, 2)
@@ -58,3 +59,20 @@ def test_no_pickles(tmp_path):
 def _saved(path, array):
     np.save(path, array)
     return path
+
+
+def test_rows_are_matched_by_id(tmp_path):
+    shape = (2, 3)
+    train = csr_from_pairs(np.array([0, 1]), np.array([0, 2]), *shape)
+    empty = csr_from_pairs(np.empty(0, np.int64), np.empty(0, np.int64), *shape)
+    data = Interactions("toy", train, empty, empty, user_ids=np.array(["007", "7"]), item_ids=np.array([3, 5, 9]))
+    user, item = np.arange(4.0).reshape(2, 2), np.arange(8.0).reshape(4, 2)
+    file = tmp_path / "start.npz"
+    np.savez(file, user=user, item=item, user_ids=np.array(["7", "007"]), item_ids=np.array([9, 8, 3, 5]))
+    nodes = read_nodes(file, (2, 3, 2), data)
+    assert nodes[:2].tolist() == user[[1, 0]].tolist() and nodes[2:].tolist() == item[[2, 3, 0]].tolist()
+    np.savez(tmp_path / "item.npz", vectors=item, item_ids=np.array(["9", "8", "3", "5"]))
+    assert read_table(tmp_path / "item.npz", "item", data).tolist() == item[[2, 3, 0]].tolist()
+    np.savez(file, user=user, item=item, user_ids=np.array(["7", "07"]), item_ids=np.array([9, 8, 3, 5]))
+    with pytest.raises(UserError, match="no vector of 1 of the 2 users of toy, such as 007"):
+        read_nodes(file, (2, 3, 2), data)

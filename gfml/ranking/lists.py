@@ -1,0 +1,76 @@
+"""Lists that leave the program: only some items, the scores of what is listed, and cells that a spreadsheet may open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gfml.base.errors import UserError
+from gfml.data.interactions import Interactions
+from gfml.data.items import ID_NAMES
+from gfml.data.names import places
+from gfml.data.tables import is_number, normal, read_bytes, utf8_bytes
+from gfml.ranking.topk import Scorer, full_precision
+
+# One block of scores; a scorer holds two or three of that size at a time.
+BLOCK_BYTES = 64 << 20
+# Rows whose listed items are gathered at a time.
+ROWS = 1024
+
+
+class Among:
+    """A scorer whose other items are no candidates. allowed: bool [I]."""
+
+    def __init__(self, inner: Scorer, allowed: np.ndarray) -> None:
+        self.inner, self.num_users, self.num_items = inner, inner.num_users, inner.num_items
+        self.banned = torch.from_numpy(~allowed)
+
+    def score(self, users: Tensor) -> Tensor:
+        """Scores of users [B], -inf for items that are not allowed: [B, I]."""
+        scores = self.inner.score(users)
+        return scores.masked_fill_(self.banned.to(scores.device), -torch.inf)
+
+    def factors(self) -> None:
+        return None
+
+
+def read_ids(file: str | Path, flag: str) -> list[str]:
+    """Ids of a text file, one a line; a first line that only names the column is none."""
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: check {flag}")
+    lines = [line for line in utf8_bytes(read_bytes(path), path, {}).decode().replace("\r\n", "\n").split("\n") if line]
+    return lines[1:] if lines and normal(lines[0]) in {normal(name) for name in ID_NAMES} else lines
+
+
+def item_rows(data: Interactions, ids: list[str]) -> tuple[np.ndarray, int]:
+    """The data's items of these ids, each once, and how many ids it does not have."""
+    rows = places(ids, np.arange(data.num_items) if data.item_ids is None else data.item_ids)
+    return np.unique(rows[rows >= 0]), int((rows < 0).sum())
+
+
+def scores_at(scorer: Scorer, users: Tensor, items: Tensor) -> np.ndarray:
+    """Scores [n, k] of the given items (int64 [n, k], -1 for none: NaN), float64.
+
+    From the pairs alone where the scorer can (``at``), else from whole rows. Either way those of one user alone are those
+    that he has in a batch.
+    """
+    wanted, found = items.clamp_min(0), []
+    at = getattr(scorer, "at", None)
+    size = ROWS if at else max(1, BLOCK_BYTES // (4 * scorer.num_items))
+    with torch.no_grad(), full_precision():
+        for rows, columns in zip(users.split(size), wanted.split(size), strict=True):
+            found.append(at(rows, columns) if at else scorer.score(rows).gather(1, columns.to(users.device)))
+    scores = torch.cat(found).double()
+    return scores.masked_fill_((items < 0).to(scores.device), torch.nan).cpu().numpy()
+
+
+def safe_cell(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula, with an apostrophe before it; numbers stay as they are."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") and value and not is_number(value):
+        return f"'{value}"
+    return value
