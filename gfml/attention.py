@@ -316,7 +316,7 @@ class TokenGrid:
         self.size, self.prefix, self.now = size, prefix, size
         self.kept: Tensor | None = None
 
-    def see(self, embedding: nn.Module, inputs: Any, output: Tensor) -> None:
+    def see(self, embedding: Any, inputs: Any, output: Tensor) -> None:
         """A forward hook of timm's patch embedding: its output is a grid where image sizes vary. A trace has one size."""
         varies = not isinstance(output, torch.fx.Proxy) and output.dim() == 4
         found = output.shape[1:3] if varies else embedding.grid_size
@@ -346,13 +346,15 @@ class TokenGrid:
 class PatchDrop(nn.Module):
     """timm's patch dropping, which tells a :class:`TokenGrid` which patches stay."""
 
-    def __init__(self, drop: nn.Module, grid: TokenGrid) -> None:
+    def __init__(self, drop: Any, grid: TokenGrid) -> None:
         super().__init__()
         from timm.layers import patch_dropout
 
-        own = getattr(patch_dropout, "PatchDropoutWithIndices", None)
+        # By the version of timm: a class of its own, or an argument.
+        own: Any = getattr(patch_dropout, "PatchDropoutWithIndices", None)
+        plain: Any = patch_dropout.PatchDropout
         settings = {"prob": drop.prob, "num_prefix_tokens": drop.num_prefix_tokens, "ordered": drop.ordered}
-        self.drop = own(**settings) if own else patch_dropout.PatchDropout(**settings, return_indices=True)
+        self.drop = own(**settings) if own else plain(**settings, return_indices=True)
         self.grid = grid
 
     def forward(self, x: Tensor) -> Tensor:
@@ -581,10 +583,10 @@ def replace_attention(
         new = _converted(layer, settings, number, mass)
         new.grid = grid if isinstance(new.mass, PositionMass) else None
         setattr(model.get_submodule(parent), child, new)
-    if grid is not None:
+    if grid is not None and isinstance(model, VisionTransformer):
         model.patch_embed.register_forward_hook(grid.see)
         if hasattr(model.patch_drop, "prob"):
-            model.patch_drop = PatchDrop(model.patch_drop, grid)
+            model.set_submodule("patch_drop", PatchDrop(model.patch_drop, grid))
     _exempt_from_decay(model)
     return model
 
@@ -597,7 +599,7 @@ def _token_numbers(model: nn.Module, layers: Sequence[nn.Module], input_size: tu
         layer.register_forward_pre_hook(lambda own, inputs: seen.__setitem__(id(own), inputs[0].shape[1]))
         for layer in layers
     ]
-    size = input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
+    size: Any = input_size or getattr(model, "pretrained_cfg", {}).get("input_size")
     parameter = next(model.parameters())
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -615,7 +617,7 @@ def _token_numbers(model: nn.Module, layers: Sequence[nn.Module], input_size: tu
             handle.remove()
 
 
-def _exempt_from_decay(model: nn.Module) -> None:
+def _exempt_from_decay(model: Any) -> None:
     """Add masses and lambdas to the names that timm's optimizers do not decay."""
     own = {id(parameter) for parameter in mass_parameters(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in own}
