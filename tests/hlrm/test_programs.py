@@ -342,8 +342,8 @@ def test_what_eval_refuses(tmp_path):
     for flags, message in (
         (["--hlrm_type", "plus"], "trained with --hlrm-type base"),
         (["--emb_size", "9"], "trained with --embedding-dim 8"),
-        (["--num_relations", "20"], "trained with --num_relations 3"),
-        (["--topk", "41"], "at most 40 items"),
+        (["--num_relations", "20"], "trained with --num-relations 3"),
+        (["--topk", "41"], "at most the 40 items"),
         (["--pair", "3", "nobody"], "has no item nobody"),
     ):
         with pytest.raises(UserError, match=message):
