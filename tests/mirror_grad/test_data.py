@@ -194,7 +194,7 @@ def _map(folder):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (_rows, "59 rows, wanted 60"), (_nan, "first is item 10"), (_pickle, "plain .npy"), (_flat, "no table of numbers"),
+        (_rows, "59 rows, wanted 60"), (_nan, "first is item 10"), (_pickle, "wanted plain arrays"), (_flat, "no table of numbers"),
         (_zero, "every text feature"), (_label, "no column x_label"), (_map, "wanted a number of an item"),
     ],
 )  # fmt: skip
