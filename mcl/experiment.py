@@ -71,6 +71,8 @@ class MCL(Recommender):
         loss = self.shared(model.loss, model, reduction="mean")
         return Training(optimizer, sampler.epoch, loss, build_step(s, optimizer, s.clip_grad), ema=ema)
 
+    unshared = ("--mode mcl", "--mode mix", "--mode gfml --dropout 1")
+
     def sharing_problem(self) -> str | None:
         if self.settings.mode != "gfml":
             return f"--mode {self.settings.mode}, one log-sum-exp over all pairs of a batch,"

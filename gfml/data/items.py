@@ -53,7 +53,7 @@ class ItemInfo(NamedTuple):
 
 def beside(dataset: str, data_root: str | os.PathLike[str] | None, names: Iterable[str]) -> Path | None:
     """The first of the files ``names`` (or NAME.gz) in the folder that holds a data set; None when there is none."""
-    known = registry.KNOWN.get(registry.ALIASES.get(dataset, dataset))
+    known = registry.known_by(dataset)
     path = Path(dataset).expanduser()
     if known is not None:
         folders = registry.folders_of(known, registry.data_roots(data_root))
