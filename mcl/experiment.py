@@ -71,6 +71,11 @@ class MCL(Recommender):
         loss = self.shared(model.loss, model, reduction="mean")
         return Training(optimizer, sampler.epoch, loss, build_step(s, optimizer, s.clip_grad), ema=ema)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """A batch is of users."""
+        return -(-self.data.num_users // self.settings.batch_size)
+
     def sharing_problem(self) -> str | None:
         if self.settings.mode != "gfml":
             return f"--mode {self.settings.mode}, one log-sum-exp over all pairs of a batch,"

@@ -169,7 +169,7 @@ class RecsysJudgingSettings(JudgingSettings):
     select_on: str = changed(JudgingSettings, "select_on", "val", also="es_on", key="es_on")
     select_metric: str = changed(JudgingSettings, "select_metric", "ndcg@20", also="es_metric", key="es_metric")
     patience: int | None = changed(JudgingSettings, "patience", 30)
-    eval_every: int = changed(JudgingSettings, "eval_every", 10)
+    eval_every: int | None = changed(JudgingSettings, "eval_every", 10)
     infer_mode: str = setting(
         "mat", "score to rank by; mat: the one the loss trained", choices=("mat", "dot", "gravity", "original")
     )

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 from gfml.base import settings as kinds
 from gfml.base.errors import UserError
-from gfml.base.settings import Settings, TopksAction, setting
+from gfml.base.settings import Settings, TopksAction, fill, setting
 
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
 BASELINES = ("popularity", "item-knn", "ease", "ials")
 TUNED = {"item-knn": ("k", "shrink"), "ease": ("l2",), "ials": ("alpha0", "l2")}
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
+# Files of one's own stop as the demo does: the published patience is made for data with long epochs. A flag given wins.
+OWN_STOPPING = {"eval_every": None, "patience": 6}
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
@@ -93,7 +95,12 @@ class JudgingSettings(Settings):
         kinds.number(int, least=1, none=True),
         unit="N",
     )
-    eval_every: int = setting(1, "epochs between evaluations", kinds.count, unit="N")
+    eval_every: int | None = setting(
+        1,
+        "epochs between evaluations; none: about as many steps as on the demo",
+        kinds.number(int, least=1, none=True),
+        unit="N",
+    )
     refit: bool = setting(
         False, "report a model trained anew on train and validation for the selected number of epochs"
     )
@@ -125,6 +132,8 @@ class JudgingSettings(Settings):
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:
         super().resolve(options)
+        if _is_own(options.dataset):
+            fill(options, OWN_STOPPING)
         if options.select_on == "test" and options.refit:
             raise UserError("--refit needs selection on validation; --select-on test trains on all train pairs already")
         check_metric(options.select_metric, cls.other_metrics())
@@ -136,6 +145,15 @@ class JudgingSettings(Settings):
     def other_metrics(cls) -> tuple[str, ...]:
         """What may select beside the ranking metrics, without a cut-off."""
         return ()
+
+
+def _is_own(dataset: str) -> bool:
+    """Whether a data set is a file or folder of the user's, not one known by name."""
+    if dataset in ("demo", "synthetic", "auto"):
+        return False
+    from gfml.data import registry
+
+    return dataset not in registry.KNOWN and dataset not in registry.ALIASES
 
 
 def check_metric(metric: str, others: tuple[str, ...] = ()) -> None:
