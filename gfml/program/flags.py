@@ -16,8 +16,6 @@ BASELINES = ("popularity", "item-knn", "ease", "ials")
 TUNED = {"item-knn": ("k", "shrink"), "ease": ("l2",), "ials": ("alpha0", "l2")}
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
-# Files of one's own stop as the demo does: the published patience is made for data with long epochs. A flag given wins.
-OWN_STOPPING = {"eval_every": None, "patience": 6}
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
@@ -132,8 +130,8 @@ class JudgingSettings(Settings):
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:
         super().resolve(options)
-        if _is_own(options.dataset):
-            fill(options, OWN_STOPPING)
+        if is_own(options.dataset):
+            fill(options, {"eval_every": None})
         if options.select_on == "test" and options.refit:
             raise UserError("--refit needs selection on validation; --select-on test trains on all train pairs already")
         check_metric(options.select_metric, cls.other_metrics())
@@ -147,7 +145,7 @@ class JudgingSettings(Settings):
         return ()
 
 
-def _is_own(dataset: str) -> bool:
+def is_own(dataset: str) -> bool:
     """Whether a data set is a file or folder of the user's, not one known by name."""
     if dataset in ("demo", "synthetic", "auto"):
         return False

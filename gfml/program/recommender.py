@@ -26,7 +26,6 @@ from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.topk import Scorer
 from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, list_names, mass_report
 
-
 # Steps between evaluations where the settings leave that open: 5 epochs of the embedded demo in batches of 2048 pairs.
 STEPS_BETWEEN = 80
 

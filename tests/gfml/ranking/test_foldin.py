@@ -103,7 +103,9 @@ def test_propagation_equals_a_graph_with_one_more_user():
     for _ in range(4):
         parts.append(layer[12:])
         layer = adjacency.float() @ layer
-    torch.testing.assert_close(propagated(parts[:-1], dense.sum(0)[12:], train), model.vectors()[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        propagated(parts[:-1], dense.sum(0)[12:], train), model.vectors()[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_who_cannot_be_folded_in_is_told():
