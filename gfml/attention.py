@@ -29,6 +29,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from gfml.distances import DISTANCES, SquaredDistance, at_least_float32, common_floats
 from gfml.gravity import log_mass
@@ -61,8 +62,8 @@ class AttentionSettings:
         width, the usual one) and for gravity none: lambda is then the exponent itself.
     head_order: natural, or original, where the weights come in the order dot heads, gravity heads while the values
         keep theirs.
-    kernel: auto, the closed form with a backward pass of its own where there is one (l2), else explicit; explicit,
-        logits by the definition.
+    kernel: auto, the closed form with a backward pass of its own where there is one (l2), on CUDA one that keeps no
+        [n, n] tensor, else explicit; explicit, logits by the definition.
     """
 
     lamb: float = 1.0
@@ -292,6 +293,50 @@ class _PowerLaw(torch.autograd.Function):
         return q_grad, k_grad, column, exponent, None
 
 
+class _FusedPowerLaw(torch.autograd.Function):
+    """Values mixed by :func:`power_law_weights`, by kernels that keep no weights (:mod:`gfml.kernels.power_law`)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, column: Tensor, beta: Tensor | float, options: Any
+    ) -> Tensor:
+        from gfml.kernels import power_law
+
+        full = column.detach().float().squeeze(-2).expand(*q.shape[:3])
+        power = beta.detach().float().reshape(-1) if isinstance(beta, Tensor) else beta
+        out, lse = power_law.forward(q, k, v, full, power, options)
+        ctx.save_for_backward(q, k, v, full, out, lse, power if isinstance(beta, Tensor) else None)
+        ctx.power, ctx.options, ctx.column_shape = power, options, column.shape
+        ctx.beta_shape = beta.shape if isinstance(beta, Tensor) else None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from gfml.kernels import power_law
+
+        q, k, v, column, out, lse, power = ctx.saved_tensors
+        beta = ctx.power if power is None else power
+        to_q, to_k, to_v, to_column, to_beta = power_law.backward(
+            grad.to(out.dtype), out, lse, q, k, v, column, beta, ctx.options
+        )
+        to_column = to_column.unsqueeze(-2).sum_to_size(ctx.column_shape)
+        return to_q, to_k, to_v, to_column, None if to_beta is None else to_beta.reshape(ctx.beta_shape), None
+
+
+def power_law_attention(
+    q: Tensor, k: Tensor, v: Tensor, column: Tensor, beta: Tensor | float, *, scale: float = 1.0, alpha: float = 0.0
+) -> Tensor:
+    """softmax_j( scale column_j - beta log(1 + |q_i - k_j|^2) + 2 alpha q_i . k_j ) times v, [n, n] nowhere in memory.
+
+    For CUDA devices (and Triton's interpreter). Shape and gradient as :func:`power_law_weights` with v [B, H, n, d];
+    float32, bfloat16 or float16, of one kind. Gradient: once; ``kernel="explicit"`` is for second derivatives on CUDA.
+    """
+    from gfml.kernels.power_law import Options
+
+    return _FusedPowerLaw.apply(q, k, v, column, beta, Options(scale, alpha))
+
+
 def _by_definition(
     grad: Tensor, inputs: tuple[Tensor, ...], wanted: Sequence[bool], beta: Any, alpha: float
 ) -> tuple[Tensor | None, ...]:
@@ -443,21 +488,51 @@ class GravityAttention(nn.Module):
         )
         parts = []
         if count:
-            weights = self._gravity_weights(q[:, :count], k[:, :count])
-            parts.append(self.attn_drop(weights).to(v.dtype) @ v_gravity)
+            parts.append(self._gravity_heads(q[:, :count], k[:, :count], v_gravity))
         if count < self.num_heads:
             dropout = self.attn_drop.p if self.training else 0.0
             q, k = q[:, count:].to(v.dtype), k[:, count:].to(v.dtype)
             parts.append(F.scaled_dot_product_attention(q, k, v_dot, dropout_p=dropout, scale=1 / self.dot_divisor))
         return torch.cat(parts[::-1] if original else parts, 1)
 
+    def _gravity_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mixed values [B, G, n, d] of the gravity heads."""
+        if not self._has_kernel(q, k, v):
+            return self.attn_drop(self._gravity_weights(q, k)).to(v.dtype) @ v
+        column = self._key_mass(k)
+        column = q.new_zeros((1, 1, 1)) if column is None else column
+        return power_law_attention(q, k, v, column, self._beta, scale=self._mass_scale, alpha=self._alpha)
+
     def _gravity_weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Weights [B, G, n, n] of the gravity heads' queries and keys."""
-        if self.settings.distance != "l2" or self._query_mass() is not None:
+        if not self._has_closed_form:
             return self._gravity_logits(q, k).softmax(-1)
-        share, column = self.settings.blend, self._key_mass(k)
-        column = q.new_zeros((), dtype=at_least_float32(q).dtype) if column is None else column * (share / self.divisor)
-        return power_law_weights(q, k, column, share * self.lamb / self.divisor, (1 - share) / (2 * self.dot_divisor))
+        column = self._key_mass(k)
+        column = q.new_zeros((), dtype=at_least_float32(q).dtype) if column is None else column * self._mass_scale
+        return power_law_weights(q, k, column, self._beta, self._alpha)
+
+    @property
+    def _has_closed_form(self) -> bool:
+        return self.settings.distance == "l2" and self._query_mass() is None
+
+    @property
+    def _mass_scale(self) -> float:
+        return self.settings.blend / self.divisor
+
+    @property
+    def _beta(self) -> Tensor | float:
+        return self.settings.blend * self.lamb / self.divisor
+
+    @property
+    def _alpha(self) -> float:
+        return (1 - self.settings.blend) / (2 * self.dot_divisor)
+
+    def _has_kernel(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether kernels that keep no weights serve: not in traces, which hold no tensors, nor in compiled programs."""
+        if not isinstance(q, Tensor) or q.device.type != "cuda" or torch.compiler.is_compiling():
+            return False
+        fits = q.dtype == k.dtype == v.dtype != torch.float64 and self.head_width <= 128
+        return fits and self._has_closed_form and not (self.training and self.attn_drop.p > 0)
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         return self._logits(q, k).softmax(-1)

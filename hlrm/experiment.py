@@ -274,15 +274,17 @@ class Validation:
 
 def _validation_batches(run: HLRM) -> list[PairBatch]:
     data, s, device = run.data, run.settings, run.device
-    known = TripleSampler(data.train_and_valid, batch_size=1, seed=s.seed, device=device)
+    # Drawn on the CPU, so that a model is judged alike on every device.
+    known = TripleSampler(data.train_and_valid, batch_size=1, seed=s.seed)
     users, items = pairs_from_csr(data.valid)
     open_users = np.diff(data.train_and_valid.indptr) < data.num_items
-    users, items = (torch.from_numpy(side[open_users[users]]).to(device) for side in (users, items))
+    users, items = (torch.from_numpy(side[open_users[users]]) for side in (users, items))
     if len(users) == 0:
         raise UserError(
             f"{data.name} has no validation pair with an item left over as a negative: select by ndcg@10 instead"
         )
-    negatives = known.negatives(users, seeded_generator(device, s.seed, 0, 3))
+    negatives = known.negatives(users, seeded_generator("cpu", s.seed, 0, 3)).to(device)
+    users, items = users.to(device), items.to(device)
     history, audience = run.histories("valid"), None
     if s.model == "transcf":
         audience = fixed_histories(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import functools
+import json
+import os
 import statistics
 import subprocess
 import sys
@@ -15,6 +20,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import gpu_probe as probe
 import torch
@@ -42,12 +48,43 @@ class Part(NamedTuple):
 
 # -- small tools
 
+_held = 0
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, no other part measures: parts build side by side and take turns on the device."""
+    global _held
+    path = os.environ.get("GPU_CHECK_LOCK")
+    if path is None or _held:
+        yield
+        return
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _held += 1
+        try:
+            yield
+        finally:
+            _held -= 1
+
+
+def measured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function has the device to itself."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **named: Any) -> Any:
+        with alone():
+            return function(*args, **named)
+
+    return run
+
 
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
+@measured
 def milliseconds(call: Callable[[], object], device: str, *, runs: int = 20, warm_up: int = 5) -> float:
     """Median of ``runs`` calls after a warm-up: device events on CUDA, wall time on the CPU."""
     found = []
@@ -71,6 +108,7 @@ def milliseconds(call: Callable[[], object], device: str, *, runs: int = 20, war
     return statistics.median(found)
 
 
+@measured
 def megabytes(device: str, call: Callable[[], object]) -> float:
     """Most device memory that a call held, in MiB."""
     if device == "cpu":
@@ -83,6 +121,7 @@ def megabytes(device: str, call: Callable[[], object]) -> float:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
+@measured
 def epoch_seconds(found: SimpleNamespace, device: str, epochs: int) -> float:
     """Median seconds of an epoch of ``fit``, sampling and reading of the terms included; the first is warm-up."""
     from gfml.engine.train import fit
@@ -109,8 +148,31 @@ def epoch_seconds(found: SimpleNamespace, device: str, epochs: int) -> float:
     return statistics.median(b - a for a, b in zip(stamps[1:-1], stamps[2:], strict=True))
 
 
-def kernel_milliseconds(call: Callable[[], object], device: str, steps: int = 10) -> tuple[float, dict[str, int]]:
-    """Sum of the device's own times of a call's kernels, and how often the host waited, per ``steps`` calls."""
+@measured
+def recorded_milliseconds(call: Callable[[], object], device: str) -> float:
+    """As :func:`milliseconds` of the call as a CUDA graph: without the host's part."""
+    if device == "cpu":
+        return milliseconds(call, device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return milliseconds(graph.replay, device)
+
+
+@measured
+def kernel_milliseconds(
+    call: Callable[[], object], device: str, steps: int = 10, largest: list[str] | None = None
+) -> tuple[float, dict[str, int]]:
+    """Sum of the device's own times of a call's kernels, and how often the host waited in ``steps`` calls.
+
+    largest: receives the longest kernels with their milliseconds and numbers of launches a call.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     kinds, steps = (
@@ -128,9 +190,13 @@ def kernel_milliseconds(call: Callable[[], object], device: str, steps: int = 10
                 waits[name] = waits.get(name, 0) + event.count
     # The profiler itself waits once, when it stops.
     waits = {name: count for name, count in waits.items() if name != "cudaDeviceSynchronize" or count > 1}
-    kernels = (
-        event for event in events if event.device_type != DeviceType.CPU
-    )  # an operator repeats its kernels' time
+    # Operators, and annotations such as Optimizer.step#..., repeat the time of their kernels.
+    kernels = [event for event in events if event.device_type != DeviceType.CPU and "#" not in event.key]
+    if largest is not None:
+        kernels.sort(key=lambda event: -event.self_device_time_total)
+        largest += [
+            f"{e.key[:70]} {e.self_device_time_total / 1e3 / steps:.4f} x{e.count / steps:.0f}" for e in kernels[:14]
+        ]
     return sum(event.self_device_time_total for event in kernels) / 1e3 / steps, waits
 
 
@@ -210,15 +276,9 @@ def whole(args: argparse.Namespace) -> Rows:
 def _whole(name: str, device: str) -> dict[str, Any]:
     module, flags = probe.PROGRAMS[name]
     with tempfile.TemporaryDirectory() as out:
-        words = [*flags.split(), "--device", device, "--no-progress", "--out", out]
-        words += [] if "--max-epochs" in flags else ["--epochs", "2"]
-        code = "import sys; from gfml.program.cli import run_main; from importlib import import_module as i; sys.exit(run_main(i(sys.argv[1]).main, sys.argv[2:]))"
-        done = subprocess.run([sys.executable, "-c", code, module, *words], capture_output=True, text=True, cwd=ROOT)
-        results = list(Path(out).glob("*/result.json"))
-        found = {"work": f"{name}, whole", "ok": done.returncode == 0 and bool(results)}
-        if not found["ok"]:
-            found["error"] = done.stderr[-700:]
-        return found
+        words = [*flags.split(), *([] if "--max-epochs" in flags else ["--epochs", "2"])]
+        run_program(module, *words, "--device", device, "--no-progress", "--out", out)
+        return {"work": f"{name}, whole", "ok": bool(list(Path(out).glob("*/result.json")))}
 
 
 def marked(args: argparse.Namespace) -> Rows:
@@ -279,7 +339,7 @@ def _first_wait(device: str, call: Callable[[], object]) -> str | None:
     try:
         call()
     except RuntimeError as error:
-        if "synchronizing" not in str(error):
+        if "called a synchronizing" not in str(error):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if "site-packages" not in frame.filename and "gpu_" not in frame.filename]
@@ -310,7 +370,7 @@ def step_rows(
     """An epoch, captured and eager; a step of each; the sum of its kernels; memory."""
     device = args.device
     made = {kind: make(f"--cuda-graph {flag}") for kind, flag in (("ours", "auto"), ("eager", "0"))}
-    seconds = {kind: epoch_seconds(found, device, epochs) for kind, found in made.items()}
+    seconds = {kind: epoch_seconds(found, device, epochs if kind == "ours" else 2) for kind, found in made.items()}
     row: dict[str, Any] = {
         "work": f"{work}, epoch", "seconds": seconds["ours"], "bar": bar, "eager_seconds": seconds["eager"],
         "of_eager": seconds["ours"] / seconds["eager"],
@@ -324,13 +384,14 @@ def step_rows(
         found.step(lambda: found.loss_fn(batch), found.optimizer)
 
     eager = milliseconds(step, device)
-    kernels, waits = kernel_milliseconds(step, device)
+    largest: list[str] = []
+    kernels, waits = kernel_milliseconds(step, device, largest=largest)
     number = len(found.batches(1))
     own = seconds["ours"] * 1e3 / number
     yield {
         "work": f"{work}, step", "ms": own, "eager_ms": eager, "kernels_ms": kernels, "of_eager": own / eager,
         "of_kernels": own / kernels if kernels else 0.0, "bar": "<= 0.35 of eager", "steps": number,
-        "mib": megabytes(device, step), "waits": sum(waits.values()),
+        "mib": megabytes(device, step), "waits": sum(waits.values()), "largest": largest,
     }  # fmt: skip
 
 
@@ -449,7 +510,7 @@ def contextual(args: argparse.Namespace) -> Rows:
             ours, other = (milliseconds(lambda b=b, w=chosen: call(b, w), args.device) for b in ("fused", "reference"))
             kernels, waits = kernel_milliseconds(lambda w=chosen: call("fused", w), args.device)
             yield {
-                "work": f"{name} loss, B {batch}", "ms": ours, "reference_ms": other, "ratio": ours / other, "kernels_ms": kernels,
+                "work": f"{name} loss, B {batch}", "recorded_ms": recorded_milliseconds(lambda w=chosen: call("fused", w), args.device), "ms": ours, "reference_ms": other, "ratio": ours / other, "kernels_ms": kernels,
                 "bar": "<= 3 ms" if batch == 512 else "", "waits": sum(waits.values()),
                 "mib": megabytes(args.device, lambda w=chosen: call("fused", w)),
                 "reference_mib": megabytes(args.device, lambda w=chosen: call("reference", w)),
@@ -463,7 +524,7 @@ def attention(args: argparse.Namespace) -> Rows:
     bars = {65: "<= 1.10", 785: "<= 1.5"}
     for tokens, batch in ((9, 2),) if args.tiny else ((65, 128), (197, 64), (785, 16)):
         for dtype in (torch.float32, torch.bfloat16):
-            times, memory = {}, {}
+            times, memory, recorded = {}, {}, {}
             for name, settings in (
                 ("gravity", AttentionSettings(lamb=3.0)),
                 ("explicit", AttentionSettings(lamb=3.0, kernel="explicit")),
@@ -480,12 +541,59 @@ def attention(args: argparse.Namespace) -> Rows:
                         out = layer(x)
                     out.float().square().mean().backward()
 
+                call()  # kernels are compiled while other parts measure
                 times[name], memory[name] = milliseconds(call, args.device), megabytes(args.device, call)
+                recorded[name] = recorded_milliseconds(call, args.device)
             yield {
                 "work": f"gravity attention, {tokens} tokens, {str(dtype)[6:]}", "ms": times["gravity"], "sdpa_ms": times["plain"],
                 "ratio": times["gravity"] / times["plain"], "explicit_ms": times["explicit"], "bar": bars.get(tokens, ""),
+                "recorded_ms": recorded["gravity"], "recorded_sdpa_ms": recorded["plain"], "recorded_ratio": recorded["gravity"] / recorded["plain"],
                 "mib": memory["gravity"], "sdpa_mib": memory["plain"], "explicit_mib": memory["explicit"],
             }  # fmt: skip
+
+
+# Tiles tried for attention kernels: (queries, keys, warps) forward; backward, over keys and over queries.
+FORWARD_TILES = {65: ((32, 128, 4), (64, 128, 8), (16, 128, 4)), 785: ((64, 64, 4), (128, 64, 4), (64, 128, 4))}
+BACKWARD_TILES = {
+    65: (((16, 128, 4),) * 2, ((16, 128, 8),) * 2, ((32, 128, 8),) * 2),
+    785: (((32, 64, 4), (64, 32, 4)), ((64, 64, 8), (64, 64, 8)), ((64, 32, 4), (64, 64, 4))),
+}
+
+
+def tiles(args: argparse.Namespace) -> Rows:
+    """Attention kernels by themselves with several tiles, beside the library's attention."""
+    from gfml.kernels import power_law
+
+    if args.device == "cpu":
+        raise NotRun("Triton needs a GPU")
+    for n, batch in ((65, 128), (785, 16)):
+        for dtype in (torch.bfloat16, torch.float32):
+            q, k, v, above = (torch.randn(batch, 12, n, 32, device="cuda").to(dtype) for _ in range(4))
+            column, options = torch.zeros(1, 1, n, device="cuda").expand(batch, 12, n), power_law.Options(1.0, 0.0)
+            usual = power_law._tiles(n, dtype == torch.float32)
+            out, lse = power_law.forward(q, k, v, column, 0.15, options)
+            row: dict[str, Any] = {"work": f"attention kernels, {n} tokens, {str(dtype)[6:]}"}
+            for tile in FORWARD_TILES[n]:
+                with mock.patch.object(power_law, "_tiles", lambda *_, tile=tile: (power_law._Tile(*tile), *usual[1:])):
+                    power_law.forward(q, k, v, column, 0.15, options)  # compiled while others measure
+                    row[f"forward {tile}"] = recorded_milliseconds(
+                        lambda: power_law.forward(q, k, v, column, 0.15, options), "cuda"
+                    )
+            for pair in BACKWARD_TILES[n]:
+                chosen = tuple(power_law._Tile(*tile) for tile in pair)
+                with mock.patch.object(power_law, "_tiles", lambda *_, chosen=chosen: (usual[0], *chosen)):
+                    power_law.backward(above, out, lse, q, k, v, column, 0.15, options)
+                    row[f"backward {pair}"] = recorded_milliseconds(
+                        lambda: power_law.backward(above, out, lse, q, k, v, column, 0.15, options), "cuda"
+                    )
+            inputs = [part.detach().requires_grad_() for part in (q, k, v)]
+            row["sdpa forward"] = recorded_milliseconds(lambda: F.scaled_dot_product_attention(q, k, v), "cuda")
+
+            def both(inputs: list[Tensor] = inputs, above: Tensor = above) -> None:
+                torch.autograd.grad(F.scaled_dot_product_attention(*inputs), inputs, above)
+
+            row["sdpa both"] = recorded_milliseconds(both, "cuda")
+            yield row
 
 
 PUBLISHED_VIT = (
@@ -545,41 +653,85 @@ def ceilings(args: argparse.Namespace) -> Rows:
         }
 
 
+def precision(args: argparse.Namespace) -> Rows:
+    """What bfloat16 and TF32 do to metrics: short runs from the same seed."""
+    small = "--dataset synthetic --demo-users 300 --demo-items 200 --demo-interactions 6000"
+    for loss in ("bpr", "gravity"):
+        words = (
+            flags_of(args, "ml1m", "", small).words
+            + f" --model mf --loss_mode {loss} --embedding-dim 64 --topks 20 --es_metric recall@20 --baselines none --report 0 --lr 5e-3"
+        )
+        names = {"float32": "", "bfloat16": "--amp"}
+        found = {
+            name: _test_metrics(
+                "recsys.main", f"{words} {more} --epochs {1 if args.tiny else 12} --eval-every 4", args.device
+            )
+            for name, more in names.items()
+        }
+        yield {"work": f"MF {loss} ml1m, recall@20"} | {name: part["recall@20"] for name, part in found.items()}
+    words = flags_of(args, "cimb10", PUBLISHED_VIT.replace("--max-epochs 200", "--max-epochs 20"), probe.VISION).words
+    kinds = {"float32": "--precision 32 --tf32 0", "TF32": "--precision 32 --tf32 1", "bfloat16": "--precision 16"}
+    with ThreadPoolExecutor(3) as pool:
+        calls = {
+            name: pool.submit(
+                _test_metrics, "vision.main", f"{PUBLISHED_GRAVITY} {words} {more} --report 0", args.device
+            )
+            for name, more in kinds.items()
+        }
+        yield {"work": "published ViT, cimb10, accuracy after 20 epochs"} | {
+            name: call.result()["accuracy"] for name, call in calls.items()
+        }
+
+
+def _test_metrics(module: str, flags: str, device: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as out:
+        run_program(module, *flags.split(), "--device", device, "--no-progress", "--out", out)
+        return json.loads(next(Path(out).glob("*/result.json")).read_text())["test"]
+
+
+def run_program(module: str, *words: str) -> None:
+    """A program in a process of its own; RuntimeError with what it said if it fails."""
+    code = "import sys; from gfml.program.cli import run_main; from importlib import import_module as i; sys.exit(run_main(i(sys.argv[1]).main, sys.argv[2:]))"
+    done = subprocess.run([sys.executable, "-c", code, module, *words], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-700:])
+
+
 # -- (d) resume, several cards
 
 
 def resume(args: argparse.Namespace) -> Rows:
     """An interrupted run that is continued, against one that was not; weights side by side."""
-    for name in ("recsys mf gravity", "recsys lgn bpr"):
-        yield from guarded(f"resume {name}", lambda name=name: _resume(name, args.device))
+    names = ("recsys mf gravity", "recsys lgn bpr")
+    with ThreadPoolExecutor(2) as pool:
+        for name, call in [(name, pool.submit(_resume, name, args.device)) for name in names]:
+            yield from guarded(f"resume {name}", call.result)
 
 
 def _resume(name: str, device: str) -> dict[str, Any]:
     from gfml.base.checkpoints import load_state
 
     module, flags = probe.PROGRAMS[name]
-    code = "import sys; from gfml.program.cli import run_main; from importlib import import_module as i; sys.exit(run_main(i(sys.argv[1]).main, sys.argv[2:]))"
-
-    def run(*words: str) -> None:
-        done = subprocess.run([sys.executable, "-c", code, module, *words], capture_output=True, text=True, cwd=ROOT)
-        if done.returncode:
-            raise RuntimeError(done.stderr[-500:])
-
-    with tempfile.TemporaryDirectory() as out:
+    with tempfile.TemporaryDirectory() as out, ThreadPoolExecutor(2) as pool:
         common = [*flags.split(), "--device", device, "--no-progress", "--out", out, "--eval-every", "1"]
-        run(*common, "--epochs", "4", "--run-name", "whole")
-        run(*common, "--epochs", "2", "--run-name", "part")
-        run("--resume", f"{out}/part", "--epochs", "4", "--device", device, "--no-progress")
-        states = [load_state(Path(out) / name / "last.pt")["model"] for name in ("whole", "part")]
+        runs = [
+            pool.submit(run_program, module, *common, "--epochs", str(epochs), "--run-name", part)
+            for part, epochs in (("whole", 4), ("part", 2))
+        ]
+        for run in runs:
+            run.result()
+        run_program(module, "--resume", f"{out}/part", "--epochs", "4", "--device", device, "--no-progress")
+        states = [load_state(Path(out) / part / "last.pt")["model"] for part in ("whole", "part")]
     a, b = (
         torch.cat([value.double().reshape(-1) for value in state.values() if value.is_floating_point()])
         for state in states
     )
+    difference = float((a - b).norm() / a.norm())
     return {
         "work": f"resume {name}",
         "equal_bits": bool(torch.equal(a, b)),
-        "difference": float((a - b).norm() / a.norm()),
-        "ok": bool((a - b).norm() < 1e-4 * a.norm()),
+        "difference": difference,
+        "ok": difference < 1e-4,
     }
 
 
@@ -626,12 +778,14 @@ PARTS: dict[str, Part] = {
     "whole": Part("correct", whole),
     "waiting": Part("correct", waiting),
     "resume": Part("correct", resume),
+    "precision": Part("correct", precision),
     "processes": Part("correct", processes),
     "times-ceilings": Part("times", ceilings),
     "times-lightgcn": Part("times", lightgcn),
     "times-factorisation": Part("times", factorisation),
     "times-contextual": Part("times", contextual),
     "times-attention": Part("times", attention),
+    "times-tiles": Part("times", tiles),
     "times-vit": Part("times", vit),
     "times-multimodal1": Part("times", multimodal),
     "times-multimodal2": Part("times", multimodal),

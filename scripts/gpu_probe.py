@@ -85,6 +85,7 @@ def caught(name: str, device: str, *more: str, flags: str | None = None) -> Simp
 def caught_main(main: Callable[[Sequence[str]], int], words: list[str]) -> SimpleNamespace:
     """As :func:`caught`, for any ``main`` and its flags."""
     import gfml.engine.train
+    import gfml.program.driver
 
     original, found = gfml.engine.train.fit, SimpleNamespace()
 

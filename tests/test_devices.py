@@ -12,8 +12,9 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import CellType, FunctionType, SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -43,6 +44,15 @@ def csr_on_device(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor
     return dense.new_empty(indptr.shape[0] - 1, dense.shape[1])
 
 
+def attention_on_device(
+    q: Tensor, k: Tensor, v: Tensor, column: Tensor, beta: Tensor | float, options: object
+) -> tuple:
+    """The shapes that attention kernels give, and their demand that all parts are on one device."""
+    assert q.device == k.device == v.device == column.device and column.shape == q.shape[:3]
+    assert not isinstance(beta, Tensor) or beta.device == q.device
+    return torch.empty_like(v), column.new_empty(1, *column.shape)
+
+
 @pytest.fixture(autouse=True)
 def product(monkeypatch: pytest.MonkeyPatch) -> None:
     import gfml.ranking.graph
@@ -51,6 +61,8 @@ def product(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (gfml.ranking.graph, gfml.ranking.sparse, mcl.pairs):
         monkeypatch.setattr(module, "csr_times_dense", csr_on_device)
+    if find_spec("triton"):
+        monkeypatch.setattr("gfml.kernels.power_law.forward", attention_on_device)
     # Sums in blocks make their gradient along with their value.
     monkeypatch.setattr(torch.autograd, "grad", lambda value, inputs: [torch.empty_like(part) for part in inputs])
 
@@ -84,18 +96,21 @@ def on_device(value: object, mode: FakeTensorMode) -> object:
 def test_a_step_stays_on_its_device(name: str) -> None:
     found = probe.caught(name, "cpu")
     mode = FakeTensorMode()
-    owner = found.loss_fn.__self__ if hasattr(found.loss_fn, "__self__") else found.model
-    loss, model, batch, ema = on_device(
-        (found.loss_fn, found.model, next(iter(found.batches(1))), found.ema if hasattr(found, "ema") else None), mode
-    )
+    own = found.model.loss if hasattr(found.model, "loss") else found.loss_fn
+    # A nested function is copied with what it holds.
+    held = [cell.cell_contents for cell in getattr(own, "__closure__", None) or ()]
+    parts = own, held, found.model, next(iter(found.batches(1))), getattr(found, "ema", None)
+    loss, held, model, batch, ema = on_device(parts, mode)
+    if held:
+        loss = FunctionType(own.__code__, own.__globals__, closure=tuple(CellType(part) for part in held))
     with mode:
         model.train()
         try:
-            terms = loss(batch) if hasattr(found.loss_fn, "__self__") else None
+            terms = loss(batch)
         except (DataDependentOutputException, DynamicOutputShapeException):
             assert name in WAITING, f"{name} waits for the device"
             return
-        assert name not in WAITING and owner is not None
+        assert name not in WAITING
         assert all(value.device == CUDA for value in terms.values() if isinstance(value, Tensor))
         if ema is not None:
             ema.update()
@@ -143,6 +158,11 @@ class Context(SimpleNamespace):
     def save_for_backward(self, *tensors: Tensor) -> None:
         self.saved_tensors = tensors
 
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Nothing is differentiated here."""
+
+    set_materialize_grads = mark_non_differentiable
+
 
 def backward_cases() -> dict[str, tuple[type, list[object]]]:
     """Functions with a backward pass of their own, and arguments."""
@@ -175,8 +195,26 @@ def test_backward_passes_by_hand_stay_on_their_device(name: str) -> None:
     arguments = on_device(arguments, mode)
     context = Context(needs_input_grad=(True,) * len(arguments))
     with mode, torch.no_grad():
-        output = function.forward(context, *arguments)
-        grads = function.backward(context, torch.empty_like(output))
+        if "setup_context" in vars(function):
+            output = function.forward(*arguments)
+            function.setup_context(context, tuple(arguments), output)
+        else:
+            output = function.forward(context, *arguments)
+        outputs = output if isinstance(output, tuple) else (output,)
+        grads = function.backward(context, *map(torch.empty_like, outputs))
     grads = grads if isinstance(grads, tuple) else (grads,)
     assert any(isinstance(grad, Tensor) for grad in grads)
     assert all(grad.device == CUDA for grad in grads if isinstance(grad, Tensor))
+
+
+def test_lazy_steps_count_on_the_device() -> None:
+    """A number read on the host would be a constant of a recorded step."""
+    from gfml.engine.optimizers import LazyAdamW
+
+    with FakeTensorMode():
+        parameter = nn.Parameter(torch.empty(7, 3, device=CUDA))
+        parameter.grad = torch.empty_like(parameter)
+        optimizer = LazyAdamW([parameter])
+        for _ in range(2):
+            optimizer.step()
+        assert all(value.device == CUDA for value in optimizer.state[parameter].values())

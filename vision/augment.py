@@ -45,7 +45,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int = 
     rows, columns = top + torch.arange(h), torch.arange(w).expand(b, w)
     columns = left + (torch.where(mirrored, columns.flip(1), columns) if flip else columns)
     padded = torch.nn.functional.pad(images, (padding,) * 4)
-    return _pick(padded, rows.to(images.device, non_blocking=True), columns.to(images.device))
+    return _pick(padded, rows.to(images.device, non_blocking=True), columns.to(images.device, non_blocking=True))
 
 
 def _pick(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from typing import Any
 # Flags of the moment: never written to a config, or reading it back would repeat the deed.
 UNSAVED = frozenset({"help", "config", "resume", "overwrite", "eval_only", "run_name", "gpu_id"})
 # Where a run happens and what it prints, not what it computes: no part of a run's identity.
-LOCATION_FLAGS = UNSAVED | {"device", "threads", "out", "progress", "tensorboard", "checkpoint_every", "cuda_graph"} | {
-    "metrics_as", "map_denominator"}  # fmt: skip
+LOCATION_FLAGS = UNSAVED | {
+    "device", "threads", "out", "progress", "tensorboard", "checkpoint_every", "cuda_graph", "tf32", "metrics_as",
+    "map_denominator",
+}  # fmt: skip
 
 
 def toml_text(config: Mapping[str, Any]) -> str:

@@ -217,7 +217,9 @@ def _watched(on: bool) -> Any:
             yield waits
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits += [f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    waits += [
+        f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)
+    ]
 
 
 def _taken_apart(value: Any) -> tuple[list[Tensor], Hashable]:

@@ -60,14 +60,13 @@ class LazyAdamW(torch.optim.AdamW):
             if not state:
                 state["step"] = torch.zeros(())
                 state["exp_avg"], state["exp_avg_sq"] = (_zeros_like(parameter) for _ in range(2))
-            state["step"] += 1
-            steps, (beta1, beta2) = float(state["step"]), group["betas"]
+            steps, (beta1, beta2) = _count(state, parameter), group["betas"]
             numbers = (
                 1 - group["lr"] * group["weight_decay"],
                 group["lr"] / (1 - beta1**steps),
                 beta1,
                 beta2,
-                1 / math.sqrt(1 - beta2**steps),
+                _inverse_root(1 - beta2**steps),
                 group["eps"],
             )
             self._rows("adamw_rows", _adamw, parameter, [state["exp_avg"], state["exp_avg_sq"]], numbers)
@@ -148,6 +147,20 @@ def _adagrad(p: Tensor, g: Tensor, total: Tensor, keep: float, rate: float, eps:
     """:func:`gfml.kernels.rows.adagrad_rows` at all rows whose gradient is not 0."""
     total += g * g
     p.copy_(torch.where(_touched(g), keep * p - rate * g / (total.sqrt() + eps), p))
+
+
+def _count(state: dict[str, Any], parameter: Tensor) -> Tensor | float:
+    """The number of this step. Elsewhere than on the CPU it stays on the device: recorded steps go on counting there."""
+    if parameter.device.type == "cpu":
+        state["step"] += 1
+        return float(state["step"])
+    state["step"] = state["step"].to(parameter.device)
+    state["step"] += 1
+    return state["step"].double()  # in float32 1 - beta2^steps would lose four digits
+
+
+def _inverse_root(value: Tensor | float) -> Tensor | float:
+    return value.rsqrt() if isinstance(value, Tensor) else 1 / math.sqrt(value)
 
 
 def _touched(gradient: Tensor) -> Tensor:

@@ -346,11 +346,13 @@ def resolve_device(options: Any) -> torch.device:
 
 
 def set_threads(options: Any) -> None:
-    """Apply ``--threads``."""
-    if options.threads:
-        import torch
+    """Apply ``--threads``, and ``--tf32`` where a program has it."""
+    import torch
 
+    if options.threads:
         torch.set_num_threads(options.threads)
+    if (wanted := getattr(options, "tf32", "auto")) != "auto":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted == "1"
 
 
 def _reader_is_gone() -> bool:

@@ -35,6 +35,12 @@ class RunSettings(Settings):
     threads: int = setting(
         0, "CPU threads; 0 leaves the choice to PyTorch", kinds.number(int, least=0, most=1024), unit="N", beside=True
     )
+    tf32: str = setting(
+        "auto",
+        "CUDA products of float32 numbers with 10 bits of mantissa; auto: convolutions alone, as torch has it",
+        choices=("auto", "0", "1"),
+        beside=True,
+    )
     cuda_graph: str = setting(
         "auto", "record training steps on CUDA: faster, same numbers", choices=("auto", "0", "1"), beside=True
     )

@@ -15,6 +15,7 @@ output only at the rows of its batch: the last forward product is taken at those
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,4 +197,7 @@ def csr_times_dense(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tens
     if dense.device.type == "cpu":
         return torch.embedding_bag(dense.contiguous(), indices, indptr, False, 0, False, values, True)[0]
     shape = (indptr.shape[0] - 1, dense.shape[0])
-    return torch.sparse_csr_tensor(indptr, indices, values, size=shape, check_invariants=False) @ dense
+    with warnings.catch_warnings():
+        # The library says once that such tensors are in beta state, and once that they are not checked.
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support|invariant checks)")
+        return torch.sparse_csr_tensor(indptr, indices, values, size=shape, check_invariants=False) @ dense

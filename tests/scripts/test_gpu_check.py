@@ -61,3 +61,28 @@ def test_noise_of_the_cpu_is_the_noise_of_a_loss() -> None:
     with gpu_probe.DrawsOfTheCPU():
         found = torch.native_dropout(x, 0.3, True)[0], torch.rand(5)
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_the_page_is_made_from_the_stored_results(tmp_path: Path) -> None:
+    import gpu_page
+
+    target = tmp_path / "gpu.md"
+    target.write_text("# Words by hand\n")
+    assert gpu_page.main([str(ROOT / "docs" / "gpu.json"), str(target)]) == 0
+    assert gpu_page.main([str(ROOT / "docs" / "gpu.json"), str(target)]) == 0
+    text = target.read_text()
+    assert text.startswith("# Words by hand\n") and text.count("## Results") == 1
+    committed = (ROOT / "docs" / "gpu.md").read_text()
+    assert text.partition(gpu_page.MARK)[2] == committed.partition(gpu_page.MARK)[2]
+
+
+def test_the_page_tells_what_was_not_run() -> None:
+    import gpu_page
+
+    rows = [{"work": "a step", "ms": 2.0, "recorded_ms": 1.0, "bar": "<= 3 ms", "ok": True}]
+    parts = [
+        {"part": "times-a", "status": "ok", "rows": rows},
+        {"part": "processes", "status": "not run", "reason": "one card", "rows": []},
+    ]
+    text = gpu_page.page({"machine": {"date": "2026-01-01", "torch": "2", "python": "3"}, "parts": parts})
+    assert "| a step | 2 | 1 | <= 3 ms |" in text and "Not run: one card." in text and "no card" in text
