@@ -108,6 +108,20 @@ def test_propagation_equals_a_graph_with_one_more_user():
     )
 
 
+@pytest.mark.parametrize("combine", ["mean", "sum", "final"])
+def test_users_of_a_graph_are_propagated(data, combine):
+    """But for his own start, here zero, a known user comes out as trained; without layers there is nothing to propagate."""
+    torch.manual_seed(0)
+    model = LightGCN(build_graph(data.train), 8, 3, combine=combine)
+    model.nodes.data[: data.num_users] = 0
+    scorer = FactorScorer(*model.vectors())
+    new = fold_in(scorer, data.train[:9], model)
+    torch.testing.assert_close(new.vectors, scorer.user[:9], rtol=1e-4, atol=1e-6)
+    flat = LightGCN(build_graph(data.train), 8, 0)
+    scorer = FactorScorer(*flat.vectors())
+    assert torch.equal(fold_in(scorer, data.train[:2], flat).vectors, fold_in(scorer, data.train[:2]).vectors)
+
+
 def test_who_cannot_be_folded_in_is_told():
     scorer = FactorScorer(torch.randn(3, 2), torch.randn(4, 2))
     with pytest.raises(UserError, match="new user 2 has no item"):
