@@ -105,6 +105,8 @@ class CML(Recommender):
             )  # fmt: skip
         return TripleSampler(self.data.train, negatives=s.sampler, **common)
 
+    unshared = ("--cov-weight", "--features")
+
     def sharing_problem(self) -> str | None:
         if self.settings.cov_weight:
             return "--cov-weight"

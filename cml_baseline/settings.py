@@ -164,7 +164,7 @@ def _choose_data(options: argparse.Namespace) -> None:
         options.dataset = USUAL_DATA if here else "demo"
         why = "its files are here" if here else "MovieLens-1M is not in " + ", ".join(map(str, roots))
         print(f"data: {'MovieLens-1M' if here else 'the embedded demo'} ({why})", file=sys.stderr)
-    known = registry.KNOWN.get(registry.ALIASES.get(options.dataset, options.dataset))
+    known = registry.known_by(options.dataset)
     uncut = options.dataset not in registry.GENERATED and (known.split is not None if known else True)
     if uncut and options.split is None and options.split_ratios is None and not Path(options.dataset).is_dir():
         options.split, options.split_ratios = USUAL_SPLIT, USUAL_RATIOS

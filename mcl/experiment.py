@@ -76,6 +76,8 @@ class MCL(Recommender):
         """A batch is of users."""
         return -(-self.data.num_users // self.settings.batch_size)
 
+    unshared = ("--mode mcl", "--mode mix", "--mode gfml --dropout 1")
+
     def sharing_problem(self) -> str | None:
         if self.settings.mode != "gfml":
             return f"--mode {self.settings.mode}, one log-sum-exp over all pairs of a batch,"

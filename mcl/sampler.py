@@ -28,6 +28,15 @@ class UserBatch:
     pos: Tensor
     neg: Tensor
 
+    def __len__(self) -> int:
+        """The number of edges E."""
+        return len(self.pos)
+
+    def rows(self, part: slice) -> UserBatch:
+        """The batch of these edges; a user whose edges are cut apart keeps those inside."""
+        kept, segment, counts = self.segment[part].unique_consecutive(return_inverse=True, return_counts=True)
+        return UserBatch(self.users[kept], counts, segment, self.pos[part], self.neg[part])
+
 
 class UserBatchSampler:
     """Shuffles all users once per epoch and cuts them into batches of ``batch_size`` consecutive ones.

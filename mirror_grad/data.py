@@ -139,10 +139,7 @@ def without_cold_users(data: Interactions) -> Interactions:
 
 def _own_inter(options: MirrorGradSettings) -> Path | None:
     """The .inter file of a data set that is not known by name."""
-    if (
-        options.dataset in registry.GENERATED
-        or registry.ALIASES.get(options.dataset, options.dataset) in registry.KNOWN
-    ):
+    if options.dataset in registry.GENERATED or registry.known_by(options.dataset) is not None:
         return None
     found = find_inter(options.dataset, registry.data_roots(options.data_root))
     if found is None and not Path(options.dataset).expanduser().exists():
@@ -156,7 +153,7 @@ def _own_inter(options: MirrorGradSettings) -> Path | None:
 
 
 def _registry_folder(options: MirrorGradSettings) -> Path | None:
-    known = registry.KNOWN.get(registry.ALIASES.get(options.dataset, options.dataset))
+    known = registry.known_by(options.dataset)
     if known is None:
         path = Path(options.dataset).expanduser()
         return (path if path.is_dir() else path.parent) if path.exists() else None

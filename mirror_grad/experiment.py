@@ -121,9 +121,18 @@ class MirrorGrad(Recommender):
 
         return batches
 
+    unshared = (
+        "--behaviour published",
+        *(f"--model {name}" for name, entry in MODELS.items() if entry.trains and not entry.rowwise),
+    )
+
     def sharing_problem(self) -> str | None:
-        s = self.settings
-        return None if MODELS[s.model].rowwise and s.behaviour == "fixed" else f"--model {s.model}, {s.behaviour},"
+        s, entry = self.settings, MODELS[self.settings.model]
+        if not entry.trains:
+            return None
+        if not entry.rowwise:
+            return f"--model {s.model}, whose loss compares rows of a batch, draws random numbers or counts batches,"
+        return "--behaviour published" if s.behaviour == "published" else None
 
     # -- judging
 

@@ -120,6 +120,8 @@ class Recsys(Recommender):
             return "--compile" if self.settings.compile else "several processes"
         return model.fused_loss()
 
+    unshared = ("--compat 1", "--loss_mode cml --use_cov_loss", "--features")
+
     def sharing_problem(self) -> str | None:
         s = self.settings
         whole = {

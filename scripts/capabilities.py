@@ -51,7 +51,7 @@ def column(program: Program) -> dict[str, str]:
     kind, settings = program.load_experiment(), program.settings.choose([])
     known = about(settings)
     found = {what: "yes" if name in known else _no(kind, name) for what, name in BY_SETTING.items()}
-    found["several processes (`torchrun`)"] = _processes(program, kind)
+    found["several processes (`torchrun`)"] = _processes(kind)
     found["report page"] = "yes" if _draws(kind) else _no(kind, "report")
     lists = issubclass(kind, Recommender)
     for what in (
@@ -73,16 +73,9 @@ def _draws(kind: type[Experiment]) -> bool:
     return kind.page is not Experiment.page or kind.joint_page.__func__ is not Experiment.joint_page.__func__
 
 
-def _processes(program: Program, kind: type[Experiment]) -> str:
-    """By its own answer for the settings of the bare program."""
-    problem = kind(
-        program.of(dataset="demo") if "demo_users" in about(program.settings) else program.of(), None
-    ).sharing_problem()
-    return (
-        "yes, but for losses that are no sum over rows"
-        if problem is None and issubclass(kind, Recommender)
-        else ("yes" if problem is None else f"yes, but not with {problem.rstrip(',')} (the bare program)")
-    )
+def _processes(kind: type[Experiment]) -> str:
+    flags = ", ".join(f"`{flag}`" for flag in kind.unshared)
+    return f"yes, but not with {flags}: losses that are no sum over rows" if flags else "yes"
 
 
 def page(columns: dict[str, dict[str, str]]) -> str:

@@ -59,7 +59,7 @@ def beside(dataset: str, data_root: str | os.PathLike[str] | None, names: Iterab
 
     ``*`` in a name is that of the data's atomic files: ``*.item`` is ``toy.item`` beside ``toy.inter`` or ``toy.train.inter``.
     """
-    known = registry.KNOWN.get(registry.ALIASES.get(dataset, dataset))
+    known = registry.known_by(dataset)
     path = Path(dataset).expanduser()
     if known is not None:
         folders = registry.folders_of(known, registry.data_roots(data_root))

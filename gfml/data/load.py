@@ -100,12 +100,13 @@ def find_source(
     dataset: str, data_root: str | os.PathLike[str] | None, columns: Columns = Columns(), *, allow_download: bool = True
 ) -> Source:
     """A known name, else a folder, else a file, else a folder under a data root; UserError with the known names otherwise."""
-    name = registry.ALIASES.get(dataset, dataset)
-    known, path = registry.KNOWN.get(name), Path(dataset).expanduser()
+    known, path = registry.known_by(dataset), Path(dataset).expanduser()
     if known is not None:
         _no_columns(dataset, columns)
         layout, paths = registry.find(known, data_root, allow_download=allow_download)
-        return Source(name, paths, _ordered(lambda uses: layout.read(paths), columns), columns, known, layout.threshold)
+        return Source(
+            known.name, paths, _ordered(lambda uses: layout.read(paths), columns), columns, known, layout.threshold
+        )
     if path.is_dir():
         return _folder_source(path, columns)
     if path.is_file():

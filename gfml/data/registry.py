@@ -256,12 +256,22 @@ _SETS = (
 
 KNOWN: dict[str, KnownDataset] = {known.name: known for known in _SETS}
 ALIASES = {"amazon-digital-music": "amazon-music", "ml-1m": "ml1m", "ml-100k": "ml100k"}
+# The name of each one's own folder; a folder that two share is the earlier one's.
+FOLDERS = {known.folders[0]: known.name for known in reversed(_SETS)}
 GENERATED = ("demo", "synthetic")
 
 
 def known_names() -> list[str]:
     """Every name that ``--dataset`` takes, without aliases."""
     return [*GENERATED, *KNOWN]
+
+
+def known_by(dataset: str) -> KnownDataset | None:
+    """The data set of a name, of an alias, or of its own folder's name, unless a path of that name exists here."""
+    name = ALIASES.get(dataset, dataset)
+    if name not in KNOWN and not Path(dataset).expanduser().exists():
+        name = FOLDERS.get(dataset, name)
+    return KNOWN.get(name)
 
 
 # Finding ----------------------------------------------------------------------------------------

@@ -57,6 +57,9 @@ class Experiment:
     # What its runs cannot, by the name of a setting, and why.
     without: Mapping[str, str] = {}
 
+    # Flags with which several processes cannot share a batch; :meth:`sharing_problem` refuses each.
+    unshared: Sequence[str] = ()
+
     def __init__(self, settings: Any, data: Any, world: World | None = None) -> None:
         self.settings, self.data = settings, data
         self.world = world or World(0, 1, torch.device("cpu"))

@@ -157,7 +157,7 @@ def is_own(dataset: str) -> bool:
         return False
     from gfml.data import registry
 
-    return dataset not in registry.KNOWN and dataset not in registry.ALIASES
+    return registry.known_by(dataset) is None
 
 
 def check_metric(metric: str, others: tuple[str, ...] = ()) -> None:

@@ -182,9 +182,9 @@ def lacking(needs: Sequence[str], data_root: str | None) -> str | None:
     roots = registry.data_roots(data_root)
     for need in needs:
         kind, _, what = need.partition(":")
-        if kind == "data" and registry.ALIASES.get(what, what) not in registry.KNOWN:
+        if kind == "data" and (known := registry.known_by(what)) is None:
             raise choice_error("data set", what, registry.known_names())
-        if kind == "data" and registry.locate(registry.KNOWN[registry.ALIASES.get(what, what)], roots) is None:
+        if kind == "data" and registry.locate(known, roots) is None:
             return f"the data of {what} are not below {', '.join(map(str, roots))}"
         if kind == "files" and not any((root / what).exists() for root in roots):
             return f"{what} is not below {', '.join(map(str, roots))}"

@@ -16,7 +16,8 @@ class Entry:
     module: a file of this folder, or with a dot the full name of any importable module.
     needs_features: item features of at least one modality. needs_negatives: False for models of (user, item) pairs.
     trains: False for models without parameters. has_published: ``--behaviour published`` differs from fixed.
-    rowwise: the loss (fixed) is a mean over the rows of a batch, so that several processes can share one.
+    rowwise: the loss (fixed) is a mean over the rows of a batch and draws no random numbers, so that several processes
+    can share one.
     """
 
     module: str
@@ -30,26 +31,26 @@ class Entry:
 
 
 MODELS: dict[str, Entry] = {
-    "BPR": Entry("bpr", "BPR", settings.BPR, needs_features=False),
-    "LightGCN": Entry("lightgcn", "LightGCN", settings.LightGCN, needs_features=False),
-    "VBPR": Entry("vbpr", "VBPR", settings.VBPR),
+    "BPR": Entry("bpr", "BPR", settings.BPR, needs_features=False, rowwise=True),
+    "LightGCN": Entry("lightgcn", "LightGCN", settings.LightGCN, needs_features=False, rowwise=True),
+    "VBPR": Entry("vbpr", "VBPR", settings.VBPR, rowwise=True),
     "BM3": Entry("bm3", "BM3", settings.BM3, needs_negatives=False),
-    "FREEDOM": Entry("freedom", "FREEDOM", settings.FREEDOM),
-    "LayerGCN": Entry("layergcn", "LayerGCN", settings.LayerGCN, needs_features=False),
+    "FREEDOM": Entry("freedom", "FREEDOM", settings.FREEDOM, rowwise=True),
+    "LayerGCN": Entry("layergcn", "LayerGCN", settings.LayerGCN, needs_features=False, rowwise=True),
     "SELFCFED_LGN": Entry(
         "selfcfed_lgn", "SELFCFED_LGN", settings.SELFCFED_LGN, needs_features=False, needs_negatives=False
     ),
     "ItemKNNCBF": Entry("itemknncbf", "ItemKNNCBF", settings.ItemKNNCBF, trains=False, has_published=False),
     "LATTICE": Entry("lattice", "LATTICE", settings.LATTICE),
     "MGCN": Entry("mgcn", "MGCN", settings.MGCN, has_published=False),
-    "DualGNN": Entry("dualgnn", "DualGNN", settings.DualGNN),
-    "DRAGON": Entry("dragon", "DRAGON", settings.DRAGON),
+    "DualGNN": Entry("dualgnn", "DualGNN", settings.DualGNN, rowwise=True),
+    "DRAGON": Entry("dragon", "DRAGON", settings.DRAGON, rowwise=True),
     "SLMRec": Entry("slmrec", "SLMRec", settings.SLMRec, needs_negatives=False, has_published=False),
-    "GRCN": Entry("grcn", "GRCN", settings.GRCN),
-    "MMGCN": Entry("mmgcn", "MMGCN", settings.MMGCN),
+    "GRCN": Entry("grcn", "GRCN", settings.GRCN, rowwise=True),
+    "MMGCN": Entry("mmgcn", "MMGCN", settings.MMGCN, rowwise=True),
     "MVGAE": Entry("mvgae", "MVGAE", settings.MVGAE),
     "SMORE": Entry("smore", "SMORE", settings.SMORE, has_published=False),
-    "MMGCF": Entry("mmgcf", "MMGCF", settings.MMGCF, has_published=False),
+    "MMGCF": Entry("mmgcf", "MMGCF", settings.MMGCF, has_published=False, rowwise=True),
     "PGL": Entry("pgl", "PGL", settings.PGL, has_published=False),
     "LGMRec": Entry("lgmrec", "LGMRec", settings.LGMRec),
     "DAMRS": Entry("damrs", "DAMRS", settings.DAMRS, has_published=False),

@@ -11,7 +11,9 @@ import pytest
 import scipy.sparse as sp
 import torch
 
+from gfml.engine.distributed import World
 from gfml.gravity import Gravity
+from gfml.program.steps import shared_loss
 from gfml.ranking.encoders import LightGCN, Tables
 from gfml.ranking.graph import build_graph
 from gfml.ranking.topk import topk_items
@@ -228,3 +230,18 @@ def test_wrong_calls_are_refused(train):
         MetricRecommender(copy.deepcopy(model.encoder), None, "mix", mixed=model.mixed)
     with pytest.raises(ValueError, match="unknown mode"):
         MetricRecommender(model.encoder, None, "bpr", mixed=model.mixed)
+
+
+@pytest.mark.parametrize("size", (2, 5))
+def test_processes_share_the_edges_of_a_batch_in_mode_gfml(train, size):
+    """The mean of their gradients is that of the batch; in the other modes it is not."""
+    for mode in ("gfml", "mix", "mcl"):
+        model, (batch,) = make(train, mode, decay=0.1, mass=0.5, weight_neg=0.5), batches(train)
+        parameters, alike = list(model.parameters()), []
+        whole = torch.autograd.grad(model.loss(batch)["loss"], parameters)
+        worlds = [World(rank, size, torch.device("cpu")) for rank in range(size)]
+        losses = [shared_loss(model.loss, world, reduction="mean")(batch)["loss"] for world in worlds]
+        for expected, found in zip(whole, torch.autograd.grad(sum(losses) / size, parameters), strict=True):
+            assert expected.abs().max() > 0
+            alike.append(torch.allclose(found, expected, rtol=1e-9, atol=1e-12))
+        assert all(alike) == (mode == "gfml")

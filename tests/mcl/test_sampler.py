@@ -87,3 +87,19 @@ def test_nothing_to_train_on_is_said(train):
         make(sp.csr_array((3, 4), dtype=np.float32))
     with pytest.raises(ValueError, match="duplicate_batches"):
         make(train, duplicate_batches=0)
+
+
+def test_edges_of_a_batch_are_a_batch(train):
+    """Consecutive parts, wherever they cut, hold every edge once with its own user and negatives."""
+    batch = next(iter(make(train).epoch(1)))
+    edges = batch.users[batch.segment]
+    for ends in ((0, 7, 8, len(batch)), (0, 0, int(batch.counts[0]), len(batch))):
+        parts = [batch.rows(slice(*cut)) for cut in zip(ends[:-1], ends[1:], strict=True)]
+        assert [len(part) for part in parts] == [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        assert torch.equal(torch.cat([part.users[part.segment] for part in parts]), edges)
+        assert torch.equal(torch.cat([part.pos for part in parts]), batch.pos)
+        assert torch.equal(torch.cat([part.neg for part in parts]), batch.neg)
+        for part in parts:
+            assert torch.equal(part.counts, torch.bincount(part.segment, minlength=len(part.users)))
+            assert (part.counts > 0).all()
+    assert same(batch.rows(slice(None)), batch)

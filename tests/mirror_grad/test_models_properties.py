@@ -15,8 +15,10 @@ import torch
 
 from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions, csr_from_pairs
+from gfml.engine.distributed import World
 from gfml.engine.train import plain_step
 from gfml.mirror import MirrorGradient
+from gfml.program.steps import shared_loss
 from gfml.ranking.baselines import popularity
 from gfml.ranking.evaluation import evaluate
 from gfml.ranking.sampling import Triples, TripleSampler
@@ -305,6 +307,25 @@ def test_every_model_takes_mirrored_steps_in_every_mode(name, data, toy):
         reports = [mirror.step(partial(model.loss, batch)) for _ in range(3)]
         assert [report.mirrored for report in reports] == [True, False, True]
         assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_processes_share_a_batch_where_the_loss_is_a_mean_over_rows(name, data, toy):
+    """The mean of three processes' gradients is that of the batch for the models that say so, and for no other."""
+    cpu, grads = torch.device("cpu"), []
+    options = {"reg_weight": 0.1} if hasattr(MODELS[name].settings(), "reg_weight") else {}
+    model, batch = kit.build(name, data, **options).double().train(), batch_for(name, toy)
+    for world in (World(0, 1, cpu), *(World(rank, 3, cpu) for rank in range(3))):
+        torch.manual_seed(world.rank)  # processes draw random numbers of their own
+        model.new_epoch(1) if hasattr(model, "new_epoch") else None
+        grads.append(kit.gradients(shared_loss(model.loss, world, reduction="mean")(batch)["loss"], model))
+    whole, *parts = grads
+    alike = all(
+        torch.allclose(sum(part[key] for part in parts) / 3, value, rtol=1e-9, atol=1e-12)
+        for key, value in whole.items()
+    )
+    # LATTICE is refused because it counts batches by identity, and every share is a new one.
+    assert alike == (MODELS[name].rowwise or name == "LATTICE")
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -201,6 +201,30 @@ def test_every_entry_says_where_it_is_from():
     assert set(registry.ALIASES.values()) <= set(registry.KNOWN)
 
 
+@pytest.mark.parametrize("name", ("gowalla", "amazon-music", "amazon-baby", "ml1m", "citeulike-a", "citeulike-t"))
+def test_a_data_set_answers_to_its_folder(name, tmp_path, monkeypatch):
+    folder = registry.KNOWN[name].folders[0]
+    monkeypatch.chdir(tmp_path)
+    assert registry.known_by(folder) is registry.known_by(name) is registry.KNOWN[name]
+    assert registry.known_by("mcl-nothing") is None
+
+
+def test_a_folder_of_that_name_is_read_as_it_is(tmp_path, monkeypatch):
+    """Below a data root the folder is the known set, with its parts; as a path it is somebody's own table."""
+    folder = tmp_path / "root" / "mmrec-baby"
+    folder.mkdir(parents=True)
+    lines = ["userID:token\titemID:token\tx_label:float", "0\t0\t0", "0\t1\t2", "1\t1\t0", "1\t0\t1"]
+    (folder / "baby.inter").write_text("\n".join(lines) + "\n")
+    monkeypatch.chdir(tmp_path)
+    by_name, by_folder = (
+        load_dataset(n, data_root=tmp_path / "root", cache=False) for n in ("amazon-baby", "mmrec-baby")
+    )
+    assert by_folder.name == by_name.name == "amazon-baby" and by_folder.fingerprint == by_name.fingerprint
+    assert (by_folder.train.nnz, by_folder.valid.nnz, by_folder.test.nnz) == (2, 1, 1)
+    monkeypatch.chdir(tmp_path / "root")
+    assert registry.known_by("mmrec-baby") is None and load_dataset("mmrec-baby", cache=False).name == "mmrec-baby"
+
+
 def _addresses(entry: registry.KnownDataset) -> list[str]:
     if entry.download is None:
         return []
