@@ -159,7 +159,7 @@ def _folder_source(path: Path, columns: Columns) -> Source:
         for parts in (("train", "valid", "test"), ("train", "test"), ("train",)):
             layout = registry.Layout({part: f"{part}.{ending}" for part in parts}, read)
             paths = registry.present(path, layout)
-            if paths is not None and (ending == "pkl" or is_adjacency(paths["train"])):
+            if paths is not None and (ending == "pkl" or is_adjacency(*paths.values())):
                 _no_columns(str(path), columns)
                 return Source(name, paths, _ordered(lambda uses: layout.read(paths), columns), columns)
     paths = registry.table_parts(path)

@@ -268,16 +268,23 @@ def _named_lists(tokens: _Tokens, first: np.ndarray, owner: np.ndarray, odd: int
     return Records(users.codes[owner][~first], items.codes, user_names=users.names, item_names=items.names, notes=notes)
 
 
-def is_adjacency(path: Path) -> bool:
-    """Whether a text file is lists of ids, not a table: lines of blanks and words, of several lengths or more than four."""
-    if suffix(path) != "txt":
-        return False
-    lines = [line for line in read_bytes(path)[: 1 << 20].splitlines()[:2000] if line.strip()]
-    if any(mark in line for line in lines[:4] for mark in (b",", b";", b"|", b"::")):
-        return False
-    widths = {len(line.split()) for line in lines}
-    header = {normal(word) for word in lines[0].decode("utf-8", "replace").split()}
-    return (len(widths) > 1 or max(widths) > 4) and not header & {normal(name) for name in USER_NAMES}
+def is_adjacency(*paths: Path) -> bool:
+    """Whether text files are lists of ids, not tables: lines of blanks and words, of several lengths or more than four.
+
+    Lengths are compared over all the files: parts of one table would have the same number of columns.
+    """
+    widths: set[int] = set()
+    for path in paths:
+        if suffix(path) != "txt":
+            return False
+        lines = [line for line in read_bytes(path)[: 1 << 20].splitlines()[:2000] if line.strip()]
+        if any(mark in line for line in lines[:4] for mark in (b",", b";", b"|", b"::")):
+            return False
+        widths |= {len(line.split()) for line in lines}
+        header = {normal(word) for line in lines[:1] for word in line.decode("utf-8", "replace").split()}
+        if header & {normal(name) for name in USER_NAMES}:
+            return False
+    return len(widths) > 1 or max(widths, default=0) > 4
 
 
 def read_adjacency_parts(paths: Mapping[str, str | os.PathLike[str]]) -> Records:
