@@ -8,11 +8,19 @@ import numpy as np
 
 from cml_baseline.settings import CMLSettings
 from gfml.data.interactions import Interactions, csr_from_pairs, pairs_from_csr
-from gfml.data.items import FeatureTable, ItemInfo, beside, read_item_features, read_item_info, standardised
+from gfml.data.items import (
+    FeatureTable,
+    ItemInfo,
+    beside,
+    info_beside,
+    read_item_features,
+    read_item_info,
+    standardised,
+)
 from gfml.data.options import load_from_args
 
 # Files with titles and genres that come with known data sets.
-INFO_FILES = ("movies.dat", "ml-100k.item")
+INFO_FILES = ("movies.dat", "ml-100k.item", "*.item")
 
 
 def load(options: CMLSettings) -> Interactions:
@@ -49,5 +57,6 @@ def item_info(options: CMLSettings, data: Interactions) -> ItemInfo | None:
     """Titles and genres of ``--item-info`` or of the data set's own folder; None when there are none."""
     if data.name == "demo" and options.item_info is None:
         return None
-    file = options.item_info or beside(options.dataset, options.data_root, INFO_FILES)
-    return None if file is None else read_item_info(file, data)
+    if options.item_info is None:
+        return info_beside(options.dataset, options.data_root, INFO_FILES, data)
+    return read_item_info(options.item_info, data)

@@ -13,14 +13,14 @@ import torch
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, explain_os_error
 from gfml.data.interactions import Interactions
-from gfml.data.items import beside, read_item_info
+from gfml.data.items import info_beside, read_item_info
 from gfml.program.cli import Options
 from gfml.ranking.evaluation import Evaluation
 from hlrm.data import History
 from hlrm.experiment import HLRM
 from hlrm.model import RelationModel
 
-INFO_FILES = ("movies.dat", "ml-100k.item", "items.csv", "items.tsv")
+INFO_FILES = ("movies.dat", "ml-100k.item", "items.csv", "items.tsv", "*.item")
 PLOTTED = 12
 SHOWN_SLOTS = 15
 
@@ -76,13 +76,11 @@ def item_names(this: HLRM, file: str | None) -> list[str]:
     """Titles where a file beside the data, or the given one, has them; else the ids of the source."""
     data = this.data
     ids = [str(name) for name in (np.arange(data.num_items) if data.item_ids is None else data.item_ids).tolist()]
-    path = Path(file) if file else None
+    info = read_item_info(file, data) if file else None
     # Titles belong to source ids; data in numbers of its own has none that a file could name.
-    if path is None and data.item_ids is not None:
-        path = beside(this.settings.dataset, this.settings.data_root, INFO_FILES)
-    if path is None:
-        return [f"item {name}" for name in ids]
-    titles = read_item_info(path, data).titles
+    if info is None and data.item_ids is not None:
+        info = info_beside(this.settings.dataset, this.settings.data_root, INFO_FILES, data)
+    titles = [""] * len(ids) if info is None else info.titles
     return [title or f"item {name}" for title, name in zip(titles, ids, strict=True)]
 
 

@@ -71,6 +71,11 @@ class MCL(Recommender):
         loss = self.shared(model.loss, model, reduction="mean")
         return Training(optimizer, sampler.epoch, loss, build_step(s, optimizer, s.clip_grad), ema=ema)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """A batch is of users."""
+        return -(-self.data.num_users // self.settings.batch_size)
+
     unshared = ("--mode mcl", "--mode mix", "--mode gfml --dropout 1")
 
     def sharing_problem(self) -> str | None:

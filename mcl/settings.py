@@ -135,7 +135,7 @@ class MCLJudgingSettings(JudgingSettings):
         also="es_metric",
     )
     patience: int | None = changed(JudgingSettings, "patience", 30)
-    eval_every: int = changed(JudgingSettings, "eval_every", 10)
+    eval_every: int | None = changed(JudgingSettings, "eval_every", 10)
     score: str = setting(
         "distance",
         "what ranks and selects; distance as published, where masses play no part",

@@ -181,7 +181,7 @@ class MirrorJudgingSettings(JudgingSettings):
         help="stop at the evaluation after N in a row without a better one, or none",
         also="stopping_step",
     )
-    eval_every: int = changed(JudgingSettings, "eval_every", 1, also="eval_step")
+    eval_every: int | None = changed(JudgingSettings, "eval_every", 1, also="eval_step")
     refit: bool = changed(JudgingSettings, "refit", False, late=True)
     baselines: tuple[str, ...] = changed(JudgingSettings, "baselines", ("popularity",))
     eval_batch_size: int | None = inert(

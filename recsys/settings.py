@@ -13,7 +13,7 @@ from gfml.base import settings as kinds
 from gfml.base.errors import UserError
 from gfml.base.settings import Settings, changed, fill, inert, setting
 from gfml.data.options import DataSettings, DemoSettings
-from gfml.program.flags import JudgingSettings, MirrorSettings, RunSettings
+from gfml.program.flags import JudgingSettings, MirrorSettings, RunSettings, is_own
 
 MODELS = ("mf", "lgn", "cml")
 LOSSES = ("dot", "bpr", "gravity", "mix", "bpr_gra", "mix_bpr", "cml")
@@ -169,7 +169,7 @@ class RecsysJudgingSettings(JudgingSettings):
     select_on: str = changed(JudgingSettings, "select_on", "val", also="es_on", key="es_on")
     select_metric: str = changed(JudgingSettings, "select_metric", "ndcg@20", also="es_metric", key="es_metric")
     patience: int | None = changed(JudgingSettings, "patience", 30)
-    eval_every: int = changed(JudgingSettings, "eval_every", 10)
+    eval_every: int | None = changed(JudgingSettings, "eval_every", 10)
     infer_mode: str = setting(
         "mat", "score to rank by; mat: the one the loss trained", choices=("mat", "dot", "gravity", "original")
     )
@@ -205,6 +205,10 @@ class RecsysSettings(
         """Defaults that depend on other flags are filled in, so that the resolved config says what ran."""
         if options.dataset == "demo":
             fill(options, DEMO_DEFAULTS)
+        elif is_own(options.dataset):
+            # As long a way as the demo's patience covers: steps are as long as the learning rate.
+            slower = DEMO_DEFAULTS["lr"] / options.lr
+            fill(options, {"patience": round(DEMO_DEFAULTS["patience"] * max(1.0, slower))})
         if options.compat:
             fill(options, COMPAT | ({"kl_kind": "compat"} if options.dist_mode == "kl" else {}))
         if options.dist_mode == "kl":

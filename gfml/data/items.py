@@ -14,6 +14,7 @@ Files, each plain, gzip or Zstandard:
 from __future__ import annotations
 
 import io
+import logging
 import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,8 @@ from gfml.data import registry
 from gfml.data.interactions import Interactions
 from gfml.data.names import places, spelled
 from gfml.data.tables import PACKED, as_strings, is_number, normal, open_table, read_bytes, suffix
+
+logger = logging.getLogger("gfml.data")
 
 ID_NAMES = ("movie_id", "item_id", "item", "iid", "id", "ids", "item_ids", "product_id", "parent_asin", "asin", "book_id",
             "artist_id")  # fmt: skip
@@ -52,13 +55,22 @@ class ItemInfo(NamedTuple):
 
 
 def beside(dataset: str, data_root: str | os.PathLike[str] | None, names: Iterable[str]) -> Path | None:
-    """The first of the files ``names`` (or NAME.gz) in the folder that holds a data set; None when there is none."""
+    """The first of the files ``names`` (or NAME.gz) in the folder that holds a data set; None when there is none.
+
+    ``*`` in a name is that of the data's atomic files: ``*.item`` is ``toy.item`` beside ``toy.inter`` or ``toy.train.inter``.
+    """
     known = registry.known_by(dataset)
     path = Path(dataset).expanduser()
     if known is not None:
         folders = registry.folders_of(known, registry.data_roots(data_root))
     else:
+        places = [path, *(root / dataset for root in registry.data_roots(data_root))]
+        path = next((place for place in places if place.exists()), path)
         folders = [path if path.is_dir() else path.parent] if path.exists() else []
+    single = known is None and path.is_file()
+    files = [path] if single else [file for folder in folders for file in sorted(folder.glob("*"))]
+    atomic = {file.name.split(".")[0]: None for file in files if suffix(file) == "inter"}
+    names = [name.replace("*", stem) for name in names for stem in (atomic if "*" in name else [""])]
     found = (
         folder / f"{name}{end}"
         for folder in folders
@@ -125,6 +137,21 @@ def read_item_info(file: str | os.PathLike[str], data: Interactions) -> ItemInfo
             titles[item] = table.cells[title][row] if title else ""
             genres[item] = tuple(words[row])
     return ItemInfo(titles, genres)
+
+
+def info_beside(
+    dataset: str, data_root: str | os.PathLike[str] | None, names: Iterable[str], data: Interactions
+) -> ItemInfo | None:
+    """Titles and genres of the first of the files ``names`` beside the data (:func:`beside`); None without any.
+
+    Nobody asked for that file: where it cannot be used, a note says why.
+    """
+    file = beside(dataset, data_root, names)
+    try:
+        return None if file is None else read_item_info(file, data)
+    except UserError as error:
+        logger.warning("titles beside the data are left out: %s", error)
+        return None
 
 
 def _existing(file: str | os.PathLike[str], flag: str) -> Path:

@@ -309,7 +309,7 @@ class FitResult:
     """What :func:`fit` did. The model now holds the weights of ``best_epoch``.
 
     best_epoch, best_value: None and -inf when nothing was evaluated.
-    epochs: last epoch trained. weights: "averaged" or "live". Seconds include earlier sessions of the run.
+    epochs: last epoch trained. stopped: why it was the last. weights: "averaged" or "live". Seconds include earlier sessions of the run.
     history: one row per epoch, as in metrics.jsonl: {"epoch", "train/loss", ..., "val/ndcg@20", ...}.
     """
 
@@ -318,6 +318,7 @@ class FitResult:
     best_value: float
     epochs: int
     stopped_early: bool
+    stopped: str
     weights: str
     train_seconds: float
     eval_seconds: float
@@ -327,7 +328,7 @@ class FitResult:
         """How the reported epoch was chosen, for ``run.finish``."""
         if self.select == LAST_EPOCH:
             facts = {"epoch": self.epochs, "rule": LAST_EPOCH, "protocol": "nothing selected", "weights": self.weights}
-            return {**facts, "epochs_trained": self.epochs}
+            return {**facts, "epochs_trained": self.epochs, "stopped": self.stopped}
         part, _, metric = self.select.partition("/")
         on_test = "selected on test (optimistic, as in the original code)"
         return {
@@ -340,6 +341,7 @@ class FitResult:
             "weights": self.weights,
             "epochs_trained": self.epochs,
             "stopped_early": self.stopped_early,
+            "stopped": self.stopped,
         }
 
 
@@ -491,12 +493,15 @@ def fit(
 
     state.best.restore()
     model.eval()
+    early = state.stopping.should_stop and state.epoch < epochs
+    why = f"no better {select} for {state.stopping.num_bad} evaluations"
     return FitResult(
         select=select or LAST_EPOCH,
         best_epoch=state.best.epoch,
         best_value=state.best.value,
         epochs=state.epoch,
-        stopped_early=state.stopping.should_stop and state.epoch < epochs,
+        stopped_early=early,
+        stopped=f"stopped at epoch {state.epoch}: {why}" if early else "all epochs done",
         weights=state.best.weights,
         train_seconds=state.seconds["train"],
         eval_seconds=state.seconds["eval"],

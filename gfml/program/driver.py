@@ -96,9 +96,11 @@ def train_and_judge(program: Program, this: Experiment, run: Run) -> Judged:
         if training is not None:
             fitted = fit(
                 model, select=this.select, evaluate=None if this.select is None else lambda split: evaluate(this, model, split),
-                run=run, epochs=this.epochs, eval_every=getattr(settings, "eval_every", 1), patience=this.patience,
+                run=run, epochs=this.epochs, eval_every=this.eval_every, patience=this.patience,
                 tracker=tracker, **_how(this, training),
             )  # fmt: skip
+            if world.is_main:
+                print(fitted.stopped, file=sys.stderr)
             if getattr(settings, "refit", False):
                 this, model = refit(program, this, fitted, run)
         if not (world.is_main or this.judged_by_all):

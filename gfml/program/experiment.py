@@ -114,6 +114,11 @@ class Experiment:
         """Evaluations in a row without a better one before stopping."""
         return getattr(self.settings, "patience", None)
 
+    @property
+    def eval_every(self) -> int:
+        """Epochs between evaluations."""
+        return getattr(self.settings, "eval_every", 1)
+
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
         """Metrics of "valid" or "test", for selection."""
         raise NotImplementedError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gfml.base import settings as kinds
 from gfml.base.errors import UserError
-from gfml.base.settings import Settings, TopksAction, setting
+from gfml.base.settings import Settings, TopksAction, fill, setting
 
 # Simple recommenders judged beside a model, and the ranking metrics that may select.
 BASELINES = ("popularity", "item-knn", "ease", "ials")
@@ -99,7 +99,12 @@ class JudgingSettings(Settings):
         kinds.number(int, least=1, none=True),
         unit="N",
     )
-    eval_every: int = setting(1, "epochs between evaluations", kinds.count, unit="N")
+    eval_every: int | None = setting(
+        1,
+        "epochs between evaluations; none: about as many steps as on the demo",
+        kinds.number(int, least=1, none=True),
+        unit="N",
+    )
     refit: bool = setting(
         False, "report a model trained anew on train and validation for the selected number of epochs"
     )
@@ -131,6 +136,8 @@ class JudgingSettings(Settings):
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:
         super().resolve(options)
+        if is_own(options.dataset):
+            fill(options, {"eval_every": None})
         if options.select_on == "test" and options.refit:
             raise UserError("--refit needs selection on validation; --select-on test trains on all train pairs already")
         check_metric(options.select_metric, cls.other_metrics())
@@ -142,6 +149,15 @@ class JudgingSettings(Settings):
     def other_metrics(cls) -> tuple[str, ...]:
         """What may select beside the ranking metrics, without a cut-off."""
         return ()
+
+
+def is_own(dataset: str) -> bool:
+    """Whether a data set is a file or folder of the user's, not one known by name."""
+    if dataset in ("demo", "synthetic", "auto"):
+        return False
+    from gfml.data import registry
+
+    return registry.known_by(dataset) is None
 
 
 def check_metric(metric: str, others: tuple[str, ...] = ()) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gfml.ranking.topk import Scorer
 
 # Where published data sets keep their titles.
-INFO_FILES = ("movies.dat", "ml-100k.item")
+INFO_FILES = ("movies.dat", "ml-100k.item", "*.item")
 # So many ids are searched for a near one when an id is unknown; difflib takes seconds for more.
 SUGGEST_AMONG = 20_000
 
@@ -215,7 +215,7 @@ def recommend_new(
 
     own = np.asarray(items, dtype=np.int64)
     history = csr_from_pairs(np.zeros_like(own), own, 1, run.interactions.num_items)
-    scorer = fold_in(run.experiment.scorer(run.model, "test"), history)
+    scorer = fold_in(run.experiment.scorer(run.model, "test"), history, getattr(run.model, "encoder", None))
     return _lists(
         run, scorer, ["new"], torch.zeros(1, dtype=torch.int64), top, None if include_seen else history, allowed
     )
@@ -327,16 +327,15 @@ def write_json(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> N
 
 def find_titles(file: str | None, run: Loaded) -> list[str] | None:
     """The title of every item, in the order of the data: from ``file``, or from the data set's own; None without any."""
-    from gfml.data.items import beside, read_item_info
+    from gfml.data.items import info_beside, read_item_info
 
-    found = file or beside(run.settings.dataset, run.settings.data_root, INFO_FILES)
-    if found is None:
-        return None
-    titles = read_item_info(found, run.interactions).titles
-    if file and not any(titles):
-        raise UserError(
-            f"{file} has no title for any of the {run.interactions.num_items} items of {run.interactions.name}: check --item-info"
-        )
+    data = run.interactions
+    if file is None:
+        info = info_beside(run.settings.dataset, run.settings.data_root, INFO_FILES, data)
+        return info.titles if info is not None and any(info.titles) else None
+    titles = read_item_info(file, data).titles
+    if not any(titles):
+        raise UserError(f"{file} has no title for any of the {data.num_items} items of {data.name}: check --item-info")
     return titles
 
 

@@ -26,6 +26,9 @@ from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.topk import Scorer
 from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, list_names, mass_report
 
+# Steps between evaluations where the settings leave that open: 5 epochs of the embedded demo in batches of 2048 pairs.
+STEPS_BETWEEN = 80
+
 
 class Recommender(Experiment):
     """An experiment whose data is :class:`Interactions` and whose model ranks all items for every user."""
@@ -98,7 +101,17 @@ class Recommender(Experiment):
         distributed.average_gradients(model)
         return shared_loss(loss, self.world, reduction=reduction)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch, about: each pair once."""
+        return -(-self.interactions.train.nnz // self.settings.batch_size)
+
     # -- judging
+
+    @property
+    def eval_every(self) -> int:
+        """Epochs between evaluations; none given: as many as make about ``STEPS_BETWEEN`` steps."""
+        return self.settings.eval_every or max(1, round(STEPS_BETWEEN / max(self.steps_per_epoch, 1)))
 
     def evaluation(self, model: nn.Module, split: str, *, beyond: bool = False, **how: Any) -> Evaluation:
         """Full ranking of one part."""

@@ -2,14 +2,14 @@
 
 Linear recommenders (EASE, item neighbours, popularity) take his items for his history, exactly as in training.
 Models of vectors get the user vector that ranks his items above the others, by gradient steps on the pairwise
-loss with the items fixed; models of graphs can propagate his edges instead (:func:`propagated`).
+loss with the items fixed; over a graph his edges are propagated instead (:func:`propagated`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from gfml.base.errors import UserError
 from gfml.ranking.baselines import LinearScorer, NeighbourScorer
+from gfml.ranking.encoders import LightGCN
+from gfml.ranking.graph import layer_weights
 from gfml.ranking.topk import FactorScorer, Scorer, full_precision
 
 STEPS, RATE, DECAY = 60, 0.1, 0.05
@@ -54,8 +56,10 @@ class NewUsers:
         return None
 
 
-def fold_in(scorer: Scorer, histories: sp.csr_array) -> Scorer:
+def fold_in(scorer: Scorer, histories: sp.csr_array, encoder: Any = None) -> Scorer:
     """A scorer of new users with these ``histories`` (binary CSR [n, I]); the known users are gone from it.
+
+    encoder: where the scorer's vectors come from; over a graph new users get theirs by :func:`propagated`.
 
     UserError for an empty history and for a scorer that offers neither a history nor vectors.
     """
@@ -70,6 +74,8 @@ def fold_in(scorer: Scorer, histories: sp.csr_array) -> Scorer:
         raise UserError(
             f"{type(scorer).__name__} cannot take a new user: choose a model of vectors, item neighbours or EASE"
         )
+    if isinstance(encoder, LightGCN) and encoder.num_layers:
+        return NewUsers(scorer, graph_vectors(encoder, histories))
     return NewUsers(scorer, user_vectors(scorer, histories))
 
 
@@ -106,12 +112,24 @@ def _one(scorer: VectorScorer, own: Tensor, others: Tensor, length: float) -> Te
     return vector.detach()[0]
 
 
-def propagated(layers: Sequence[Tensor], item_degree: Tensor, histories: sp.csr_array) -> Tensor:
+@torch.no_grad()
+def graph_vectors(encoder: LightGCN, histories: sp.csr_array) -> Tensor:
+    """Vectors [n, D] of new users by :func:`propagated`, with the layers of a trained LightGCN. Cost: K - 1 products."""
+    graph, layers = encoder.graph, [encoder.nodes.detach()]
+    for _ in range(encoder.num_layers - 1):
+        layers.append(graph.multiply(layers[-1]))
+    items = [layer[graph.num_users :] for layer in layers]
+    return propagated(items, graph.indptr.diff()[graph.num_users :], histories, combine=encoder.combine)
+
+
+def propagated(
+    layers: Sequence[Tensor], item_degree: Tensor, histories: sp.csr_array, *, combine: str = "mean"
+) -> Tensor:
     """Vectors [n, D] of new users in LightGCN: his edges carry every layer of his items, his own start is zero.
 
-    layers: item vectors [I, D] of layers 0..K; item_degree [I]: train users of each item. With the symmetric
+    layers: item vectors [I, D] of layers 0..K - 1; item_degree [I]: train users of each item. With the symmetric
     normalisation layer k + 1 of a user is sum over his items i of layer_k(i) / sqrt(|items| degree_i), the result
-    the mean of K + 1 layers. The items stay as trained.
+    the mean of K + 1 layers (or their sum, or the final one). The items stay as trained.
     """
     device = layers[0].device
     weight = 1 / np.sqrt(np.repeat(np.diff(histories.indptr), np.diff(histories.indptr)))
@@ -119,7 +137,6 @@ def propagated(layers: Sequence[Tensor], item_degree: Tensor, histories: sp.csr_
     rows = torch.from_numpy(histories.indptr.astype(np.int64)).to(device)
     items = torch.from_numpy(histories.indices.astype(np.int64)).to(device)
     per_edge = torch.from_numpy(weight).to(device, layers[0].dtype) * scale[items]
-    summed = sum(layers[:-1], torch.zeros_like(layers[0]))
-    return F.embedding_bag(
-        items, summed, rows, mode="sum", include_last_offset=True, per_sample_weights=per_edge
-    ) / len(layers)
+    weights = layer_weights(len(layers), combine)[1:]
+    summed = sum((factor * layer for factor, layer in zip(weights, layers, strict=True)), torch.zeros_like(layers[0]))
+    return F.embedding_bag(items, summed, rows, mode="sum", include_last_offset=True, per_sample_weights=per_edge)

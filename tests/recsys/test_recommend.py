@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from gfml import load as load_run
 from gfml.base.errors import UserError
@@ -147,6 +148,22 @@ def test_users_without_history_are_counted(train, tmp_path, capsys):
     assert len(rows) == 3
     assert run_main(main, [str(tmp_path / "run"), "--all-users"]) == 0
     assert "1 of 3 users have no train interactions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", ["bpr", "gravity"])
+def test_new_users_of_a_graph_are_propagated(train, tmp_path, monkeypatch, loss):
+    """Their items are ranked as for the known user who has them, without a gradient step."""
+    monkeypatch.setattr("gfml.ranking.foldin.user_vectors", None)
+    run = load_run(train(tmp_path, "run", "--model", "lgn", "--loss_mode", loss, "--epochs", "40", "--lr", "1e-2"))
+    known, ranks = run.experiment.scorer(run.model).score(torch.arange(20)).detach(), []
+    for user in range(20):
+        items = run.data.train[[user]].indices
+        found = recommend_new(run, items, run.data.num_items, include_seen=True)
+        ranks.append(spearmanr(known[user, found.items[0]], found.columns["score"][0]).statistic)
+        if user == 0:
+            own = recommend_new(run, items, run.data.num_items)
+            assert not set(items) & set(own.items[own.items >= 0].tolist())
+    assert np.mean(ranks) > 0.9
 
 
 # -- nearest items

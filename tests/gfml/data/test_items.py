@@ -7,7 +7,7 @@ import pytest
 
 from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions, csr_from_pairs
-from gfml.data.items import beside, read_item_features, read_item_info, standardised
+from gfml.data.items import beside, info_beside, read_item_features, read_item_info, standardised
 from gfml.data.options import load_dataset
 
 # The data's items in its order; the files know 9 besides, and not 3.
@@ -140,6 +140,22 @@ def test_files_beside_the_data(tmp_path):
     own = write(tmp_path / "own.csv", "user,item\n")
     assert beside(str(own), None, ["own.csv"]) == own
     assert beside("demo", None, ["movies.dat"]) is None
+
+
+@pytest.mark.parametrize("inter", ["toy.inter", "toy.train.inter", "toy.inter.gz"])
+def test_titles_beside_atomic_files(tmp_path, inter, caplog):
+    (tmp_path / "shop").mkdir()
+    data, file = data_of(), write(tmp_path / "shop" / inter, "")
+    assert info_beside(str(file), None, ["*.item"], data) is None
+    write(tmp_path / "shop" / "other.item", "item_id:token\ttitle:token\n7\tNo\n")
+    assert beside(str(tmp_path / "shop"), None, ["*.item"]) is None
+    item = write(tmp_path / "shop" / "toy.item", "item_id:token\ttitle:token\n7\tSeven\n")
+    for where, root in ((file, None), (tmp_path / "shop", None), ("shop", tmp_path)):
+        assert beside(str(where), root, ["x.csv", "*.item"]) == item
+        assert info_beside(str(where), root, ["*.item"], data).titles == ["Seven", "", "", ""]
+    write(item, "item_id:token\tprice:float\n7\t1\n")
+    assert info_beside(str(file), None, ["*.item"], data) is None
+    assert "left out" in caplog.text and "no title and no genres" in caplog.text
 
 
 def test_features_and_titles_of_movielens(shared_data):
