@@ -5,6 +5,7 @@ python scripts/gpu_page.py docs/gpu.json docs/gpu.md
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -116,7 +117,11 @@ def text(value: object) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    source, target = (Path(name) for name in (sys.argv[1:] if argv is None else argv))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("source", type=Path, help="results of gpu_check.py, JSON")
+    parser.add_argument("target", type=Path, help="the page; what stands above its mark is kept")
+    given = parser.parse_args(argv)
+    source, target = given.source, given.target
     above = target.read_text(encoding="utf-8").partition(MARK)[0] if target.exists() else ""
     results = page(json.loads(source.read_text(encoding="utf-8")))
     target.write_text(f"{above.rstrip()}\n\n{MARK}\n\n{results}".lstrip(), encoding="utf-8")
