@@ -354,7 +354,7 @@ class TokenGrid:
     """Which of the patches that have a mass a layer sees: those of another image size, or what patch dropping kept.
 
     size: rows and columns of the patches that the masses are of; prefix: tokens before them. The model's patch
-    embedding and patch dropping leave here what they do, with :meth:`see` and :meth:`keep`.
+    embedding and patch dropping leave here what they do, as hooks.
     """
 
     def __init__(self, size: tuple[int, int], prefix: int) -> None:
