@@ -110,8 +110,11 @@ class Recommender(Experiment):
 
     @property
     def eval_every(self) -> int:
-        """Epochs between evaluations; none given: as many as make about ``STEPS_BETWEEN`` steps."""
-        return self.settings.eval_every or max(1, round(STEPS_BETWEEN / max(self.steps_per_epoch, 1)))
+        """Epochs between evaluations; none given: as many as make about ``STEPS_BETWEEN`` steps, at most ten.
+
+        No more than ten, since a small table is judged in no time and few epochs would be told apart by nothing.
+        """
+        return self.settings.eval_every or min(10, max(1, round(STEPS_BETWEEN / max(self.steps_per_epoch, 1))))
 
     def evaluation(self, model: nn.Module, split: str, *, beyond: bool = False, **how: Any) -> Evaluation:
         """Full ranking of one part."""

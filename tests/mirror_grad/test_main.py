@@ -22,7 +22,7 @@ from mirror_grad.models import MODELS
 
 parse = PROGRAM.parse
 
-SHORT = "--epochs 3 --batch-size 100 --lr 0.02 --embedding-dim 8 --topks 5 10 --device cpu --no-progress --baselines none --no-cache".split()
+SHORT = "--epochs 3 --eval-every 1 --batch-size 100 --lr 0.02 --embedding-dim 8 --topks 5 10 --device cpu --no-progress --baselines none --no-cache".split()
 TRAINED = [name for name, entry in MODELS.items() if entry.trains]
 
 

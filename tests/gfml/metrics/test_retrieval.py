@@ -99,7 +99,8 @@ def test_the_library_agrees(points: tuple[Tensor, Tensor]) -> None:
 def test_blocks_do_not_matter(points: tuple[Tensor, Tensor]) -> None:
     vectors, labels = points[0].repeat(40, 1) + torch.linspace(0, 1, 2400)[:, None].sin(), points[1].repeat(40)
     small, large = (retrieve(vectors, labels, whole=True, memory_mib=mib) for mib in (1, 512))
-    assert small.means == large.means
+    # A product in other blocks rounds otherwise in the last digit.
+    assert small.means == pytest.approx(large.means, abs=1e-6)
     assert np.array_equal(small.neighbours, large.neighbours)
 
 
