@@ -215,7 +215,8 @@ def recommend_new(
 
     own = np.asarray(items, dtype=np.int64)
     history = csr_from_pairs(np.zeros_like(own), own, 1, run.interactions.num_items)
-    scorer = fold_in(run.experiment.scorer(run.model, "test"), history, getattr(run.model, "encoder", None))
+    encoder = run.model if hasattr(run.model, "new_users") else getattr(run.model, "encoder", None)
+    scorer = fold_in(run.experiment.scorer(run.model, "test"), history, encoder)
     return _lists(
         run, scorer, ["new"], torch.zeros(1, dtype=torch.int64), top, None if include_seen else history, allowed
     )
