@@ -25,6 +25,8 @@ STEPS, RATE, DECAY = 20, 0.3, 0.05
 POOL, PAIRS = 2048, 64
 # Users who are solved together, and the fewest places of a history.
 BLOCK, LEAST = 32, 16
+# Users whose edges are propagated together: the layers of the items are made anew for each block.
+GRAPH_BLOCK = 1024
 
 
 @runtime_checkable
@@ -77,9 +79,20 @@ def fold_in(scorer: Scorer, histories: sp.csr_array, encoder: Any = None) -> Sco
         raise UserError(
             f"{type(scorer).__name__} cannot take a new user: choose a model of vectors, item neighbours or EASE"
         )
-    vectors = encoder.new_users(histories) if hasattr(encoder, "new_users") else None
+    vectors = _propagated(encoder, histories) if hasattr(encoder, "new_users") else None
     vectors = user_vectors(scorer, histories) if vectors is None else vectors
     return scorer.of_histories(histories, vectors) if hasattr(scorer, "of_histories") else NewUsers(scorer, vectors)
+
+
+def _propagated(encoder: Any, histories: sp.csr_array) -> Tensor | None:
+    """What the encoder makes of the histories, in blocks of one shape, which round alike."""
+    found = []
+    for rows in np.split(np.arange(histories.shape[0]), range(GRAPH_BLOCK, histories.shape[0], GRAPH_BLOCK)):
+        vectors = encoder.new_users(histories[np.resize(rows, GRAPH_BLOCK)])
+        if vectors is None:
+            return None
+        found.append(vectors[: len(rows)])
+    return torch.cat(found)
 
 
 def user_vectors(scorer: VectorScorer, histories: sp.csr_array) -> Tensor:
