@@ -76,6 +76,12 @@ class _RelationScorer:
         item = item if item.dim() == 3 else item.expand(len(vectors), *item.shape)
         return self._related_scores(vectors, item, self.history)
 
+    def at(self, users: Tensor, items: Tensor) -> Tensor:
+        """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
+        return self._related_scores(
+            self.user[users], self.item[items], History(*(part[users] for part in self.history))
+        )
+
     def _related_scores(self, user: Tensor, items: Tensor, history: History) -> Tensor:
         moved = user[:, None] + self.relation(user, items, self.item[history.ids], history.mask).vector - items
         return -(moved.square().sum(2) if self.squared else (moved + DISTANCE_EPS).norm(dim=2))
@@ -214,7 +220,7 @@ class DiagonalScorer(_RelationScorer):
         return result
 
     def _block_scores(self, users: Tensor, item: Tensor) -> Tensor:
-        history = History(self.history.ids[users], self.history.counts[users])
+        history = History(*(part[users] for part in self.history))
         return self._related_scores(self.user[users], item.expand(len(users), *item.shape), history)
 
 
@@ -232,6 +238,11 @@ class TranslatedScorer:
         if vectors is not None:
             other.user, other.num_users = vectors, len(vectors)
         return other
+
+    def at(self, users: Tensor, items: Tensor) -> Tensor:
+        """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
+        query = self.user[users][:, None] + self.taste[users][:, None] * self.crowd[items]
+        return -(query - self.item[items]).square().sum(2)
 
     def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
         """Scores of user vectors [B, D], whose means are this scorer's, with all items, [W], or each his own, [B, W]."""
