@@ -135,7 +135,9 @@ def _facts(run: StoredRun) -> dict[str, str]:
     }  # fmt: skip
     for side in ("user", "item"):
         count = run.result.get(f"cold_{side}s")
-        if count and f"{count:,}" != data.get("notes", {}).get(f"{side}s without train pairs"):
+        if count and f"{count:,}" not in [
+            text for name, text in data.get("notes", {}).items() if "without train pairs" in name
+        ]:
             whose = " of the judged users; they count" if side == "user" else ""
             facts[f"{side}s without train interactions"] = f"{count:,}{whose}"
     return facts
@@ -170,12 +172,9 @@ def _metrics(page: Page, runs: Sequence[StoredRun], title: str) -> None:
 def columns_of(runs: Sequence[StoredRun]) -> list[str]:
     """The metrics that a table shows: the usual ones, and those of a program that tells more."""
     rows = {run.label: run.test for run in runs} | runs[0].baselines
-    metrics = (
-        *TABLE_METRICS,
-        *(name for name in ("precision", "map") if all("arm" in run.result for run in runs)),
-        "cold_recall",
-    )
-    return table_columns(rows, sorted({k for run in runs for k in run.result["topks"]}), metrics)
+    more = ["precision", "map"] if all("arm" in run.result for run in runs) else []
+    more += ["cold_recall"] if any(row.get(f"cold_recall@{runs[0].k}") for row in rows.values()) else []
+    return table_columns(rows, sorted({k for run in runs for k in run.result["topks"]}), (*TABLE_METRICS, *more))
 
 
 def _popularity_groups(page: Page, runs: Sequence[StoredRun], name: str) -> None:

@@ -28,18 +28,27 @@ def what_ran(page: Page, runs: Sequence[StoredRun], facts: Callable[[StoredRun],
         [run] = runs
         page.facts({**facts(run), **record(run)})
         return
-    names, told = varied([run.config for run in runs]), {run.label: facts(run) for run in runs}
-    columns = list(dict.fromkeys(name for found in told.values() for name in found))
-    rows = [
-        [
-            Cell(run.label, color=run.color), *(told[run.label].get(name, "–") for name in columns),
+    names = varied([run.config for run in runs])
+    rows = []
+    for run in runs:
+        told = dict(facts(run))
+        data, model = told.pop("data", run.data["name"]), told.pop("model", None)
+        differs = ", ".join(f"{name} {flag_value(run.config.get(name))}" for name in names) or "–"
+        rows.append([
+            Cell(run.label, color=run.color), Cell(data, "; ".join(f"{name}: {value}" for name, value in told.items())), *([model] if model else []),
             Cell(rule_of(run), run.selection["protocol"]), str(run.selection["epoch"]),
-            duration(run.result.get("seconds", {}).get("train")),
-            ", ".join(f"{name} {flag_value(run.config.get(name))}" for name in names) or "–",
-        ]
-        for run in runs
-    ]  # fmt: skip
-    page.table(["run", *columns, "selected by", "epoch", "train time", "differs in"], rows, words=True)
+            duration(run.result.get("seconds", {}).get("train")), differs,
+        ])  # fmt: skip
+    columns = [
+        "run",
+        "data",
+        *(["model"] if len(rows[0]) > 6 else []),
+        "selected by",
+        "epoch",
+        "train time",
+        "differs in",
+    ]
+    page.table(columns, rows, words=True)
     page.facts({run.label: f"{command_of(run)} → {run.path}" for run in runs})
 
 

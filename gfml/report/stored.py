@@ -105,9 +105,9 @@ class StoredRun:
         if self.unit == "user":
             here, there = self.arrays["test_users"], other.arrays["test_users"]
             if not np.array_equal(here, there):
-                return f"other users judged ({len(there):,}, not {len(here):,})"
+                return f"other users judged, {len(here):,} and {len(there):,}"
         parts = [run.data.get("test_fingerprint", run.data["fingerprint"]) for run in (self, other)]
-        return "" if parts[0] == parts[1] else "another test part"
+        return "" if parts[0] == parts[1] else f"another split of {self.data['name']}, so another test part"
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -152,7 +152,7 @@ def test_other_users_are_not_paired(finished, copy, tmp_path):
 def test_another_test_part_is_not_paired(finished, copy, tmp_path):
     other = copy("bpr", lambda result: result["data"].update(test_fingerprint="other", fingerprint="other"))
     page = read([finished["gravity"], other], tmp_path / "out")
-    assert page.tables[2][1][1] == "– another test part"
+    assert page.tables[2][1][1] == "– another split of synthetic, so another test part"
     assert "did not all see the same" in page.text
 
 
