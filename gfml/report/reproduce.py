@@ -175,16 +175,18 @@ def _of_entry(
         pieces = {name: piece for name, (_, piece) in (outer | inner).items()} | {"data": data_root or "data"}
         words = shlex.split(_filled(entry["command"], pieces))
         waits = next((found[1] for word in words if (found := re.fullmatch(r"\{run:(.*)\}", word))), None)
-        others = tuple(_filled(other, names) for other in ([against] if isinstance(against, str) else against))
+        label, seeds = _filled(entry["label"], names), entry.get("seeds", table.get("seeds", [2020]))
+        others = [_filled(other, names) for other in ([against] if isinstance(against, str) else against)]
+        # The rows that one entry of a study makes may all name one of them.
+        others = [other for other in others if other != label or "search" not in table]
         needs = tuple(_filled(need, names) for need in (*table.get("needs", ()), *entry.get("needs", ())))
         paper = _filled(entry["paper"], names) if "paper" in entry else None
-        label, seeds = _filled(entry["label"], names), entry.get("seeds", table.get("seeds", [2020]))
         points = _points(entry["space"], table["search"], words) if "space" in entry else []
         trials = tuple(f"{label}: trial {number}" for number in range(1, len(points) + 1))
         for trial, point in zip(trials, points, strict=True):
             yield Cell(trial, (*words, *point, *more, "--seed", str(seeds[0])), seeds[0], needs, point=point)
         for seed in seeds:
-            yield Cell(label, (*words, *more, "--seed", str(seed)), seed, needs, paper, waits, others, trials)
+            yield Cell(label, (*words, *more, "--seed", str(seed)), seed, needs, paper, waits, tuple(others), trials)
 
 
 def _points(space: Mapping[str, Any], search: Mapping[str, Any], words: Sequence[str]) -> list[tuple[str, ...]]:
@@ -406,7 +408,10 @@ def list_tables(out: str, data_root: str | None) -> None:
     """One line per table: how many runs are done, and what is missing here."""
     for name in table_names():
         table = load_table(name)
-        known = survey(expand(table, out, data_root), data_root)
+        cells = expand(table, out, data_root)
+        searched = "search" in table
+        # Of a study, whose runs are hundreds, the first trial of each row: how many rows have been begun.
+        known = survey([cell for cell in cells if not searched or cell.label.endswith(": trial 1")], data_root)
         reasons = list(dict.fromkeys(one.reason for one in known if one.reason))
         rows = [
             row
@@ -415,7 +420,8 @@ def list_tables(out: str, data_root: str | None) -> None:
         ]
         seeds = statistics.fmean(int(row["n"]) for row in rows) if rows else 0
         stored = f"{len(rows)} rows stored, {seeds:.3g} runs each" if rows else "nothing stored"
-        print(f"{name:22} {table.get('title', '')}\n{'':22} {stored}; here: {summary(known)}")
+        here = f"here: {'first trials of rows ' if searched else ''}{summary(known)}"
+        print(f"{name:22} {table.get('title', '')}\n{'':22} {stored}; {here}")
         for reason in reasons:
             print(f"{'':22} {reason}")
 
@@ -444,6 +450,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         list_tables(given.out, given.data_root)
         return 0
     table = load_table(given.table)
+    if given.check and "search" in table:
+        from gfml.report.study import write_page
+
+        write_page(TABLE_ROOT / table["folder"], given.table, table, check=True)
+        return 0
     if given.check:
         write_table([given.table, "--folder", table["folder"], "--check"])
         print("\n".join(compare(given.table, table)) or "no row has a published one beside it")
