@@ -20,7 +20,6 @@ from gfml.metrics.beyond import kendall, spearman
 from gfml.ranking import baselines
 from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.ials import ials
-from gfml.ranking.topk import Scorer
 
 USUAL_METRICS = "metrics of this project (docs/metrics.md)"
 # What each baseline is tuned over on validation.
@@ -249,9 +248,9 @@ def _judge_baseline(
     }  # fmt: skip
 
 
-def build_baseline(name: str, data: Interactions, settings: Mapping[str, Any], *, memory_gib: float = 3.0) -> Scorer:
-    """A simple recommender of :data:`GRIDS` with these settings, on ``data.train``."""
-    builders: dict[str, Callable[..., Scorer]] = {
+def build_baseline(name: str, data: Interactions, settings: Mapping[str, Any], *, memory_gib: float = 3.0) -> Any:
+    """The scorer of a simple recommender of :data:`GRIDS` with these settings, on ``data.train``."""
+    builders: dict[str, Callable[..., Any]] = {
         "popularity": baselines.popularity,
         "item-knn": baselines.item_knn,
         "ease": partial(baselines.ease, memory_gib=memory_gib),
