@@ -256,24 +256,39 @@ def _judge_baseline(
     name: str, data: Interactions, ks: Sequence[int], memory_gib: float, seed: int, grid: baselines.Grid
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    try:
+        settings, scores = tuned_baseline(name, data, grid, memory_gib=memory_gib, seed=seed)
+        scorer = build_baseline(name, data, settings, memory_gib=memory_gib)
+    except UserError as error:
+        return {"skipped": str(error)}
+    judged: Evaluation = evaluate(scorer, data, "test", ks, beyond=True)
+    return {
+        "test": judged.means, "settings": settings, "tried": len(scores), "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def build_baseline(name: str, data: Interactions, settings: Mapping[str, Any], *, memory_gib: float = 3.0) -> Any:
+    """The scorer of a simple recommender of :data:`GRIDS` with these settings, on ``data.train``."""
     builders: dict[str, Callable[..., Any]] = {
         "popularity": baselines.popularity,
         "item-knn": baselines.item_knn,
         "ease": partial(baselines.ease, memory_gib=memory_gib),
         "ials": ials,
     }
-    build, settings, tried = builders[name], {}, 0
-    try:
-        if grid:
-            chooser = data if data.valid.nnz else replace(data, valid=_nothing_like(data)).with_validation(0.1, seed)
-            found = baselines.select(partial(build, chooser), chooser, grid)
-            settings, tried = found.settings, len(found.scores)
-            del found  # its scorer may hold as much as the one to come
-        scorer = build(data, **settings)
-    except UserError as error:
-        return {"skipped": str(error)}
-    judged: Evaluation = evaluate(scorer, data, "test", ks, beyond=True)
-    return {"test": judged.means, "settings": settings, "tried": tried, "seconds": time.perf_counter() - started}
+    return builders[name](data, **settings)
+
+
+def tuned_baseline(
+    name: str, data: Interactions, grid: baselines.Grid, *, memory_gib: float = 3.0, seed: int = 2020
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], float]]]:
+    """Settings chosen by ndcg@20 on validation (see :func:`baseline_results`), and every point tried with its value."""
+    if not grid:
+        return {}, []
+    chooser = data if data.valid.nnz else replace(data, valid=_nothing_like(data)).with_validation(0.1, seed)
+    found = baselines.select(
+        lambda **settings: build_baseline(name, chooser, settings, memory_gib=memory_gib), chooser, grid
+    )
+    return found.settings, found.scores
 
 
 def _nothing_like(data: Interactions) -> Any:
