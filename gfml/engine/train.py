@@ -459,18 +459,13 @@ def fit(
     Raises UserError when the loss or the selected metric is not finite, the metric does not exist, there are no
         batches, or the checkpoint does not belong to this model.
     """
-    if eval_every < 1 or epochs < 0:
-        found = f"found {epochs} epochs and an evaluation every {eval_every}"
-        raise UserError(f"{found}, wanted epochs >= 0 and every >= 1: mend `epochs`, `eval_every`")
-    parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema, **(stateful or {})}
-    parts["step"] = step if hasattr(step, "state_dict") else None
-    parts = {name: part for name, part in parts.items() if part is not None}
-    state = _Progress(model, parts, BestKeeper(model, ema), EarlyStopping(patience))
+    _check_lengths(epochs, eval_every)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema, **(stateful or {}), "step": step}
+    state = _Progress(model, _kept(parts), BestKeeper(model, ema), EarlyStopping(patience))
     judge, rule, seed = _Judge(state, evaluate, select), select or LAST_EPOCH, torch.initial_seed()
     if run is not None:
         _restore(state, run, rule)
-    show = _Display(progress, epochs, state.epoch)
-    tracker = tracker or Tracker(None)
+    show, tracker = _Display(progress, epochs, state.epoch), tracker or Tracker(None)
     fresh = state.epoch == 0 and not state.rows
     tracker.start(0 if fresh else state.epoch + 1)
     compute = torch.compile(loss_fn) if compile_loss else loss_fn
@@ -483,15 +478,11 @@ def fit(
                 break
             ending.epoch_begins()
             row: dict[str, Any] = {"epoch": epoch}
-            if epoch > 0:
-                if distributed.world_size() > 1:
-                    seed_everything(hash((seed, epoch, distributed.rank())) % 2**63)
-                with state.timed("train", row):
-                    row |= {"lr": optimizer.param_groups[0]["lr"]} if scheduler is not None else {}
-                    row |= _train_epoch(epoch, model, batches, run_step, ema, check_every, show)
-                    if scheduler is not None:
-                        scheduler.step()
             last = epoch == epochs
+            if epoch > 0:
+                _reseed(seed, epoch)
+                with state.timed("train", row):
+                    row |= _train_epoch(epoch, model, batches, run_step, scheduler, ema, check_every, show)
             judged = select is not None and (epoch % eval_every == 0 or last)
             better = judge(row) if judged else select is None and last and state.best.offer(epoch, float(epoch))
             checkpoint = judged or epoch % checkpoint_every == 0 or last or ending.asked
@@ -503,6 +494,23 @@ def fit(
     state.best.restore()
     model.eval()
     return state.result(rule, epochs)
+
+
+def _check_lengths(epochs: int, eval_every: int) -> None:
+    if eval_every < 1 or epochs < 0:
+        found = f"found {epochs} epochs and an evaluation every {eval_every}"
+        raise UserError(f"{found}, wanted epochs >= 0 and every >= 1: mend `epochs`, `eval_every`")
+
+
+def _reseed(seed: int, epoch: int) -> None:
+    """Each of several processes draws its own numbers, the same whenever the epoch begins."""
+    if distributed.world_size() > 1:
+        seed_everything(hash((seed, epoch, distributed.rank())) % 2**63)
+
+
+def _kept(parts: Mapping[str, Any]) -> dict[str, Stateful]:
+    """Those that a checkpoint carries: a step may have no state."""
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 
 class _Judge:
@@ -598,11 +606,13 @@ def _train_epoch(
     model: nn.Module,
     batches: Callable[[int], Iterable[Any]],
     run_step: _Stepper,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     ema: WeightAverage | None,
     check_every: int,
     show: _Display,
 ) -> dict[str, float]:
-    """One pass over the batches; the mean of every term."""
+    """One pass over the batches: the learning rate where it changes, and the mean of every term."""
+    rate = {} if scheduler is None else {"lr": scheduler.optimizer.param_groups[0]["lr"]}
     model.train()
     run_step.new_epoch()
     terms = TermMeans(epoch, check_every)
@@ -619,7 +629,9 @@ def _train_epoch(
     if not found:
         raise UserError(f"epoch {epoch} had no batches: the training part is empty or smaller than one batch")
     means = distributed.mean_of(found, next(model.parameters()).device)
-    return {f"train/{key}": value for key, value in means.items()}
+    if scheduler is not None:
+        scheduler.step()
+    return rate | {f"train/{key}": value for key, value in means.items()}
 
 
 def _evaluate(best: BestKeeper, evaluate: Callable[[str], Mapping[str, float]], split: str) -> dict[str, float]:
