@@ -149,7 +149,9 @@ def test_gradients_by_formula_train_as_those_of_autograd(train, fail, tmp_path, 
     assert losses(found) == pytest.approx(losses(wanted), rel=1e-5)
     train(tmp_path, "graph", "--model", "lgn", *flags.split()[2:])
     assert "gradients by autograd: vectors come from a graph" in capsys.readouterr().err
-    words = "--dataset synthetic --demo-users 60 --demo-items 40 --model lgn --kernel fused --out"
+    words = (
+        "--dataset synthetic --demo-users 60 --demo-items 40 --demo-interactions 600 --model lgn --kernel fused --out"
+    )
     line = fail(main, *words.split(), str(tmp_path))
     assert "vectors come from a graph" in line and "--kernel auto" in line
 
