@@ -67,6 +67,11 @@ class MGCN(nn.Module):
             items = self.item_graphs[name](items)
         return items
 
+    def view(self, name: str) -> Tensor:
+        """The same of users and items: [U + I, D]."""
+        items = self.of_items(name)
+        return torch.cat([self.to_users(items), items])
+
     def side(self, content: Tensor, views: dict[str, Tensor]) -> Tensor:
         """What the modalities say of nodes, by their content."""
         common, _ = self.fusion(*views.values())
@@ -76,10 +81,7 @@ class MGCN(nn.Module):
     def outputs(self) -> tuple[Tensor, Tensor]:
         """(side, content) of all nodes, [U + I, D] each."""
         content = self.light(self.tables.nodes, self.settings.n_ui_layers)
-        items = {name: self.of_items(name) for name in self.features}
-        return self.side(
-            content, {name: torch.cat([self.to_users(rows), rows]) for name, rows in items.items()}
-        ), content
+        return self.side(content, {name: self.view(name) for name in self.features}), content
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         side, content = self.outputs()
