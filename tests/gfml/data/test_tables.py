@@ -321,6 +321,16 @@ def test_json_of_several_types_and_literals(tmp_path):
     assert pairs(literal) == [("A", "B")] and literal.ratings.tolist() == [5]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_list_of_objects_is_a_row_each(tmp_path, indent):
+    rows = [{"user": "a", "item": "07"}, {"user": "b", "item": "7", "text": "x\ny"}]
+    records = read_table(written(tmp_path, json.dumps(rows, indent=indent), "own.json"))
+    assert pairs(records) == [("a", "07"), ("b", "7")] and records.notes["form of own.json"].startswith("one list")
+    for text, said in (("[1, 2]", "a list of other things"), ('[{"user": 1}', "starts as a list and is no JSON")):
+        with pytest.raises(UserError, match=said):
+            open_table(written(tmp_path, text, "own.json"))
+
+
 def test_inter_with_a_split_of_its_own(tmp_path):
     text = "userID\titemID\tx_label\n0\t3\t0\n0\t2\t1\n1\t0\t2\n"
     mmrec = read_table(written(tmp_path, gzip.compress(text.encode()), "toy.inter.gz"))
