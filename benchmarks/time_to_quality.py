@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "MF gravity, lazy_adamw": {"loss": "gravity", "optimizer": "lazy_adamw", **GRAVITY},
     "MF mix_bpr, lazy_adamw": {"loss": "mix_bpr", "optimizer": "lazy_adamw", **GRAVITY},
     "LightGCN bpr": {"loss": "bpr", "layers": 3, "lr": 5e-3},
-    "iALS": {"ials": {"l2": 0.003, "alpha0": 0.05}},
+    "iALS": {"ials": {"l2": 0.01, "alpha0": 0.02}},
     "implicit BPR": {"peer": "bpr", "learning_rate": 0.05, "regularization": 0.01},
     "implicit ALS": {"peer": "als", "regularization": 50.0, "alpha": 20.0},
 }
