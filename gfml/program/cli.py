@@ -414,7 +414,9 @@ def _mendable(error: Exception) -> str | None:
     ):
         first = str(error).splitlines()[0]
         asked = re.search("(you tried to allocate|Unable to allocate) .*", first)
-        return f"the memory does not suffice ({asked[0] if asked else first[:120]}): give smaller widths, batches or data"
+        return (
+            f"the memory does not suffice ({asked[0] if asked else first[:120]}): give smaller widths, batches or data"
+        )
     elif "home directory" in str(error):
         return "there is no home directory: set HOME, or give --data-root and --cache-dir"
     return None
