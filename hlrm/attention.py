@@ -133,9 +133,10 @@ def _draw_pair(arrays: dict[str, np.ndarray], number: int, names: list[str], tit
     axis.axvline(level, color=TEXT, linewidth=1, linestyle=":")
     axis.set_yticks(place, [_reference(arrays, number, slot, names)[:40] for slot in slots])
     axis.set_ylim(len(slots) - 0.5, -0.5)
+    axis.locator_params(axis="x", nbins=4)
     axis.set(xlabel=f"attention of the user (dotted: 1 / {len(every)})", title=f"References{few}")
     if with_memory and len(slots):
-        image = axes[0, 1].imshow(arrays["addresses"][number, slots], aspect="auto", cmap="viridis", vmin=0)
+        image = axes[0, 1].imshow(arrays["addresses"][number, slots], aspect="auto", cmap="viridis")
         axes[0, 1].set(xlabel="memory row (latent relation)", yticks=[], title="What the relations are made of")
         axes[0, 1].grid(False)
         axes[0, 1].xaxis.get_major_locator().set_params(integer=True)

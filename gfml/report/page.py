@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 FORMATS = ("html", "md")
 # Characters of a table's figures that fit beside one another.
-PAGE_WIDTH = 140.0
+PAGE_WIDTH = 132.0
 IS_FIGURE = re.compile(r"[−+-]?[.,\d]*\d|–$|p [<=]")
 # Middle tones: about the same contrast on white and on near-black.
 COLORS = ("#3f86d8", "#dd7f21", "#2f9e68", "#9a6bd0", "#d4574a", "#2a9fa8", "#cf5f9f", "#99902a")
@@ -197,7 +197,7 @@ def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[sli
         head = max(map(len, re.split("[ _]", columns[column])))
         return 2.5 + max([head, *(max(len(row[column].text), 0.85 * len(row[column].note)) for row in rows)])
 
-    first = min(width(0), 40.0)
+    first = min(max(width(0), 19.0), 40.0)
     starts, used = [0], first
     for column in range(1, len(columns)):
         used += width(column)
