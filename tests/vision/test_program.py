@@ -90,12 +90,8 @@ def test_every_mode_trains_and_reports(name, tmp_path, capsys):
 
 def test_refit_trains_anew_on_train_and_validation(tmp_path):
     code, (path,) = run(tmp_path, "--model-name vit --val_fraction 0.2 --refit")
-    result, selected = result_of(path), result_of(path)["selected"]["epoch"]
-    assert (
-        code == 0
-        and result["selection"]["epoch"] == selected
-        and "anew on train and validation" in result["selection"]["protocol"]
-    )
+    result, selected = result_of(path), result_of(path)["selection"]["epoch"]
+    assert code == 0 and "anew on train and validation" in result["selection"]["protocol"]
     inner = path / f"refit-{selected}"
     assert len(rows_of(inner)) == selected and "val/balanced_accuracy" not in rows_of(inner)[0]
     reported, fresh, first = (
