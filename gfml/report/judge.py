@@ -54,7 +54,7 @@ def build_parser() -> Parser:
         "--test", required=True, metavar="FILE", help="the truth; its ratings count only where asked for"
     )
     parser.add_argument("--topks", nargs="+", action=TopksAction, default=(5, 10, 20), metavar="K", help="list lengths")
-    add_definition_flags(parser.add_argument_group("definitions"), graded=True)
+    add_definition_flags(parser.add_argument_group("definitions"))
     parser.add_argument("--metrics", nargs="+", metavar="NAME@K", help="what to compare (default: recall and ndcg)")
     parser.add_argument(
         "--resamples", type=number(int, least=100), default=2000, metavar="N", help="draws of the bootstrap"
