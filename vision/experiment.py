@@ -212,6 +212,11 @@ class Vision(Experiment):
         with self._last_weights(model, run) if self.select is not None else nullcontext():
             return {"model": {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}}
 
+    def adopt(self, state: Mapping[str, Tensor], origin: object) -> nn.Module:
+        """Without its masses where ``--mass_from`` is not position."""
+        masses = self.settings.mass_from == "position"
+        return super().adopt({name: value for name, value in state.items() if masses or ".mass." not in name}, origin)
+
     @classmethod
     def joint_page(cls, settings: VisionSettings, paths: list[Path]) -> Path | None:
         from vision.report import write_report
