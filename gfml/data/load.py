@@ -206,8 +206,8 @@ def _test_ratings(source: Source, records: Records, cut: Cut, data: Interactions
 
     Read apart from the data where the cut needs no ratings: having them changes no pair. UserError without ratings.
     """
-    if records.ratings is None:
-        records = source.read(cut.uses(source.above, source.known) | {"rating"})
+    if records.ratings is None or records.times is None:
+        records = source.read(["rating", "time"])
     if records.ratings is None:
         raise UserError(
             f"{source.name} has no ratings, wanted them for --graded: name them with --rating-col or drop it"
