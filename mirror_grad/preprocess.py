@@ -13,7 +13,7 @@ Source: Zhou, MMRec, 2023 (the pipeline); McAuley et al., SIGIR 2015 (the 2014 r
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,12 @@ def build_parser() -> Parser:
         help="shares of global-time",
     )
     add("--seed", type=number(int, least=0), default=999, metavar="N", help="seed of the random split and of tfidf-svd")
+    _add_features(add)
+    return parser
+
+
+def _add_features(add: Callable[..., Any]) -> None:
+    """Where text and image features come from."""
     add(
         "--text-encoder",
         default="tfidf-svd",
@@ -92,7 +98,6 @@ def build_parser() -> Parser:
     add(
         "--image-weights", metavar="FILE", help="state of the backbone (default: timm's pretrained weights, downloaded)"
     )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

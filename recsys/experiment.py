@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gfml.base.checkpoints import load_state
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.data.items import read_item_features
 from gfml.distances import SquaredDistance
 from gfml.engine.optimizers import build_optimizer
+from gfml.engine.runs import Run
 from gfml.engine.train import WeightAverage
 from gfml.fused import FusedHinge, FusedPairLoss
 from gfml.gravity import Gravity, GravityScorer, Mass, unit_rows
 from gfml.program.experiment import Training
+from gfml.program.flags import baseline_grids
 from gfml.program.recommender import Recommender
 from gfml.program.steps import ProjectedStep, build_step
 from gfml.ranking.encoders import LightGCN, Tables
@@ -24,6 +29,7 @@ from gfml.ranking.graph import build_graph
 from gfml.ranking.pretrained import read_nodes
 from gfml.ranking.sampling import TripleSampler
 from gfml.ranking.topk import Scorer
+from gfml.report.recommenders import GRIDS, build_baseline, tuned_baseline
 from recsys.model import BlendScorer, PairOptions
 from recsys.model import Recommender as Model
 
@@ -187,3 +193,55 @@ def _schedule(s: Any, optimizer: torch.optim.Optimizer) -> torch.optim.lr_schedu
     if s.lr_schedule == "step":
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, [s.epochs // 2, s.epochs * 3 // 4])
     return None
+
+
+class Fixed(nn.Module):
+    """A recommender without parameters. chosen: its settings; tried: points judged on validation, with their values."""
+
+    def __init__(
+        self, scorer: Scorer, chosen: Mapping[str, Any], tried: Sequence[tuple[Mapping[str, Any], float]]
+    ) -> None:
+        super().__init__()
+        self.chosen, self.tried, self._scorer = dict(chosen), list(tried), scorer
+
+    def scorer(self) -> Scorer:
+        return self._scorer
+
+
+class Baseline(Recommender):
+    """A simple recommender whose settings validation chooses; nothing is trained."""
+
+    select = None
+
+    @property
+    def name(self) -> str:
+        return self.settings.method
+
+    @property
+    def label(self) -> str:
+        return f"{self.data.name}-{self.settings.method}"
+
+    def build(self, *, start: bool = True) -> Fixed:
+        method = self.settings.method
+        grid = {**GRIDS[method], **baseline_grids(self.settings.baseline_grid).get(method, {})}
+        chosen, tried = tuned_baseline(method, self.data, grid)
+        return Fixed(build_baseline(method, self.data, chosen), chosen, tried)
+
+    def training(self, model: nn.Module) -> None:
+        return None
+
+    def vectors(self, model: nn.Module) -> None:
+        return None
+
+    def facts(self, model: Fixed, test: Evaluation) -> dict[str, Any]:
+        return {"settings": model.chosen, "tried": len(model.tried), "seconds": {}}
+
+    def selection(self, fitted: Any, run: Run) -> dict[str, Any]:
+        return {"epoch": 0, "metric": "ndcg@20", "split": "val", "protocol": "no training, tuned on validation"}
+
+    def final_weights(self, model: Fixed, run: Run) -> dict[str, Any]:
+        return {"settings": model.chosen}
+
+    def restore(self, path: Path, *, done: bool = True) -> Fixed:
+        chosen = load_state(path / "final.pt")["settings"]
+        return Fixed(build_baseline(self.settings.method, self.data, chosen), chosen, [])

@@ -3,18 +3,23 @@
 A fake tensor has a shape, a type and a device and no numbers. Operations refuse tensors of two devices, and whatever
 needs numbers on the host (``item``, ``nonzero``, boolean indexing, ``unique``) raises: one forward pass shows both. What
 fake tensors cannot do: autograd's engine wants a real CUDA context, so backward passes that are written by hand are
-called by themselves, and sparse CSR tensors cannot be made, so the one product that uses them is stood in for.
+called by themselves, and sparse CSR tensors cannot be made, so the one product that uses them is stood in for. Whole
+steps, from the drawing of batches to the update, run on a device that counts what a GPU would wait for (stand_in.py).
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
+from itertools import cycle, islice
 from pathlib import Path
 from types import CellType, FunctionType, SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -25,16 +30,35 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 import gpu_probe as probe  # noqa: E402
+from stand_in import DEVICE, OnDevice, stand_in_device  # noqa: E402
 
-sys.path.remove(str(ROOT / "scripts"))
+del sys.path[:2]
 CUDA = torch.device("cuda", 0)
 # Losses that wait for the device, and for what.
 WAITING = {
     "contextual proxy": "pytorch-metric-learning asks how many proxies have positives",
     "mirror LATTICE": "the search for neighbours of a rebuilt item graph asks once whether a score is NaN",
 }
+
+# How often four steps of these wait. An epoch's first batch may bring over what a thinned graph is made of.
+STEP_WAITS = {
+    "contextual proxy": {"nonzero": 4, "_local_scalar_dense": 8},
+    "mirror LATTICE": {"_local_scalar_dense": 12},
+}
+FIRST_WAITS = {f"mirror {name}": {"copy from the host": 4} for name in ("FREEDOM", "LayerGCN", "MMGCF", "PGL")}
+# Whole steps of these are slow; each program has others.
+SLOW = {
+    "mirror MVGAE",
+    "mirror DAMRS",
+    "mirror GRCN",
+    "mirror SMORE",
+    "mirror LGMRec",
+    "vision l1 content",
+    "vision gravity",
+}
+caught = lru_cache(maxsize=None)(probe.caught)
 
 
 def csr_on_device(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
@@ -53,16 +77,25 @@ def attention_on_device(
     return torch.empty_like(v), column.new_empty(1, *column.shape)
 
 
-@pytest.fixture(autouse=True)
-def product(monkeypatch: pytest.MonkeyPatch) -> None:
-    import gfml.ranking.graph
-    import gfml.ranking.sparse
-    import mcl.pairs
+def attention_back_on_device(dout: Tensor, out: Tensor, lse: Tensor, *more: Any) -> tuple:
+    """As :func:`attention_on_device`, of the gradients."""
+    q, k, v, column, beta, _ = more
+    assert {part.device for part in (dout, out, lse, q, k, v, column, beta)} == {CUDA}
+    return *map(torch.empty_like, (q, k, v)), torch.empty_like(lse[0]), torch.empty_like(beta)
 
-    for module in (gfml.ranking.graph, gfml.ranking.sparse, mcl.pairs):
-        monkeypatch.setattr(module, "csr_times_dense", csr_on_device)
+
+def replace_product(monkeypatch: pytest.MonkeyPatch, product: Callable[..., Tensor]) -> None:
+    """Give every module that multiplies by a sparse matrix another function for it."""
+    for module in ("gfml.ranking.graph", "gfml.ranking.sparse", "mcl.pairs"):
+        monkeypatch.setattr(f"{module}.csr_times_dense", product)
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_product(monkeypatch, csr_on_device)
     if find_spec("triton"):
         monkeypatch.setattr("gfml.kernels.power_law.forward", attention_on_device)
+        monkeypatch.setattr("gfml.kernels.power_law.backward", attention_back_on_device)
     # Sums in blocks make their gradient along with their value.
     monkeypatch.setattr(torch.autograd, "grad", lambda value, inputs: [torch.empty_like(part) for part in inputs])
 
@@ -93,8 +126,8 @@ def on_device(value: object, mode: FakeTensorMode) -> object:
 
 
 @pytest.mark.parametrize("name", probe.PROGRAMS)
-def test_a_step_stays_on_its_device(name: str) -> None:
-    found = probe.caught(name, "cpu")
+def test_a_step_stays_on_its_device(name: str, faked: None) -> None:
+    found = caught(name, "cpu")
     mode = FakeTensorMode()
     own = found.model.loss if hasattr(found.model, "loss") else found.loss_fn
     # A nested function is copied with what it holds.
@@ -121,12 +154,58 @@ def test_a_step_stays_on_its_device(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in probe.PROGRAMS]
+)
+def test_a_step_waits_at_its_checks_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing, loss, backward, update, averages and mirror steps; the loss is read back every second step."""
+    from gfml.engine.train import TermMeans
+    from gfml.ranking.graph import csr_times_dense
+
+    def product(*parts: Tensor) -> Tensor:
+        there = isinstance(parts[-1], OnDevice)
+        return OnDevice(csr_times_dense(*(part.hidden for part in parts))) if there else csr_times_dense(*parts)
+
+    replace_product(monkeypatch, product)
+    with stand_in_device() as device, device:
+        found = probe.caught(name, "cpu")
+        assert {parameter.device for parameter in found.model.parameters()} == {DEVICE}
+        found.model.train()
+        if hasattr(found.step, "new_epoch"):
+            found.step.new_epoch()
+        device.waits.clear()
+        batches = list(islice(cycle(found.batches(1)), 5))
+        drawing, means = dict(device.waits), TermMeans(1, check_every=2)
+        device.waits.clear()
+        for batch in batches[1:]:
+            means.add(found.step(lambda batch=batch: found.loss_fn(batch), found.optimizer))
+            if getattr(found, "ema", None) is not None:
+                found.ema.update()
+    assert drawing == FIRST_WAITS.get(name, {})
+    assert device.waits == {"copy to the host": 2} | STEP_WAITS.get(name, {})
+    assert all(np.isfinite(value) for value in means.means().values())
+
+
+def test_the_stand_in_counts_what_waits() -> None:
+    with stand_in_device() as device, device:
+        x = torch.arange(6.0, device=DEVICE, requires_grad=True)
+        (x * x).sum().backward()
+        assert x.grad.device == DEVICE and not device.waits
+        for call in (lambda: float(x.detach()[0]), lambda: x[x > 2], lambda: x.unique(), lambda: x.tolist(), lambda: x.cpu(),
+                     lambda: torch.zeros(2).to(DEVICE), lambda: bool((x > 2).any()), lambda: x.nonzero(),
+                     lambda: torch.repeat_interleave(x.long())):  # fmt: skip
+            before = device.waits.total()
+            call()
+            assert device.waits.total() > before
+        assert x.grad.hidden.tolist() == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize(
     "name", [name for name in probe.PROGRAMS if name.split()[0] in ("recsys", "cml", "mcl", "mirror")]
 )
-def test_a_block_of_scores_stays_on_its_device(name: str) -> None:
+def test_a_block_of_scores_stays_on_its_device(name: str, faked: None) -> None:
     from gfml.ranking.topk import select
 
-    found = probe.caught(name, "cpu")
+    found = caught(name, "cpu")
     mode = FakeTensorMode()
     found.model.eval()
     with torch.no_grad():
@@ -166,16 +245,18 @@ class Context(SimpleNamespace):
 
 def backward_cases() -> dict[str, tuple[type, list[object]]]:
     """Functions with a backward pass of their own, and arguments."""
-    from contextual.fused import _Gram
-    from gfml.attention import _PowerLaw
+    from contextual.fused import _Gram, _Once
+    from gfml.attention import _FusedPowerLaw, _PowerLaw
+    from gfml.kernels.power_law import Options
     from gfml.ranking.graph import _Propagate, build_graph
     from gfml.ranking.sparse import SparseMatrix, _Dots, _Product
     from mcl.pairs import _PairDistances
+    from mirror_grad.parts.blocks import _SumInBlocks
 
     matrix, ints = toy(), torch.randint(30, (8,))
     sparse, q = SparseMatrix.from_scipy(matrix), torch.randn(2, 3, 5, 4)
     pairs = [torch.randn(430, 4), ints, torch.tensor([0, *range(2, 17, 2)]), torch.randint(430, (16,))]
-    return {
+    cases = {
         "power law": (_PowerLaw, [q, q.clone(), torch.randn(3, 1, 5), torch.ones(3, 1, 1), 0.3]),
         "propagation": (_Propagate, [torch.randn(430, 4), build_graph(matrix), 3, "mean", None, None]),
         "product": (_Product, [sparse.values, torch.randn(400, 4), sparse, False]),
@@ -183,13 +264,45 @@ def backward_cases() -> dict[str, tuple[type, list[object]]]:
         "dots": (_Dots, [torch.randn(30, 4), torch.randn(400, 4), sparse]),
         "pair distances": (_PairDistances, pairs),
         "gram": (_Gram, [torch.randn(6, 4)]),
+        "once": (
+            _Once,
+            [torch.randn(6, 6), torch.randn(()), lambda upstream, saved: upstream * saved, torch.randn(6, 6)],
+        ),
+        "blocks": (_SumInBlocks, [lambda x, y: (x @ y.T).exp().sum(), 1, 30, torch.randn(8, 4), torch.randn(30, 4)]),
     }
+    if find_spec("triton"):
+        column = torch.randn(1, 1, 5)
+        cases["fused power law"] = (_FusedPowerLaw, [q, q.clone(), q.clone(), column, torch.ones(3, 1, 1), Options()])
+    return cases
+
+
+# On the CPU only, and between processes.
+ELSEWHERE = {"_Fused", "_ProjectRows", "_Gather"}
+
+
+def test_every_backward_pass_by_hand_is_looked_at() -> None:
+    papers = ("gfml", "recsys", "vision", "mcl", "cml_baseline", "contextual", "hlrm", "mirror_grad")
+    sources = [path.read_text() for paper in papers for path in (ROOT / paper).rglob("*.py")]
+    found = {name for text in sources for name in re.findall(r"class (\w+)\(torch\.autograd\.Function\)", text)}
+    assert found == ELSEWHERE | {function.__name__ for function, _ in backward_cases().values()}
 
 
 @pytest.mark.parametrize(
-    "name", ("power law", "propagation", "product", "transposed product", "dots", "pair distances", "gram")
+    "name",
+    (
+        "power law",
+        "propagation",
+        "product",
+        "transposed product",
+        "dots",
+        "pair distances",
+        "gram",
+        "once",
+        "blocks",
+        "fused power law",
+    ),
 )
-def test_backward_passes_by_hand_stay_on_their_device(name: str) -> None:
+def test_backward_passes_by_hand_stay_on_their_device(name: str, faked: None) -> None:
     function, arguments = backward_cases()[name]
     mode = FakeTensorMode()
     arguments = on_device(arguments, mode)

@@ -37,26 +37,16 @@ def test_the_counts_are_right(figures: ModuleType, tmp_path: Path, monkeypatch: 
 
 def test_functions_are_short(figures: ModuleType) -> None:
     """The docstring apart, which says more the more public a function is."""
-    long = [f for f in figures.functions(figures.everything()) if f.lines > figures.LONGEST and _is_held(f.place)]
+    long = [f for f in figures.functions(figures.everything()) if f.lines > figures.LONGEST]
     assert not long, long
 
 
 def test_functions_take_few_things(figures: ModuleType) -> None:
     """Settings apart: parameters with a plain default, which a call may leave out."""
     wide = [
-        f
-        for f in figures.functions(figures.everything())
-        if f.parameters > figures.MOST_PARAMETERS and not f.compiled and _is_held(f.place)
+        f for f in figures.functions(figures.everything()) if f.parameters > figures.MOST_PARAMETERS and not f.compiled
     ]
     assert not wide, wide
-
-
-def _is_held(place: str) -> bool:
-    return not place.startswith(WAITING)
-
-
-# Programs that wait for the driver: their flags and mains go with it.
-WAITING = ("gfml/engine/train.py", "hlrm/", "contextual/", "mirror_grad/", "scripts/bench.py")
 
 
 def test_a_reader_goes_from_flags_to_loss_in_nine_files(tmp_path: Path) -> None:

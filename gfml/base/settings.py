@@ -167,18 +167,6 @@ def frozen(settings: type, options: argparse.Namespace) -> Any:
     return settings(**values | {"explicit": options.explicit})
 
 
-def flag_table(settings: type) -> str:
-    """A Markdown table of every setting: spellings, default, meaning."""
-    lines = ["| flag | default | meaning |", "|---|---|---|"]
-    for title, found in groups(settings):
-        lines.append(f"| **{title}** | | |")
-        for name, default, told in found:
-            names = " ".join(f"`{flag}`" for flag in flags_of(name, told))
-            shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-            lines.append(f"| {names} | {shown} | {help_text(told).replace('|', ' or ')} |")
-    return "\n".join(lines)
-
-
 def help_text(told: Setting) -> str:
     """Meaning, the paper's symbol and the published search."""
     text = told.help + (f" (paper: {told.symbol})" if told.symbol else "")

@@ -144,6 +144,7 @@ class Run:
             remove_leftovers(self.path)
         with atomic_open(self.path / "config.toml") as stream:
             stream.write(toml_text(self.config))
+        self._cpu = time.process_time()
         sessions = [*self._facts.get("sessions", []), {"command": shlex.join(sys.argv), "started": _now()}]
         facts = {"family": family, "run": self.path.name, "seed": self.config.get("seed"), **_code_version()}
         self.note(**facts, versions=_versions(), sessions=sessions)
@@ -195,7 +196,8 @@ class Run:
             with atomic_open(self.path / "failed") as stream:
                 stream.write("".join(traceback.format_exception(error)))
         sessions = [dict(session) for session in self._facts["sessions"]]
-        sessions[-1] |= {"ended": _now(), "state": _ended_as(error, self.is_done)}
+        used = time.process_time() - self._cpu
+        sessions[-1] |= {"ended": _now(), "state": _ended_as(error, self.is_done), "cpu_seconds": round(used, 2)}
         self.note(sessions=sessions)
 
     def close(self) -> None:

@@ -380,6 +380,31 @@ class _Progress:
         self.epoch, self.seconds = state["epoch"], dict(state["seconds"])
         set_rng_state(state["rng"])
 
+    @contextlib.contextmanager
+    def timed(self, what: str, row: dict[str, Any]) -> Iterator[None]:
+        """Seconds of a part of the epoch, into its row and the sum."""
+        started = time.perf_counter()
+        yield
+        row[f"seconds/{what}"] = time.perf_counter() - started
+        self.seconds[what] += row[f"seconds/{what}"]
+
+    def result(self, select: str, epochs: int) -> FitResult:
+        """What training gave; select: the rule as a run names it."""
+        early = self.stopping.should_stop and self.epoch < epochs
+        why = f"no better {select} for {self.stopping.num_bad} evaluations"
+        return FitResult(
+            select=select,
+            best_epoch=self.best.epoch,
+            best_value=self.best.value,
+            epochs=self.epoch,
+            stopped_early=early,
+            stopped=f"stopped at epoch {self.epoch}: {why}" if early else "all epochs done",
+            weights=self.best.weights,
+            train_seconds=self.seconds["train"],
+            eval_seconds=self.seconds["eval"],
+            history=self.rows,
+        )
+
 
 def fit(
     model: nn.Module,
@@ -434,19 +459,13 @@ def fit(
     Raises UserError when the loss or the selected metric is not finite, the metric does not exist, there are no
         batches, or the checkpoint does not belong to this model.
     """
-    if eval_every < 1 or epochs < 0:
-        found = f"found {epochs} epochs and an evaluation every {eval_every}"
-        raise UserError(f"{found}, wanted epochs >= 0 and every >= 1: mend `epochs`, `eval_every`")
-    split, metric = _parse_select(select) if select is not None else ("", "")
-    parts: dict[str, Any] = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema, **(stateful or {})}
-    parts["step"] = step if hasattr(step, "state_dict") else None
-    parts = {name: part for name, part in parts.items() if part is not None}
-    state = _Progress(model, parts, BestKeeper(model, ema), EarlyStopping(patience))
-    seed = torch.initial_seed()
+    _check_lengths(epochs, eval_every)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema, **(stateful or {}), "step": step}
+    state = _Progress(model, _kept(parts), BestKeeper(model, ema), EarlyStopping(patience))
+    judge, rule, seed = _Judge(state, evaluate, select), select or LAST_EPOCH, torch.initial_seed()
     if run is not None:
-        _restore(state, run, select or LAST_EPOCH)
-    show = _Display(progress, epochs, state.epoch)
-    tracker = tracker or Tracker(None)
+        _restore(state, run, rule)
+    show, tracker = _Display(progress, epochs, state.epoch), tracker or Tracker(None)
     fresh = state.epoch == 0 and not state.rows
     tracker.start(0 if fresh else state.epoch + 1)
     compute = torch.compile(loss_fn) if compile_loss else loss_fn
@@ -459,61 +478,71 @@ def fit(
                 break
             ending.epoch_begins()
             row: dict[str, Any] = {"epoch": epoch}
+            last = epoch == epochs
             if epoch > 0:
-                started = time.perf_counter()
-                if distributed.world_size() > 1:
-                    seed_everything(hash((seed, epoch, distributed.rank())) % 2**63)
-                if scheduler is not None:
-                    row["lr"] = optimizer.param_groups[0]["lr"]
-                means = _train_epoch(epoch, model, batches, run_step, ema, check_every, show)
-                row |= {f"train/{key}": value for key, value in means.items()}
-                if scheduler is not None:
-                    scheduler.step()
-                row["seconds/train"] = time.perf_counter() - started
-                state.seconds["train"] += row["seconds/train"]
-            better, judged = False, select is not None and (epoch % eval_every == 0 or epoch == epochs)
-            if judged:
-                started = time.perf_counter()
-                values = _evaluate(state.best, evaluate, split)
-                value = _selected(values, metric, select, epoch)
-                prefix = select.partition("/")[0]
-                row |= {f"{prefix}/{key}": value for key, value in values.items()}
-                better = state.best.offer(epoch, value)
-                state.stopping.update(value)
-                row["seconds/eval"] = time.perf_counter() - started
-                state.seconds["eval"] += row["seconds/eval"]
-            elif select is None and epoch == epochs:
-                better = state.best.offer(epoch, float(epoch))
-            checkpoint = judged or epoch % checkpoint_every == 0 or epoch == epochs or ending.asked
-            _finish_epoch(state, row, run, select or LAST_EPOCH, better, checkpoint)
+                _reseed(seed, epoch)
+                with state.timed("train", row):
+                    row |= _train_epoch(epoch, model, batches, run_step, scheduler, ema, check_every, show)
+            judged = select is not None and (epoch % eval_every == 0 or last)
+            better = judge(row) if judged else select is None and last and state.best.offer(epoch, float(epoch))
+            checkpoint = judged or epoch % checkpoint_every == 0 or last or ending.asked
+            _finish_epoch(state, row, run, rule, better, checkpoint)
             tracker.scalars(epoch, row)
-            show.epoch_done(row, judged, better, select or LAST_EPOCH)
+            show.epoch_done(row, judged, better, rule)
             if ending.asked:
                 raise Terminated
-
     state.best.restore()
     model.eval()
-    early = state.stopping.should_stop and state.epoch < epochs
-    why = f"no better {select} for {state.stopping.num_bad} evaluations"
-    return FitResult(
-        select=select or LAST_EPOCH,
-        best_epoch=state.best.epoch,
-        best_value=state.best.value,
-        epochs=state.epoch,
-        stopped_early=early,
-        stopped=f"stopped at epoch {state.epoch}: {why}" if early else "all epochs done",
-        weights=state.best.weights,
-        train_seconds=state.seconds["train"],
-        eval_seconds=state.seconds["eval"],
-        history=state.rows,
-    )
+    return state.result(rule, epochs)
 
 
-def _parse_select(select: str) -> tuple[str, str]:
-    part, _, metric = select.partition("/")
-    if part not in SPLITS or not metric:
-        raise UserError(f"found the selection {select!r}, wanted val/METRIC or test/METRIC such as val/ndcg@20")
-    return SPLITS[part], metric
+def _check_lengths(epochs: int, eval_every: int) -> None:
+    if eval_every < 1 or epochs < 0:
+        found = f"found {epochs} epochs and an evaluation every {eval_every}"
+        raise UserError(f"{found}, wanted epochs >= 0 and every >= 1: mend `epochs`, `eval_every`")
+
+
+def _reseed(seed: int, epoch: int) -> None:
+    """Each of several processes draws its own numbers, the same whenever the epoch begins."""
+    if distributed.world_size() > 1:
+        seed_everything(hash((seed, epoch, distributed.rank())) % 2**63)
+
+
+def _kept(parts: Mapping[str, Any]) -> dict[str, Stateful]:
+    """Those that a checkpoint carries: a step may have no state."""
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+
+class _Judge:
+    """The evaluation that selects: its values into the row, the best and the patience told of them."""
+
+    def __init__(
+        self, state: _Progress, evaluate: Callable[[str], Mapping[str, float]] | None, select: str | None
+    ) -> None:
+        self.state, self.evaluate, self.select = state, evaluate, select
+        self.part, _, self.metric = (select or f"val/{LAST_EPOCH}").partition("/")
+        if self.part not in SPLITS or not self.metric:
+            raise UserError(f"found the selection {select!r}, wanted val/METRIC or test/METRIC such as val/ndcg@20")
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        """Whether this epoch is the best so far."""
+        epoch, best = row["epoch"], self.state.best
+        with self.state.timed("eval", row):
+            values = _evaluate(best, self.evaluate, SPLITS[self.part])
+            row |= {f"{self.part}/{key}": value for key, value in values.items()}
+            value = self._selected(values, epoch)
+            better = best.offer(epoch, value)
+            self.state.stopping.update(value)
+        return better
+
+    def _selected(self, values: Mapping[str, float], epoch: int) -> float:
+        if self.metric not in values:
+            raise choice_error("selection metric", self.metric, values)
+        value = values[self.metric]
+        if not math.isfinite(value):
+            found = f"{self.select} is {value} at epoch {epoch}"
+            raise UserError(f"{found}, wanted a finite number: is that part of the data empty? Mend `val_ratio`")
+        return value
 
 
 class _Stepper:
@@ -577,27 +606,32 @@ def _train_epoch(
     model: nn.Module,
     batches: Callable[[int], Iterable[Any]],
     run_step: _Stepper,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     ema: WeightAverage | None,
     check_every: int,
     show: _Display,
 ) -> dict[str, float]:
-    """One pass over the batches; the mean of every term."""
+    """One pass over the batches: the learning rate where it changes, and the mean of every term."""
+    rate = {} if scheduler is None else {"lr": scheduler.optimizer.param_groups[0]["lr"]}
     model.train()
     run_step.new_epoch()
-    means = TermMeans(epoch, check_every)
+    terms = TermMeans(epoch, check_every)
     iterable = batches(epoch)
     total = len(iterable) if hasattr(iterable, "__len__") else None
     for batch in iterable:
-        means.add(run_step(batch))
+        terms.add(run_step(batch))
         if ema is not None:
             ema.update()
         show.batch_done(total)
     if why := run_step.why_not():
         show.note(f"note: steps are not recorded as CUDA graphs: {why}")
-    found = means.means()
+    found = terms.means()
     if not found:
         raise UserError(f"epoch {epoch} had no batches: the training part is empty or smaller than one batch")
-    return distributed.mean_of(found, next(model.parameters()).device)
+    means = distributed.mean_of(found, next(model.parameters()).device)
+    if scheduler is not None:
+        scheduler.step()
+    return rate | {f"train/{key}": value for key, value in means.items()}
 
 
 def _evaluate(best: BestKeeper, evaluate: Callable[[str], Mapping[str, float]], split: str) -> dict[str, float]:
@@ -610,15 +644,6 @@ def _evaluate(best: BestKeeper, evaluate: Callable[[str], Mapping[str, float]], 
     finally:
         best.model.train(training)
         set_rng_state(random_numbers)
-
-
-def _selected(values: Mapping[str, float], metric: str, select: str, epoch: int) -> float:
-    if metric not in values:
-        raise choice_error("selection metric", metric, values)
-    if not math.isfinite(values[metric]):
-        found = f"{select} is {values[metric]} at epoch {epoch}"
-        raise UserError(f"{found}, wanted a finite number: is that part of the data empty? Mend `val_ratio`")
-    return values[metric]
 
 
 def _finish_epoch(

@@ -150,7 +150,7 @@ def load_spec(path: Path, more: Sequence[str] = ()) -> Spec:
     except ValueError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     with _naming(path):
-        return _spec(path.stem, content, more)
+        return spec_of(path.stem, content, more)
 
 
 @contextlib.contextmanager
@@ -161,7 +161,8 @@ def _naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _spec(name: str, content: dict[str, Any], more: Sequence[str]) -> Spec:
+def spec_of(name: str, content: dict[str, Any], more: Sequence[str] = ()) -> Spec:
+    """The search that the content of such a file describes; see :func:`load_spec`."""
     known = ("program", "flags", "metric", "mode", "search", "trials", "seed", "space", "asha", "resources")
     _only(content, known, "the file")
     for key in ("program", "metric", "search", "space"):

@@ -89,8 +89,9 @@ class SparseMatrix(nn.Module):
 
 def _starts(sorted_or_not: Tensor, count: int) -> Tensor:
     """Where each of 0..count-1 would begin in the sorted list, and its end: int64 [count + 1]."""
-    sizes = torch.bincount(sorted_or_not, minlength=count)
-    return torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    # Not bincount, which would wait on CUDA for the largest number.
+    sizes = sorted_or_not.new_zeros(count + 1).index_add_(0, sorted_or_not + 1, torch.ones_like(sorted_or_not))
+    return sizes.cumsum(0)
 
 
 class _Product(torch.autograd.Function):

@@ -46,6 +46,7 @@ GLOSSARY = {
     "map": "mean over the hits within K of the precision at their ranks",
     "head_recall": "recall counting only the most popular 20 % of items; mean over users with such items",
     "tail_recall": "recall counting only the other 80 % of items",
+    "cold_recall": "recall counting only items that train never shows; mean over users with such items",
     "coverage": "share of the catalogue that is recommended to anyone",
     "gini": "how unevenly items are recommended: 0 all alike, near 1 a few take every slot",
     "arp": "average recommendation popularity: train interactions of the recommended items, mean over lists",
@@ -160,11 +161,12 @@ def data_lines(data: Interactions) -> list[str]:
     ]
 
 
-def table_columns(rows: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> list[str]:
+def table_columns(
+    rows: Mapping[str, Mapping[str, float]], ks: Sequence[int], metrics: Sequence[str] = TABLE_METRICS
+) -> list[str]:
     """The metric names a table shows: the usual figures at every K (beyond accuracy at the largest only)."""
-    wanted = [
-        f"{name}@{k}" for name in TABLE_METRICS for k in (ks if name in ("recall", "ndcg", "graded_ndcg") else ks[-1:])
-    ]
+    wide = ("recall", "ndcg", "precision", "map", "graded_ndcg")
+    wanted = [f"{name}@{k}" for name in metrics for k in (ks if name in wide else ks[-1:])]
     return [name for name in wanted if any(name in row for row in rows.values())]
 
 
@@ -186,7 +188,7 @@ def judged_text(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, float
         f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}; {USUAL_METRICS}"
     ]
     lines.append(text_table(every, table_columns(every, result["topks"])))
-    lines += other_conventions(every)
+    lines += other_conventions(every) + equal_rows(result)
     for name, found in baselines.items():
         if "skipped" in found:
             lines.append(f"{name} left out: {found['skipped']}")
@@ -194,6 +196,19 @@ def judged_text(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, float
             chosen = ", ".join(f"{setting} {value:g}" for setting, value in found["settings"].items())
             lines.append(f"{name}: {chosen} (best on validation of {found['tried']} points tried)")
     return "\n".join(lines)
+
+
+def equal_rows(result: Mapping[str, Any]) -> list[str]:
+    """A line where two baselines have the same figures: where they know nothing of the users, both rank by item number."""
+    tests = {name: found["test"] for name, found in result["baselines"].items() if "test" in found}
+    groups = [[name for name in tests if tests[name] == test] for test in tests.values()]
+    cold = result.get("cold_users", 0)
+    return [
+        f"{' and '.join(group)} have the same figures: of the {cold:,} judged users without train interactions they know "
+        "nothing, so all items tie and are listed in the order of their numbers"
+        for group in {tuple(group): group for group in groups if len(group) > 1}.values()
+        if cold
+    ]
 
 
 def other_conventions(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -231,6 +246,8 @@ def markdown_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[st
 def _figure(value: float | None) -> str:
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return str(value)
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
 
 
@@ -254,24 +271,39 @@ def _judge_baseline(
     definitions: Definitions,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    try:
+        settings, scores = tuned_baseline(name, data, grid, memory_gib=memory_gib, seed=seed)
+        scorer = build_baseline(name, data, settings, memory_gib=memory_gib)
+    except UserError as error:
+        return {"skipped": str(error)}
+    judged: Evaluation = evaluate(scorer, data, "test", ks, beyond=True, definitions=definitions)
+    return {
+        "test": judged.means, "settings": settings, "tried": len(scores), "seconds": time.perf_counter() - started,
+    }  # fmt: skip
+
+
+def build_baseline(name: str, data: Interactions, settings: Mapping[str, Any], *, memory_gib: float = 3.0) -> Any:
+    """The scorer of a simple recommender of :data:`GRIDS` with these settings, on ``data.train``."""
     builders: dict[str, Callable[..., Any]] = {
         "popularity": baselines.popularity,
         "item-knn": baselines.item_knn,
         "ease": partial(baselines.ease, memory_gib=memory_gib),
         "ials": ials,
     }
-    build, settings, tried = builders[name], {}, 0
-    try:
-        if grid:
-            chooser = data if data.valid.nnz else replace(data, valid=_nothing_like(data)).with_validation(0.1, seed)
-            found = baselines.select(partial(build, chooser), chooser, grid)
-            settings, tried = found.settings, len(found.scores)
-            del found  # its scorer may hold as much as the one to come
-        scorer = build(data, **settings)
-    except UserError as error:
-        return {"skipped": str(error)}
-    judged: Evaluation = evaluate(scorer, data, "test", ks, beyond=True, definitions=definitions)
-    return {"test": judged.means, "settings": settings, "tried": tried, "seconds": time.perf_counter() - started}
+    return builders[name](data, **settings)
+
+
+def tuned_baseline(
+    name: str, data: Interactions, grid: baselines.Grid, *, memory_gib: float = 3.0, seed: int = 2020
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], float]]]:
+    """Settings chosen by ndcg@20 on validation (see :func:`baseline_results`), and every point tried with its value."""
+    if not grid:
+        return {}, []
+    chooser = data if data.valid.nnz else replace(data, valid=_nothing_like(data)).with_validation(0.1, seed)
+    found = baselines.select(
+        lambda **settings: build_baseline(name, chooser, settings, memory_gib=memory_gib), chooser, grid
+    )
+    return found.settings, found.scores
 
 
 def _nothing_like(data: Interactions) -> Any:

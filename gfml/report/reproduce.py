@@ -20,6 +20,10 @@ A table is ``configs/tables/NAME.toml``:
     {run:LABEL} in a command                   the run of that cell with the same seed, which then comes first
     [[published]] method, source, figures      rows of the paper
 
+A study searches: [search] has trials, seed (of the points), metric and, for recommenders, gammas, and a cell has a ``space`` as in
+``gfml/program/search.py``. Such a row is its trials, run with the first seed, then the best one's flags with every seed; it is
+run to its end before the next, and what was found is a page, ``FOLDER/NAME.md`` (``gfml/report/study.py``).
+
 A run is found by its settings, wherever it was started (``gfml/program/commands.py``), so a table never repeats one. Of a command
 that makes several runs (``--grid``) the best on its selecting split counts.
 """
@@ -28,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import shlex
 import statistics
@@ -53,8 +58,10 @@ from gfml.report.table_pairs import paired_rows
 ROOT = home()
 # Where the folders of the tables lie.
 TABLE_ROOT = ROOT
-KEYS = {"folder", "title", "metrics", "columns", "main", "needs", "seeds", "tolerance", "over", "cell", "published"}
-CELL_KEYS = {"label", "command", "seeds", "needs", "paper", "against", "over"}
+KEYS = {
+    "folder", "title", "metrics", "columns", "main", "needs", "seeds", "tolerance", "over", "cell", "published", "search",
+}  # fmt: skip
+CELL_KEYS = {"label", "command", "seeds", "needs", "paper", "against", "over", "space"}
 # The texts for labels and for commands that stand for a name of ``over``.
 Chosen = dict[str, tuple[str, str]]
 
@@ -63,7 +70,7 @@ Chosen = dict[str, tuple[str, str]]
 class Cell:
     """One run of a table: ``words`` is the command without the interpreter. waits: the label of the run it starts from.
 
-    against: labels of the rows that its row is compared with.
+    against: labels of the rows that its row is compared with. trials: the cells whose best one it repeats; point: a trial's flags.
     """
 
     label: str
@@ -73,6 +80,13 @@ class Cell:
     paper: str | None = None
     waits: str | None = None
     against: tuple[str, ...] = ()
+    trials: tuple[str, ...] = ()
+    point: tuple[str, ...] = ()
+
+    @property
+    def row(self) -> str:
+        """The label of the row it belongs to: a trial's is that of its search."""
+        return self.label.rpartition(": trial ")[0] if self.point else self.label
 
     @property
     def command(self) -> str:
@@ -155,19 +169,33 @@ def _of_entry(
     entry: Mapping[str, Any], outer: Chosen, table: Mapping[str, Any], out: str, data_root: str | None
 ) -> Iterator[Cell]:
     more = ["--out", out, *(["--data-root", data_root] if data_root and "{data}" not in entry["command"] else [])]
-    needs = (*table.get("needs", ()), *entry.get("needs", ()))
     against = entry.get("against", [])
     for inner in _combinations(entry.get("over", {})):
         names = {name: label for name, (label, _) in (outer | inner).items()}
         pieces = {name: piece for name, (_, piece) in (outer | inner).items()} | {"data": data_root or "data"}
         words = shlex.split(_filled(entry["command"], pieces))
         waits = next((found[1] for word in words if (found := re.fullmatch(r"\{run:(.*)\}", word))), None)
-        others = tuple(_filled(other, names) for other in ([against] if isinstance(against, str) else against))
+        label, seeds = _filled(entry["label"], names), entry.get("seeds", table.get("seeds", [2020]))
+        others = [_filled(other, names) for other in ([against] if isinstance(against, str) else against)]
+        # The rows that one entry of a study makes may all name one of them.
+        others = [other for other in others if other != label or "search" not in table]
+        needs = tuple(_filled(need, names) for need in (*table.get("needs", ()), *entry.get("needs", ())))
         paper = _filled(entry["paper"], names) if "paper" in entry else None
-        for seed in entry.get("seeds", table.get("seeds", [2020])):
-            yield Cell(
-                _filled(entry["label"], names), (*words, *more, "--seed", str(seed)), seed, needs, paper, waits, others
-            )
+        points = _points(entry["space"], table["search"], words) if "space" in entry else []
+        trials = tuple(f"{label}: trial {number}" for number in range(1, len(points) + 1))
+        for trial, point in zip(trials, points, strict=True):
+            yield Cell(trial, (*words, *point, *more, "--seed", str(seeds[0])), seeds[0], needs, point=point)
+        for seed in seeds:
+            yield Cell(label, (*words, *more, "--seed", str(seed)), seed, needs, paper, waits, tuple(others), trials)
+
+
+def _points(space: Mapping[str, Any], search: Mapping[str, Any], words: Sequence[str]) -> list[tuple[str, ...]]:
+    """The flags of each trial of a cell's search."""
+    from gfml.program.search import planned_points, spec_of
+
+    facts = {key: search[key] for key in ("metric", "trials", "seed") if key in search}
+    spec = spec_of("study", {"program": words[0], "search": "random", "space": space, **facts})
+    return [tuple(spec.words(point)[2:]) for point in planned_points(spec)]
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
@@ -216,8 +244,8 @@ def survey(cells: Sequence[Cell], data_root: str | None) -> list[Known]:
     found: dict[tuple[str, int], Known] = {}
     reasons = {needs: lacking(needs, data_root) for needs in {cell.needs for cell in cells}}
     # What others start from comes first.
-    for cell in sorted(cells, key=lambda cell: cell.waits is not None):
-        cell = _with_start(cell, found)
+    for cell in sorted(cells, key=lambda cell: (cell.waits is not None, bool(cell.trials))):
+        cell = _with_best(_with_start(cell, found), found)
         state, path = (f"waits for {cell.waits}", None) if cell.waits else _state_of(cell)
         found[cell.label, cell.seed] = Known(cell, state, path, reasons[cell.needs] if state != "done" else None)
     return [found[cell.label, cell.seed] for cell in cells]
@@ -249,6 +277,20 @@ def _with_start(cell: Cell, found: Mapping[tuple[str, int], Known]) -> Cell:
     return replace(
         cell, words=tuple(str(start.path) if word.startswith("{run:") else word for word in cell.words), waits=None
     )
+
+
+def _with_best(cell: Cell, found: Mapping[tuple[str, int], Known]) -> Cell:
+    """The cell with the flags of its search's best trial, once every trial has ended; the first of equal ones."""
+    from gfml.engine.runs import read_result
+
+    trials = [one for (label, _), one in found.items() if label in cell.trials]
+    if not cell.trials or len(trials) < len(cell.trials) or any(one.state not in ("done", "failed") for one in trials):
+        return replace(cell, waits="its search") if cell.trials else cell
+    done = [one for one in trials if one.path]
+    if not done:
+        raise UserError(f"every trial of {cell.label!r} failed: mend its space, or look into the runs' log.txt")
+    best = max(done, key=lambda one: read_result(one.path)["selection"]["value"])
+    return replace(cell, words=(*cell.words, *best.cell.point), point=(), trials=cell.trials)
 
 
 def show(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None:
@@ -366,7 +408,10 @@ def list_tables(out: str, data_root: str | None) -> None:
     """One line per table: how many runs are done, and what is missing here."""
     for name in table_names():
         table = load_table(name)
-        known = survey(expand(table, out, data_root), data_root)
+        cells = expand(table, out, data_root)
+        searched = "search" in table
+        # Of a study, whose runs are hundreds, the first trial of each row: how many rows have been begun.
+        known = survey([cell for cell in cells if not searched or cell.label.endswith(": trial 1")], data_root)
         reasons = list(dict.fromkeys(one.reason for one in known if one.reason))
         rows = [
             row
@@ -375,7 +420,8 @@ def list_tables(out: str, data_root: str | None) -> None:
         ]
         seeds = statistics.fmean(int(row["n"]) for row in rows) if rows else 0
         stored = f"{len(rows)} rows stored, {seeds:.3g} runs each" if rows else "nothing stored"
-        print(f"{name:22} {table.get('title', '')}\n{'':22} {stored}; here: {summary(known)}")
+        here = f"here: {'first trials of rows ' if searched else ''}{summary(known)}"
+        print(f"{name:22} {table.get('title', '')}\n{'':22} {stored}; {here}")
         for reason in reasons:
             print(f"{'':22} {reason}")
 
@@ -393,6 +439,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="TEXT", help="only rows whose label contains this")
     parser.add_argument("--data-root", metavar="DIR", help="where the data sets lie; goes to every run")
     parser.add_argument("--out", metavar="DIR", default="runs", help="where the runs are")
+    parser.add_argument(
+        "--nice", type=number(int, least=0), default=0, metavar="N", help="priority of the runs: 0 usual, 19 last"
+    )
     parser.add_argument("--workers", type=number(int, least=1), default=1, metavar="N", help="runs at a time")
     given = parser.parse_args(argv)
     if given.list == bool(given.table):
@@ -401,6 +450,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         list_tables(given.out, given.data_root)
         return 0
     table = load_table(given.table)
+    if given.check and "search" in table:
+        from gfml.report.study import write_page
+
+        write_page(TABLE_ROOT / table["folder"], given.table, table, check=True)
+        return 0
     if given.check:
         write_table([given.table, "--folder", table["folder"], "--check"])
         print("\n".join(compare(given.table, table)) or "no row has a published one beside it")
@@ -412,19 +466,37 @@ def _run(given: argparse.Namespace, table: Mapping[str, Any]) -> int:
     cells = [cell for cell in expand(table, given.out, given.data_root) if not given.only or given.only in cell.label]
     if not cells:
         raise UserError(f"found no row of {given.table} whose label contains {given.only!r}")
-    known = survey(cells, given.data_root)
     if given.collect and given.only:
         raise UserError("--collect writes the whole table: give it without --only")
-    if given.collect:
-        collect(given.table, table, known)
-        return 0
-    if not given.launch:
-        show(given.table, table, known)
-        return 0
-    code = launch(known, given.workers)
+    if given.launch:
+        return _launch_all(given, table, cells)
     known = survey(cells, given.data_root)
-    if code == 0 and any(one.cell.words and one.state == "not launched" and not one.reason for one in known):
-        # Those that waited for another run.
+    if not given.collect:
+        show(given.table, table, known)
+    elif "search" in table:
+        from gfml.report import study
+
+        study.collect(given.table, table, known, Path(given.out), given.data_root)
+    else:
+        collect(given.table, table, known)
+    return 0
+
+
+def _launch_all(given: argparse.Namespace, table: Mapping[str, Any], cells: Sequence[Cell]) -> int:
+    """Run what is missing; a study row by row, so that rows are whole as early as can be. The worst exit code."""
+    os.nice(given.nice)
+    rows = [list(group) for _, group in itertools.groupby(cells, key=lambda cell: cell.row)]
+    worst = 0
+    for group in rows if "search" in table else [cells]:
+        known = survey(group, given.data_root)
         code = launch(known, given.workers)
+        if code == 0 or (code == 1 and "search" in table):
+            known = survey(group, given.data_root)
+            if any(one.state == "not launched" and not one.reason for one in known):
+                # Those that waited for another run.
+                code = max(code, launch(known, given.workers))
+        worst = max(worst, code)
+        if code >= 128:
+            break
     print(summary(survey(cells, given.data_root)))
-    return code
+    return worst

@@ -179,8 +179,13 @@ def table_names() -> list[str]:
 def test_stored_tables_are_understood(script: ModuleType, tmp_path: Path, name: str) -> None:
     """Known keys, different labels, published rows that exist, and commands the programs accept."""
     table = script.load_table(name)
-    known = script.survey(script.expand(table, str(tmp_path), str(tmp_path)), str(tmp_path))
-    assert (ROOT / table["folder"] / "README.md").is_file() and table["title"]
+    cells = script.expand(table, str(tmp_path), str(tmp_path))
+    if "search" in table:
+        # Of a study one trial of each row, which are hundreds.
+        cells = [cell for cell in cells if cell.label.endswith(": trial 1")]
+    known = script.survey(cells, str(tmp_path))
+    page = f"{name}.md" if "search" in table else "README.md"
+    assert (ROOT / table["folder"] / page).is_file() and table["title"]
     assert len({(one.cell.label, one.cell.seed) for one in known}) == len(known)
     for one in known:
         assert one.state == "not launched" or one.state.startswith("waits for")

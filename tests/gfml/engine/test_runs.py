@@ -87,7 +87,7 @@ def test_run_json_tells_what_ran(tmp_path):
     facts = json.loads((path / "run.json").read_text())
     assert facts["family"] == "demo" and facts["seed"] == 1 and facts["versions"]["torch"] == torch.__version__
     assert [session["state"] for session in facts["sessions"]] == ["done"]
-    assert facts["sessions"][0].keys() == {"command", "started", "ended", "state"}
+    assert facts["sessions"][0].keys() == {"command", "started", "ended", "state", "cpu_seconds"}
 
 
 def test_commit_and_dirty_flag(tmp_path, monkeypatch):

@@ -1,0 +1,405 @@
+"""What a study found: its rows with their searches and costs, frontiers under damping, tests, figures and page.
+
+``gfml reproduce NAME --collect`` writes, for a table with [search], ``FOLDER/results/NAME.csv`` (a line per row),
+``NAME-seeds.csv`` (row and seed), ``NAME-frontier.csv`` (row, split, gamma; means over seeds), ``NAME-paired.csv``, a figure, and the block
+of ``FOLDER/NAME.md`` between ``<!-- study:NAME -->`` and ``<!-- end-study:NAME -->``, which is made from these files alone. A
+row's label is "DATA, METHOD". A study that has not run to its end says which rows have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open, write_json
+from gfml.report.results_table import PAIRED, paired_markdown, paired_name, rows_of_runs, store_rows, stored_rows
+
+if TYPE_CHECKING:
+    from gfml.report.reproduce import Known
+
+Row = dict[str, str]
+BLOCK = ("<!-- study:{} -->", "<!-- end-study:{} -->")
+K = 20
+MASS_SCALES = (0.0, 0.25, 0.5, 0.75)
+# Damping goes as far as this share of a method's own ndcg on validation is kept.
+KEPT_SHARE = 0.95
+FIRST = (
+    "method",
+    "protocol",
+    "n",
+    "epoch",
+    "train_seconds",
+    "state",
+    "trials",
+    "chosen",
+    "at_cap",
+    "cpu_search",
+    "cpu_seeds",
+)
+
+
+def collect(name: str, table: Mapping[str, Any], known: Sequence[Known], out: Path, data_root: str | None) -> None:
+    """Write every file of a study from the runs that are done; what more seeds made before stays."""
+    from gfml.report.reproduce import TABLE_ROOT
+    from gfml.report.table_pairs import paired_rows
+
+    folder = TABLE_ROOT / table["folder"]
+    labels = list(dict.fromkeys(one.cell.row for one in known))
+    done = {(one.cell.label, one.cell.seed): one.path for one in known if one.path and not one.cell.point}
+    stored = {row["method"]: row for row in stored_rows(folder, name)}
+    rows = [_row(label, known, table) for label in labels]
+    rows = [_fuller(row, stored.get(row["method"])) for row in rows]
+    gammas = table["search"].get("gammas", ())
+    if gammas:
+        points = {key: _points(path, gammas, out, data_root) for key, path in done.items()}
+        _store_frontiers(folder, name, points, {row["method"] for row in rows if row["n"]})
+    store_rows(folder, name, rows, FIRST)
+    pairs = list(dict.fromkeys((one.cell.label, other) for one in known for other in one.cell.against))
+    main = table.get("main", [])
+    store_rows(
+        folder, paired_name(name), paired_rows(pairs, done, main, stored_rows(folder, paired_name(name))), PAIRED
+    )
+    if gammas:
+        _draw(folder, name)
+    write_page(folder, name, table)
+
+
+def _fuller(row: Row, stored: Row | None) -> Row:
+    """The row made of more runs."""
+    return row if not stored or int(row["n"] or 0) >= int(stored["n"] or 0) else stored
+
+
+def _row(label: str, known: Sequence[Known], table: Mapping[str, Any]) -> Row:
+    """One row with its search; without finished seeds only how far it is."""
+    from gfml.engine.runs import read_config, read_result
+
+    seeds = [one for one in known if one.cell.label == label]
+    trials = [one for one in known if one.cell.row == label and one.cell.point]
+    paths = list(dict.fromkeys(one.path for one in seeds if one.path))
+    ended = sum(one.state in ("done", "failed") for one in trials)
+    failed = sum(one.state == "failed" for one in trials)
+    row = {"method": label, "n": "", "state": "", "trials": f"{ended}/{len(trials)}" if trials else ""}
+    row["state"] = ", ".join(filter(None, (f"{failed} trials failed" if failed else "",)))
+    if not paths:
+        needs = next((one.reason for one in seeds if one.reason), None)
+        return row | {
+            "state": "cannot run here"
+            if needs
+            else f"{ended} of {len(trials)} trials done"
+            if trials
+            else "not run yet"
+        }
+    row |= rows_of_runs([(label, path) for path in paths], table["metrics"])[0]
+    caps = [read_config(path).get("epochs") for path in paths]
+    chosen = [read_result(path)["selection"]["epoch"] for path in paths]
+    row["at_cap"] = str(sum(cap is not None and epoch >= cap for cap, epoch in zip(caps, chosen, strict=True)))
+    settings = read_result(paths[0]).get("settings")
+    row["chosen"] = (
+        _point(seeds, trials) if trials else " ".join(f"{key} {value:g}" for key, value in (settings or {}).items())
+    )
+    row["cpu_search"] = f"{sum(cpu_seconds(one.path) for one in trials if one.path):.0f}" if trials else ""
+    row["cpu_seeds"] = f"{statistics.fmean(map(cpu_seconds, paths)):.0f}"
+    if len(paths) < len({one.cell.seed for one in seeds}) and trials:
+        row["state"] = f"{len(paths)} of {len(seeds)} seeds done"
+    return row
+
+
+def _point(seeds: Sequence[Known], trials: Sequence[Known]) -> str:
+    """The flags that the search chose."""
+    words = seeds[0].cell.words
+    return next((" ".join(one.cell.point) for one in trials if words[-len(one.cell.point) :] == one.cell.point), "")
+
+
+def cpu_seconds(path: Path) -> float:
+    """User and system seconds of all sessions of a run that ended by themselves."""
+    facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    return sum(session.get("cpu_seconds", 0.0) for session in facts.get("sessions", []))
+
+
+# -- frontiers
+
+
+def _points(path: Path, gammas: Sequence[float], out: Path, data_root: str | None) -> list[dict[str, Any]]:
+    """The points of a run's frontier, from its stored model; kept below ``out``, as nothing but the model and gammas decides them."""
+    from gfml.program.loading import load
+    from gfml.ranking.damping import frontier
+
+    file = out / "frontiers" / f"{path.name}.json"
+    if file.exists() and (kept := json.loads(file.read_text(encoding="utf-8")))["gammas"] == list(gammas):
+        return kept["points"]
+    run = load(path, device="cpu", **({"data_root": data_root} if data_root else {}))
+    this, model = run.experiment, run.model
+    points = [point | {"mass_scale": 1.0} for point in frontier(this.scorer(model), this.interactions, gammas, K)]
+    mass = this.mass(model)
+    for scale in (
+        MASS_SCALES if mass is not None and mass.item is not None and hasattr(this.settings, "mass_scale") else ()
+    ):
+        other = type(this)(dataclasses.replace(this.settings, mass_scale=scale), this.data, this.world)
+        points += [
+            point | {"mass_scale": scale} for point in frontier(other.scorer(model), this.interactions, (0.0,), K)
+        ]
+    write_json(file, {"gammas": list(gammas), "points": points})
+    return points
+
+
+def _store_frontiers(
+    folder: Path, name: str, points: Mapping[tuple[str, int], list[dict[str, Any]]], kept: set[str]
+) -> None:
+    """NAME-frontier.csv, means over seeds, and NAME-seeds.csv; rows of methods without runs here stay."""
+    curves: list[Row] = []
+    fresh = {label for label, _ in points}
+    for label in dict.fromkeys(label for label, _ in points):
+        found: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+        for point in (point for (own, _), several in points.items() if own == label for point in several):
+            found.setdefault((point["split"], point["gamma"], point["mass_scale"]), []).append(point)
+        for (split, gamma, scale), same in found.items():
+            figures = {key: f"{statistics.fmean(one[key] for one in same):.6g}" for key in same[0] if "@" in key}
+            curves.append(
+                {"method": label, "split": split, "gamma": f"{gamma:g}", "mass_scale": f"{scale:g}", **figures}
+            )
+    seeds = [{"method": label, "seed": str(seed), **_of_seed(several)} for (label, seed), several in points.items()]
+    for end, rows, first in (
+        ("frontier", curves, ("method", "split", "gamma", "mass_scale")),
+        ("seeds", seeds, ("method", "seed")),
+    ):
+        old = [row for row in stored_rows(folder, f"{name}-{end}") if row["method"] in kept - fresh]
+        store_rows(folder, f"{name}-{end}", [*rows, *old], first)
+
+
+def _of_seed(points: Sequence[Mapping[str, Any]]) -> Row:
+    """Areas below the frontier on test, and test figures of the strongest damping that validation allows."""
+    from gfml.ranking.damping import frontier_area
+
+    def pick(split: str, *, masses: bool) -> list[Mapping[str, Any]]:
+        return [point for point in points if point["split"] == split and (masses or point["mass_scale"] == 1)]
+
+    def area(found: Sequence[Mapping[str, Any]]) -> float:
+        return frontier_area([p[f"head_recall@{K}"] for p in found], [p[f"tail_recall@{K}"] for p in found])
+
+    test, valid = pick("test", masses=False), pick("valid", masses=False)
+    least = KEPT_SHARE * next(p[f"ndcg@{K}"] for p in valid if p["gamma"] == 0)
+    gamma = max(p["gamma"] for p in valid if p["gamma"] == 0 or (p["gamma"] > 0 and p[f"ndcg@{K}"] >= least))
+    there = next(p for p in test if p["gamma"] == gamma)
+    figures = {f"damped {key}": f"{there[key]:.6g}" for key in there if "@" in key}
+    return {
+        "area": f"{area(test):.6g}",
+        "area, masses too": f"{area(pick('test', masses=True)):.6g}",
+        "gamma": f"{gamma:g}",
+    } | figures
+
+
+# -- page
+
+
+def write_page(folder: Path, name: str, table: Mapping[str, Any], *, check: bool = False) -> None:
+    """Replace the block of FOLDER/NAME.md. UserError where it has none or, with check, where it is not what the files say."""
+    page = folder / f"{name}.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    start, end = (line.format(name) for line in BLOCK)
+    if start not in text or end not in text:
+        raise UserError(f"{page} has no lines {start} and {end}: add both")
+    new = f"{text.partition(start)[0]}{start}\n{block(folder, name, table)}\n{end}{text.partition(end)[2]}"
+    if check and new != text:
+        raise UserError(f"{page} and the files of {name} disagree: run gfml reproduce {name} --collect")
+    if not check:
+        with atomic_open(page) as stream:
+            stream.write(new)
+
+
+def block(folder: Path, name: str, table: Mapping[str, Any]) -> str:
+    """Everything of a page that has numbers."""
+    rows = stored_rows(folder, name)
+    parts = [_state(rows)]
+    for data, own in _by_data(rows).items():
+        if any(row["n"] for row in own):
+            parts.append(f"### {data}\n\n{_table(own, table['columns'], _seeds_of(folder, name))}")
+    if (folder / "results" / f"{name}.png").exists():
+        parts.append(f"![frontiers](results/{name}.png)")
+        parts.append(_area_tests(folder, name, table))
+    parts.append(_across(rows, table["main"][0]))
+    if paired := stored_rows(folder, paired_name(name)):
+        parts.append(f"### Paired tests at gamma 0\n\n{paired_markdown(paired)}")
+    return "\n\n".join(filter(None, parts))
+
+
+def _by_data(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["method"].partition(", ")[0], []).append(row)
+    return found
+
+
+def _method(row: Mapping[str, str]) -> str:
+    return row["method"].partition(", ")[2]
+
+
+def _state(rows: Sequence[Row]) -> str:
+    """What has run, and what it cost."""
+    ran = [row for row in rows if row["n"]]
+    seconds = sum(float(row["cpu_search"] or 0) + float(row["cpu_seeds"]) * int(row["n"]) for row in ran)
+    whole = [row for row in ran if not row["state"].endswith("seeds done")]
+    text = [
+        f"{len(whole)} of {len(rows)} rows have run to their end; all that ran took {seconds / 3600:.1f} CPU hours, searches included."
+    ]
+    under_way = [
+        f"{row['method']} ({row['state']})"
+        for row in rows
+        if row not in whole and not row["state"].startswith(("0 of", "not", "cannot"))
+    ]
+    waiting = {data: sum(row not in whole for row in own) for data, own in _by_data(rows).items()}
+    text += [f"Under way: {'; '.join(under_way)}."] if under_way else []
+    text += (
+        [f"Rows to come: {', '.join(f'{n} of {data}' for data, n in waiting.items() if n)}."]
+        if any(waiting.values())
+        else []
+    )
+    at_cap = [row["method"] for row in ran if int(row.get("at_cap") or 0)]
+    text += [f"Chose the last allowed epoch with some seed: {'; '.join(at_cap)}."] if at_cap else []
+    return " ".join(text)
+
+
+def _seeds_of(folder: Path, name: str) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in stored_rows(folder, f"{name}-seeds"):
+        found.setdefault(row["method"], []).append(row)
+    return found
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str], seeds: Mapping[str, list[Row]]) -> str:
+    """A line per method of one data set."""
+    areas = ["frontier area"] if seeds else []
+    head = ["method", "seeds", "trials", *columns, *areas, "CPU s: search", "one seed", "epoch", "chosen on validation"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        if row["n"]:
+            figures = [_figure([float(row[key])], row.get(f"{key} std")) if row.get(key) else "" for key in columns]
+            own = [float(seed["area"]) for seed in seeds.get(row["method"], ())]
+            shown = [_figure([100 * value for value in own], None, digits=3) if own else ""] if seeds else []
+            lines.append(
+                "| "
+                + " | ".join([_method(row), row["n"], row["trials"].partition("/")[0], *figures, *shown, row["cpu_search"], row["cpu_seeds"],
+                              row["epoch"], f"`{row['chosen']}`" if row["chosen"] else ""])
+                + " |"
+            )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _figure(values: Sequence[float], spread: str | None, digits: int = 4) -> str:
+    """Mean ± sample standard deviation; a method that draws nothing has none."""
+    if len(set(values)) > 1:
+        spread = str(statistics.stdev(values))
+    return f"{statistics.fmean(values):.{digits}f}" + (f" ± {float(spread):.{digits}f}" if spread else "")
+
+
+def _area_tests(folder: Path, name: str, table: Mapping[str, Any]) -> str:
+    """Differences of the areas between rows that are compared, by paired t-tests over seeds."""
+    import numpy as np
+
+    from gfml.metrics.compare import holm, paired_tests
+    from gfml.report.page import p_value, signed
+    from gfml.report.reproduce import expand
+
+    seeds = _seeds_of(folder, name)
+    pairs = dict.fromkeys((cell.label, other) for cell in expand(table) for other in cell.against)
+    found = []
+    for label, against in pairs:
+        if len(seeds.get(label, ())) < 2 or not seeds.get(against):
+            continue
+        theirs = {row["seed"]: row for row in seeds[against]}
+        both = [(row, theirs[row["seed"]]) for row in seeds[label] if row["seed"] in theirs]
+        for what, key in (("gamma", "area"), ("gamma and masses", "area, masses too")):
+            values = np.array([100 * (float(mine[key]) - float(other["area"])) for mine, other in both])
+            if key == "area" or any(mine[key] != mine["area"] for mine, _ in both):
+                found.append((label, against, what, values, paired_tests(values, np.zeros(len(values))).t_pvalue))
+    if not found:
+        return ""
+    adjusted = holm(np.array([one[-1] for one in found]))
+    lines = ["| row | minus | damped by | seeds | difference of areas | p | Holm |", "|---" * 7 + "|"]
+    for (label, against, what, values, p), corrected in zip(found, adjusted.tolist(), strict=True):
+        spread = f"{signed(float(values.mean()))} ± {values.std(ddof=1):.4f}"
+        lines.append(
+            f"| {label} | {against} | {what} | {len(values)} | {spread} | {p_value(p)} | {p_value(corrected)} |"
+        )
+    return "### Do the frontiers differ?\n\n" + "\n".join(lines) + (
+        "\n\nArea: of all (head recall, tail recall) at or below some point of the frontier on test, times 100. Paired t-test over seeds, Holm"
+        " over this table. A method whose mass only moves along the frontier has the area of the one without."
+    )  # fmt: skip
+
+
+def _across(rows: Sequence[Row], metric: str) -> str:
+    """Friedman's test over the data sets that all of the compared methods have."""
+    import numpy as np
+
+    from gfml.metrics.compare import friedman
+    from gfml.report.page import p_value
+
+    by_data = {
+        data: {_method(row): float(row[metric]) for row in own if row.get(metric)}
+        for data, own in _by_data(rows).items()
+    }
+    by_data = {data: own for data, own in by_data.items() if own}
+    methods = [method for method in next(iter(by_data.values()), {}) if all(method in own for own in by_data.values())]
+    if len(by_data) < 2 or len(methods) < 3:
+        return ""
+    found = friedman(np.array([[own[method] for method in methods] for own in by_data.values()]))
+    order = sorted(zip(found.ranks.tolist(), methods, strict=True))
+    ranks = ", ".join(f"{method} {rank:.2f}" for rank, method in order)
+    return (
+        f"### Over {len(by_data)} data sets\n\nMean ranks by {metric}, 1 the best: {ranks}. Friedman's test: p {p_value(found.pvalue)}; two methods"
+        f" differ where their ranks do by {found.cd:.2f} or more (Nemenyi, level .05)."
+    )
+
+
+def _draw(folder: Path, name: str) -> None:
+    """A panel per data set: head against tail recall on test, a curve per method, a ring where nothing is damped."""
+    from matplotlib.figure import Figure
+
+    from gfml.report.page import COLORS, GREYS, legend_below, panels, png, styled
+
+    by_data = _by_data(row for row in stored_rows(folder, f"{name}-frontier") if row["split"] == "test")
+    if not by_data:
+        return
+    methods = list(dict.fromkeys(_method(row) for own in by_data.values() for row in own))
+    colors = {method: (*COLORS, *GREYS)[number % 12] for number, method in enumerate(methods)}
+
+    @styled
+    def draw() -> Figure:
+        lines = -(-len(by_data) // 2)
+        figure, axes = panels(lines, min(2, len(by_data)), height=4.2)
+        for axis, (data, own) in zip(axes.flat, by_data.items(), strict=False):
+            for method in methods:
+                mine = [row for row in own if _method(row) == method]
+                curve = sorted((float(row["gamma"]), row) for row in mine if row["mass_scale"] == "1") if mine else []
+                xy = [(float(row[f"head_recall@{K}"]), float(row[f"tail_recall@{K}"])) for _, row in curve]
+                axis.plot(
+                    *zip(*xy, strict=True), "-", color=colors[method], linewidth=1.5, label=method
+                ) if xy else None
+                for gamma, row in curve:
+                    if gamma == 0:
+                        axis.plot(
+                            float(row[f"head_recall@{K}"]),
+                            float(row[f"tail_recall@{K}"]),
+                            "o",
+                            color=colors[method],
+                            markerfacecolor="white",
+                        )
+                masses = sorted((float(row["mass_scale"]), row) for row in mine if row["gamma"] == "0")
+                if len(masses) > 1:
+                    axis.plot(
+                        [float(row[f"head_recall@{K}"]) for _, row in masses],
+                        [float(row[f"tail_recall@{K}"]) for _, row in masses],
+                        ":",
+                        color=colors[method],
+                        linewidth=1.5,
+                    )
+            axis.set(title=data, xlabel=f"head recall@{K} on test", ylabel=f"tail recall@{K}")
+        legend_below(figure, axes.flat[0])
+        return figure
+
+    with atomic_open(folder / "results" / f"{name}.png", "wb") as stream:
+        stream.write(png(draw(), 100))

@@ -1,0 +1,126 @@
+"""A device that stands in for a GPU: its tensors say another device than the CPU, hold numbers, and count what comes back.
+
+Tensors of the device "meta" with a hidden tensor on the CPU each: programs take the ways they take on CUDA, autograd
+walks back through them, and every operation passes :class:`StandIn`, which does it on the hidden tensors and notes those
+that would make a host wait for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE = torch.device("meta")
+# Operations whose result is a number on the host, or has a size that only the numbers tell.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive",
+         "bincount", "equal", "is_nonzero")  # fmt: skip
+
+
+class OnDevice(Tensor):
+    """A tensor that says it is on the device; ``hidden`` has its numbers."""
+
+    hidden: Tensor
+
+    @staticmethod
+    def __new__(cls, hidden: Tensor) -> OnDevice:
+        made = Tensor._make_wrapper_subclass(
+            cls, hidden.shape, strides=hidden.stride() if hidden.layout == torch.strided else None,
+            storage_offset=hidden.storage_offset(), dtype=hidden.dtype, device=DEVICE, requires_grad=False,
+        )  # fmt: skip
+        made.hidden = hidden
+        return made
+
+    def __repr__(self, **_: Any) -> str:
+        return f"OnDevice({self.hidden!r})"
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} outside of the stand-in device")
+
+
+class _AnyGenerator(torch.Generator):
+    """A generator of the CPU, for whatever device."""
+
+    def __new__(cls, device: Any = None) -> _AnyGenerator:
+        return super().__new__(cls, "cpu")
+
+
+class StandIn(TorchDispatchMode):
+    """Inside, the device is there. waits: operations that would have made the host wait so far, and how often each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        here = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, OnDevice)]
+        wanted = kwargs.get("device")
+        there = torch.device(wanted).type == DEVICE.type if wanted is not None else bool(here)
+        if not here and not there:
+            return func(*args, **kwargs)
+        if wait := _wait(func, args, kwargs, here, there):
+            self.waits[wait] += 1
+        if wanted is not None:
+            kwargs["device"] = torch.device("cpu")
+        known = {id(leaf.hidden): leaf for leaf in here}
+        args, kwargs = tree_map(lambda leaf: leaf.hidden if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
+        found = func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:  # the outer tensor's own shape changes
+            with no_dispatch():
+                func(here[0], *args[1:], **kwargs)
+        if not there:
+            return found.clone() if id(found) in known else found
+        return tree_map(lambda part: _wrapped(part, known), found)
+
+
+def _wrapped(part: Any, known: dict[int, OnDevice]) -> Any:
+    if not isinstance(part, Tensor):
+        return part
+    return known[id(part)] if id(part) in known else OnDevice(part)
+
+
+def _wait(func: Any, args: Any, kwargs: dict[str, Any], here: list[OnDevice], there: bool) -> str:
+    """The name of an operation that would make the host wait for a GPU; empty for others."""
+    name = func._schema.name.removeprefix("aten::")
+    if name in WAITS or (name == "repeat_interleave" and len(args) < 2 and kwargs.get("output_size") is None):
+        return name
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+        masks = [part for part in args[1] if part is not None and part.dtype in (torch.bool, torch.uint8)]
+        return f"{name} by a mask" if masks else ""
+    if name in ("_to_copy", "copy_") and not kwargs.get("non_blocking", len(args) > 2 and args[2]):
+        if not there or (name == "copy_" and len(here) < 2):
+            return "copy to the host" if here and not (name == "copy_" and args[0] is here[0]) else "copy from the host"
+        return "" if here else "copy from the host"
+    return ""
+
+
+@contextmanager
+def stand_in_device() -> Iterator[StandIn]:
+    """Programs that are started inside get the device whatever ``--device`` says; the mode is given, not yet entered."""
+    autocast = torch.autocast
+
+    def cast(device: str, *more: Any, **named: Any) -> Any:
+        return autocast("cpu" if device == DEVICE.type else device, *more, **named)
+
+    with (
+        mock.patch("gfml.program.driver.resolve_device", lambda settings: DEVICE),
+        mock.patch.object(torch, "autocast", cast),
+        mock.patch.object(torch, "Generator", _AnyGenerator),
+        mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["cpu", DEVICE.type]),
+    ):
+        yield StandIn()
