@@ -217,7 +217,7 @@ class Retrieve(Experiment):
         distributed.share_buffers(model)
         return self.retrieval(split, model.net)[0].means
 
-    def judge(self, model: Retriever, fitted: FitResult | None, run: Run) -> Judged:
+    def judge(self, model: Retriever, fitted: FitResult | None, run: Run | None) -> Judged:
         s, data = self.settings, self.data
         found, embeddings = self.retrieval("test", model.net)
         result: dict[str, Any] = {

@@ -157,7 +157,7 @@ class HLRM(Recommender):
             self._validation = Validation(self)
         return self._validation(model, split)
 
-    def judge(self, model: RelationModel, fitted: FitResult | None, run: Run) -> Judged:
+    def judge(self, model: RelationModel, fitted: FitResult | None, run: Run | None) -> Judged:
         return self.report(model, "test")
 
     def report(self, model: RelationModel, split: str) -> Judged:

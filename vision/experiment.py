@@ -120,7 +120,7 @@ class Vision(Experiment):
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
         return self._judged(model, self.data.source.valid)
 
-    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run) -> Judged:
+    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run | None) -> Judged:
         """The headline "test" is the last epoch's; with a validation part "selected" is that of the best epoch on it."""
         s, data, source = self.settings, self.data, self.data.source
         result: dict[str, Any] = {"model": s.model, "data": self._data_facts()}

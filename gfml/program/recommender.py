@@ -127,7 +127,7 @@ class Recommender(Experiment):
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
         return self.evaluation(model, split).means
 
-    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run) -> Judged:
+    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run | None) -> Judged:
         settings, data = self.settings, self.interactions
         test = self.evaluation(model, "test", beyond=True)
         names = [] if "none" in settings.baselines else settings.baselines
