@@ -158,7 +158,7 @@ class Interactions:
         """test with its ratings as values, float64. UserError where it has none."""
         if self.test_ratings is None:
             raise UserError(
-                f"{self.name} has no test ratings, wanted them for --graded: drop it or give data with stars"
+                f"{self.name} has no test ratings, wanted them for `graded`: drop it or give data with stars"
             )
         return sp.csr_array((self.test_ratings, self.test.indices, self.test.indptr), shape=self.test.shape)
 

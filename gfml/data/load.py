@@ -209,9 +209,7 @@ def _test_ratings(source: Source, records: Records, cut: Cut, data: Interactions
     if records.ratings is None or records.times is None:
         records = source.read(["rating", "time"])
     if records.ratings is None:
-        raise UserError(
-            f"{source.name} has no ratings, wanted them for --graded: name them with --rating-col or drop it"
-        )
+        raise UserError(f"{source.name} has no ratings, wanted them for `graded`: name `rating_col` or drop it")
     if records.parts is not None and cut.split in (None, "native") and cut.ratios is None:
         records = records.take(records.parts == PARTS.index("test"))
     if cut.duplicates == "first":

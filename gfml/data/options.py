@@ -159,7 +159,7 @@ def load_dataset(
     ratios, dates = (None if given is None else tuple(given) for given in (split_ratios, split_date))
     cut = load.Cut(threshold, kcore, split, ratios, split_seed, duplicates, leave_k, dates, rated)
     if rated and str(dataset) in registry.GENERATED:
-        raise UserError(f"{dataset} has no ratings, wanted them for --graded: drop it or give data with stars")
+        raise UserError(f"{dataset} has no ratings, wanted them for `graded`: drop it or give data with stars")
     if str(dataset) in registry.GENERATED:
         data = load.load_generated(str(dataset), {key: value for key, value in shape.items() if value is not None}, cut)
     elif any(value is not None for value in shape.values()):

@@ -252,7 +252,7 @@ def test_ratings_of_the_test_part(duplicates: str, twice: dict[str, int], tmp_pa
 
 def test_no_ratings_to_keep(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("user,item\na,1\na,2\na,3\n", encoding="utf-8")
-    with pytest.raises(UserError, match="has no ratings, wanted them for --graded"):
+    with pytest.raises(UserError, match="has no ratings, wanted them for `graded`"):
         load_dataset(tmp_path / "r.csv", rated=True, cache=False)
     with pytest.raises(UserError, match="has no ratings"):
         load_dataset("demo", rated=True)

@@ -59,7 +59,7 @@ def test_baselines_have_the_columns_of_other_conventions_and_of_ratings(data: In
     text = reporting.judged_text({"data": {"name": "d"}, "topks": [5], "selection": {"epoch": 1, "protocol": "p"},
                                   "baselines": found}, {"model": means})  # fmt: skip
     assert "metrics as elliot" in text and "graded_ndcg@5" in text
-    with pytest.raises(UserError, match="no test ratings, wanted them for --graded"):
+    with pytest.raises(UserError, match="no test ratings, wanted them for `graded`"):
         evaluate(baselines.popularity(data), data, "test", [5], definitions=asked)
 
 
