@@ -43,6 +43,12 @@ class Judged:
     others: Mapping[str, Figures]
     notes: Mapping[str, int]
     arrays: dict[str, np.ndarray] = field(repr=False)
+    unit: str = "user"
+
+    @property
+    def per_unit(self) -> dict[str, np.ndarray]:
+        """The figures of every user, by metric."""
+        return {key.removeprefix("per_user/"): values for key, values in self.arrays.items() if "/" in key}
 
 
 def build_parser() -> Parser:
@@ -182,7 +188,7 @@ def _compare(found: Sequence[Judged], options: Any) -> list[dict[str, Any]]:
     from gfml.base.errors import choice_error
     from gfml.report.compare import compare, text_of
 
-    known = [key.removeprefix("per_user/") for key in found[0].arrays if key.startswith("per_user/")]
+    known = list(found[0].per_unit)
     if wrong := next((name for name in options.metrics or () if name not in known), None):
         raise choice_error("metric", wrong, known)
     metrics = options.metrics or [f"{name}@{k}" for name in ("recall", "ndcg") for k in options.topks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -123,21 +124,19 @@ def test_the_command_of_the_guide(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "renamed" in said.err and not list(tmp_path.iterdir())
 
 
-def test_neighbour_lists_are_filled_as_numpy_draws_them() -> None:
-    """A plain loop over growing lists, after the same draws."""
-    from types import SimpleNamespace
-
-    degree = torch.tensor([3, 5, 0, 1])
-    data = SimpleNamespace(num_users=4, num_items=20)
-    found = foreign._numpy_positions(SimpleNamespace(k=5, degree=degree), data, 999, 64)
-    rng = np.random.RandomState(999)
-    for shape in ((4, 2), (20, 2)):
-        rng.randn(*shape)
-    rng.choice(20, 2, replace=False)
-    for shape in ((4, 64), (4, 64), (24, 64)):
-        rng.randn(*shape)
-    for user, size in enumerate(degree.tolist()):
-        kept = list(range(size))
-        while kept and len(kept) < 5:
-            kept.append(kept[rng.randint(0, len(kept))])
-        assert not kept or found[user].tolist() == kept
+def test_draws_of_the_originals() -> None:
+    """MVGAE's four tables and DRAGON's filled-up lists as the original classes themselves drew them after seed 999."""
+    stored = np.load(HERE / "draws.npz")
+    features = {"image": torch.zeros(5, 6), "text": torch.zeros(5, 3)}
+    shapes = {"experts.image.g.1.weight": torch.zeros(4, 4), "experts.image.project.weight": torch.zeros(128, 6)}
+    drawn = foreign._mvgae_tables(SimpleNamespace(num_users=7, num_items=5, features=features), shapes, 999)
+    assert len(drawn) == 4
+    for name, table in drawn.items():
+        np.testing.assert_array_equal(table.numpy(), stored[name])
+    graph = SimpleNamespace(k=6, degree=torch.from_numpy(stored["degree"]))
+    place = foreign._numpy_positions(graph, SimpleNamespace(num_users=9, num_items=25), 999, 64)
+    some = stored["degree"] > 0  # a user without neighbours has a list of zeros with zero weights there
+    filled = np.take_along_axis(stored["neighbours"], place.numpy(), 1)
+    np.testing.assert_array_equal(filled[some], stored["filled"][some])
+    weights = torch.from_numpy(stored["counts"]).gather(1, place).softmax(1).numpy()
+    np.testing.assert_allclose(weights[some], stored["weights"][some], rtol=1e-6)
