@@ -40,7 +40,7 @@ SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 class Part(NamedTuple):
-    """group: correct parts run side by side, time parts alone."""
+    """group: correct parts and runs go side by side, time parts build so and measure alone."""
 
     group: str
     run: Callable[[argparse.Namespace], Rows]
@@ -236,10 +236,12 @@ def compare(name: str, device: str) -> dict[str, Any]:
 
 
 def numbers(group: str) -> Callable[[argparse.Namespace], Rows]:
-    """A part that compares the programs whose names begin so; one that fails costs no other."""
+    """A part that compares the programs whose names begin so, or those with kernels; one that fails costs no other."""
 
     def run(args: argparse.Namespace) -> Rows:
-        chosen = [name for name in probe.PROGRAMS if name.startswith(group)]
+        chosen = [name for name in probe.KERNELS if group == "fused"] or [
+            name for name in probe.PROGRAMS if name.startswith(group)
+        ]
         if group == "mirror":
             half = len(chosen) // 2
             chosen = chosen[:half] if args.part.endswith("1") else chosen[half:]
@@ -283,19 +285,7 @@ def _whole(name: str, device: str) -> dict[str, Any]:
 
 def marked(args: argparse.Namespace) -> Rows:
     """``pytest -m gpu``."""
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--no-header",
-        "--tb=short",
-        "tests",
-    ]
+    words = [sys.executable, *"-m pytest -q -m gpu -p no:cacheprovider --no-header --tb=short tests".split()]
     words += ["--collect-only"] if args.tiny else []
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.strip().splitlines()
@@ -310,7 +300,7 @@ def marked(args: argparse.Namespace) -> Rows:
 
 def waiting(args: argparse.Namespace) -> Rows:
     """Programs whose batches or steps make the host wait for the device in 20 steps, and where."""
-    for name in list(probe.PROGRAMS)[: 2 if args.tiny else None]:
+    for name in [*probe.KERNELS, *probe.PROGRAMS][: 2 if args.tiny else None]:
         yield from guarded(name, lambda name=name: _waiting(name, args.device))
 
 
@@ -492,6 +482,36 @@ def multimodal(args: argparse.Namespace) -> Rows:
         yield from guarded(f"{name} baby, epoch", one)
 
 
+def fused(args: argparse.Namespace) -> Rows:
+    """MF's losses by kernels of their own, and steps of touched rows alone, beside autograd in recorded steps."""
+    for loss, more in (("bpr", ""), ("gravity", ""), ("mix", ""), ("gravity", "--optimizer lazy_adamw")):
+        flags = f"--model mf --loss_mode {loss} --embedding-dim 64 --batch-size 2048 --topks 20 --es_metric recall@20 --sampler interaction {more}"
+        seconds, memory = {}, {}
+        for kernel in ("fused", "autograd"):
+            found = recsys(args, "gowalla", f"{flags} --kernel {kernel}")
+            seconds[kernel] = epoch_seconds(found, args.device, 4)
+            batch = next(iter(found.batches(1)))
+            memory[kernel] = megabytes(
+                args.device, lambda found=found, batch=batch: found.step(lambda: found.loss_fn(batch), found.optimizer)
+            )
+        yield {
+            "work": f"MF {loss} gowalla {more.partition(' ')[2]}, epoch by kernels", "seconds": seconds["fused"], "autograd_seconds": seconds["autograd"],
+            "of_autograd": seconds["fused"] / seconds["autograd"], "mib": memory["fused"], "autograd_mib": memory["autograd"],
+        }  # fmt: skip
+
+
+def mcl_steps(args: argparse.Namespace) -> Rows:
+    """MCL, whose padded batches can be recorded: an epoch on ml1m, recorded and eager."""
+    import mcl.main
+
+    words = flags_of(args, "ml1m", "--dim 64 --batch_size 500 --num_neg 5 --topks 20 --baselines none", probe.MCL).words
+
+    def make(more: str) -> SimpleNamespace:
+        return probe.caught_main(mcl.main.main, f"{words} {more} --device {args.device} --no-progress".split())
+
+    yield from step_rows(args, "MCL ml1m", make, "", epochs=3)
+
+
 def contextual(args: argparse.Namespace) -> Rows:
     """The contextual and the hybrid loss, forward and backward, against the readable reference."""
     from contextual import losses
@@ -550,6 +570,50 @@ def attention(args: argparse.Namespace) -> Rows:
                 "recorded_ms": recorded["gravity"], "recorded_sdpa_ms": recorded["plain"], "recorded_ratio": recorded["gravity"] / recorded["plain"],
                 "mib": memory["gravity"], "sdpa_mib": memory["plain"], "explicit_mib": memory["explicit"],
             }  # fmt: skip
+
+
+def flex(args: argparse.Namespace) -> Rows:
+    """The attention kernels by themselves, forward and backward, beside FlexAttention's form of the same."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from gfml.attention import power_law_attention
+
+    if args.device == "cpu":
+        raise NotRun("FlexAttention has no backward pass on a CPU")
+    attend = torch.compile(flex_attention, dynamic=False)
+    for n, batch in ((65, 128), (785, 16)):
+        inputs = [
+            torch.randn(batch, 12, n, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+        ]
+        column, beta = (torch.rand(size, device="cuda", requires_grad=True) for size in (n, 12))
+        above = torch.randn(batch, 12, n, 32, device="cuda", dtype=torch.bfloat16)
+
+        def by_flex(inputs: list[Tensor] = inputs, column: Tensor = column, beta: Tensor = beta) -> Tensor:
+            norms = [part.float().square().sum(-1) for part in inputs[:2]]
+
+            def score(dot: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return column[j] - beta[h] * (1 + norms[0][b, h, i] + norms[1][b, h, j] - 2 * dot).clamp_min(1).log()
+
+            return attend(*inputs, score_mod=score, scale=1.0)
+
+        def by_kernels(inputs: list[Tensor] = inputs, column: Tensor = column, beta: Tensor = beta) -> Tensor:
+            return power_law_attention(*inputs, column.view(1, 1, -1), beta.view(-1, 1, 1))
+
+        grads, times = {}, {}
+        for name, call in (("flex", by_flex), ("kernels", by_kernels)):
+
+            def both(
+                call: Callable[[], Tensor] = call, leaves: Any = (*inputs, column, beta), above: Tensor = above
+            ) -> Any:
+                return torch.autograd.grad(call(), leaves, above)
+
+            grads[name] = both()
+            times[name] = milliseconds(both, "cuda")
+        off = max(float((a - b).norm() / b.norm()) for a, b in zip(grads["kernels"], grads["flex"], strict=True))
+        yield {
+            "work": f"gravity attention, {n} tokens, bfloat16, beside FlexAttention", "ms": times["kernels"], "flex_ms": times["flex"],
+            "ratio": times["kernels"] / times["flex"], "difference": off, "ok": off < 5e-2,
+        }  # fmt: skip
 
 
 # Tiles tried for attention kernels: (queries, keys, warps) forward; backward, over keys and over queries.
@@ -614,7 +678,7 @@ def vit(args: argparse.Namespace) -> Rows:
             ("every layer", "--model-name vit_gra --lamb_gra 3.0"),
             ("plain", "--model-name vit"),
         ):
-            words = flags_of(args, "cimb10", PUBLISHED_VIT, probe.VISION).words
+            words = flags_of(args, "cimb10", PUBLISHED_VIT, f"{probe.VISION} --batch-size 16").words
             found = probe.caught_main(
                 vision.main.main,
                 f"{flags} {words} --precision {precision} --device {args.device} --no-progress".split(),
@@ -637,6 +701,23 @@ def vit(args: argparse.Namespace) -> Rows:
                 "ratio": times[name] / times["plain"], "kernels_ms": times[f"{name} kernels"], "plain_kernels_ms": times["plain kernels"],
                 "bar": bar, "mib": memory[name], "plain_mib": memory["plain"],
             }  # fmt: skip
+
+
+ARMS = {
+    "plain": "--model-name vit",
+    "distance": f"{PUBLISHED_GRAVITY} --mass_from none",
+    "tail": PUBLISHED_GRAVITY,
+    "adjusted": "--model-name vit --long-tail logit-adjustment",
+}
+
+
+def published_vit(args: argparse.Namespace) -> Rows:
+    """One arm of the published ViT on cimb10, 200 epochs from one seed."""
+    arm = args.part.partition("-")[2]
+    words = flags_of(args, "cimb10", PUBLISHED_VIT, probe.VISION).words
+    found = _test_metrics("vision.main", f"{ARMS[arm]} {words} --report 0", args.device)
+    kept = {name: found[name] for name in ("accuracy", "accuracy_many", "accuracy_medium", "accuracy_few")}
+    yield {"work": f"published ViT, cimb10, {arm}", "command": f"vision/main.py {ARMS[arm]} {PUBLISHED_VIT}"} | kept
 
 
 def ceilings(args: argparse.Namespace) -> Rows:
@@ -742,22 +823,9 @@ def processes(args: argparse.Namespace) -> Rows:
     if args.tiny:
         raise NotRun("toy sizes")
     with tempfile.TemporaryDirectory() as out:
-        words = [
-            "recsys/main.py",
-            *probe.PROGRAMS["recsys lgn bpr"][1].split(),
-            "--epochs",
-            "2",
-            "--device",
-            args.device,
-            "--out",
-            out,
-        ]
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
+        words = f"-m torch.distributed.run --standalone --nproc-per-node 2 recsys/main.py {probe.PROGRAMS['recsys lgn bpr'][1]}"
+        words += f" --epochs 2 --device {args.device} --out {out}"
+        done = subprocess.run([sys.executable, *words.split()], capture_output=True, text=True, cwd=ROOT)
         yield {
             "work": "two processes",
             "ok": done.returncode == 0,
@@ -770,6 +838,7 @@ PARTS: dict[str, Part] = {
     "numbers-metric": Part("correct", numbers("cml")),
     "numbers-mcl": Part("correct", numbers("mcl")),
     "numbers-hlrm": Part("correct", numbers("hlrm")),
+    "numbers-fused": Part("correct", numbers("fused")),
     "numbers-contextual": Part("correct", numbers("contextual")),
     "numbers-vision": Part("correct", numbers("vision")),
     "numbers-mirror1": Part("correct", numbers("mirror")),
@@ -783,10 +852,14 @@ PARTS: dict[str, Part] = {
     "times-ceilings": Part("times", ceilings),
     "times-lightgcn": Part("times", lightgcn),
     "times-factorisation": Part("times", factorisation),
+    "times-fused": Part("times", fused),
+    "times-mcl": Part("times", mcl_steps),
     "times-contextual": Part("times", contextual),
     "times-attention": Part("times", attention),
+    "times-flex": Part("times", flex),
     "times-tiles": Part("times", tiles),
     "times-vit": Part("times", vit),
     "times-multimodal1": Part("times", multimodal),
     "times-multimodal2": Part("times", multimodal),
+    **{f"vit-{arm}": Part("runs", published_vit) for arm in ARMS},
 }
