@@ -34,6 +34,7 @@ Rows = Iterator[dict[str, Any]]
 # Largest relative differences of losses and of the way parameters went in 20 steps, and of metrics.
 LOSS_LIMIT, WAY_LIMIT, METRIC_LIMIT = 1e-3, 5e-2, 2e-2
 STEPS = 20
+SMALL = f"--dataset synthetic {probe.SMALL}"
 # One way through each program that is run from its flags to its result.
 WHOLE = ("recsys lgn bpr", "recsys mf gravity", "cml two-stage", "mcl mix ema", "hlrm plus", "contextual 256", "vision published mix", "mirror FREEDOM")  # fmt: skip
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
@@ -134,15 +135,9 @@ def epoch_seconds(found: SimpleNamespace, device: str, epochs: int) -> float:
         stamps.append(time.perf_counter())
         return found.batches(epoch)
 
-    kept = {
-        name: value
-        for name, value in vars(found).items()
-        if name not in ("run", "tracker", "patience", "evaluate_first")
-    }
-    fit(
-        **kept
-        | {"batches": batches, "run": None, "evaluate": None, "select": None, "epochs": epochs, "progress": False}
-    )
+    kept = {name: value for name, value in vars(found).items() if name not in ("tracker", "patience", "evaluate_first")}
+    own = {"batches": batches, "run": None, "evaluate": None, "select": None, "epochs": epochs, "progress": False}
+    fit(**kept | own)
     synchronize(device)
     stamps.append(time.perf_counter())
     return statistics.median(b - a for a, b in zip(stamps[1:-1], stamps[2:], strict=True))
@@ -175,9 +170,8 @@ def kernel_milliseconds(
     """
     from torch.profiler import ProfilerActivity, profile
 
-    kinds, steps = (
-        ([ProfilerActivity.CPU], 1) if device == "cpu" else ([ProfilerActivity.CPU, ProfilerActivity.CUDA], steps)
-    )
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    steps = steps if device == "cuda" else 1
     call()
     synchronize(device)
     with profile(activities=kinds) as prof:
@@ -236,15 +230,13 @@ def compare(name: str, device: str) -> dict[str, Any]:
 
 
 def numbers(group: str) -> Callable[[argparse.Namespace], Rows]:
-    """A part that compares the programs whose names begin so, or those with kernels; one that fails costs no other."""
+    """A part that compares the programs of a group, or those with kernels; one that fails costs no other."""
 
     def run(args: argparse.Namespace) -> Rows:
-        chosen = [name for name in probe.KERNELS if group == "fused"] or [
-            name for name in probe.PROGRAMS if name.startswith(group)
-        ]
-        if group == "mirror":
-            half = len(chosen) // 2
-            chosen = chosen[:half] if args.part.endswith("1") else chosen[half:]
+        start = {"metric": "cml"}.get(group, group.rstrip("12"))
+        chosen = [*probe.KERNELS] if group == "fused" else [name for name in probe.PROGRAMS if name.startswith(start)]
+        half = len(chosen) // 2
+        chosen = {"mirror1": chosen[:half], "mirror2": chosen[half:]}.get(group, chosen)
         for name in chosen[: 1 if args.tiny else None]:
             yield from guarded(name, lambda name=name: compare(name, args.device))
 
@@ -259,12 +251,8 @@ def guarded(name: str, call: Callable[[], dict[str, Any]]) -> Rows:
         raise
     except Exception as error:
         where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-        yield {
-            "work": name,
-            "ok": False,
-            "error": f"{type(error).__name__}: {str(error)[:300]}",
-            "where": " ".join(where[-6:]),
-        }
+        told = f"{type(error).__name__}: {str(error)[:300]}"
+        yield {"work": name, "ok": False, "error": told, "where": " ".join(where[-6:])}
 
 
 def whole(args: argparse.Namespace) -> Rows:
@@ -346,12 +334,8 @@ def recsys(args: argparse.Namespace, dataset: str, flags: str) -> SimpleNamespac
     """What recsys/main.py trains with."""
     import recsys.main
 
-    small = "--dataset synthetic --demo-users 300 --demo-items 200 --demo-interactions 6000"
-    words = (
-        flags_of(args, dataset, "", small).words
-        + f" {flags} --baselines none --report 0 --es_on test --device {args.device} --no-progress"
-    )
-    return probe.caught_main(recsys.main.main, words.split())
+    words = f"{flags_of(args, dataset, '', SMALL).words} {flags} --baselines none --report 0 --es_on test"
+    return probe.caught_main(recsys.main.main, f"{words} --device {args.device} --no-progress".split())
 
 
 def step_rows(
@@ -415,9 +399,8 @@ def _published_lightgcn(found: SimpleNamespace, device: str) -> float:
     """A step as in the published program: autograd through COO products, dense Adam in a loop."""
     graph, nodes = found.model.encoder.graph, torch.nn.Parameter(found.model.encoder.nodes.detach().clone())
     rows = torch.repeat_interleave(graph.indptr.diff().long())
-    matrix = torch.sparse_coo_tensor(
-        torch.stack([rows, graph.indices.long()]), graph.values, check_invariants=False
-    ).coalesce()
+    places = torch.stack([rows, graph.indices.long()])
+    matrix = torch.sparse_coo_tensor(places, graph.values, check_invariants=False).coalesce()
     optimizer = torch.optim.Adam([nodes], lr=1e-3, foreach=False, fused=False)
     batch = next(iter(found.batches(1)))
     users, pos, neg = batch.users, batch.pos + graph.num_users, batch.neg + graph.num_users
@@ -437,20 +420,18 @@ def _published_lightgcn(found: SimpleNamespace, device: str) -> float:
     return milliseconds(step, device, runs=10)
 
 
+MF = "--model mf --embedding-dim 64 --batch-size 2048 --topks 20 --es_metric recall@20 --sampler interaction"
+
+
 def factorisation(args: argparse.Namespace) -> Rows:
     """MF with bpr and gravity on ml1m and gowalla."""
-    for dataset, loss, bar in (
-        ("gowalla", "bpr", "<= 0.15 s"),
-        ("gowalla", "gravity", ""),
-        ("ml1m", "bpr", ""),
-        ("ml1m", "gravity", ""),
-    ):
-        flags = f"--model mf --loss_mode {loss} --embedding-dim 64 --batch-size 2048 --topks 20 --es_metric recall@20 --sampler interaction"
+    for dataset, loss in (("gowalla", "bpr"), ("gowalla", "gravity"), ("ml1m", "bpr"), ("ml1m", "gravity")):
+
+        def make(more: str, loss: str = loss, dataset: str = dataset) -> SimpleNamespace:
+            return recsys(args, dataset, f"{MF} --loss_mode {loss} {more}")
+
         yield from step_rows(
-            args,
-            f"MF {loss} {dataset}",
-            lambda more="", flags=flags, dataset=dataset: recsys(args, dataset, f"{flags} {more}"),
-            bar,
+            args, f"MF {loss} {dataset}", make, "<= 0.15 s" if (dataset, loss) == ("gowalla", "bpr") else ""
         )
 
 
@@ -460,13 +441,14 @@ def multimodal(args: argparse.Namespace) -> Rows:
 
     half = len(probe.TRAINED) // 2
     models = probe.TRAINED[:half] if args.part.endswith("1") else probe.TRAINED[half:]
-    small = "--dataset synthetic --demo-users 300 --demo-items 200 --demo-interactions 6000 --features random --random-widths 48 24"
-    words = flags_of(args, "baby", "--features random --random-widths 4096 384", small).words
+    words = flags_of(
+        args, "baby", "--features random --random-widths 4096 384", f"{SMALL} --features random --random-widths 48 24"
+    ).words
     for name in models[: 1 if args.tiny else None]:
 
         def one(name: str = name) -> dict[str, Any]:
-            argv = f"--model {name} {words} --not_mg --baselines none --device {args.device} --no-progress --embedding-dim 64 --batch-size 2048"
-            found = probe.caught_main(mirror_grad.main.main, argv.split())
+            argv = f"--model {name} {words} --not_mg --baselines none --embedding-dim 64 --batch-size 2048"
+            found = probe.caught_main(mirror_grad.main.main, f"{argv} --device {args.device} --no-progress".split())
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds = epoch_seconds(found, args.device, 3)
@@ -474,10 +456,8 @@ def multimodal(args: argparse.Namespace) -> Rows:
             if args.device == "cuda":
                 row["mib"] = torch.cuda.max_memory_allocated() / 2**20
             found.model.eval()
-            row["evaluation_seconds"] = (
-                milliseconds(lambda: found.evaluate("valid"), args.device, runs=2, warm_up=1) / 1e3
-            )
-            return row
+            judged = milliseconds(lambda: found.evaluate("valid"), args.device, runs=2, warm_up=1)
+            return row | {"evaluation_seconds": judged / 1e3}
 
         yield from guarded(f"{name} baby, epoch", one)
 
@@ -485,18 +465,13 @@ def multimodal(args: argparse.Namespace) -> Rows:
 def fused(args: argparse.Namespace) -> Rows:
     """MF's losses by kernels of their own, and steps of touched rows alone, beside autograd in recorded steps."""
     for loss, more in (("bpr", ""), ("gravity", ""), ("mix", ""), ("gravity", "--optimizer lazy_adamw")):
-        flags = f"--model mf --loss_mode {loss} --embedding-dim 64 --batch-size 2048 --topks 20 --es_metric recall@20 --sampler interaction {more}"
-        seconds, memory = {}, {}
+        seconds = {}
         for kernel in ("fused", "autograd"):
-            found = recsys(args, "gowalla", f"{flags} --kernel {kernel}")
+            found = recsys(args, "gowalla", f"{MF} --loss_mode {loss} {more} --kernel {kernel}")
             seconds[kernel] = epoch_seconds(found, args.device, 4)
-            batch = next(iter(found.batches(1)))
-            memory[kernel] = megabytes(
-                args.device, lambda found=found, batch=batch: found.step(lambda: found.loss_fn(batch), found.optimizer)
-            )
         yield {
-            "work": f"MF {loss} gowalla {more.partition(' ')[2]}, epoch by kernels", "seconds": seconds["fused"], "autograd_seconds": seconds["autograd"],
-            "of_autograd": seconds["fused"] / seconds["autograd"], "mib": memory["fused"], "autograd_mib": memory["autograd"],
+            "work": f"MF {loss} gowalla {more.partition(' ')[2]}, epoch by kernels", "seconds": seconds["fused"],
+            "autograd_seconds": seconds["autograd"], "of_autograd": seconds["fused"] / seconds["autograd"],
         }  # fmt: skip
 
 
@@ -728,40 +703,28 @@ def ceilings(args: argparse.Namespace) -> Rows:
     side = 64 if args.tiny else 8192
     for dtype in (torch.float32, torch.bfloat16):
         m = torch.randn(side, side, device=args.device, dtype=dtype)
-        yield {
-            "work": f"product, {str(dtype)[6:]}",
-            "tflop_per_s": 2 * side**3 / milliseconds(lambda m=m: m @ m, args.device, runs=5) / 1e9,
-        }
+        speed = 2 * side**3 / milliseconds(lambda m=m: m @ m, args.device, runs=5) / 1e9
+        yield {"work": f"product, {str(dtype)[6:]}", "tflop_per_s": speed}
 
 
 def precision(args: argparse.Namespace) -> Rows:
     """What bfloat16 and TF32 do to metrics: short runs from the same seed."""
-    small = "--dataset synthetic --demo-users 300 --demo-items 200 --demo-interactions 6000"
+    epochs = f"--epochs {1 if args.tiny else 12} --eval-every 4"
     for loss in ("bpr", "gravity"):
-        words = (
-            flags_of(args, "ml1m", "", small).words
-            + f" --model mf --loss_mode {loss} --embedding-dim 64 --topks 20 --es_metric recall@20 --baselines none --report 0 --lr 5e-3"
-        )
-        names = {"float32": "", "bfloat16": "--amp"}
-        found = {
-            name: _test_metrics(
-                "recsys.main", f"{words} {more} --epochs {1 if args.tiny else 12} --eval-every 4", args.device
-            )
-            for name, more in names.items()
-        }
+        words = f"{flags_of(args, 'ml1m', '', SMALL).words} --model mf --loss_mode {loss} --embedding-dim 64 --topks 20"
+        words += f" --es_metric recall@20 --baselines none --report 0 --lr 5e-3 {epochs}"
+        kinds = {"float32": "", "bfloat16": "--amp"}
+        found = {name: _test_metrics("recsys.main", f"{words} {more}", args.device) for name, more in kinds.items()}
         yield {"work": f"MF {loss} ml1m, recall@20"} | {name: part["recall@20"] for name, part in found.items()}
     words = flags_of(args, "cimb10", PUBLISHED_VIT.replace("--max-epochs 200", "--max-epochs 20"), probe.VISION).words
+    words = f"{PUBLISHED_GRAVITY} {words} --report 0"
     kinds = {"float32": "--precision 32 --tf32 0", "TF32": "--precision 32 --tf32 1", "bfloat16": "--precision 16"}
     with ThreadPoolExecutor(3) as pool:
         calls = {
-            name: pool.submit(
-                _test_metrics, "vision.main", f"{PUBLISHED_GRAVITY} {words} {more} --report 0", args.device
-            )
-            for name, more in kinds.items()
+            n: pool.submit(_test_metrics, "vision.main", f"{words} {more}", args.device) for n, more in kinds.items()
         }
-        yield {"work": "published ViT, cimb10, accuracy after 20 epochs"} | {
-            name: call.result()["accuracy"] for name, call in calls.items()
-        }
+        found = {name: call.result()["accuracy"] for name, call in calls.items()}
+    yield {"work": "published ViT, cimb10, accuracy after 20 epochs"} | found
 
 
 def _test_metrics(module: str, flags: str, device: str) -> dict[str, float]:
@@ -803,17 +766,11 @@ def _resume(name: str, device: str) -> dict[str, Any]:
             run.result()
         run_program(module, "--resume", f"{out}/part", "--epochs", "4", "--device", device, "--no-progress")
         states = [load_state(Path(out) / part / "last.pt")["model"] for part in ("whole", "part")]
-    a, b = (
-        torch.cat([value.double().reshape(-1) for value in state.values() if value.is_floating_point()])
-        for state in states
-    )
+    kept = [[value.double().reshape(-1) for value in state.values() if value.is_floating_point()] for state in states]
+    a, b = map(torch.cat, kept)
     difference = float((a - b).norm() / a.norm())
-    return {
-        "work": f"resume {name}",
-        "equal_bits": bool(torch.equal(a, b)),
-        "difference": difference,
-        "ok": difference < 1e-4,
-    }
+    equal = bool(torch.equal(a, b))
+    return {"work": f"resume {name}", "equal_bits": equal, "difference": difference, "ok": difference < 1e-4}
 
 
 def processes(args: argparse.Namespace) -> Rows:
@@ -834,15 +791,10 @@ def processes(args: argparse.Namespace) -> Rows:
 
 
 PARTS: dict[str, Part] = {
-    "numbers-recsys": Part("correct", numbers("recsys")),
-    "numbers-metric": Part("correct", numbers("cml")),
-    "numbers-mcl": Part("correct", numbers("mcl")),
-    "numbers-hlrm": Part("correct", numbers("hlrm")),
-    "numbers-fused": Part("correct", numbers("fused")),
-    "numbers-contextual": Part("correct", numbers("contextual")),
-    "numbers-vision": Part("correct", numbers("vision")),
-    "numbers-mirror1": Part("correct", numbers("mirror")),
-    "numbers-mirror2": Part("correct", numbers("mirror")),
+    **{
+        f"numbers-{group}": Part("correct", numbers(group))
+        for group in ("recsys", "metric", "mcl", "hlrm", "fused", "contextual", "vision", "mirror1", "mirror2")
+    },
     "tests": Part("correct", marked),
     "whole": Part("correct", whole),
     "waiting": Part("correct", waiting),
