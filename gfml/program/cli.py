@@ -410,9 +410,14 @@ def _mendable(error: Exception) -> str | None:
             shown = name if len(name) <= 120 else f"{name[:100]}... ({len(name)} letters)"
             return f"cannot use {shown} ({error.strerror}): give another place, or the right to use this one"
     elif isinstance(error, MemoryError) or re.search(
-        "out of memory|can't allocate memory|Unable to alloc|calculation overflowed", str(error)
+        "out of memory|can't allocate memory|Unable to alloc|calculation overflowed|Maximum allowed dimension exceeded",
+        str(error),
     ):
-        return f"the memory does not suffice ({str(error).splitlines()[0][:120]}): give smaller widths, batches or data"
+        first = str(error).splitlines()[0]
+        asked = re.search("(you tried to allocate|Unable to allocate) .*", first)
+        return (
+            f"the memory does not suffice ({asked[0] if asked else first[:120]}): give smaller widths, batches or data"
+        )
     elif "home directory" in str(error):
         return "there is no home directory: set HOME, or give --data-root and --cache-dir"
     return None

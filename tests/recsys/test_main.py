@@ -306,7 +306,7 @@ def test_a_bad_choice_in_a_config(fail, tmp_path):
     [
         ("", "0 3\n", ["train.txt is empty"]),
         ("0 1 2\n1 4 3\n", "", ["test.txt is empty"]),
-        ("0 1 2\n1 4 3\n", "0 2\n", ["no test interactions"]),
+        ("0 1 2\n1 4 3\n", "0 2\n", ["no test interactions (1 test pairs also in train or valid, dropped)"]),
     ],
 )
 def test_bad_data_files(fail, tmp_path, train_text, test_text, words):
