@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "MF gravity, lazy_adamw": {"loss": "gravity", "optimizer": "lazy_adamw", **GRAVITY},
     "MF mix_bpr, lazy_adamw": {"loss": "mix_bpr", "optimizer": "lazy_adamw", **GRAVITY},
     "LightGCN bpr": {"loss": "bpr", "layers": 3, "lr": 5e-3},
+    "iALS": {"ials": {"l2": 0.01, "alpha0": 0.02}},
     "implicit BPR": {"peer": "bpr", "learning_rate": 0.05, "regularization": 0.01},
     "implicit ALS": {"peer": "als", "regularization": 50.0, "alpha": 20.0},
 }
@@ -77,6 +78,7 @@ def own_curve(data: Any, settings: dict[str, Any], budget: float) -> list[tuple[
     from gfml.gravity import Gravity
     from gfml.ranking.encoders import LightGCN, Tables
     from gfml.ranking.graph import build_graph
+    from gfml.ranking.ials import IALS
     from gfml.ranking.sampling import TripleSampler
     from recsys.model import PairOptions, Recommender
 
@@ -101,9 +103,14 @@ def own_curve(data: Any, settings: dict[str, Any], budget: float) -> list[tuple[
 
         return model, steps
 
+    def ials() -> tuple[Any, Callable[[], Iterator[None]]]:
+        model = IALS(data.train, 64, **settings["ials"])
+        return model, lambda: (model.epoch() for _ in range(10**6))
+
     torch.set_num_threads(1)
-    next(parts()[1]())  # compiles
-    model, steps = parts()
+    make = ials if "ials" in settings else parts
+    next(make()[1]())  # compiles
+    model, steps = make()
     return list(_judged(data, model.scorer, steps(), budget))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import nn
 
@@ -23,6 +24,7 @@ from gfml.program.experiment import Experiment, Judged
 from gfml.program.flags import baseline_grids
 from gfml.program.steps import check_judgeable, cut_offs, definitions_of, shared_loss
 from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.ranking.foldin import fold_in
 from gfml.ranking.topk import Scorer
 from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, list_names, mass_report
 
@@ -61,6 +63,10 @@ class Recommender(Experiment):
     def scorer(self, model: nn.Module, split: str = "test") -> Scorer:
         """All-item scores for judging a split."""
         return model.scorer()
+
+    def fold_in(self, model: nn.Module, histories: sp.csr_array) -> Scorer:
+        """Scores of new users with these histories [n, I]; see :func:`gfml.ranking.foldin.fold_in`."""
+        return fold_in(self.scorer(model, "test"), histories, getattr(model, "encoder", None))
 
     def mass(self, model: nn.Module) -> Mass | None:
         """The masses that rank, if the model has any."""
