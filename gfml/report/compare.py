@@ -249,18 +249,13 @@ def store(
         page.note("plain", note.removeprefix("note: "))
     what_ran(page, runs, lambda run: {"data": run.data["name"]})
     page.section("Differences")
-    # What all rows have in common stands above.
-    lines = [HEAD, *map(cells_of, rows)]
+    # One pair is named above.
+    lines = [list(HEAD), *map(cells_of, rows)]
     shown = [
         n for n, name in enumerate(HEAD) if name not in ("run", "against") or len({line[n] for line in lines[1:]}) > 1
     ]
-    page.table(
-        *(
-            [[line[n] for n in shown] for line in part] if part is not lines[0] else [part[n] for n in shown]
-            for part in (lines[0], lines[1:])
-        ),
-        TWO_QUESTIONS,
-    )
+    head, *body = ([line[n] for n in shown] for line in lines)
+    page.table(head, body, TWO_QUESTIONS)
     page.figure(
         "comparison",
         plot(rows),
