@@ -30,7 +30,7 @@ from gfml.base.settings import nonnegative as nonnegative
 from gfml.base.settings import number as number
 from gfml.base.settings import positive as positive
 from gfml.base.settings import share as share
-from gfml.program.flags import CONVENTIONS
+from gfml.program.flags import CONVENTIONS, GAINS, GRADED
 
 if TYPE_CHECKING:
     import torch
@@ -301,8 +301,8 @@ def _how(default: Any, told: Setting) -> dict[str, Any]:
 # -- common flags
 
 
-def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False) -> None:
-    """Which definitions of the metrics are used; graded: also that of graded relevance, for data with ratings."""
+def add_definition_flags(group: argparse._ArgumentGroup) -> None:
+    """Which definitions of the metrics are used."""
     group.add_argument(
         "--metrics-as",
         nargs="+",
@@ -316,12 +316,7 @@ def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False
         default="min",
         help="what map divides by: min(T, K), K, or T, the number of a user's held-out items",
     )
-    if graded:
-        group.add_argument(
-            "--graded",
-            choices=("linear", "exp", "exp1"),
-            help="add graded_ndcg with the gain r, 2^r - 1 or 2^(r+1) - 1 of the ratings r in the truth",
-        )
+    group.add_argument("--graded", choices=GAINS, help=GRADED)
 
 
 def resolve_device(options: Any) -> torch.device:

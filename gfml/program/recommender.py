@@ -134,7 +134,7 @@ class Recommender(Experiment):
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
         return self.evaluation(model, split).means
 
-    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run) -> Judged:
+    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run | None) -> Judged:
         settings, data = self.settings, self.interactions
         test = self.evaluation(model, "test", beyond=True)
         names = [] if "none" in settings.baselines else settings.baselines
@@ -146,7 +146,12 @@ class Recommender(Experiment):
             "test": test.means,
             "cold_users": test.cold_users,
             "baselines": baseline_results(
-                names, data, self.ks, cache_dir=cache, grids=baseline_grids(settings.baseline_grid)
+                names,
+                data,
+                self.ks,
+                cache_dir=cache,
+                grids=baseline_grids(settings.baseline_grid),
+                definitions=definitions_of(settings, judging=True),
             ),
         }
         if data.valid.nnz:
@@ -168,7 +173,11 @@ class Recommender(Experiment):
             **list_names(data, test.users),
         }
         # Values per user for intervals and tests: the accuracies, of item groups too, and the lists' statistics.
-        kept = {name: values for name, values in test.per_user.items() if "_" not in name or "_recall@" in name}
+        kept = {
+            name: values
+            for name, values in test.per_user.items()
+            if "_" not in name or "_recall@" in name or "graded_" in name
+        }
         arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in kept.items()}
         for side in ("item", "user"):
             if mass is not None and getattr(mass, side) is not None:

@@ -29,8 +29,10 @@ def cut_offs(topks: Collection[int], select_metric: str) -> tuple[int, ...]:
 
 
 def definitions_of(settings: Any, *, judging: bool) -> Definitions:
-    """``--metrics-as`` and ``--map-denominator``, for the reported figures; selection keeps the usual ones."""
-    return Definitions(tuple(settings.metrics_as or ()), settings.map_denominator) if judging else USUAL
+    """``--metrics-as``, ``--map-denominator``, ``--graded``: of the reported figures; selection keeps the usual ones."""
+    if not judging:
+        return USUAL
+    return Definitions(tuple(settings.metrics_as or ()), settings.map_denominator, settings.graded)
 
 
 def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> None:
