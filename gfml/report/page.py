@@ -400,7 +400,7 @@ def _wants_log(axis: Axes) -> bool:
 def _whole_epochs(axis: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def grouped_bars(
