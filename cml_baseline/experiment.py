@@ -11,7 +11,7 @@ import torch
 
 from cml_baseline import data as sources
 from cml_baseline.ann import export
-from cml_baseline.report import write_items, write_report
+from cml_baseline.report import draw, write_items
 from cml_baseline.table import EpochTable, read_epochs
 from gfml.cml import FeatureProjection, ItemFeatures, MetricLearner, MetricOptions
 from gfml.data.interactions import Interactions
@@ -157,7 +157,7 @@ class CML(Recommender):
             export(run.path, self.settings.ann)
 
     def page(self, run: Run, judged: Judged) -> Path:
-        return write_report(run.path)
+        return draw([run.path])
 
     # -- words
 

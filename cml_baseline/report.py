@@ -9,26 +9,34 @@ Reads what the run stored and trains nothing. Titles and genres are those the ru
 from __future__ import annotations
 
 import csv
+import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cml_baseline.ann import read_arrays
-from gfml.base.errors import UserError, suggest
-from gfml.program.cli import Parser, number, run_main
+from gfml.base.errors import UserError
+from gfml.base.files import atomic_open
+from gfml.data.items import by_title
+from gfml.program.cli import number, run_main
+from gfml.report.page import COLORS, GREYS, Cell, Page, legend_below, panels, styled
+from gfml.report.ranking_page import build_parser, write_report
+from gfml.report.sections import slug
+from gfml.report.stored import StoredRun
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from gfml.data.interactions import Interactions
     from gfml.data.items import ItemInfo
-    from gfml.report.page import Page
 
 PROJECTIONS = ("tsne", "pca")
 # Points of the map: the most popular items; a t-SNE of more takes minutes.
@@ -36,25 +44,33 @@ MAP_POINTS = 1500
 NEIGHBOURS, SHOWN_ITEMS = 10, 10
 
 
-def build_parser() -> Parser:
-    """The command line of ``cml_baseline/report.py``."""
-    parser = Parser(prog="cml_baseline/report.py", description="A report of a finished run.")
-    parser.add_argument("run", metavar="RUN", help="directory of a finished run of cml_baseline/main.py")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: RUN/report)")
-    parser.add_argument("--projection", choices=PROJECTIONS, default="tsne", help="how items are drawn in the plane")
-    parser.add_argument(
-        "--of", nargs="+", metavar="TITLE", help="show the neighbours of these items (default: ten well-known ones)"
-    )
-    parser.add_argument(
-        "--seed", type=number(int, least=0, most=2**32 - 1), default=0, metavar="N", help="seed of t-SNE"
-    )
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(argv)
-    print(write_report(options.run, options.out, projection=options.projection, of=options.of, seed=options.seed))
+    parser = build_parser("cml_baseline/report.py")
+    add = parser.add_argument
+    add("--projection", choices=PROJECTIONS, default="tsne", help="how items are drawn in the plane")
+    add("--of", nargs="+", metavar="TITLE", help="show the neighbours of these items (default: ten well-known ones)")
+    add("--seed", type=number(int, least=0, most=2**32 - 1), default=0, metavar="N", help="seed of t-SNE")
+    options = parser.parse_args(argv)
+    print(draw(options.runs, options.out, options.format and (options.format,),
+               projection=options.projection, of=options.of, seed=options.seed))  # fmt: skip
     return 0
+
+
+def draw(
+    paths: Sequence[str | Path],
+    out: str | os.PathLike[str] | None = None,
+    formats: Sequence[str] | None = None,
+    *,
+    projection: str = "tsne",
+    of: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write report.html, report.md and the plots; the path of the first. UserError for a run without a result."""
+    for path in paths:
+        read_arrays(Path(path))
+    return write_report(
+        paths, out, formats, more=[_training, partial(_items, projection=projection, of=of, seed=seed), _search]
+    )
 
 
 @dataclass(frozen=True)
@@ -69,15 +85,11 @@ class Items:
     @property
     def by_popularity(self) -> np.ndarray:
         """Ids, the most popular first."""
-        import numpy as np
-
         return np.argsort(-self.popularity, kind="stable")
 
 
 def write_items(run: Path, data: Interactions, info: ItemInfo | None) -> None:
     """``items.csv``: id, title, genres and train interactions of every item, in the order of the vectors."""
-    from gfml.base.files import atomic_open
-
     names = range(data.num_items) if data.item_ids is None else data.item_ids.tolist()
     with atomic_open(run / "items.csv", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
@@ -87,51 +99,11 @@ def write_items(run: Path, data: Interactions, info: ItemInfo | None) -> None:
             writer.writerow([name, title, genres, data.item_popularity[row]])
 
 
-def write_report(
-    run: str | os.PathLike[str],
-    out: str | os.PathLike[str] | None = None,
-    *,
-    projection: str = "tsne",
-    of: Sequence[str] | None = None,
-    seed: int = 0,
-) -> Path:
-    """Write report.html, report.md and the plots; the path of the first. UserError for a run without a result."""
-    from gfml.engine.runs import read_config, read_metrics, read_result
-    from gfml.report.page import COLORS, Curves, Page, learning_curves
-
-    path = Path(run)
-    arrays = read_arrays(path)
-    result, config, items = read_result(path), read_config(path), _read_items(path, arrays)
-    chosen = well_known(items) if of is None else [_find(items, title) for title in of]
-    selection = result["selection"]
-    page = Page(f"Collaborative Metric Learning on {result['data']['name']}", _lead(result))
-    _what_ran(page, path, result, config)
-    _results(page, result)
-    page.section("Training")
-    page.table(["epoch", "total loss", *(f"recall@{k}" for k in result["topks"]), "seconds"],
-               [list(row.values()) for row in result["epochs"]],
-               f"Total loss: sum over the epoch's pairs. Recall: {'test' if config['select-on'] == 'test' else 'validation'}. "
-               "Seconds: training alone.")  # fmt: skip
-    curves = Curves(
-        result["model"],
-        read_metrics(path),
-        f"{config['select-on']}/{config['select-metric']}",
-        selection["epoch"],
-        COLORS[0],
-    )
-    page.figure(
-        "training", learning_curves([curves]), "Train loss with its terms, and the metric that selects the epoch."
-    )
-    _map(page, items, chosen, projection, seed)
-    _neighbours(page, items, chosen)
-    _search(page, path)
-    return page.write(path / "report" if out is None else out)
-
-
 # -- items
 
 
-def _read_items(path: Path, arrays: Mapping[str, np.ndarray]) -> Items:
+def _read_items(run: StoredRun) -> Items:
+    path = run.path
     try:
         with open(path / "items.csv", encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
@@ -139,23 +111,13 @@ def _read_items(path: Path, arrays: Mapping[str, np.ndarray]) -> Items:
         raise UserError(
             f"cannot read {path / 'items.csv'} ({error.strerror}): train the run again with --overwrite"
         ) from None
-    titles = [row["title"] or f"item {row['item']}" for row in rows]
+    titles = [row["title"] or row["item"] for row in rows]
     genres = [tuple(filter(None, row["genres"].split("|"))) for row in rows]
-    return Items(titles, genres, arrays["item_popularity"], arrays["item"])
-
-
-def _find(items: Items, title: str) -> int:
-    if title not in items.titles:
-        raise UserError(
-            f"unknown title {title!r}, wanted one such as {items.titles[0]!r}{suggest(title, items.titles)}"
-        )
-    return items.titles.index(title)
+    return Items(titles, genres, run.arrays["item_popularity"], run.arrays["item"])
 
 
 def well_known(items: Items) -> list[int]:
     """Ten popular items, most popular first: one for each of the commonest genres, no two of them close neighbours."""
-    import numpy as np
-
     order = items.by_popularity.tolist()
     common = [
         name for name, _ in Counter(genre for genres in items.genres for genre in genres).most_common(SHOWN_ITEMS)
@@ -173,7 +135,6 @@ def well_known(items: Items) -> list[int]:
 
 def nearest(vectors: np.ndarray, chosen: np.ndarray, among: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest of the items ``among`` to each chosen one, itself excluded: ids [n, k] and squared distances [n, k]."""
-    import numpy as np
     from scipy.spatial.distance import cdist
 
     sq_distance = cdist(vectors[chosen], vectors[among], "sqeuclidean")
@@ -187,8 +148,6 @@ def genre_agreement(items: Items) -> tuple[float, float] | None:
 
     Over items with train interactions and a genre.
     """
-    import numpy as np
-
     rows = np.array([row for row, genres in enumerate(items.genres) if genres and items.popularity[row] > 0])
     if len(rows) <= NEIGHBOURS:
         return None
@@ -205,60 +164,25 @@ def genre_agreement(items: Items) -> tuple[float, float] | None:
 # -- sections
 
 
-def _lead(result: Mapping[str, Any]) -> str:
-    test, selection = result["test"], result["selection"]
-    figures = ", ".join(f"recall@{k} {test[f'recall@{k}']:.4f}" for k in result["topks"])
-    return f"{figures} on test, epoch {selection['epoch']}, {selection['protocol']}."
+def _training(page: Page, runs: Sequence[StoredRun]) -> None:
+    page.section("Training")
+    for run in runs:
+        rows, topks = run.result["epochs"], run.result["topks"]
+        what = "test" if run.on_test else "validation"
+        page.table(["epoch", "total loss", *(f"recall@{k}" for k in topks), "seconds"], [list(row.values()) for row in rows],
+                   f"{run.label}. Total loss: sum over the epoch's pairs. Recall: {what}. Seconds: training alone.")  # fmt: skip
 
 
-def _what_ran(page: Page, path: Path, result: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    data, selection = result["data"], result["selection"]
-    if config["select-on"] == "test":
-        page.note("warning", "The epoch was selected on the reported test part itself: its figures are optimistic.")
-    loss = (
-        f"margin {config['margin']:g}, {config['num-neg']} {config['sampler']} negatives, ball {config['clip-norm']:g}"
-    )
-    page.section("What ran")
-    page.facts({
-        "data": f"{data['name']}: {data['num_users']:,} users × {data['num_items']:,} items; train {data['train']:,}, "
-                f"validation {data['valid']:,}, test {data['test']:,} interactions",
-        **data.get("notes", {}),
-        "model": f"{result['model']}, {config['embedding-dim']} dimensions, {loss}",
-        "training": f"{config['optimizer']} {config['lr']:g}, batch {config['batch-size']:,}, seed {config['seed']}",
-        "selection": f"{config['select-metric']}, epoch {selection['epoch']} of {selection.get('epochs_trained', '?')}; {selection['protocol']}",
-        "items without train interactions": f"{result['cold_items']:,}",
-        "run directory": str(path),
-    })  # fmt: skip
+def _items(page: Page, runs: Sequence[StoredRun], *, projection: str, of: Sequence[str] | None, seed: int) -> None:
+    """Map and neighbours of the items of each run."""
+    for run in runs:
+        items, name = _read_items(run), "" if len(runs) == 1 else run.label
+        chosen = well_known(items) if of is None else [by_title(title, items.titles) for title in of]
+        _map(page, items, chosen, projection, seed, name)
+        _neighbours(page, items, chosen, name)
 
 
-def _results(page: Page, result: Mapping[str, Any]) -> None:
-    from gfml.report.page import Cell, best_rows, figure_of
-
-    rows = {result["model"]: result["test"]} | {
-        name: found["test"] for name, found in result["baselines"].items() if "test" in found
-    }
-    k = max(result["topks"])
-    wanted = [f"{name}@{length}" for name in ("recall", "ndcg") for length in result["topks"]]
-    wanted += [f"{group}_recall@{k}" for group in ("head", "tail", "q5", "cold")] + [f"coverage@{k}", f"arp@{k}"]
-    columns = [name for name in wanted if any(name in row for row in rows.values())]
-    best = {
-        name: best_rows([row.get(name) for row in rows.values()]) if not name.startswith("arp") else set()
-        for name in columns
-    }
-    page.section("Results on test")
-    page.table(
-        ["method", *columns],
-        [[name, *(Cell(figure_of(row.get(column)), best=number in best[column]) for column in columns)]
-         for number, (name, row) in enumerate(rows.items())],
-        "All items the user has not in train or validation are ranked. Recall divides by the number of held-out items. head: the "
-        "most popular 20 % of items; tail: the others; q5: the least popular fifth; cold: items that train never shows. "
-        "coverage: share of the catalogue recommended to anyone; arp: mean popularity of recommended items.",
-    )  # fmt: skip
-
-
-def _map(page: Page, items: Items, chosen: Sequence[int], projection: str, seed: int) -> None:
-    import numpy as np
-
+def _map(page: Page, items: Items, chosen: Sequence[int], projection: str, seed: int, name: str) -> None:
     shown = items.by_popularity[:MAP_POINTS]
     shown = shown[items.popularity[shown] > 0]
     missing = [item for item in chosen if item not in set(shown.tolist())]
@@ -266,18 +190,16 @@ def _map(page: Page, items: Items, chosen: Sequence[int], projection: str, seed:
     if len(shown) < 5:
         return
     plane, how = project(items.vectors[shown], projection, seed)
-    page.section("Map of the items")
-    agreement = genre_agreement(items)
-    if agreement is not None:
+    page.section(f"Map of the items{f', {name}' if name else ''}")
+    if agreement := genre_agreement(items):
         page.note(
             "plain",
             f"Of an item's {NEIGHBOURS} nearest items {agreement[0]:.0%} share a genre with it; of any items {agreement[1]:.0%} would.",
         )
     colour = "by genre" if any(items.genres) else "by popularity"
+    caption = f"{how} of the vectors of the {len(shown):,} most popular items, coloured {colour}; larger dots are more popular."
     page.figure(
-        "map",
-        _draw_map(items, shown, plane, chosen),
-        f"{how} of the vectors of the {len(shown):,} most popular items, coloured {colour}.",
+        "-".join(filter(None, ["map", slug(name) if name else ""])), _draw_map(items, shown, plane, chosen), caption
     )
 
 
@@ -296,64 +218,50 @@ def project(vectors: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray
     return tsne.fit_transform(vectors), "t-SNE"
 
 
+@styled
 def _draw_map(items: Items, shown: np.ndarray, plane: np.ndarray, chosen: Sequence[int]) -> Figure:
-    import numpy as np
-
-    from gfml.report.page import COLORS, GREYS, legend_below, panels, styled
-
-    @styled
-    def draw() -> Figure:
-        figure, axes = panels(1, 1, height=7.0)
-        axis = axes[0, 0]
-        common = [
-            name
-            for name, _ in Counter(genre for item in shown for genre in items.genres[item]).most_common(len(COLORS))
-        ]
-        first = [next((genre for genre in items.genres[item] if genre in common), "") for item in shown]
-        sizes = 6 + 24 * np.sqrt(items.popularity[shown] / max(1, items.popularity.max()))
-        if not common:
-            axis.scatter(
-                *plane.T, s=sizes, c=np.log1p(items.popularity[shown]), cmap="viridis", alpha=0.7, linewidths=0
-            )
-        for name, color in zip([*common, ""], [*COLORS[: len(common)], GREYS[1]], strict=True) if common else ():
+    figure, axes = panels(1, 1, height=7.0)
+    axis = axes[0, 0]
+    counted = Counter(genre for item in shown for genre in items.genres[item])
+    colors = dict(zip([name for name, _ in counted.most_common(len(COLORS))], COLORS, strict=False))
+    sizes = 6 + 24 * np.sqrt(items.popularity[shown] / max(1, items.popularity.max()))
+    if colors:
+        first = [next((genre for genre in items.genres[item] if genre in colors), "") for item in shown]
+        for name, color in (colors | {"": GREYS[1]}).items():
             of = np.array([genre == name for genre in first])
             axis.scatter(*plane[of].T, s=sizes[of], color=color, alpha=0.7, linewidths=0, label=name or "other")
-        axis.set_axis_off()
         legend_below(figure, axis)
-        place = {item: row for row, item in enumerate(shown.tolist())}
-        _name_points(axis, np.array([plane[place[item]] for item in chosen]), [items.titles[item] for item in chosen])
-        return figure
+    else:
+        from matplotlib.colors import LogNorm
 
-    return draw()
+        counts = np.maximum(items.popularity[shown], 1)
+        dots = axis.scatter(*plane.T, s=sizes, c=counts, cmap="viridis", norm=LogNorm(), alpha=0.7, linewidths=0)
+        figure.colorbar(dots, ax=axis, label="train interactions", fraction=0.03)
+    axis.set_axis_off()
+    place = {item: row for row, item in enumerate(shown.tolist())}
+    _name_points(axis, np.array([plane[place[item]] for item in chosen]), [items.titles[item] for item in chosen])
+    return figure
 
 
 def _name_points(axis: Axes, points: np.ndarray, titles: Sequence[str]) -> None:
-    """A ring and a title at each point [n, 2]; a title that would cover an earlier one stays away."""
-    from gfml.report.page import TEXT
+    """A ring and a title at each point [n, 2], readable over dots; a title that would cover an earlier one stays away."""
+    from matplotlib.patheffects import withStroke
 
-    axis.scatter(*points.T, s=70, facecolors="none", edgecolors=TEXT, linewidths=1.4)
+    axis.scatter(*points.T, s=70, facecolors="none", edgecolors="#343942", linewidths=1.4)
     axis.figure.draw_without_rendering()
     taken: list[tuple[float, float, float]] = []
     for point, (left, y), title in zip(points, axis.transData.transform(points), titles, strict=True):
         width = 6.5 * len(title)
-        if all(
-            abs(y - other_y) > 15 or left > other + other_width or other > left + width
-            for other, other_y, other_width in taken
-        ):
+        if all(abs(y - other_y) > 15 or left > other + wide or other > left + width for other, other_y, wide in taken):
             taken.append((left, y, width))
-            axis.annotate(
-                title, point, xytext=(7, 5), textcoords="offset points", color=TEXT, fontsize=9, fontweight="bold"
-            )
+            axis.annotate(title, point, xytext=(7, 5), textcoords="offset points", color="#343942", fontsize=9, fontweight="bold",
+                          path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
 
 
-def _neighbours(page: Page, items: Items, chosen: Sequence[int]) -> None:
-    import numpy as np
-
-    from gfml.report.page import Cell
-
+def _neighbours(page: Page, items: Items, chosen: Sequence[int], name: str) -> None:
     among = np.flatnonzero(items.popularity > 0)
     ids, sq_distance = nearest(items.vectors, np.array(chosen), among, 5)
-    page.section("Nearest neighbours")
+    page.section(f"Nearest neighbours{f', {name}' if name else ''}")
     page.table(
         ["item", *(f"{rank + 1}." for rank in range(ids.shape[1]))],
         [
@@ -366,18 +274,19 @@ def _neighbours(page: Page, items: Items, chosen: Sequence[int]) -> None:
     )  # fmt: skip
 
 
-def _search(page: Page, path: Path) -> None:
-    import json
-
-    file = path / "ann" / "ann.json"
-    if not file.exists():
-        return
-    found = json.loads(file.read_text(encoding="utf-8"))
-    page.section("Nearest-neighbour index")
-    rows = [["exact (one matrix product)", "1.0000", f"{found['exact_queries_per_second']:,.0f}"]]
-    rows += [[row["search"], f"{row['recall']:.4f}", f"{row['queries_per_second']:,.0f}"] for row in found["searches"]]
-    page.table(["search", f"recall@{found['top']} against exact", "queries a second"], rows,
-               f"{found['kind']} index of {found['items']:,} items; {found['queries']:,} users as queries.")  # fmt: skip
+def _search(page: Page, runs: Sequence[StoredRun]) -> None:
+    for run in runs:
+        file = run.path / "ann" / "ann.json"
+        if not file.exists():
+            continue
+        found = json.loads(file.read_text(encoding="utf-8"))
+        page.section("Nearest-neighbour index")
+        rows = [["exact (one matrix product)", "1.0000", f"{found['exact_queries_per_second']:,.0f}"]]
+        rows += [
+            [row["search"], f"{row['recall']:.4f}", f"{row['queries_per_second']:,.0f}"] for row in found["searches"]
+        ]
+        page.table(["search", f"recall@{found['top']} against exact", "queries a second"], rows,
+                   f"{run.label}: {found['kind']} index of {found['items']:,} items; {found['queries']:,} users as queries.")  # fmt: skip
 
 
 if __name__ == "__main__":

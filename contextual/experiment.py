@@ -260,7 +260,7 @@ class Retrieve(Experiment):
         s = self.settings
         if not s.pictures:
             return None
-        return write_page(run, self.data, judged.result, judged.detail, queries=s.pictures, seed=s.seed)
+        return write_page(run, self.data, judged.detail, queries=s.pictures, seed=s.seed)
 
     # -- words
 

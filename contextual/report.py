@@ -12,7 +12,9 @@ from contextual.data import RetrievalData
 from gfml.data.images import ImageSet, resize
 from gfml.engine.runs import Run
 from gfml.metrics.retrieval import Retrieval
-from gfml.report.page import COLORS, Cell, Curves, Page, best_rows, figure_of, learning_curves, panels, styled
+from gfml.report.page import Page, figure_of, panels, styled
+from gfml.report.sections import intervals_of, learning, metric_cells, what_ran
+from gfml.report.stored import StoredRun, finished_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,52 +24,39 @@ RIGHT, WRONG, QUERY = "#2f9e68", "#d4574a", "#6f7682"
 SIDE = 96
 
 
-def write_page(
-    run: Run, data: RetrievalData, result: Mapping[str, Any], found: Retrieval, *, queries: int, seed: int
-) -> Path:
+def write_page(run: Run, data: RetrievalData, found: Retrieval, *, queries: int, seed: int) -> Path:
     """Write ``report/report.html`` and ``.md`` in the run directory; the path of the page."""
-    selection = result["selection"]
+    [stored] = finished_runs([run.path], ["model", "loss", "test", "per_class"], "contextual/main.py or train.py")
+    selection = stored.selection
     page = Page(
-        f"{result['model']} on {data.name}",
-        f"{selection['protocol']}, epoch {selection['epoch']}. Loss {result['loss']}.",
+        f"{stored.label} on {data.name}",
+        f"{selection['protocol']}, epoch {selection['epoch']}. Loss {stored.result['loss']}.",
     )
-    if "optimistic" in selection["protocol"]:
+    if "optimistic" in selection["protocol"] and not stored.on_test:
         page.note("warning", "The epoch was chosen by the figures reported here: they are optimistic.")
-    _figures(page, result)
-    _curves(page, run, selection)
+    parts = {"train": data.train, "validation": data.valid, "test": data.test, "gallery": data.gallery}
+    sizes = [
+        f"{name} {len(part):,} of {len(part.classes):,} classes" for name, part in parts.items() if part is not None
+    ]
+    what_ran(page, [stored], lambda run: {"data": f"{data.name}: {', '.join(sizes)}", "model": run.label})
+    _figures(page, stored)
+    learning(page, [stored])
     _neighbours(page, data, found, queries, seed)
-    _classes(page, result["per_class"])
+    _classes(page, stored.result["per_class"])
     return page.write(run.file("report"))
 
 
-def _figures(page: Page, result: Mapping[str, Any]) -> None:
-    rows = {"test": result["test"], **{name: result[name] for name in ("val", "train") if name in result}}
-    rows |= {f"{name}, test": found["test"] for name, found in result["baselines"].items()}
-    names = list(result["test"])
-    on_test = [name for name in rows if name.endswith("test")]
-    best = {name: {on_test[row] for row in best_rows([rows[label].get(name) for label in on_test])} for name in names}
-    cells = [
-        [label, *(Cell(figure_of(values.get(name)), best=label in best[name]) for name in names)]
-        for label, values in rows.items()
-    ]
+def _figures(page: Page, run: StoredRun) -> None:
+    result, columns = run.result, list(run.test)
+    on_test = {"test": run.test} | {f"{name}, test": found for name, found in run.baselines.items()}
+    others = {name: result[name] for name in ("val", "train") if name in result}
     page.section("Figures")
     page.table(
-        ["", *names],
-        cells,
-        "Best on test in bold. pixels: centred pictures at 16 x 16. starting network: its pooled features.",
-    )
-
-
-def _curves(page: Page, run: Run, selection: Mapping[str, Any]) -> None:
-    rows = run.metrics()
-    if rows and "metric" in selection and selection.get("split"):
-        select = f"{selection['split']}/{selection['metric']}"
-        page.section("Training")
-        page.figure(
-            "curves",
-            learning_curves([Curves(run.id, rows, select, selection["epoch"], COLORS[0])]),
-            "Loss and selection by epoch.",
-        )
+        ["", *columns],
+        metric_cells(on_test, columns, {}, intervals={"test": intervals_of(run, columns)}) + metric_cells(others, columns, {}, unranked=columns),
+        "Best on test in bold; small print: 95 % bootstrap interval of the mean over queries. pixels: centred pictures at 16 x 16. "
+        "starting network: its pooled features.",
+    )  # fmt: skip
 
 
 def _neighbours(page: Page, data: RetrievalData, found: Retrieval, queries: int, seed: int) -> None:

@@ -15,6 +15,7 @@ installation compiles for some seconds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -40,6 +41,17 @@ def why_not_fused(encoder: Tables, gravity: Gravity, loss_mode: str, *, compat: 
     return _why_not_rows(encoder)
 
 
+def why_not_on_device(encoder: Tables, gravity: Gravity, loss_mode: str, *, compat: bool = False) -> str | None:
+    """Why :class:`DevicePairLoss` cannot give this loss, None where it can."""
+    if compat:
+        return "published formulas"
+    if type(encoder) is not Tables or encoder.nodes.dtype != torch.float32:
+        return _why_not_rows(encoder) or f"parameters are {str(encoder.nodes.dtype).removeprefix('torch.')}"
+    if loss_mode not in ("dot", "bpr") and gravity.distance.kind != "l2":
+        return f"the distance {gravity.distance.kind}"
+    return None if find_spec("triton") else "Triton is not installed"
+
+
 def why_no_fused_hinge(encoder: Tables, options: MetricOptions, features: ItemFeatures | None) -> str | None:
     """Why :class:`FusedHinge` cannot give :func:`gfml.cml.metric_loss`, None where it can."""
     if options.cov_weight or (features is not None and options.feature_weight):
@@ -58,9 +70,12 @@ def _why_not_rows(encoder: Tables) -> str | None:
 
 
 class _Kept(NamedTuple):
-    """Rows first .. last - 1 of a table of nodes, of which a kept gradient has ``nodes``; true of one version of it."""
+    """Rows first .. last - 1 of a table of nodes, of which a kept gradient has ``nodes``; true of one version of it.
 
-    nodes: np.ndarray
+    On a GPU the nodes are sorted and may repeat.
+    """
+
+    nodes: np.ndarray | Tensor
     first: int
     last: int
     version: int
@@ -74,19 +89,25 @@ def _is_known(gradient: Tensor) -> bool:
 
 def touched_rows(gradient: Tensor) -> np.ndarray | None:
     """Rows, int64 [n], outside which a gradient is 0 for sure, in no order; None where nobody knows."""
-    if not _is_known(gradient):
+    kept: _Kept | None = gradient.kept if _is_known(gradient) else None  # type: ignore[attr-defined]
+    if kept is None or isinstance(kept.nodes, Tensor):
         return None
-    kept: _Kept = gradient.kept  # type: ignore[attr-defined]
     mine = (kept.nodes >= kept.first) & (kept.nodes < kept.last)
     return kept.nodes[mine] - kept.first
+
+
+def touched_on_device(gradient: Tensor) -> tuple[Tensor, tuple[int, int]] | None:
+    """Sorted nodes with repeats and which of them a table holds, of a gradient of :class:`DevicePairLoss`, else None."""
+    kept = gradient.kept if _is_known(gradient) else None  # type: ignore[attr-defined]
+    return (kept.nodes, (kept.first, kept.last)) if kept and isinstance(kept.nodes, Tensor) else None
 
 
 class Computed(NamedTuple):
     """The loss of a batch, its weighted parts, its derivative by log lambda, and what the backward pass scatters."""
 
-    total: float
-    parts: np.ndarray
-    by_log_lamb: float
+    total: float | Tensor
+    parts: np.ndarray | Tensor
+    by_log_lamb: float | Tensor
     out: Any
 
 
@@ -102,9 +123,9 @@ class _RowLoss:
     def compute(self, batch: Triples) -> Computed:
         raise NotImplementedError
 
-    def scatter(self, out: Any, scale: float) -> None:
+    def scatter(self, out: Any, scale: Tensor) -> None:
         """Write ``scale`` times the gradients of :meth:`compute` and take their memory back."""
-        self.gradients.write(out, scale)
+        self.gradients.write(out, float(scale))
         self._free = [out]
 
     def _run(self, pairs: Callable[..., None], batch: Triples, recipe: Any, count: int) -> Any:
@@ -165,6 +186,8 @@ class FusedPairLoss(_RowLoss):
     Where :func:`why_not_fused` gives a reason, use autograd. As many threads as torch has, fewer for small batches.
     """
 
+    why_not = staticmethod(why_not_fused)
+
     def __init__(
         self,
         encoder: Tables,
@@ -175,7 +198,7 @@ class FusedPairLoss(_RowLoss):
         mass_decay: float = 0.0,
         mix_ratio: float = 0.5,
     ) -> None:
-        _refuse(why_not_fused(encoder, gravity, loss_mode))
+        _refuse(self.why_not(encoder, gravity, loss_mode))
         self.gravity, self.loss_mode = gravity, loss_mode
         self.decay, self.mass_decay, self.mix_ratio = decay, mass_decay, mix_ratio
         self.uses_gravity = loss_mode not in ("dot", "bpr")
@@ -230,10 +253,56 @@ class FusedPairLoss(_RowLoss):
         return recipe._replace(
             dot_weight=recipe.dot_weight / size,
             gravity_weight=recipe.gravity_weight / size,
-            lamb=float(self.gravity.lamb),
+            lamb=self._lamb(),
             decay=recipe.decay / size,
             mass_decay=recipe.mass_decay / size,
         )
+
+    def _lamb(self) -> Tensor | float:
+        return float(self.gravity.lamb)
+
+
+class DevicePairLoss(FusedPairLoss):
+    """:class:`FusedPairLoss` for dot products and l2 on CUDA (:mod:`gfml.kernels.triples`): four kernels forward and
+    backward, and nothing that waits for the device; see :func:`why_not_on_device`."""
+
+    why_not = staticmethod(why_not_on_device)
+
+    def compute(self, batch: Triples) -> Computed:
+        """See :class:`Computed`."""
+        from gfml.kernels import triples
+
+        size, recipe = len(batch), self._recipe_of(len(batch))
+        items = torch.cat([batch.pos[:, None], batch.neg.view(size, -1)], 1) + self.encoder.num_users
+        tables = [None if p is None else p.detach() for p in self.gradients.parameters]
+        places = torch.cat([batch.users[:, None], items], 1)
+        out = triples.pair_gradients(tables, places, self.encoder.num_users, recipe)
+        *parts, by_log_lamb = out.values.sum(0).unbind()
+        weights = 1 / size, 1 / size, recipe.decay, recipe.mass_decay
+        values = torch.stack([weight * part for weight, part in zip(weights, parts, strict=True)])
+        total = recipe.dot_weight * parts[0] + recipe.gravity_weight * parts[1] + values[2] + values[3]
+        return Computed(total, values, by_log_lamb, out)
+
+    def scatter(self, out: Any, scale: Tensor) -> None:
+        """As in :class:`FusedPairLoss`; the gradients are new tensors, in which only the rows of the batch are written."""
+        from gfml.kernels import triples
+
+        parameters, users = self.gradients.parameters, self.encoder.num_users
+        found = [None if p is None else torch.zeros_like(p) for p in parameters]
+        places = triples.sum_rows(out, scale, users, found)
+        spans = (0, len(parameters[0])), (0, users), (users, len(parameters[0]))
+        for parameter, gradient, span in zip(parameters, found, spans, strict=True):
+            if parameter is None or gradient is None:
+                continue
+            if parameter.grad is None:
+                gradient.kept = _Kept(places, *span, gradient._version)  # type: ignore[attr-defined]
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+
+    def _lamb(self) -> Tensor | float:
+        lamb = self.gravity.lamb
+        return lamb.detach() if isinstance(lamb, Tensor) else lamb
 
 
 class _Fused(torch.autograd.Function):
@@ -246,9 +315,9 @@ class _Fused(torch.autograd.Function):
         found = loss.compute(batch)
         ctx.loss, ctx.out = loss, found.out
         ctx.by_log_lamb = None if log_lamb is None else found.by_log_lamb
-        parts = torch.from_numpy(found.parts).to(nodes.dtype)
+        total, parts = (torch.as_tensor(value, dtype=nodes.dtype) for value in (found.total, found.parts))
         ctx.mark_non_differentiable(parts)
-        return parts.new_tensor(found.total), parts
+        return total, parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[None, None, None, Tensor | None]:
@@ -256,7 +325,7 @@ class _Fused(torch.autograd.Function):
             raise RuntimeError(
                 "found create_graph with a fused loss, which has no second derivative: use `kernel autograd`"
             )
-        ctx.loss.scatter(ctx.out, float(upstream))
+        ctx.loss.scatter(ctx.out, upstream)
         return None, None, None, None if ctx.by_log_lamb is None else upstream * ctx.by_log_lamb
 
 

@@ -67,6 +67,7 @@ class MCL(Recommender):
         sampler = UserBatchSampler(
             self.data.train, batch_size=s.batch_size, num_negatives=s.num_neg, seed=s.seed, drop_last=s.drop_last,
             duplicate_batches=s.duplicate_batches, device=self.device,
+            constant=self.device.type != "cpu" and self.world.size == 1,
         )  # fmt: skip
         loss = self.shared(model.loss, model, reduction="mean")
         return Training(optimizer, sampler.epoch, loss, build_step(s, optimizer, s.clip_grad), ema=ema)

@@ -86,7 +86,13 @@ def hardest(sq_neg: Tensor) -> Tensor:
 
 
 def pull_push(
-    pos: Tensor, hard: Tensor, *, weight_pos: float = 1.0, weight_neg: float = 1.0, pull_only: bool = False
+    pos: Tensor,
+    hard: Tensor,
+    *,
+    weight_pos: float = 1.0,
+    weight_neg: float = 1.0,
+    pull_only: bool = False,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gravity loss of the published fork in its two weighted terms: their sum is the loss.
 
@@ -95,24 +101,27 @@ def pull_push(
     Shape: gravity scores pos, hard [E]. No margin and no hinge: the sum is unbounded below. pull_only: mean(-g) of
     the positives alone, unweighted, push 0; every distance then shrinks.
     Because g is mass minus distance term, no mass enters the gradient of any distance: under this loss masses cannot
-    move a vector.
+    move a vector. weight [E]: of each edge in the means, summing to 1; None: all alike.
     """
-    pull = -pos.mean()
-    return (pull, torch.zeros_like(pull)) if pull_only else (weight_pos * pull, weight_neg * hard.mean())
+    pull, push = (value.mean() if weight is None else weight.to(value.dtype) @ value for value in (-pos, hard))
+    return (pull, torch.zeros_like(pull)) if pull_only else (weight_pos * pull, weight_neg * push)
 
 
-def ego_reg(nodes: Tensor, users: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+def ego_reg(nodes: Tensor, users: Tensor, pos: Tensor, neg: Tensor, weight: Tensor | None = None) -> Tensor:
     """L2 of the free rows, repeated as often as the batch holds them:
 
         1/2 (sum over edges |u|^2 + sum over edges |p|^2) / E + 1/2 (sum over negatives |n|^2) / (number of negatives)
 
-    Shape: nodes [N, D]; node ids users, pos [E]; neg [E, W] or [E]. Rows are weighted by how often they occur, so no
-    row is gathered twice.
+    Shape: nodes [N, D]; node ids users, pos [E]; neg [E, W] or [E]; weight [E] of the edges, summing to 1, None: all
+    alike. Rows are weighted by how often they occur, so no row is gathered twice.
     """
-    weight = nodes.new_zeros(nodes.shape[0])
-    for ids in (users, pos, neg.reshape(-1)):
-        weight.index_add_(0, ids, nodes.new_full((1,), 1 / len(ids)).expand(len(ids)))
-    return 0.5 * (nodes.square().sum(1) @ weight)
+    total = nodes.new_zeros(nodes.shape[0])
+    for ids in (users, pos, neg.view(len(pos), -1)):
+        each = nodes.new_full((1,), 1 / ids.numel())
+        if weight is not None:
+            each = (weight.to(nodes.dtype) * (len(ids) / ids.numel())).view(-1, *[1] * (ids.dim() - 1))
+        total.index_add_(0, ids.reshape(-1), each.expand(ids.shape).reshape(-1))
+    return 0.5 * (nodes.square().sum(1) @ total)
 
 
 def _check_shapes(sq_pos: Tensor, sq_neg: Tensor, segment: Tensor) -> None:

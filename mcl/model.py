@@ -100,7 +100,9 @@ class MetricRecommender(nn.Module):
         """The regulariser before ``decay``; in mode gfml only the negatives ``nearest`` [E, 1] take part."""
         neg = batch.neg.gather(1, nearest) if self.mode == "gfml" else batch.neg
         first = self.encoder.num_users
-        return losses.ego_reg(self.encoder.nodes, batch.users[batch.segment], batch.pos + first, neg + first)
+        return losses.ego_reg(
+            self.encoder.nodes, batch.users[batch.segment], batch.pos + first, neg + first, batch.weight
+        )
 
     def scorer(self, score: str = "distance") -> Scorer:
         """All-item ranking: minus the squared distance (as published), or the gravity score with its masses."""
@@ -116,6 +118,9 @@ class MetricRecommender(nn.Module):
     def _mixed_centric(self, batch: UserBatch, sq_pos: Tensor, sq_neg: Tensor) -> dict[str, Tensor]:
         options = self.mixed
         kept = losses.mine(sq_pos, sq_neg, batch.segment, len(batch.users), options.margin)
+        if batch.weight is not None:
+            real = batch.weight > 0
+            kept = losses.Kept(kept.pos & real, kept.neg & real[:, None])
         found = losses.mixed_centric(
             sq_pos, sq_neg, kept, alpha=options.alpha, beta=options.beta, offset_pos=options.lambda_p,
             offset_neg=options.lambda_n, batch_size=options.batch_size,
@@ -129,7 +134,12 @@ class MetricRecommender(nn.Module):
             for sq_distance, items in ((sq_pos, batch.pos), (sq_hard, hard))
         )
         pull, push = losses.pull_push(
-            pos, neg, weight_pos=options.weight_pos, weight_neg=options.weight_neg, pull_only=options.pull_only
+            pos,
+            neg,
+            weight_pos=options.weight_pos,
+            weight_neg=options.weight_neg,
+            pull_only=options.pull_only,
+            weight=batch.weight,
         )
         return {"pull": pull, "push": push}
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gfml.base.errors import UserError
 from gfml.ranking.sampling import TripleSampler, seeded_generator
+
+# Padded batches have a multiple of so many edges.
+EDGE_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class UserBatch:
     """Users [n] with all their positives; edges are grouped by user, int64 on one device.
 
     counts [n]: positives of each user, all >= 1. segment [E]: the place of each edge's user in ``users``.
-    pos [E], neg [E, W]: item ids.
+    pos [E], neg [E, W]: item ids. weight float64 [E]: 1 / number of real edges, 0 at padding; None: all are real.
     """
 
     users: Tensor
@@ -27,6 +32,7 @@ class UserBatch:
     segment: Tensor
     pos: Tensor
     neg: Tensor
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of edges E."""
@@ -36,6 +42,15 @@ class UserBatch:
         """The batch of these edges; a user whose edges are cut apart keeps those inside."""
         kept, segment, counts = self.segment[part].unique_consecutive(return_inverse=True, return_counts=True)
         return UserBatch(self.users[kept], counts, segment, self.pos[part], self.neg[part])
+
+    def padded(self, users: int, edges: int) -> UserBatch:
+        """The batch with ``users`` + 1 users and ``edges`` edges; edges that are added belong to the last user."""
+        more, size = edges - len(self), len(self)
+        counts = F.pad(self.counts, (0, users + 1 - len(self.users)))
+        counts[-1] = more
+        weight = F.pad(torch.full((size,), 1 / size, dtype=torch.float64), (0, more))
+        rest = F.pad(self.segment, (0, more), value=users), F.pad(self.pos, (0, more)), F.pad(self.neg, (0, 0, 0, more))
+        return UserBatch(F.pad(self.users, (0, users + 1 - len(self.users))), counts, *rest, weight)
 
 
 class UserBatchSampler:
@@ -48,6 +63,8 @@ class UserBatchSampler:
     duplicate_batches: every batch, negatives included, is used this often in a row before the stream moves on. The
         published sampler forks five workers with one random state, so its batches come five times; an epoch keeps
         its number of steps and sees a fifth of the users.
+    constant: batches of one shape, so that a step can be recorded: padded to the expected number of edges and four
+        standard deviations. A batch with more than that stays as it is.
     Raises :class:`UserError` when no batch can be formed.
     """
 
@@ -61,6 +78,7 @@ class UserBatchSampler:
         drop_last: bool = False,
         duplicate_batches: int = 1,
         device: torch.device | str = "cpu",
+        constant: bool = False,
     ) -> None:
         if duplicate_batches < 1:
             raise ValueError(f"found duplicate_batches {duplicate_batches}, wanted at least 1")
@@ -78,6 +96,7 @@ class UserBatchSampler:
         self._degree = degree
         self._start = torch.from_numpy(train.indptr[:-1].astype(np.int64))
         self._items = torch.from_numpy(train.indices.astype(np.int64))
+        self._room = _usual_edges(torch.where(self._usable, degree, 0), batch_size) if constant else 0
 
     def epoch(self, epoch: int) -> UserBatches:
         """The batches of epoch 1, 2, ..."""
@@ -97,11 +116,20 @@ class UserBatchSampler:
         shift = self._start[users] - (ends - counts)
         pos = self._items[torch.arange(len(segment)) + shift[segment]]
         neg = self._negatives(users[segment], self._generator(shuffle, 1 + place))
-        parts = users, counts, segment, pos, neg.view(len(pos), self.num_negatives)
-        return UserBatch(*(part.to(self.device, non_blocking=True) for part in parts))
+        batch = UserBatch(users, counts, segment, pos, neg.view(len(pos), self.num_negatives))
+        batch = batch.padded(self.batch_size, self._room) if len(batch) <= self._room else batch
+        parts = (getattr(batch, part.name) for part in fields(batch))
+        return UserBatch(*(None if part is None else part.to(self.device, non_blocking=True) for part in parts))
 
     def _generator(self, shuffle: int, stream: int) -> torch.Generator:
         return seeded_generator("cpu", self.seed, shuffle, stream)
+
+
+def _usual_edges(degree: Tensor, users: int) -> int:
+    """A number of edges that few batches of so many users exceed."""
+    mean, deviation = float(degree.double().mean()), float(degree.double().std(correction=0))
+    room = users * mean + 4 * math.sqrt(users) * deviation
+    return min(-(-math.ceil(room) // EDGE_STEP) * EDGE_STEP, int(degree.sort(descending=True).values[:users].sum()))
 
 
 class UserBatches:

@@ -24,7 +24,7 @@ from gfml.engine.distributed import World
 from gfml.engine.runs import Run
 from gfml.engine.train import FitResult, Step, plain_step
 from gfml.mirror import MirrorGradient
-from gfml.program.experiment import Training
+from gfml.program.experiment import Judged, Training
 from gfml.program.recommender import Recommender
 from gfml.program.steps import check_judgeable, cut_offs
 from gfml.ranking.evaluation import Evaluation
@@ -175,6 +175,11 @@ class MirrorGrad(Recommender):
             "features": {"source": data.feature_source, "widths": widths, "fingerprint": data.fingerprint},
             "test_mask": s.test_mask, "seconds": {"train": 0.0, "eval": 0.0} if not MODELS[s.model].trains else {},
         }  # fmt: skip
+
+    def page(self, run: Run, judged: Judged) -> Path:
+        from mirror_grad.report import draw
+
+        return draw([run.path])
 
     # -- words
 

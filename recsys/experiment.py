@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gfml.base.checkpoints import load_state
+from gfml.base.errors import UserError
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.data.items import read_item_features
 from gfml.distances import SquaredDistance
@@ -123,8 +124,14 @@ class Recsys(Recommender):
         if self.settings.kernel == "autograd":
             return "--kernel autograd"
         if self.settings.compile or self.world.size > 1:
-            return "--compile" if self.settings.compile else "several processes"
-        return model.fused_loss()
+            found: FusedPairLoss | FusedHinge | str = "--compile" if self.settings.compile else "several processes"
+        else:
+            found = model.fused_loss(on_device=self.settings.kernel == "fused")
+        if self.settings.kernel == "fused" and isinstance(found, str):
+            raise UserError(
+                f"found --kernel fused, wanted a loss with gradients by formula ({found}): give --kernel auto"
+            )
+        return found
 
     unshared = ("--compat 1", "--loss_mode cml --use_cov_loss", "--features")
 

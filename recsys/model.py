@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gfml import losses
 from gfml.cml import ItemFeatures, MetricOptions, SquaredDistanceScorer, metric_loss
-from gfml.fused import FusedHinge, FusedPairLoss, why_no_fused_hinge, why_not_fused
+from gfml.fused import DevicePairLoss, FusedHinge, FusedPairLoss, why_no_fused_hinge
 from gfml.gravity import Gravity, GravityScorer
 from gfml.ranking.encoders import Embedded, Tables
 from gfml.ranking.sampling import Triples
@@ -71,13 +71,15 @@ class Recommender(nn.Module):
             compat=self.pair.compat,
         )
 
-    def fused_loss(self) -> FusedPairLoss | FusedHinge | str:
-        """:meth:`loss` with gradients by formula, or why there is none."""
+    def fused_loss(self, *, on_device: bool = False) -> FusedPairLoss | FusedHinge | str:
+        """:meth:`loss` with gradients by formula, on other devices than the CPU if ``on_device``; or why there is none."""
         if self.loss_mode == "cml":
             return why_no_fused_hinge(self.encoder, self.metric, self.features) or FusedHinge(self.encoder, self.metric)
-        reason = why_not_fused(self.encoder, self.gravity, self.loss_mode, compat=self.pair.compat)
+        there = on_device and self.encoder.nodes.device.type != "cpu"
+        kind = DevicePairLoss if there else FusedPairLoss
+        reason = kind.why_not(self.encoder, self.gravity, self.loss_mode, compat=self.pair.compat)
         weights = {"decay": self.pair.decay, "mass_decay": self.pair.mass_decay, "mix_ratio": self.pair.mix_ratio}
-        return reason or FusedPairLoss(self.encoder, self.gravity, self.loss_mode, **weights)
+        return reason or kind(self.encoder, self.gravity, self.loss_mode, **weights)
 
     def project(self) -> None:
         """After an optimizer step: pull every point into the ball, when there is one; momentum moves them all."""

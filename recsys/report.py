@@ -9,27 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from gfml.program.cli import Parser, run_main
-from gfml.report.ranking_page import beside, write_report
-
-
-def build_parser() -> Parser:
-    """The command line of ``recsys/report.py``."""
-    parser = Parser(
-        prog="recsys/report.py", description="A report with tables and plots of one or several finished runs."
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument(
-        "--out", metavar="DIR", help="where to write (default: RUN/report; of several runs, report beside them)"
-    )
-    parser.add_argument("--format", choices=("html", "md"), help="write only this form of the page (default: both)")
-    return parser
+from gfml.program.cli import run_main
+from gfml.report.ranking_page import build_parser, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(argv)
-    formats = (options.format,) if options.format else ("html", "md")
-    print(write_report(options.runs, options.out or beside(options.runs), formats))
+    options = build_parser("recsys/report.py").parse_args(argv)
+    print(write_report(options.runs, options.out, options.format and (options.format,)))
     return 0
 
 

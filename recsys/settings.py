@@ -135,8 +135,8 @@ class TrainingSettings(Settings):
     )
     kernel: str = setting(
         "auto",
-        "gradients; auto: by formula for losses of tables on a CPU, else by autograd",
-        choices=("auto", "autograd"),
+        "gradients; auto: by formula for losses of tables on a CPU, else by autograd; fused: by formula on CUDA too",
+        choices=("auto", "autograd", "fused"),
         late=True,
     )
 

@@ -144,7 +144,10 @@ def test_a_step_stays_on_its_device(name: str, faked: None) -> None:
             assert name in WAITING, f"{name} waits for the device"
             return
         assert name not in WAITING
-        assert all(value.device == CUDA for value in terms.values() if isinstance(value, Tensor))
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            short = loss(batch)
+        for value in (value for part in (terms, short) for value in part.values() if isinstance(value, Tensor)):
+            assert value.device == CUDA and value.dtype == torch.float32  # losses are summed in float32
         if ema is not None:
             ema.update()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

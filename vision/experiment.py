@@ -150,6 +150,7 @@ class Vision(Experiment):
             "test_labels": source.test.labels[: len(logits)],
             "train_counts": data.counts,
         }
+        arrays |= {f"per_image/{name}": values for name, values in per_image(logits, source.test).items()}
         arrays |= {f"log_mass/{name}": mass.detach().cpu().numpy() for name, mass in log_masses(model).items()}
         return Judged(result, arrays)
 
@@ -214,9 +215,9 @@ class Vision(Experiment):
 
     @classmethod
     def joint_page(cls, settings: VisionSettings, paths: list[Path]) -> Path | None:
-        from vision.report import write_report
+        from vision.report import draw
 
-        return write_report(paths, data_root=settings.data_root)
+        return draw(paths, data_root=settings.data_root)
 
     # -- words
 
@@ -255,7 +256,7 @@ class Vision(Experiment):
         """One row for each run."""
         rows: dict[str, Mapping[str, float]] = {}
         for own, (result, _) in zip(settings.each(), results, strict=True):
-            cost = {"train s": result["seconds"]["train"]} if "seconds" in result else {}
+            cost = {"train s": round(result["seconds"]["train"])} if "seconds" in result else {}
             rows[own.label] = {**result["test"], **cost}
             rows |= {f"{own.label}, {name}": found for name, found in others(result).items()}
         first = results[0][0]
@@ -288,6 +289,13 @@ def metrics(data: VisionData, logits: Tensor, part: ImageSet) -> dict[str, float
         rows = torch.isin(labels, torch.from_numpy(parts[name]))
         found[f"ece_{name}"] = calibration_error(logits[rows].double().softmax(-1), labels[rows])
     return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def per_image(logits: Tensor, part: ImageSet) -> dict[str, np.ndarray]:
+    """Whether the answer is right, and the negative log-likelihood, of each image: their means are accuracy and nll."""
+    labels = torch.from_numpy(part.labels[: len(logits)]).long()
+    nll = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    return {"accuracy": (logits.argmax(1) == labels).numpy().astype(np.float32), "nll": nll.numpy().astype(np.float32)}
 
 
 def _per_class(data: VisionData, logits: Tensor) -> dict[str, Any]:

@@ -7,23 +7,26 @@ Reads what the runs stored; the attention maps run the stored weights on a few t
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gfml.base.errors import UserError
-from gfml.program.cli import Parser, run_main
+from gfml.program.cli import run_main
+from gfml.report.page import FORMATS, GREYS, Page, figure_of, grouped_bars, legend_below, panels, styled
+from gfml.report.ranking_page import build_parser
+from gfml.report.sections import colors_of, differences, duration, intervals_of, learning, metric_cells, what_ran
+from gfml.report.stored import StoredRun, beside, finished_runs
 
 if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from gfml.report.page import Cell, Page
     from vision.data import VisionData
     from vision.settings import VisionSettings
 
@@ -38,109 +41,51 @@ NUM_PICTURES = 4
 NAMED_CLASSES = 20
 
 
-def build_parser() -> Parser:
-    """The command line of ``vision/report.py``."""
-    parser = Parser(
-        prog="vision/report.py",
-        description="A report with tables and pictures of finished vision runs on the same images.",
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
-    parser.add_argument("--data-root", metavar="DIR", help="where data sets lie (default: as the runs say)")
-    parser.add_argument(
-        "--out", metavar="DIR", help="where to write (default: RUN/report; of several runs, report beside them)"
-    )
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    given = build_parser().parse_args(argv)
-    print(write_report([Path(path) for path in given.runs], data_root=given.data_root, out=given.out))
+    parser = build_parser("vision/report.py")
+    parser.add_argument("--data-root", metavar="DIR", help="where data sets lie (default: as the runs say)")
+    given = parser.parse_args(argv)
+    print(draw(given.runs, given.out, given.format and (given.format,), data_root=given.data_root))
     return 0
 
 
-@dataclass(frozen=True)
-class StoredRun:
-    """A finished run: its flags, result, arrays, and its name and colour in the report."""
-
-    path: Path
-    settings: VisionSettings
-    result: Mapping[str, Any]
-    arrays: Mapping[str, np.ndarray]
-    label: str
-    color: str
-
-    def probabilities(self) -> np.ndarray:
-        """Of the test images, float64 [N, C]."""
-        from scipy.special import softmax
-
-        return softmax(self.arrays["test_logits"].astype("float64"), axis=1)
-
-    def recalls(self) -> np.ndarray:
-        """Accuracy of every class [C], NaN where there is no test image."""
-        import numpy as np
-
-        return np.array([np.nan if value is None else value for value in self.result["per_class"]["accuracy"]])
-
-
-def write_report(
-    paths: Sequence[Path],
-    data: VisionData | None = None,
+def draw(
+    paths: Sequence[str | Path],
+    out: str | os.PathLike[str] | None = None,
+    formats: Sequence[str] | None = None,
     *,
     data_root: str | None = None,
-    out: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write the pages and pictures; the path of report.html. ``data`` None: read as the first run's flags say."""
-    from gfml.report.page import Page
+    """Write the pages and pictures; the path of report.html. UserError for runs on several sets of images."""
     from vision.data import load
 
-    runs = _read(paths, data_root)
-    data = data or load(runs[0].settings)
-    if data.fingerprint != runs[0].result["data"]["fingerprint"]:
+    runs = finished_runs(paths, ["model", "data", "per_class"], "vision/main.py")
+    names = {(run.data["name"], run.data["fingerprint"]) for run in runs}
+    if len(names) > 1:
+        found = ", ".join(sorted(name for name, _ in names))
+        raise UserError(f"the runs are on different images ({found}): give a report each")
+    data = load(_settings(runs[0], data_root))
+    if data.fingerprint != runs[0].data["fingerprint"]:
         raise UserError(f"the images of {runs[0].path} have changed since it was trained: bring the old ones back")
-    first = runs[0].result
-    images = first["data"]["images"]
-    page = Page(
-        f"Vision report: {first['data']['name']}",
-        f"{len(data.source.classes)} classes, {images['train']:,} train and {images['test']:,} test images "
-        f"of {data.image_size} x {data.image_size}.",
-    )
-    for note in first["data"]["notes"]:
+    images = runs[0].data["images"]
+    sizes = f"{images['train']:,} train and {images['test']:,} test images of {data.image_size} x {data.image_size}"
+    page = Page(f"Vision report: {runs[0].data['name']}", f"{len(data.source.classes)} classes, {sizes}.")
+    for note in runs[0].data["notes"]:
         page.note("plain", note)
+    what_ran(page, runs, lambda run: {"model": f"{run.label}, {run.result['parameters']:,} parameters"})
     _results(page, runs)
-    _learning(page, runs)
+    learning(page, runs, select="train/accuracy" if data.source.valid is None else "val/balanced_accuracy")
     _classes(page, runs, data)
     _calibration(page, runs)
     _masses(page, runs)
     _attention(page, runs, data)
-    return page.write(out or (paths[0] / "report" if len(paths) == 1 else _beside(paths)))
+    return page.write(out or beside(paths, "report"), formats or FORMATS)
 
 
-def _beside(paths: Sequence[Path]) -> Path:
-    return paths[0].parent / "report"
-
-
-def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
-    from gfml.base.checkpoints import train_anew
-    from gfml.base.files import read_arrays
-    from gfml.engine.runs import read_config, read_result
-    from gfml.report.page import COLORS
+def _settings(run: StoredRun, data_root: str | None) -> VisionSettings:
     from vision.main import PROGRAM
 
-    runs: list[StoredRun] = []
-    for number, path in enumerate(paths):
-        read_config(path)
-        changes = {"data_root": data_root} if data_root else {}
-        settings = PROGRAM.with_changes(str(path / "config.toml"), changes)
-        arrays = read_arrays(path / "analysis.npz", train_anew(path))
-        label = settings.label
-        label = label if label not in [run.label for run in runs] else f"{label} [{path.name[-8:]}]"
-        runs.append(StoredRun(path, settings, read_result(path), arrays, label, COLORS[number % len(COLORS)]))
-    names = {(run.result["data"]["name"], run.result["data"]["fingerprint"]) for run in runs}
-    if len(names) > 1:
-        raise UserError(
-            f"the runs are on different images ({', '.join(sorted(name for name, _ in names))}): give a report each"
-        )
-    return runs
+    return PROGRAM.with_changes(str(run.path / "config.toml"), {"data_root": data_root} if data_root else {})
 
 
 # -- tables
@@ -149,32 +94,26 @@ def _read(paths: Sequence[Path], data_root: str | None) -> list[StoredRun]:
 def _results(page: Page, runs: Sequence[StoredRun]) -> None:
     from vision.experiment import others
 
-    rows = [(run.label, run.color, run.result["test"]) for run in runs]
-    rows += [(f"{run.label}, {name}", run.color, found) for run in runs for name, found in others(run.result).items()]
+    rows = {run.label: run.test for run in runs}
+    rows |= {f"{run.label}, {name}": found for run in runs for name, found in others(run.result).items()}
+    names = {name: shown for name, shown in COLUMNS.items() if any(name in test for test in rows.values())}
+    renamed = {label: {names[name]: test[name] for name in names if name in test} for label, test in rows.items()}
+    ours = {run.label: {names[name]: said for name, said in intervals_of(run, list(names)).items()} for run in runs}
+    lower = [names[name] for name in names if name in LOWER_IS_BETTER]
     page.section("Test accuracy")
-    page.text(
-        f"Headline: {runs[0].result['selection']['protocol']}, {runs[0].result['selection']['epochs_trained']} epochs."
+    columns = list(names.values())
+    page.table(
+        ["model", *columns],
+        metric_cells(renamed, columns, colors_of(runs), intervals=ours, lower=lower),
+        _caption(runs[0]),
     )
-    names = [name for name in COLUMNS if any(name in test for _, _, test in rows)]
-    page.table(["model", *(COLUMNS[name] for name in names)], _cells(rows, names), _caption(runs[0]))
+    differences(page, runs, ["accuracy", "nll"])
     cost = [[run.label, f"{run.result['parameters']:,}", *_seconds(run.result.get("seconds"))] for run in runs]
-    page.table(["model", "parameters", "seconds an epoch", "images a second"], cost, "Cost of training.")
-
-
-def _cells(rows: Sequence[tuple[str, str, Mapping[str, float]]], names: Sequence[str]) -> list[list[Cell]]:
-    from gfml.report.page import Cell, best_rows, figure_of
-
-    best = {
-        name: best_rows([test.get(name) for _, _, test in rows], higher=name not in LOWER_IS_BETTER) for name in names
-    }
-    return [
-        [Cell(label, color=color), *(Cell(figure_of(test.get(name)), best=number in best[name]) for name in names)]
-        for number, (label, color, test) in enumerate(rows)
-    ]
+    page.table(["model", "parameters", "an epoch", "images a second"], cost, "Cost of training.")
 
 
 def _caption(run: StoredRun) -> str:
-    text = "Worst class, geometric and harmonic mean: of the accuracies of the classes. ECE: 15 bins."
+    text = "Small print: 95 % bootstrap interval of the mean over images. Worst class, geometric and harmonic mean: of the accuracies of the classes. ECE: 15 bins."
     if "accuracy_head" in run.result["test"]:
         text += (
             " Mean accuracy of classes with more than 100, 20 to 100, and fewer than 20 train images (many, medium, few); "
@@ -184,45 +123,10 @@ def _caption(run: StoredRun) -> str:
 
 
 def _seconds(seconds: Mapping[str, float] | None) -> list[str]:
-    from gfml.report.page import figure_of
-
-    return [figure_of(seconds["epoch"], 2), figure_of(seconds["images_per_second"])] if seconds else ["–", "–"]
+    return [duration(seconds["epoch"]), f"{seconds['images_per_second']:,.0f}"] if seconds else ["–", "–"]
 
 
 # -- pictures
-
-
-def _learning(page: Page, runs: Sequence[StoredRun]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    from gfml.engine.runs import read_metrics
-    from gfml.report.page import Curves, panels, styled
-
-    @styled
-    def draw() -> Figure:
-        figure, axes = panels(1, 2, height=3.8)
-        for run in runs:
-            curves = Curves(run.label, read_metrics(run.path), "", None, run.color)
-            for axis, keys in zip(axes[0], (("train/loss",), ("train/accuracy", "val/balanced_accuracy")), strict=True):
-                for key, style in zip(keys, ("-", "--"), strict=False):
-                    epochs, values = curves.series(key)
-                    if len(epochs):
-                        axis.plot(
-                            epochs,
-                            values,
-                            style,
-                            color=run.color,
-                            label=f"{run.label}{', validation' if key.startswith('val') else ''}",
-                        )
-        for axis in axes[0]:
-            axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        axes[0, 0].set(title="Train loss", xlabel="epoch")
-        axes[0, 1].set(title="Accuracy on augmented train images", xlabel="epoch")
-        axes[0, 1].legend()
-        return figure
-
-    page.section("Learning")
-    page.figure("learning", draw(), "Means over the batches of each epoch, augmentation included.")
 
 
 def _classes(page: Page, runs: Sequence[StoredRun], data: VisionData) -> None:
@@ -236,14 +140,7 @@ def _classes(page: Page, runs: Sequence[StoredRun], data: VisionData) -> None:
 
 def _class_table(runs: Sequence[StoredRun], data: VisionData) -> tuple[list[str], list[list[str]], str]:
     """Columns, rows and caption: train images, and of each run the accuracy and the share of answers of every class."""
-    from gfml.report.page import figure_of
-
-    columns = [
-        "class",
-        "train images",
-        "share of train",
-        *(f"{what} {run.label}" for run in runs for what in ("accuracy", "answers")),
-    ]
+    told = [f"{what} {run.label}" for run in runs for what in ("accuracy", "answers")]
     rows = []
     for number, name in enumerate(data.source.classes):
         pairs = [figure_of(run.result["per_class"][key][number], 3) for run in runs for key in ("accuracy", "answers")]
@@ -254,137 +151,101 @@ def _class_table(runs: Sequence[StoredRun], data: VisionData) -> tuple[list[str]
         if "slope" in run.result["per_class"]
     ]
     caption = "Answers: share of all test images that are given the class."
-    return (
-        columns,
-        rows,
-        f"{caption} Accuracy gained per factor e in train images: {'; '.join(slopes)}." if slopes else caption,
-    )
+    if slopes:
+        caption += f" Accuracy gained per factor e in train images: {'; '.join(slopes)}."
+    return ["class", "train images", "share of train", *told], rows, caption
 
 
+@styled
 def _class_bars(runs: Sequence[StoredRun], data: VisionData) -> Figure:
-    import numpy as np
-
-    from gfml.report.page import GREYS, grouped_bars, legend_below, panels, styled
-
-    @styled
-    def draw() -> Figure:
-        figure, axes = panels(1, 1, height=4.0)
-        axis, order = axes[0, 0], np.argsort(-data.counts, kind="stable")
-        names = [_short(data.source.classes[c], len(order)) for c in order]
-        grouped_bars(
-            axis, names, {run.label: run.recalls()[order] for run in runs}, {run.label: run.color for run in runs}
-        )
-        axis.set(ylabel="accuracy", ylim=(0, 1))
-        axis.tick_params(axis="x", rotation=45 if len(order) > 6 else 0)
-        counts = axis.twinx()
-        counts.plot(np.arange(len(order)), data.counts[order], color=GREYS[0], marker="o", markersize=3, linewidth=1.2)
-        counts.set_ylabel("train images")
-        counts.set_ylim(bottom=0)
-        counts.grid(False)
-        legend_below(figure, axis)
-        return figure
-
-    return draw()
+    figure, axes = panels(1, 1, height=4.0)
+    axis, order = axes[0, 0], np.argsort(-data.counts, kind="stable")
+    classes = data.source.classes
+    names = [classes[c] if len(classes) <= NAMED_CLASSES else "" for c in order]
+    accuracies = {run.label: np.array(run.result["per_class"]["accuracy"], dtype=float)[order] for run in runs}
+    grouped_bars(axis, names, accuracies, colors_of(runs))
+    axis.set(ylabel="accuracy", ylim=(0, 1), xlabel="classes, the most train images first")
+    axis.tick_params(axis="x", rotation=45 if len(order) > 6 else 0)
+    axis.plot([], [], color=GREYS[0], marker="o", markersize=3, label="train images (right)")
+    counts = axis.twinx()
+    counts.plot(np.arange(len(order)), data.counts[order], color=GREYS[0], marker="o", markersize=3, linewidth=1.2)
+    counts.set_ylabel("train images")
+    counts.set_ylim(bottom=0)
+    counts.grid(False)
+    legend_below(figure, axis)
+    return figure
 
 
-def _short(name: str, num_classes: int) -> str:
-    return name if num_classes <= NAMED_CLASSES else ""
-
-
+@styled
 def _confusions(runs: Sequence[StoredRun], data: VisionData) -> Figure:
-    import numpy as np
-
-    from gfml.report.page import panels, styled
-
-    @styled
-    def draw() -> Figure:
-        columns = min(len(runs), 2)
-        rows = -(-len(runs) // columns)
-        figure, axes = panels(rows, columns, height=4.8 if columns == 2 else 7.0)
-        for axis, run in zip(axes.flat, runs, strict=False):
-            matrix = _confusion(run)
-            axis.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
-            axis.set_title(run.label, fontsize=9)
-            _name_classes(axis, data.source.classes)
-            if len(matrix) <= NAMED_CLASSES:
-                for (row, column), value in np.ndenumerate(matrix):
-                    if value >= 0.005:
-                        axis.text(
-                            column,
-                            row,
-                            f"{100 * value:.0f}",
-                            ha="center",
-                            va="center",
-                            fontsize=6.5,
-                            color="white" if value > 0.5 else "#445",
-                        )
-        for axis in axes.flat[len(runs) :]:
-            axis.axis("off")
-        return figure
-
-    return draw()
+    columns = min(len(runs), 2)
+    figure, axes = panels(
+        -(-len(runs) // columns), columns, height=6.0 if columns == 2 else 7.5, width=12 if columns == 2 else 8
+    )
+    for axis in axes.flat[len(runs) :]:
+        axis.axis("off")
+    for axis, run in zip(axes.flat, runs, strict=False):
+        matrix = _confusion(run)
+        shown = axis.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+        axis.set_title(run.label)
+        axis.grid(False)
+        axis.set(xlabel="answer", ylabel="class", xticks=[], yticks=[])
+        if len(matrix) > NAMED_CLASSES:
+            axis.figure.colorbar(shown, ax=axis, fraction=0.046, label="share of the class")
+            continue
+        places = range(len(matrix))
+        axis.set_xticks(places, data.source.classes, rotation=45, ha="right")
+        axis.set_yticks(places, data.source.classes)
+        for (row, column), value in np.ndenumerate(matrix):
+            if value >= 0.005:
+                color = "white" if value > 0.5 else "#345"
+                axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=9, color=color)
+    return figure
 
 
 def _confusion(run: StoredRun) -> np.ndarray:
     """Rows of the confusion matrix as shares [C, C]."""
-    import numpy as np
-
     logits, labels = run.arrays["test_logits"], run.arrays["test_labels"]
     matrix = np.zeros((logits.shape[1],) * 2)
     np.add.at(matrix, (labels, logits.argmax(1)), 1)
     return matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
 
 
-def _name_classes(axis: Axes, classes: Sequence[str]) -> None:
-    axis.grid(False)
-    if len(classes) > NAMED_CLASSES:
-        axis.set(xticks=[], yticks=[])
-        return
-    places = range(len(classes))
-    axis.set_xticks(places, classes, rotation=45, ha="right", fontsize=7)
-    axis.set_yticks(places, classes, fontsize=7)
-    axis.set(xlabel="answer", ylabel="class")
-
-
 def _calibration(page: Page, runs: Sequence[StoredRun]) -> None:
-    import numpy as np
-
-    from gfml.report.page import GREYS, panels, styled
-
-    @styled
-    def draw() -> Figure:
-        figure, axes = panels(1, 2, height=4.0)
-        left, right = axes[0]
-        left.plot([0, 1], [0, 1], color=GREYS[1], linewidth=1, linestyle=":")
-        edges = np.linspace(0, 1, 16)
-        for run in runs:
-            probabilities, labels = run.probabilities(), run.arrays["test_labels"]
-            sure, right_answer = probabilities.max(1), probabilities.argmax(1) == labels
-            bins = np.clip(np.ceil(sure * 15).astype(int) - 1, 0, 14)
-            full = [b for b in range(15) if (bins == b).any()]
-            means = ([values[bins == b].mean() for b in full] for values in (sure, right_answer))
-            left.plot(*means, marker="o", markersize=4, color=run.color,
-                      label=f"{run.label}: ECE {run.result['test']['ece']:.3f}")  # fmt: skip
-            right.hist(
-                sure, edges, histtype="step", color=run.color, linewidth=1.6, weights=np.full(len(sure), 1 / len(sure))
-            )
-        left.set(
-            title="Reliability",
-            xlabel="probability of the answer",
-            ylabel="share of right answers",
-            xlim=(0, 1),
-            ylim=(0, 1),
-        )
-        right.set(title="How sure", xlabel="probability of the answer", ylabel="share of test images")
-        left.legend()
-        return figure
-
     page.section("Calibration")
     page.figure(
         "calibration",
-        draw(),
+        _draw_calibration(runs),
         "Below the diagonal a model is too sure of itself. Test images in 15 bins by the probability of the answer.",
     )
+
+
+@styled
+def _draw_calibration(runs: Sequence[StoredRun]) -> Figure:
+    from scipy.special import softmax
+
+    figure, axes = panels(1, 2, height=4.0)
+    left, right = axes[0]
+    left.plot([0, 1], [0, 1], color=GREYS[1], linewidth=1, linestyle=":")
+    for run in runs:
+        probabilities, labels = softmax(run.arrays["test_logits"].astype("float64"), axis=1), run.arrays["test_labels"]
+        sure, is_right = probabilities.max(1), probabilities.argmax(1) == labels
+        bins = np.clip(np.ceil(sure * 15).astype(int) - 1, 0, 14)
+        full = [b for b in range(15) if (bins == b).any()]
+        means = ([values[bins == b].mean() for b in full] for values in (sure, is_right))
+        left.plot(*means, marker="o", markersize=4, color=run.color, label=f"{run.label}: ECE {run.test['ece']:.3f}")
+        shares = np.full(len(sure), 1 / len(sure))
+        right.hist(sure, np.linspace(0, 1, 16), histtype="step", color=run.color, linewidth=1.6, weights=shares)
+    left.set(
+        title="Reliability",
+        xlabel="probability of the answer",
+        ylabel="share of right answers",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    right.set(title="How sure", xlabel="probability of the answer", ylabel="share of test images")
+    legend_below(figure, left)
+    return figure
 
 
 def _masses(page: Page, runs: Sequence[StoredRun]) -> None:
@@ -392,32 +253,30 @@ def _masses(page: Page, runs: Sequence[StoredRun]) -> None:
     found = [(run, layers) for run in runs if (layers := _mass_maps(run))]
     if not found:
         return
-
-    from gfml.report.page import panels, styled
-
-    @styled
-    def draw() -> Figure:
-        columns = max(len(layers) for _, layers in found)
-        figure, axes = panels(len(found), columns, height=2.6, width=max(2.6 * columns, 5.0))
-        for row, (run, layers) in zip(axes, found, strict=True):
-            for axis in row[len(layers) :]:
-                axis.axis("off")
-            for axis, (name, grid, token) in zip(row, layers, strict=False):
-                shown = axis.imshow(grid, cmap="viridis")
-                figure.colorbar(shown, ax=axis, fraction=0.046)
-                axis.set_title(f"{name}{f', class token {token:.2f}' if token is not None else ''}", fontsize=8)
-                axis.grid(False)
-                axis.set(xticks=[], yticks=[])
-            row[0].set_ylabel(run.label, fontsize=7)
-        return figure
-
     page.section("Masses")
     page.figure(
         "masses",
-        draw(),
+        _draw_masses(found),
         "Learned log-mass of each patch position in each gravity layer (mean over tables where heads have their own); "
         "larger attracts more attention. The constant is free: softmax cancels it.",
     )
+
+
+@styled
+def _draw_masses(found: Sequence[tuple[StoredRun, list[tuple[str, np.ndarray, float | None]]]]) -> Figure:
+    columns = max(len(layers) for _, layers in found)
+    figure, axes = panels(len(found), columns, height=2.6, width=max(2.6 * columns, 5.0))
+    for row, (run, layers) in zip(axes, found, strict=True):
+        for axis in row[len(layers) :]:
+            axis.axis("off")
+        for axis, (name, grid, token) in zip(row, layers, strict=False):
+            shown = axis.imshow(grid, cmap="viridis")
+            figure.colorbar(shown, ax=axis, fraction=0.046)
+            axis.set_title(f"{name}{f', class token {token:.2f}' if token is not None else ''}", fontsize=9)
+            axis.grid(False)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(run.label, fontsize=9)
+    return figure
 
 
 def _mass_maps(run: StoredRun) -> list[tuple[str, np.ndarray, float | None]]:
@@ -430,13 +289,8 @@ def _mass_maps(run: StoredRun) -> list[tuple[str, np.ndarray, float | None]]:
         side = int(len(mean) ** 0.5)
         extra = len(mean) - side**2
         if extra in (0, 1):
-            maps.append(
-                (
-                    _layer_name(key.removeprefix("log_mass/")),
-                    mean[extra:].reshape(side, side),
-                    float(mean[0]) if extra else None,
-                )
-            )
+            token = float(mean[0]) if extra else None
+            maps.append((_layer_name(key.removeprefix("log_mass/")), mean[extra:].reshape(side, side), token))
     return maps
 
 
@@ -473,7 +327,7 @@ def _weights(run: StoredRun, data: VisionData) -> dict[str, Tensor]:
     from vision.augment import normalize
     from vision.experiment import Vision
 
-    model = Vision(run.settings, data).restore(run.path)
+    model = Vision(_settings(run, None), data).restore(run.path)
     images = torch.from_numpy(data.source.test.array()[_pictured(data)].transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         found = attention_weights(model, normalize(images, *data.statistics))
@@ -482,8 +336,6 @@ def _weights(run: StoredRun, data: VisionData) -> dict[str, Tensor]:
 
 def _pictured(data: VisionData) -> np.ndarray:
     """The first test image of classes spread over the labels."""
-    import numpy as np
-
     classes = np.linspace(0, data.num_classes - 1, min(NUM_PICTURES, data.num_classes)).round().astype(int)
     return np.array(
         [np.flatnonzero(data.source.test.labels == c)[0] for c in classes if (data.source.test.labels == c).any()]
@@ -495,29 +347,27 @@ def _is_square(weights: Tensor) -> bool:
     return n - int(n**0.5) ** 2 in (0, 1)
 
 
+@styled
 def _attention_maps(found: Mapping[str, Mapping[str, Tensor]], data: VisionData) -> Figure:
-    from gfml.report.page import panels, styled
-
-    @styled
-    def draw() -> Figure:
-        where = _pictured(data)
-        columns = max(len(layers) for layers in found.values())
-        figure, axes = panels(len(found) * len(where), 1 + columns, height=1.5, width=1.7 * (1 + columns))
-        for block, (label, layers) in enumerate(found.items()):
-            for row, image in enumerate(where):
-                line = axes[block * len(where) + row]
-                for axis in line:
-                    axis.axis("off")
-                line[0].imshow(data.source.test.image(image))
-                line[0].set_title(
-                    label if row == 0 else data.source.classes[data.source.test.labels[image]], fontsize=7
-                )
-                for axis, (name, weights) in zip(line[1:], layers.items(), strict=False):
-                    axis.imshow(_seen(weights[row]).numpy(), cmap="magma", vmin=0)
-                    axis.set_title(name if row == 0 else "", fontsize=7)
-        return figure
-
-    return draw()
+    where, source = _pictured(data), data.source
+    columns = max(len(layers) for layers in found.values())
+    figure, axes = panels(len(found) * len(where), 1 + columns, height=1.6, width=1.8 * (1 + columns) + 1)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    for block, (label, layers) in enumerate(found.items()):
+        lines = axes[block * len(where) :]
+        lines[0, 0].set_ylabel(label, fontsize=8)
+        for row, (image, line) in enumerate(zip(where, lines, strict=False)):
+            line[0].imshow(source.test.image(image))
+            line[0].set_title(source.classes[source.test.labels[image]], fontsize=9)
+            for axis, (name, weights) in zip(line[1:], layers.items(), strict=False):
+                seen = _seen(weights[row]).numpy()
+                shown = axis.imshow(seen / max(seen.max(), 1e-12), cmap="magma", vmin=0, vmax=1)
+                axis.set_title(name if row == 0 else "", fontsize=9)
+    figure.colorbar(shown, ax=axes, fraction=0.03, aspect=40, label="attention / largest of its picture")
+    return figure
 
 
 def _seen(weights: Tensor) -> Tensor:
@@ -530,8 +380,6 @@ def _seen(weights: Tensor) -> Tensor:
 
 
 def _spread(label: str, layers: Mapping[str, Tensor]) -> list[list[str]]:
-    import math
-
     from gfml.attention import summarize_weights
 
     rows = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,23 @@ def info_beside(
     except UserError as error:
         logger.warning("titles beside the data are left out: %s", error)
         return None
+
+
+def by_title(title: str, titles: Sequence[str]) -> int:
+    """The row of a title, in whatever case, with or without a year in parentheses behind it. UserError for none and for several."""
+
+    def short(name: str) -> str:
+        return re.sub(r"\s*\(\d{4}\)$", "", name.strip()).casefold()
+
+    same = [row for row, name in enumerate(titles) if name == title]
+    found = same or [row for row, name in enumerate(titles) if short(name) == short(title)]
+    if not found:
+        raise UserError(f"unknown title {title!r}, wanted one such as {titles[0]!r}{suggest(title, titles)}")
+    if len(found) > 1:
+        raise UserError(
+            f"{len(found)} items bear the title {title!r} (rows {', '.join(map(str, found[:5]))}): give another one"
+        )
+    return found[0]
 
 
 def _existing(file: str | os.PathLike[str], flag: str) -> Path:

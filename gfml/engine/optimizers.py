@@ -10,8 +10,8 @@ moments' bias, is global.
     LazyAdagrad   the same numbers as Adagrad, which leaves rows without gradient alone anyway, but for the decay, which
                   is decoupled and at touched rows only.
 
-Which rows a gradient has is known of those that :mod:`gfml.fused` made (:func:`gfml.fused.touched_rows`); of others all
-rows are looked at. States are those of torch's optimizers of the same name.
+Which rows a gradient has is known of those that :mod:`gfml.fused` made (:func:`gfml.fused.touched_rows`), on CUDA by one
+kernel for LazyAdamW; of others all rows are looked at. States are those of torch's optimizers of the same name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gfml.fused import threads_for, touched_rows
+from gfml.fused import threads_for, touched_on_device, touched_rows
 
 OPTIMIZERS = ("adamw", "lazy_adamw", "adagrad")
 
@@ -58,7 +58,7 @@ class LazyAdamW(torch.optim.AdamW):
         for group, parameter in _with_gradient(self):
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros(())
+                state["step"] = torch.zeros((), device=parameter.device)
                 state["exp_avg"], state["exp_avg_sq"] = (_zeros_like(parameter) for _ in range(2))
             steps, (beta1, beta2) = _count(state, parameter), group["betas"]
             numbers = (
@@ -111,6 +111,12 @@ class _RowSteps:
         self, rule: str, anywhere: Callable[..., None], parameter: Tensor, states: list[Tensor], numbers: tuple
     ) -> None:
         tensors = [parameter, parameter.grad, *states]
+        on_device = touched_on_device(parameter.grad) if rule == "adamw_rows" else None
+        if on_device is not None and all(t.is_contiguous() and t.dtype == torch.float32 for t in tensors):
+            from gfml.kernels.triples import adamw
+
+            adamw(*on_device, tensors, numbers)
+            return
         if any(t.device.type != "cpu" or not t.is_contiguous() or t.dtype not in _KINDS for t in tensors):
             anywhere(*tensors, *numbers)
             return

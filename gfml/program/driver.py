@@ -71,7 +71,7 @@ def run_one(program: Program, kind: type[Experiment], settings: Any, world: Worl
         if settings.eval_only:
             this, model = reported(this, run)
             judged = judge(this, model, None, run)
-            if this.redrawn and settings.report and world.is_main:
+            if this.redrawn and run.is_done and settings.report and world.is_main:
                 this.page(run, judged)
         else:
             if world.is_main:

@@ -173,7 +173,7 @@ class Recommender(Experiment):
     def page(self, run: Run, judged: Judged) -> Path | None:
         from gfml.report.ranking_page import write_report
 
-        return write_report([run.path], run.file("report"))
+        return write_report([run.path])
 
     # -- words and curves
 

@@ -3,9 +3,10 @@
     python scripts/compare.py runs/BASELINE runs/OTHER runs/ANOTHER
     python scripts/compare.py runs/A runs/B runs/C --all-pairs --metrics ndcg@20 recall@20 --out comparison
 
-Every run is compared with the first (--all-pairs: with every other), over the users that both judged on the test part
-(``per_user`` arrays of analysis.npz). Prints a table and writes comparison.csv, comparison.json and comparison.png. The
-tests say how sure a difference is for these users and these trained models, not how much it varies with the seed.
+Every run is compared with the first (--all-pairs: with every other), over the users, queries or images that both judged
+on the test part (``per_user``, ``per_query`` and ``per_image`` arrays of analysis.npz). Prints a table and writes
+comparison.csv, comparison.json, comparison.png and a page. The tests say how sure a difference is for these users and these
+trained models, not how much it varies with the seed.
 """
 
 from __future__ import annotations
@@ -14,22 +15,27 @@ import csv
 import io
 import itertools
 import math
-import os
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError, choice_error
 from gfml.base.files import atomic_open, write_json
 from gfml.program.cli import CONVENTIONS, Parser, number
+from gfml.report.page import COLORS, TEXT, Page, legend_below, p_value, panels, styled
+from gfml.report.sections import what_ran
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gfml.report.stored import StoredRun
 
-PREFIX = "per_user/"
 LEVEL = 0.05
+TWO_QUESTIONS = (
+    "The interval is of the mean difference; Wilcoxon's test asks whether more users gain than lose, by rank. They ask different "
+    "things, so one may be sure where the other is not."
+)
 
 
 def build_parser() -> Parser:
@@ -39,7 +45,7 @@ def build_parser() -> Parser:
         "runs", nargs="+", metavar="RUN", help="run directory; the first is what the others are compared with"
     )
     parser.add_argument(
-        "--metrics", nargs="+", metavar="NAME@K", help="what to compare (default: recall and ndcg at every K)"
+        "--metrics", nargs="+", metavar="NAME@K", help="what to compare (default: recall and ndcg at every K, else all)"
     )
     parser.add_argument(
         "--metrics-as",
@@ -53,13 +59,13 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--resamples", type=number(int, least=100), default=2000, metavar="N", help="draws of the bootstrap"
     )
-    parser.add_argument("--out", metavar="DIR", help="where files go (default: comparison beside the runs)")
+    parser.add_argument("--out", metavar="DIR", help="where files go (default: beside the runs, under their digests)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    from gfml.report.stored import read_runs
+    from gfml.report.stored import beside, read_runs
 
     if len(options.runs) < 2:
         raise UserError("found one run, wanted two or more to compare")
@@ -69,18 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_comparable(first, second)
     metrics = metrics_of(runs, options.metrics, options.metrics_as)
     rows = compare(pairs, metrics, options.resamples)
-    out = (
-        Path(options.out)
-        if options.out
-        else Path(os.path.commonpath([run.path.absolute().parent for run in runs])) / "comparison"
-    )
+    out = Path(options.out) if options.out else beside(options.runs, "comparison")
     notes = notes_of(runs)
     print(
         "\n".join([*notes, "metrics of this project; NAME: before one, as that framework defines it (docs/metrics.md)"])
     )
     print(text_of(rows))
     store(out, runs, rows, notes, options.resamples)
-    print(f"files  {out}")
+    print(f"{'files':<15} {out}\n{'report':<15} {out / 'report.html'}")
     return 0
 
 
@@ -88,31 +90,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_comparable(first: StoredRun, second: StoredRun) -> None:
-    """UserError, in one line, unless both runs judged the same users on the same test part."""
-    import numpy as np
-
-    here, there = first.result["data"], second.result["data"]
-    if here["name"] != there["name"]:
-        raise _cannot(first, second, f"other data, {here['name']} and {there['name']}")
-    users = [run.arrays.get("test_users") for run in (first, second)]
-    if any(found is None for found in users):
-        raise _cannot(first, second, "no figures per user in analysis.npz")
-    if not np.array_equal(*users):
-        raise _cannot(first, second, f"other users judged, {len(users[0]):,} and {len(users[1]):,}")
-    if here["test_fingerprint"] != there["test_fingerprint"]:
-        raise _cannot(first, second, f"another split of {here['name']}, so another test part")
-
-
-def _cannot(first: StoredRun, second: StoredRun, why: str) -> UserError:
-    return UserError(
-        f"cannot compare {first.path} and {second.path}: {why}; give runs with the same --dataset and split flags"
+    """UserError, in one line, unless both runs judged the same users, queries or images on the same test part."""
+    here, there = first.data, second.data
+    why = (
+        f"other data, {here['name']} and {there['name']}"
+        if here["name"] != there["name"]
+        else first.why_unpaired(second)
     )
+    if not why:
+        return
+    how = "give runs with the same data and split flags"
+    if first.unit is None or second.unit is None:
+        how = "train them anew with --overwrite, which stores them"
+    raise UserError(f"cannot compare {first.path} and {second.path}: {why}; {how}")
 
 
 def notes_of(runs: Sequence[StoredRun]) -> list[str]:
     """What a reader must know about the runs themselves."""
     notes = []
-    if len({run.result["data"]["fingerprint"] for run in runs}) > 1:
+    if len({run.data["fingerprint"] for run in runs}) > 1:
         notes.append("note: the runs did not all see the same train part (--val-ratio, --refit or selection on test)")
     protocols = {run.result["selection"]["protocol"] for run in runs}
     if len(protocols) > 1:
@@ -124,11 +120,7 @@ def metrics_of(runs: Sequence[StoredRun], wanted: Sequence[str] | None, conventi
     """The metrics to compare: those asked for, else recall and ndcg at every K, else all that every run has; and recall and
     ndcg of other conventions (``elliot:ndcg@20``), which the runs must have stored.
     """
-    common = [
-        key.removeprefix(PREFIX)
-        for key in runs[0].arrays
-        if key.startswith(PREFIX) and all(key in run.arrays for run in runs)
-    ]
+    common = [name for name in runs[0].per_unit if all(name in run.per_unit for run in runs)]
     if not common:
         raise UserError("the runs have no metric per user in common: give --topks with the same values")
     if wrong := next((name for name in wanted or () if name not in common), None):
@@ -165,9 +157,9 @@ def _row(first: StoredRun, second: StoredRun, metric: str, resamples: int) -> di
 
     from gfml.metrics.compare import bootstrap_difference, effect_sizes, paired_tests
 
-    ours, theirs = second.arrays[PREFIX + metric], first.arrays[PREFIX + metric]
+    ours, theirs = second.per_unit[metric], first.per_unit[metric]
     if np.isnan(ours - theirs).sum() > len(ours) - 2:
-        raise UserError(f"found fewer than two users with {metric} in both runs: choose another of --metrics")
+        raise UserError(f"found fewer than two {first.unit}s with {metric} in both runs: choose another of --metrics")
     interval, tests = bootstrap_difference(ours, theirs, resamples=resamples), paired_tests(ours, theirs)
     effect = effect_sizes(ours, theirs)
     return {
@@ -182,43 +174,42 @@ def _row(first: StoredRun, second: StoredRun, metric: str, resamples: int) -> di
 # -- showing
 
 
-def text_of(rows: Sequence[dict[str, Any]]) -> str:
-    """The table in aligned text."""
-    from gfml.report.page import p_value
+HEAD = (
+    "metric",
+    "run",
+    "against",
+    "mean",
+    "difference",
+    "95 % interval",
+    "Wilcoxon",
+    "Holm",
+    "dz",
+    "rank-biserial",
+    "better/same/worse",
+)
 
-    head = [
-        "metric",
-        "run",
-        "against",
-        "mean",
-        "difference",
-        "95 % interval",
-        "Wilcoxon",
-        "Holm",
-        "dz",
-        "rank-biserial",
-        "better/same/worse",
-    ]
-    lines = [head]
-    for row in rows:
-        dz = "–" if row["dz"] is None else f"{row['dz']:+.3f}"
-        lines.append([
-            row["metric"], row["run"], row["against"], f"{row['mean']:.4f}", f"{row['difference']:+.4f}", f"{row['low']:+.4f} {row['high']:+.4f}",
-            p_value(row["p_wilcoxon"]), p_value(row["p_holm"]), dz, f"{row['rank_biserial']:+.3f}", f"{row['better']}/{row['same']}/{row['worse']}",
-        ])  # fmt: skip
-    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
-    said = "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-    return f"{said}\nHolm: corrected over all {len(rows)} tests of this table."
+
+def cells_of(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table, in the columns of HEAD."""
+    dz = "–" if row["dz"] is None else f"{row['dz']:+.3f}"
+    return [
+        row["metric"], row["run"], row["against"], f"{row['mean']:.4f}", f"{row['difference']:+.4f}", f"{row['low']:+.4f} {row['high']:+.4f}",
+        p_value(row["p_wilcoxon"]), p_value(row["p_holm"]), dz, f"{row['rank_biserial']:+.3f}", f"{row['better']}/{row['same']}/{row['worse']}",
+    ]  # fmt: skip
+
+
+def text_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table in aligned text."""
+    lines = [list(HEAD), *map(cells_of, rows)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(HEAD))]
+    said = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*said, f"Holm: corrected over all {len(rows)} tests of this table. {TWO_QUESTIONS}"])
 
 
 def store(
     out: Path, runs: Sequence[StoredRun], rows: Sequence[dict[str, Any]], notes: Sequence[str], resamples: int
 ) -> None:
-    """Write the CSV, the JSON and the plot."""
-    from gfml.report.page import png
-
+    """Write the CSV, the JSON, the plot and the page."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), restval="", lineterminator="\n")
     writer.writeheader()
@@ -231,51 +222,64 @@ def store(
         out / "comparison.json",
         {"runs": {run.label: str(run.path) for run in runs}, "method": how, "notes": list(notes), "rows": list(rows)},
     )
-    with atomic_open(out / "comparison.png", "wb") as stream:
-        stream.write(png(plot(rows)))
+    page = Page(
+        f"Comparison: {', '.join(run.label for run in runs)}", f"{how['interval']}; {how['test']}; {how['correction']}."
+    )
+    for note in notes:
+        page.note("plain", note.removeprefix("note: "))
+    what_ran(page, runs, lambda run: {"data": run.data["name"]})
+    page.section("Differences")
+    # What all rows have in common stands above.
+    lines = [HEAD, *map(cells_of, rows)]
+    shown = [
+        n for n, name in enumerate(HEAD) if name not in ("run", "against") or len({line[n] for line in lines[1:]}) > 1
+    ]
+    page.table(
+        *(
+            [[line[n] for n in shown] for line in part] if part is not lines[0] else [part[n] for n in shown]
+            for part in (lines[0], lines[1:])
+        ),
+        TWO_QUESTIONS,
+    )
+    page.figure(
+        "comparison",
+        plot(rows),
+        "Bars: 95 % interval of the mean difference. Full dots: Wilcoxon's p below .05 after Holm's correction.",
+    )
+    page.write(out)
 
 
-def plot(rows: Sequence[dict[str, Any]]) -> Figure:
+@styled
+def plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """A panel per metric: differences with their intervals; full dots where Holm's p is below .05."""
-    from gfml.report.page import COLORS, legend_below, panels, styled
-
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     pairs = list(dict.fromkeys((row["run"], row["against"]) for row in rows))
     several = len({against for _, against in pairs}) > 1
-
-    @styled
-    def draw() -> Figure:
-        columns = min(len(metrics), 2)
-        lines = math.ceil(len(metrics) / columns)
-        figure, axes = panels(lines, columns, height=max(2.2, 0.45 * len(pairs) + 1.4))
-        for axis, metric in itertools.zip_longest(axes.flat, metrics):
-            if metric is None:
-                axis.set_visible(False)
-                continue
-            for row in (row for row in rows if row["metric"] == metric):
-                place = pairs.index((row["run"], row["against"]))
-                color, sure = COLORS[place % len(COLORS)], row["p_holm"] < LEVEL
-                axis.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2)
-                axis.plot(
-                    row["difference"], place, "o", color=color, markerfacecolor=color if sure else "none", markersize=8
-                )
-            axis.axvline(0, color="#8d929b", linewidth=1)
-            names = [f"{run} minus {against}" if several else run for run, against in pairs]
-            axis.set_yticks(
-                range(len(pairs)), [_wrapped(name) for name in names] if axis in axes[:, 0] else [""] * len(pairs)
+    names = [_wrapped(f"{run} minus {against}" if several else run) for run, against in pairs]
+    columns = min(len(metrics), 2)
+    figure, axes = panels(math.ceil(len(metrics) / columns), columns, height=max(2.2, 0.45 * len(pairs) + 1.4))
+    for axis, metric in itertools.zip_longest(axes.flat, metrics):
+        if metric is None:
+            axis.set_visible(False)
+            continue
+        for row in (row for row in rows if row["metric"] == metric):
+            place = pairs.index((row["run"], row["against"]))
+            color, sure = COLORS[place % len(COLORS)], row["p_holm"] < LEVEL
+            axis.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2.2)
+            axis.plot(
+                row["difference"], place, "o", color=color, markerfacecolor=color if sure else "none", markersize=8
             )
-            axis.locator_params(axis="x", nbins=6)
-            axis.set(title=metric, xlabel="difference" if several else f"difference to\n{_wrapped(pairs[0][1])}")
-            axis.set_ylim(len(pairs) - 0.5, -0.5)
-        axes[0, 0].plot([], [], "o", color="#7a7f88", label="p < .05 after Holm's correction")
-        axes[0, 0].plot([], [], "o", color="#7a7f88", markerfacecolor="none", label="not")
-        legend_below(figure, axes[0, 0])
-        return figure
-
-    return draw()
+        axis.axvline(0, color="#8d929b", linewidth=1)
+        axis.set_yticks(range(len(pairs)), names if axis in axes[:, 0] else [""] * len(pairs))
+        axis.locator_params(axis="x", nbins=6)
+        axis.set(title=metric, xlabel="difference" if several else f"difference to\n{_wrapped(pairs[0][1])}")
+        axis.set_ylim(len(pairs) - 0.5, -0.5)
+    axes[0, 0].plot([], [], color=TEXT, linewidth=2.2, label="95 % interval of the mean")
+    axes[0, 0].plot([], [], "o", color=TEXT, label="Wilcoxon p < .05 after Holm's correction")
+    axes[0, 0].plot([], [], "o", color=TEXT, markerfacecolor="none", label="not")
+    legend_below(figure, axes[0, 0])
+    return figure
 
 
 def _wrapped(text: str, width: int = 38) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))

@@ -10,7 +10,9 @@ import base64
 import functools
 import html
 import io
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 FORMATS = ("html", "md")
+# Characters of a table's figures that fit beside one another.
+PAGE_WIDTH = 140.0
 # Middle tones: about the same contrast on white and on near-black.
 COLORS = ("#3f86d8", "#dd7f21", "#2f9e68", "#9a6bd0", "#d4574a", "#2a9fa8", "#cf5f9f", "#99902a")
 GREYS = ("#6f7682", "#9299a5", "#b4bac4", "#555b66")
@@ -86,17 +90,19 @@ class Page:
     def table(
         self, columns: Sequence[str], rows: Sequence[Sequence[Cell | str]], caption: str = "", *, words: bool = False
     ) -> None:
-        """A table; the first column is set left, the others right, or left too if they hold ``words``."""
+        """A table; the first column is set left, the others right, or left too if they hold ``words``.
+
+        One that is too wide for the page goes on below, its first column repeated.
+        """
         filled = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
-        # A long name may be broken after an underscore.
-        head = "".join(f"<th>{_h(name).replace('_', '_<wbr>')}</th>" for name in columns)
-        body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in filled)
+        parts = [slice(0, len(columns))] if words else _fitting(columns, filled)
+        tables = "".join(_html_table([columns[0], *columns[part]] if part.start else columns[part],
+                                     [[row[0], *row[part]] if part.start else row[part] for row in filled]) for part in parts)  # fmt: skip
         under = f"<figcaption>{_h(caption)}</figcaption>" if caption else ""
         lines = [_markdown_row(map(_m, columns)), "|---" * len(columns) + "|"]
         lines += [_markdown_row(map(_markdown_cell, row)) for row in filled]
         self._add(
-            f'<figure class="table{" words" if words else ""}"><div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-            f"{under}</figure>",
+            f'<figure class="table{" words" if words else ""}"><div>{tables}</div>{under}</figure>',
             "\n".join(lines) + (f"\n\n{_m(caption)}" if caption else ""),
         )
 
@@ -183,6 +189,30 @@ def _m(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
 
 
+def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[slice]:
+    """The columns of each piece of a table, so that a piece is no wider than the page."""
+
+    def width(column: int) -> float:
+        head = max(map(len, re.split("[ _]", columns[column])))
+        return 2.5 + max([head, *(max(len(row[column].text), 0.85 * len(row[column].note)) for row in rows)])
+
+    first = min(width(0), 40.0)
+    starts, used = [0], first
+    for column in range(1, len(columns)):
+        used += width(column)
+        if used > PAGE_WIDTH and column > 1:
+            starts.append(column)
+            used = first + width(column)
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(columns)], strict=True)]
+
+
+def _html_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    # A long name may be broken after an underscore.
+    head = "".join(f"<th>{_h(name).replace('_', '_<wbr>')}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
 def _html_cell(cell: Cell) -> str:
     dot = f'<span class="dot" style="background:{_h(cell.color)}"></span>' if cell.color else ""
     small = f"<small>{_h(cell.note)}</small>" if cell.note else ""
@@ -223,12 +253,12 @@ def p_value(value: float) -> str:
 
 
 def best_rows(values: Sequence[float | None], *, higher: bool = True) -> set[int]:
-    """The rows that hold the best value of a column; empty when fewer than two rows have one."""
+    """The rows that show the best value of a column; empty when all show the same."""
     known = [value for value in values if value is not None and value == value]
-    if len(known) < 2:
+    if len(set(map(figure_of, known))) < 2:
         return set()
-    best = (max if higher else min)(known)
-    return {row for row, value in enumerate(values) if value == best}
+    best = figure_of((max if higher else min)(known))
+    return {row for row, value in enumerate(values) if figure_of(value) == best}
 
 
 # -- plots
@@ -295,55 +325,58 @@ class Curves:
         return np.asarray(epochs), np.asarray(values, dtype=float)
 
     def terms(self) -> list[str]:
-        """The names of the train terms, the total first."""
+        """The names of the train terms but for the total, those that are ever above zero."""
         names = dict.fromkeys(key for row in self.rows for key in row if key.startswith("train/"))
-        return sorted(names, key=lambda name: name != "train/loss")
+        return [key for key in names if key not in ("train/loss", self.select) and (self.series(key)[1] > 0).any()]
 
 
 @styled
 def learning_curves(runs: Sequence[Curves]) -> Figure:
-    """Left the train loss (of one run every term), right the selecting metric with the best epoch marked."""
-    figure, axes = panels(1, 2, height=4.0)
-    left, right = axes[0]
+    """The train loss; of one run its terms in a panel of their own; a panel for each metric that selects, best epochs marked."""
+    terms = runs[0].terms() if len(runs) == 1 else []
+    selects = list(dict.fromkeys(run.select for run in runs if len(run.series(run.select)[0])))
+    number = 1 + bool(terms) + len(selects)
+    _, axes = panels(1, number, height=4.0 + 0.18 * max(len(runs) - 2, 0))
+    places = iter(axes[0])
+    loss = next(places)
     for run in runs:
-        _draw_terms(left, run, run.terms() if len(runs) == 1 else ["train/loss"], alone=len(runs) == 1)
-        _draw_selection(right, run)
-    left.set(xlabel="epoch", title="Train loss and its terms" if len(runs) == 1 else "Train loss")
-    left.set_ylabel("mean over the epoch")
-    if _wants_log(left):
-        left.set_yscale("log")
-    names = {run.select for run in runs}
-    right.set(xlabel="epoch", title="Selection", ylabel=names.pop() if len(names) == 1 else "selecting metric")
-    for axis in (left, right):
-        if axis.lines:
-            axis.legend(
-                loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=3 if axis is left and len(runs) == 1 else 1
-            )
+        # Runs are named where what selects them is drawn.
+        named = run.select not in selects and len(runs) > 1
+        _draw_line(loss, run.series("train/loss"), run.color, run.label if named else f"_{run.label}")
+    loss.set(title="Train loss", ylabel="mean over the epoch")
+    if terms:
+        axis = next(places)
+        for key, color in zip(terms, itertools.cycle(COLORS[1:]), strict=False):
+            _draw_line(axis, runs[0].series(key), color, key.removeprefix("train/"))
+        axis.set(title="Terms of the loss", ylabel="mean over the epoch")
+    for select, axis in zip(selects, places, strict=True):
+        for run in (run for run in runs if run.select == select):
+            _draw_selection(axis, run)
+        axis.set(title="Selection", ylabel=select)
+    for place, axis in enumerate(axes[0]):
+        axis.set(xlabel="epoch")
+        if place <= bool(terms) and axis.lines and _wants_log(axis):
+            axis.set_yscale("log")
+        handles, labels = axis.get_legend_handles_labels()
+        if labels:
+            wrapped = [textwrap.fill(label, 120 // number - 8) for label in labels]
+            columns = 2 if terms and place == 1 else 1
+            axis.legend(handles, wrapped, loc="upper left", bbox_to_anchor=(-0.02, -0.16), ncols=columns)
         _whole_epochs(axis)
-    return figure
+    return loss.figure
 
 
-def _draw_terms(axis: Axes, run: Curves, keys: Sequence[str], *, alone: bool) -> None:
-    for number, key in enumerate(keys):
-        epochs, values = run.series(key)
-        shown = values > 0
-        if not shown.any():
-            continue
-        color = (run.color, *[c for c in COLORS if c != run.color])[number % len(COLORS)]
-        label = key.removeprefix("train/") if alone else run.label
-        axis.plot(epochs[shown], values[shown], color=color, label=label, marker="o" if shown.sum() == 1 else None,
-                  linewidth=4 if alone and number == 0 else 1.6, alpha=0.5 if alone and number == 0 else 1)  # fmt: skip
+def _draw_line(axis: Axes, points: tuple[np.ndarray, np.ndarray], color: str, label: str) -> None:
+    epochs, values = points
+    if len(epochs):
+        axis.plot(epochs, values, color=color, label=label, marker="o", markersize=4 if len(epochs) < 20 else 0)
 
 
 def _draw_selection(axis: Axes, run: Curves) -> None:
     epochs, values = run.series(run.select)
-    if len(epochs) == 0:
-        return
     at = np.flatnonzero(epochs == run.best_epoch)
     found = f": best {values[at[0]]:.4f}, epoch {run.best_epoch}" if len(at) else ""
-    axis.plot(
-        epochs, values, color=run.color, marker="o", markersize=3 if len(epochs) < 60 else 0, label=run.label + found
-    )
+    _draw_line(axis, (epochs, values), run.color, run.label + found)
     if len(at):
         best = float(values[at[0]])
         axis.axvline(run.best_epoch, color=run.color, linewidth=1, linestyle=":")

@@ -45,6 +45,7 @@ GLOSSARY = {
     "map": "mean over the hits within K of the precision at their ranks",
     "head_recall": "recall counting only the most popular 20 % of items; mean over users with such items",
     "tail_recall": "recall counting only the other 80 % of items",
+    "cold_recall": "recall counting only items that train never shows; mean over users with such items",
     "coverage": "share of the catalogue that is recommended to anyone",
     "gini": "how unevenly items are recommended: 0 all alike, near 1 a few take every slot",
     "arp": "average recommendation popularity: train interactions of the recommended items, mean over lists",
@@ -151,9 +152,12 @@ def data_lines(data: Interactions) -> list[str]:
     ]
 
 
-def table_columns(rows: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> list[str]:
+def table_columns(
+    rows: Mapping[str, Mapping[str, float]], ks: Sequence[int], metrics: Sequence[str] = TABLE_METRICS
+) -> list[str]:
     """The metric names a table shows: the usual figures at every K (beyond accuracy at the largest only)."""
-    wanted = [f"{name}@{k}" for name in TABLE_METRICS for k in (ks if name in ("recall", "ndcg") else ks[-1:])]
+    wide = ("recall", "ndcg", "precision", "map")
+    wanted = [f"{name}@{k}" for name in metrics for k in (ks if name in wide else ks[-1:])]
     return [name for name in wanted if any(name in row for row in rows.values())]
 
 
@@ -175,7 +179,7 @@ def judged_text(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, float
         f"\ntest of {result['data']['name']}, epoch {selection['epoch']}, {selection['protocol']}; {USUAL_METRICS}"
     ]
     lines.append(text_table(every, table_columns(every, result["topks"])))
-    lines += other_conventions(every)
+    lines += other_conventions(every) + equal_rows(result)
     for name, found in baselines.items():
         if "skipped" in found:
             lines.append(f"{name} left out: {found['skipped']}")
@@ -183,6 +187,19 @@ def judged_text(result: Mapping[str, Any], rows: Mapping[str, Mapping[str, float
             chosen = ", ".join(f"{setting} {value:g}" for setting, value in found["settings"].items())
             lines.append(f"{name}: {chosen} (best on validation of {found['tried']} points tried)")
     return "\n".join(lines)
+
+
+def equal_rows(result: Mapping[str, Any]) -> list[str]:
+    """A line where two baselines have the same figures: where they know nothing of the users, both rank by item number."""
+    tests = {name: found["test"] for name, found in result["baselines"].items() if "test" in found}
+    groups = [[name for name in tests if tests[name] == test] for test in tests.values()]
+    cold = result.get("cold_users", 0)
+    return [
+        f"{' and '.join(group)} have the same figures: of the {cold:,} judged users without train interactions they know "
+        "nothing, so all items tie and are listed in the order of their numbers"
+        for group in {tuple(group): group for group in groups if len(group) > 1}.values()
+        if cold
+    ]
 
 
 def other_conventions(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -220,6 +237,8 @@ def markdown_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[st
 def _figure(value: float | None) -> str:
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return str(value)
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
 
 

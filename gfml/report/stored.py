@@ -1,10 +1,13 @@
-"""Stored runs of any program as their files tell them, for comparisons and reports over many runs."""
+"""Stored runs of any program as their files tell them: what pages, comparisons and sweeps read, once."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,21 @@ from gfml.base.checkpoints import train_anew
 from gfml.base.errors import UserError
 from gfml.base.toml import LOCATION_FLAGS
 from gfml.engine.runs import identity, read_config, read_metrics, read_result, run_state
+from gfml.report.page import COLORS
 
 # Flags of every program that say where things are or what is shown beside, not what is computed.
 BESIDE = LOCATION_FLAGS | {"data_root", "cache_dir", "cache", "download", "baselines", "report", "load"}
+# What a program judges one by one: ``per_user/NAME`` in analysis.npz.
+UNITS = ("user", "query", "image")
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run directory. label: its own among those read together; config: its flags in ``_`` spelling, without places."""
+    """A run directory. label, color: its own among those read together; config: its flags in ``_`` spelling, without places."""
 
     path: Path
     label: str
+    color: str
     state: str
     config: Mapping[str, Any]
 
@@ -34,6 +41,14 @@ class StoredRun:
     def result(self) -> dict[str, Any]:
         """The content of result.json. UserError for a run that is not done."""
         return read_result(self.path)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """The content of run.json; empty where the run was moved without it."""
+        try:
+            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -44,6 +59,55 @@ class StoredRun:
     def arrays(self) -> dict[str, np.ndarray]:
         """The content of analysis.npz. UserError when it cannot be read."""
         return read_arrays(self.path)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self.result["data"]
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        return self.result["selection"]
+
+    @property
+    def test(self) -> dict[str, float]:
+        return self.result["test"]
+
+    @property
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Test figures of what needs no training."""
+        return {name: found["test"] for name, found in self.result.get("baselines", {}).items() if "test" in found}
+
+    @property
+    def k(self) -> int:
+        """The longest list of ``--topks``."""
+        return max(self.result["topks"])
+
+    @property
+    def on_test(self) -> bool:
+        """Whether the epoch was chosen by what is reported."""
+        return self.selection.get("split") == "test"
+
+    @property
+    def unit(self) -> str | None:
+        """What was judged one by one: user, query or image; None where nothing of the kind is stored."""
+        return next((unit for unit in UNITS if any(name.startswith(f"per_{unit}/") for name in self.arrays)), None)
+
+    @cached_property
+    def per_unit(self) -> dict[str, np.ndarray]:
+        """Metrics of every user, query or image."""
+        head = f"per_{self.unit}/"
+        return {name.removeprefix(head): values for name, values in self.arrays.items() if name.startswith(head)}
+
+    def why_unpaired(self, other: StoredRun) -> str:
+        """Why figures of single users, queries or images of two runs are not of the same ones; empty where they are."""
+        if self.unit is None or self.unit != other.unit:
+            return "no figures per user in analysis.npz"
+        if self.unit == "user":
+            here, there = self.arrays["test_users"], other.arrays["test_users"]
+            if not np.array_equal(here, there):
+                return f"other users judged, {len(here):,} and {len(there):,}"
+        parts = [run.data.get("test_fingerprint", run.data["fingerprint"]) for run in (self, other)]
+        return "" if parts[0] == parts[1] else f"another split of {self.data['name']}, so another test part"
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -66,10 +130,41 @@ def read_runs(paths: Sequence[str | os.PathLike[str]]) -> list[StoredRun]:
     configs = [identity(read_config(path), BESIDE) for path in folders]
     # What a run directory is named after, without the digest of its settings.
     names = [path.resolve().name.rpartition("-")[0] or path.resolve().name for path in folders]
-    return [
-        StoredRun(*parts)
-        for parts in zip(folders, labels(names, configs), map(run_state, folders), configs, strict=True)
-    ]
+    colors = [COLORS[number % len(COLORS)] for number in range(len(folders))]
+    parts = zip(folders, labels(names, configs), colors, map(run_state, folders), configs, strict=True)
+    return [StoredRun(*part) for part in parts]
+
+
+def finished_runs(paths: Sequence[str | os.PathLike[str]], holds: Collection[str], what: str) -> list[StoredRun]:
+    """The same for a page, named after their models. UserError for a run that is not done or whose result lacks ``holds``."""
+    runs = read_runs(paths)
+    for run in runs:
+        if run.state != "done":
+            raise UserError(f"the run {run.path} is not finished ({run.state}): continue it with --resume {run.path}")
+        if not set(holds) <= run.result.keys():
+            raise UserError(f"{run.path} is no run of {what}: give the directory of one")
+    named = labels([kind_of(run) for run in runs], [run.config for run in runs])
+    return [replace(run, label=label) for run, label in zip(runs, named, strict=True)]
+
+
+def kind_of(run: StoredRun) -> str:
+    """The model, and where it has them the arm of the comparison it is in and its behaviour if that is not the usual one."""
+    behaviour = run.result.get("behaviour", "fixed")
+    parts = [run.result["model"], run.result.get("arm"), None if behaviour == "fixed" else behaviour]
+    return ", ".join(part for part in parts if part)
+
+
+def beside(paths: Sequence[str | os.PathLike[str]], what: str) -> Path:
+    """Where something about runs goes: into the only one; of several beside them, under a name that only these runs have."""
+    if len(paths) == 1:
+        return Path(paths[0]) / what
+    folders = [Path(path).resolve() for path in paths]
+    # The digest of a name such as recsys-lastfm-mf-1a2b3c4d says enough.
+    marks = [found[1] if (found := re.search(r"-([0-9a-f]{8})$", path.name)) else path.name for path in folders]
+    name = "-".join([what, *marks])
+    if len(name) > 60:
+        name = f"{what}-{len(marks)}-runs-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:8]}"
+    return Path(os.path.commonpath([path.parent for path in folders])) / name
 
 
 def varied(configs: Sequence[Mapping[str, Any]]) -> list[str]:

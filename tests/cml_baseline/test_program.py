@@ -15,6 +15,7 @@ from cml_baseline.data import hide_items
 from cml_baseline.main import PROGRAM, main
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
+from gfml.data.items import by_title
 from gfml.data.options import load_dataset
 from gfml.data.readers import read_counted_lists
 from gfml.engine.runs import read_metrics, read_result
@@ -279,17 +280,9 @@ def test_the_report_shows_map_and_neighbours(run, tmp_path):
     path = run("--report", "1", "--item-info", items_file(tmp_path), "--ann", "sklearn")
     text = (path / "report" / "report.md").read_text()
     assert (path / "report" / "map.png").stat().st_size > 10_000
-    for piece in (
-        "Results on test",
-        "total loss",
-        "Film ",
-        "share a genre",
-        "t-SNE",
-        "ball tree",
-        "Nearest neighbours",
-    ):
+    for piece in ("Metrics", "total loss", "Film ", "share a genre", "t-SNE", "ball tree", "Nearest neighbours"):
         assert piece in text
-    written = report.write_report(path, tmp_path / "other", projection="pca", of=["Film 3"])
+    written = report.draw([path], tmp_path / "other", projection="pca", of=["Film 3"])
     text = (tmp_path / "other" / "report.md").read_text()
     assert "principal components" in text and written.name == "report.html"
     assert text.count("Film 3 (Drama, War)") == 1
@@ -448,6 +441,7 @@ def test_an_unknown_title_names_a_near_one(run, tmp_path, capsys):
     path = run("--item-info", items_file(tmp_path))
     assert run_main(report.main, [str(path), "--of", "Fim 12"]) == 2
     assert "did you mean 'Film" in capsys.readouterr().err
+    assert [by_title(name, ["Alien 3", "Alien", "Fargo (1996)"]) for name in ("Alien (1979)", "fargo")] == [1, 2]
 
 
 def test_asking_for_faiss_without_it(monkeypatch):

@@ -789,3 +789,49 @@ def test_no_gravity_heads_need_the_split_mix() -> None:
     for mix in ("off", "normal"):
         with pytest.raises(ValueError, match=f"num_split 0, no gravity heads, with mix '{mix}'.*give mix='split'"):
             AttentionSettings(mix=mix, num_split=0)
+
+
+def flex_form(q, k, v, column, beta, alpha):
+    """The power law as a change of FlexAttention's dot products, with norms and masses as captured buffers."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    query_norm, key_norm = q.square().sum(-1), k.square().sum(-1)
+    twice = torch.tensor(
+        2 * alpha, dtype=q.dtype, device=q.device
+    )  # a second Python number would be a symbol, which FlexAttention refuses
+
+    def score(dot, b, h, i, j):
+        z = (1 + query_norm[b, h, i] + key_norm[b, h, j] - 2 * dot).clamp_min(1)
+        return column[h, j] - beta[h] * z.log() + twice * dot
+
+    attend = torch.compile(flex_attention) if q.device.type == "cuda" else flex_attention
+    return attend(q, k, v, score_mod=score, scale=1.0)
+
+
+@pytest.mark.parametrize("alpha", (0.0, 0.1))
+def test_flex_attention_gives_the_same(alpha) -> None:
+    """On the CPU it has no backward pass."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 33, 16, dtype=torch.float64).unbind()
+    column, beta = torch.randn(3, 33).double(), torch.rand(3).double()
+    wanted = power_law_weights(q, k, column[:, None], beta[:, None, None], alpha) @ v
+    torch.testing.assert_close(flex_form(q, k, v, column, beta, alpha), wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_flex_attention_gives_the_kernels_gradients() -> None:
+    from gfml.attention import power_law_attention
+
+    torch.manual_seed(0)
+    found = []
+    for flex in (True, False):
+        torch.manual_seed(0)
+        shapes = (2, 3, 65, 32), (2, 3, 65, 32), (2, 3, 65, 32), (3, 65), (3,)
+        inputs = [torch.rand(shape, device="cuda", requires_grad=True) for shape in shapes]
+        q, k, v, column, beta = inputs
+        out = flex_form(*inputs, 0.1) if flex else power_law_attention(
+            q, k, v, column[:, None], beta[:, None, None], alpha=0.1)  # fmt: skip
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)

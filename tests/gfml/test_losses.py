@@ -567,3 +567,23 @@ def test_equal_rows_have_no_covariance_and_a_finite_gradient(form) -> None:
     value = losses.covariance(rows, form)
     value.backward()
     assert value.item() == 0 and rows.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("mode", PAIR_MODES)
+def test_scores_in_half_precision_are_summed_in_float32(mode):
+    """In bfloat16 the sum of 5 000 terms near 1 would stop at 256."""
+    scores = [(randn(5000, seed=seed).bfloat16(), randn(5000, 2, seed=seed + 9).bfloat16()) for seed in (0, 1)]
+    rows = [randn(5000, 3, seed=seed).bfloat16() for seed in (2, 3, 4)]
+
+    def loss(dtype):
+        (dot, gravity), cast = (
+            [tuple(part.to(dtype) for part in pair) for pair in scores],
+            [row.to(dtype) for row in rows],
+        )
+        return losses.pair_loss(mode, dot=dot, gravity=gravity, emb_reg=losses.embedding_reg(*cast), decay=0.1)
+
+    found, wanted = loss(torch.bfloat16), loss(torch.float64)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {name: float(value) for name, value in wanted.items()}, rel=1e-6
+    )

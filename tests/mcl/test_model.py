@@ -245,3 +245,31 @@ def test_processes_share_the_edges_of_a_batch_in_mode_gfml(train, size):
             assert expected.abs().max() > 0
             alike.append(torch.allclose(found, expected, rtol=1e-9, atol=1e-12))
         assert all(alike) == (mode == "gfml")
+
+
+@pytest.mark.parametrize("mode", ("mcl", "gfml", "mix"))
+def test_padding_changes_nothing(train, mode):
+    """Batches of different sizes, with a user who has none; padded ones have one shape, and forms that a recording tells apart."""
+    model = make(train, mode, decay=0.1)
+    options = {"batch_size": 5, "num_negatives": 4, "seed": 0}
+    padded = UserBatchSampler(train, **options, constant=True)
+    padded._room = int(np.sort(np.diff(train.indptr))[-5:].sum())
+    shapes, sizes = set(), set()
+    for found, wanted in zip(padded.epoch(1), UserBatchSampler(train, **options).epoch(1), strict=True):
+        terms = [{name: float(value.detach()) for name, value in model.loss(b).items()} for b in (found, wanted)]
+        assert terms[0] == pytest.approx(terms[1], rel=1e-12)
+        torch.testing.assert_close(gradients(model, found), gradients(model, wanted), rtol=1e-10, atol=1e-12)
+        shapes.add(tuple(part.shape for part in vars(found).values()))
+        sizes.add(len(wanted))
+    assert len(shapes) == 1 and len(sizes) > 1 and len(wanted.users) < 5
+
+
+def test_room_of_padded_batches_is_seldom_exceeded():
+    rng = np.random.default_rng(0)
+    train = sp.csr_array((rng.random((3000, 400)) < rng.pareto(2, (3000, 1)) * 0.02).astype(np.float32))
+    sampler = UserBatchSampler(train, batch_size=200, num_negatives=1, seed=0, constant=True)
+    batches = [batch for epoch in (1, 2) for batch in sampler.epoch(epoch)]
+    padded = [batch for batch in batches if batch.weight is not None]
+    assert len(padded) >= len(batches) - 1 and len({len(batch) for batch in padded}) == 1
+    real = [int((batch.weight > 0).sum()) for batch in padded]
+    assert np.mean(real) > 0.6 * len(padded[0]) and all(float(b.weight.sum()) == pytest.approx(1) for b in padded)

@@ -48,7 +48,7 @@ def test_a_report_of_arms_and_seeds(planted, tmp_path, capsys):
     mean = (stored["b"]["test"]["recall@5"] + stored["c"]["test"]["recall@5"]) / 2
     assert f"{mean:.4f} ±" in text and "VBPR, plain" in text and "popularity" in text and "Wilcoxon" in text
     assert "optimistic" in text and "random noise" in text and "top eigenvalue" in text
-    assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "training.png").exists()
+    assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "learning.png").exists()
 
 
 def test_one_run_alone_and_other_directories(planted, tmp_path, capsys):

@@ -142,13 +142,18 @@ def test_further_flags_run(train, tmp_path, flags):
 
 
 @pytest.mark.parametrize("flags", ("--loss_mode mix --dist_mode emd", "--model cml --loss_mode bpr_gra --mirror fused"))
-def test_gradients_by_formula_train_as_those_of_autograd(train, tmp_path, capsys, flags):
+def test_gradients_by_formula_train_as_those_of_autograd(train, fail, tmp_path, capsys, flags):
     found, wanted = (train(tmp_path, kernel, "--kernel", kernel, *flags.split()) for kernel in ("auto", "autograd"))
     shown = capsys.readouterr().err
     assert "gradients by formula" in shown and "gradients by autograd: --kernel autograd" in shown
     assert losses(found) == pytest.approx(losses(wanted), rel=1e-5)
     train(tmp_path, "graph", "--model", "lgn", *flags.split()[2:])
     assert "gradients by autograd: vectors come from a graph" in capsys.readouterr().err
+    words = (
+        "--dataset synthetic --demo-users 60 --demo-items 40 --demo-interactions 600 --model lgn --kernel fused --out"
+    )
+    line = fail(main, *words.split(), str(tmp_path))
+    assert "vectors come from a graph" in line and "--kernel auto" in line
 
 
 def test_tables_start_from_an_earlier_run(train, tmp_path):

@@ -152,7 +152,7 @@ def test_other_users_are_not_paired(finished, copy, tmp_path):
 def test_another_test_part_is_not_paired(finished, copy, tmp_path):
     other = copy("bpr", lambda result: result["data"].update(test_fingerprint="other", fingerprint="other"))
     page = read([finished["gravity"], other], tmp_path / "out")
-    assert page.tables[2][1][1] == "– another test part"
+    assert page.tables[2][1][1] == "– another split of synthetic, so another test part"
     assert "did not all see the same" in page.text
 
 
@@ -172,7 +172,7 @@ def test_selection_on_test_is_a_warning(finished, tmp_path):
     warnings = re.findall(r'<p class="note warning">(.*?)</p>', text)
     assert len([line for line in warnings if "selected on the reported test part" in line]) == 1
     assert warnings[0].startswith("lgn bpr_gra: ") and "optimistic" in warnings[0]
-    assert "TEST ndcg@10" in text
+    assert "ndcg@10 on TEST" in text
     assert "> **Warning:** lgn bpr" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -301,8 +301,12 @@ def test_the_program_writes_one_form(finished, tmp_path):
 
 @pytest.mark.usefixtures("words_only")
 def test_several_runs_are_reported_beside_them(copy, tmp_path):
-    assert main([str(copy("gravity")), str(copy("bpr"))]) == 0
-    assert (tmp_path / "report" / "report.html").exists()
+    """Every pair has a place of its own."""
+    pairs = [(copy("gravity"), copy("bpr")), (copy("gravity", to="third"), copy("bpr", to="fourth"))]
+    for pair in pairs:
+        assert main([str(path) for path in pair]) == 0
+    for name in ("report-gravity-bpr", "report-third-fourth"):
+        assert (tmp_path / name / "report.html").exists()
 
 
 def test_it_runs_from_another_directory(run_script, finished, tmp_path):

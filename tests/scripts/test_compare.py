@@ -81,8 +81,13 @@ def test_every_pair_and_the_default_place(tmp_path: Path) -> None:
         for n in range(3)
     ]
     assert compare(*runs, "--all-pairs") == 0
-    rows = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["rows"]
-    assert len(rows) == 6 and {row["metric"] for row in rows} == {"ndcg@20", "recall@20"}
+    place = tmp_path / "comparison-toy-x-0-toy-x-1-toy-x-2"
+    rows = json.loads((place / "comparison.json").read_text())["rows"]
+    assert (
+        len(rows) == 6
+        and "ask different things" in (place / "report.html").read_text().replace("\n", " ")
+        and {row["metric"] for row in rows} == {"ndcg@20", "recall@20"}
+    )
     assert compare(*runs, "--metrics", "hit@20", "--out", tmp_path / "hit") == 0
     assert {row["metric"] for row in json.loads((tmp_path / "hit" / "comparison.json").read_text())["rows"]} == {
         "hit@20"

@@ -134,6 +134,20 @@ def test_best_rows():
     assert best_rows([0.1, 0.3, None, 0.3, math.nan]) == {1, 3}
     assert best_rows([2.0, 1.0], higher=False) == {1}
     assert best_rows([None, 1.0]) == set() == best_rows([])
+    assert best_rows([0.5, 0.5, None]) == set(), "nothing is better than another"
+    assert best_rows([0.30001, 0.30002, 0.1]) == {0, 1}, "equal as they are shown"
+
+
+def test_wide_tables_go_on_below(tmp_path):
+    names = [f"metric_{n}@20" for n in range(30)]
+    page = Page("title")
+    page.table(["method", *names], [["mf", *(f"0.{n:04d}" for n in range(30))]])
+    text = page.write(tmp_path).read_text(encoding="utf-8")
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", part) for part in text.split("<tr>")[1:]]
+    heads, cells = rows[::2], rows[1::2]
+    assert len(heads) > 1 and {head[0] for head in heads} == {"method"} and {row[0] for row in cells} == {"mf"}
+    assert [name.replace("<wbr>", "") for head in heads for name in head[1:]] == names
+    assert [cell for row in cells for cell in row[1:]] == [f"0.{n:04d}" for n in range(30)]
 
 
 ROWS = [
@@ -145,24 +159,25 @@ ROWS = [
 
 def test_learning_curves_draw_every_term_and_the_best_epoch():
     run = Curves("run", ROWS, "val/m", 4, "#3f86d8")
-    left, right = learning_curves([run]).axes
-    lines = {line.get_label(): line for line in left.lines}
-    assert lines.keys() == {"loss", "dot"}, "a term that is always zero has no place on a log axis"
+    loss, terms, selection = learning_curves([run]).axes
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), [1 / e for e in range(1, 7)])
+    lines = {line.get_label(): line for line in terms.lines}
+    assert lines.keys() == {"dot"}, "a term that is always zero has no line, the loss none beside small terms"
     np.testing.assert_allclose(lines["dot"].get_ydata(), [2 / e for e in range(1, 7)])
-    np.testing.assert_allclose(right.lines[0].get_xydata(), [[2, 0.2], [4, 0.4], [6, 0.6]])
-    assert right.lines[0].get_label() == "run: best 0.4000, epoch 4"
-    stars = [line for line in right.lines if line.get_marker() == "*"]
+    np.testing.assert_allclose(selection.lines[0].get_xydata(), [[2, 0.2], [4, 0.4], [6, 0.6]])
+    assert selection.lines[0].get_label() == "run: best 0.4000, epoch 4"
+    stars = [line for line in selection.lines if line.get_marker() == "*"]
     np.testing.assert_allclose(stars[0].get_xydata(), [[4, 0.4]])
 
 
-def test_several_runs_share_one_plot_of_the_loss():
-    runs = [Curves(name, ROWS, "val/m", 2, color) for name, color in (("one", "#3f86d8"), ("two", "#dd7f21"))]
-    left, right = learning_curves(runs).axes
-    assert [line.get_label() for line in left.lines] == ["one", "two"]
-    assert [text.get_text() for text in right.get_legend().get_texts()] == [
-        "one: best 0.2000, epoch 2",
-        "two: best 0.2000, epoch 2",
-    ]
+def test_several_runs_share_a_plot_for_each_metric_that_selects():
+    rows = [{**row, "test/m": 0.5} for row in ROWS]
+    runs = [Curves("one", ROWS, "val/m", 2, "#3f86d8"), Curves("two", rows, "test/m", 2, "#dd7f21")]
+    loss, *selections = learning_curves(runs).axes
+    assert [line.get_label() for line in loss.lines] == ["_one", "_two"], "named where what selects is drawn"
+    assert [axis.get_ylabel() for axis in selections] == ["val/m", "test/m"]
+    said = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in selections]
+    assert said == [["one: best 0.2000, epoch 2"], ["two: best 0.5000, epoch 2"]]
 
 
 @pytest.mark.parametrize("rows", [[], ROWS[:1], [{"epoch": 0, "val/m": 0.1}]])
