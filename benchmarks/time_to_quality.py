@@ -4,8 +4,9 @@
 
 Each method trains on one thread of a process of its own until its budget of CPU seconds (user + system) is spent, and
 is judged whenever its time has grown by a quarter; judging does not count, nor does compiling. Settings are those of
-METHODS, chosen on validation. ``--peer-python``: an interpreter that has implicit; without it its curves are left out and
-the page says so. Writes docs/time-to-quality.json, .png and .md; a data set that is not asked for keeps its curves.
+METHODS, chosen on validation, those of iALS for each data set. ``--peer-python``: an interpreter that has implicit; without
+it its curves are left out and the page says so. Writes docs/time-to-quality.json, .png and .md; what is not asked for by
+--data and --methods keeps its curves.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "MF gravity, lazy_adamw": {"loss": "gravity", "optimizer": "lazy_adamw", **GRAVITY},
     "MF mix_bpr, lazy_adamw": {"loss": "mix_bpr", "optimizer": "lazy_adamw", **GRAVITY},
     "LightGCN bpr": {"loss": "bpr", "layers": 3, "lr": 5e-3},
+    "iALS": {"ials": {"ml1m": {"l2": 0.02, "alpha0": 0.05}, "gowalla": {"l2": 0.003, "alpha0": 0.01}}},
     "implicit BPR": {"peer": "bpr", "learning_rate": 0.05, "regularization": 0.01},
     "implicit ALS": {"peer": "als", "regularization": 50.0, "alpha": 20.0},
 }
@@ -77,6 +79,7 @@ def own_curve(data: Any, settings: dict[str, Any], budget: float) -> list[tuple[
     from gfml.gravity import Gravity
     from gfml.ranking.encoders import LightGCN, Tables
     from gfml.ranking.graph import build_graph
+    from gfml.ranking.ials import IALS
     from gfml.ranking.sampling import TripleSampler
     from recsys.model import PairOptions, Recommender
 
@@ -101,9 +104,14 @@ def own_curve(data: Any, settings: dict[str, Any], budget: float) -> list[tuple[
 
         return model, steps
 
+    def ials() -> tuple[Any, Callable[[], Iterator[None]]]:
+        model = IALS(data.train, 64, **settings["ials"][data.name])
+        return model, lambda: (model.epoch() for _ in range(10**6))
+
     torch.set_num_threads(1)
-    next(parts()[1]())  # compiles
-    model, steps = parts()
+    make = ials if "ials" in settings else parts
+    next(make()[1]())  # compiles
+    model, steps = make()
     return list(_judged(data, model.scorer, steps(), budget))
 
 
@@ -168,7 +176,8 @@ def page(found: dict[str, dict[str, list[list[float]]]]) -> str:
         "# Time to quality",
         "",
         "Validation recall@20 against CPU seconds of training on one thread; judging and compiling not counted. Each cell is",
-        "the best value seen by then, the best of a column in bold. Made by `python benchmarks/time_to_quality.py`.",
+        "the best value seen by then, the best of a column in bold. Settings were chosen on validation, those of iALS for each",
+        "data set. Made by `python benchmarks/time_to_quality.py`.",
         "",
         "![recall@20 against CPU seconds](time-to-quality.png)",
     ]
@@ -201,7 +210,7 @@ def figure(found: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
             style = "--" if method.startswith("implicit") else "-"
             axis.plot(*np.transpose(curve), style, label=method, color=f"C{number % 10}")
         axis.set(xscale="log", xlabel="CPU seconds", ylabel="validation recall@20", title=name)
-    axes[0][-1].legend(fontsize=8)
+    drawn.legend(*axes[0][-1].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     drawn.savefig(path, dpi=100)
     plt.close(drawn)
 
@@ -212,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-root", help="where the data sets lie")
     parser.add_argument("--budget", type=float, default=30.0, help="CPU seconds of each method")
     parser.add_argument("--peer-python", help="an interpreter that has implicit")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="whose curves to make")
     parser.add_argument("--method", choices=METHODS, help="print this curve as JSON, write nothing")
     given = parser.parse_args(argv)
     if given.method:
@@ -230,12 +240,12 @@ def main(argv: list[str] | None = None) -> int:
     store = DOCS / "time-to-quality.json"
     found = json.loads(store.read_text(encoding="utf-8"))["curves"] if store.exists() else {}
     for name in given.data:
-        found[name] = {}
-        for method, settings in METHODS.items():
-            if "peer" in settings and not given.peer_python:
-                continue
-            found[name][method] = curve_alone(name, method, given)
-            print(f"{name}, {method}: {found[name][method][-1]}", flush=True)
+        kept = found.get(name, {})
+        for method in given.methods:
+            if "peer" not in METHODS[method] or given.peer_python:
+                kept[method] = curve_alone(name, method, given)
+                print(f"{name}, {method}: {kept[method][-1]}", flush=True)
+        found[name] = {method: kept[method] for method in METHODS if method in kept}
     write_json(store, {"methods": METHODS, "curves": found})
     figure(found, DOCS / "time-to-quality.png")
     with atomic_open(DOCS / "time-to-quality.md") as file:

@@ -3,6 +3,7 @@
     python contextual/ablations.py                                     print the commands, run nothing
     python contextual/ablations.py --launch                            run or continue what is missing, then the table
     python contextual/ablations.py --launch --only none 7 lam-0.8 --seeds 1 2 3 --dataset cifar100 --epochs 20
+    python contextual/ablations.py --dataset cifar100 | python scripts/run_commands.py --workers 2      the same on several workers
 
 Flags that are not listed in ``--help`` go to every command, before the variant's own. The first eleven variants are the
 published list, its numbers 0 to 10 are accepted: what is taken out of the similarity (``contextual.similarity.Steps``).
@@ -14,18 +15,17 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from contextual.main import PROGRAM
 from contextual.names import ABLATIONS
-from contextual.settings import ContextualSettings
-from gfml.base.errors import UserError, choice_error
-from gfml.base.toml import LOCATION_FLAGS
+from gfml.base.errors import choice_error
+from gfml.base.home import home
 from gfml.program.cli import Parser, number, run_main
+from gfml.program.commands import read_command, run_all
+from gfml.report.results_table import rows_of_runs, to_csv, to_markdown
 
 COLUMNS = ("recall@1", "map@r", "r_precision")
 
@@ -73,38 +73,6 @@ def chosen(names: Sequence[str] | None) -> list[Variant]:
     return [known[numbered.get(name, name)] for name in names]
 
 
-def command(variant: Variant, common: Sequence[str], seed: int) -> list[str]:
-    """Flags of one run."""
-    return [*common, *variant.flags, "--seed", str(seed)]
-
-
-def result_of(settings: ContextualSettings) -> dict[str, Any]:
-    """The stored result of the finished run with these settings."""
-    from gfml.engine.runs import read_result, run_id
-
-    mark = run_id("contextual-256", "", settings.resolved, LOCATION_FLAGS | settings.beside()).rpartition("-")[2]
-    found = sorted(Path(settings.out).glob(f"contextual-256-*-{mark}"))
-    if len(found) != 1:
-        raise UserError(
-            f"found {len(found)} runs in {settings.out} with the mark {mark}, wanted one: see what is there"
-        )
-    return read_result(found[0])
-
-
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: mean and sample standard deviation over seeds of the test metrics."""
-    lines = [f"| variant | n | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for name, found in results.items():
-        cells = (_cell([result["test"][column] for result in found]) for column in COLUMNS)
-        lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    mean = f"{statistics.fmean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
-
-
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Own flags, and all others as they are."""
     parser = Parser(prog="contextual/ablations.py", description="Run the ablations of the contextual loss.")
@@ -122,20 +90,23 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     own, common = _parse(sys.argv[1:] if argv is None else list(argv))
-    runs = [(variant, command(variant, common, seed)) for variant in chosen(own.only) for seed in own.seeds]
+    made = [
+        (variant, ["python", "contextual/main.py", *common, *variant.flags, "--seed", str(seed)])
+        for variant in chosen(own.only)
+        for seed in own.seeds
+    ]
     # Every command is understood before the first one runs or is shown.
-    checked = [(variant, flags, PROGRAM.parse(flags)) for variant, flags in runs]
+    for _, (_, _, *flags) in made:
+        PROGRAM.parse(flags)
     if not own.launch:
-        for variant, flags in runs:
-            print(f"python contextual/main.py {shlex.join(flags)}  # {variant.about}")
+        for variant, words in made:
+            print(f"{shlex.join(words)}  # {variant.about}")
         return 0
-
-    results: dict[str, list[dict[str, Any]]] = {}
-    for variant, flags, settings in checked:
-        print(f"-- {variant.name}: {variant.about}", file=sys.stderr)
-        PROGRAM.main(flags)
-        results.setdefault(variant.name, []).append(result_of(settings))
-    print(table(results))
+    commands = [read_command(words, home()) for _, words in made]
+    if run_all(commands, [{}], home())["FAILED"]:
+        return 1
+    done = [(variant.name, command.runs[0].path()) for (variant, _), command in zip(made, commands, strict=True)]
+    print(to_markdown(to_csv(rows_of_runs(done, [column.partition("@")[0] for column in COLUMNS])), COLUMNS))
     return 0
 
 

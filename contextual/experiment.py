@@ -33,6 +33,7 @@ from gfml.engine.train import Closure, FitResult, Step, Terms
 from gfml.metrics.retrieval import Retrieval, by_class, nmi, retrieve
 from gfml.program.cli import resolve_device
 from gfml.program.experiment import Experiment, Judged, Training
+from gfml.program.foreign import load_named
 from gfml.program.steps import build_step
 from gfml.report.recommenders import text_table
 
@@ -131,6 +132,11 @@ class Retrieve(Experiment):
             _start_from(model, Path(s.checkpoint))
         return model.to(self.device, memory_format=torch.channels_last)
 
+    def adopt(self, state: Mapping[str, Tensor], origin: object) -> Retriever:
+        model = self.build(start=False)
+        load_named(model.net, state, origin)
+        return model.eval()
+
     def training(self, model: Retriever) -> Training:
         """256: the head has lr, the backbone lr / 2, proxies a constant rate. 224: the backbone has lr, the head the same,
         the projector twice, proxies 100 times."""
@@ -218,7 +224,7 @@ class Retrieve(Experiment):
         distributed.share_buffers(model)
         return self.retrieval(split, model.net)[0].means
 
-    def judge(self, model: Retriever, fitted: FitResult | None, run: Run) -> Judged:
+    def judge(self, model: Retriever, fitted: FitResult | None, run: Run | None) -> Judged:
         s, data = self.settings, self.data
         found, embeddings = self.retrieval("test", model.net)
         result: dict[str, Any] = {

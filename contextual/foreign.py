@@ -6,11 +6,11 @@ modules (names ``backbone.``, ``remap.``), the 224 pipeline's hold ``model_state
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from gfml.program.foreign import renamed
+from gfml.program.foreign import Source, renamed
 
 State = dict[str, Tensor]
 PIPELINES = {
@@ -28,4 +28,23 @@ def contextual(state: Mapping[str, Tensor]) -> State:
     return renamed(state, PIPELINES["256" if "remap.weight" in state else "224"])
 
 
-SOURCES: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], State], str]] = {"contextual": (contextual, "")}
+def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
+    """The width, and the pooling of the 224 pipeline's files; that of the 256 pipeline is the data set's."""
+    of_256 = "remap.weight" in state
+    width = len(state["remap.bias" if of_256 else "model.embedding.bias"])
+    known = [
+        "--backbone=resnet50",
+        "--pretrained=0",
+        f"--embedding-size={width}",
+        "--select-on=test",
+        "--baselines=none",
+    ]
+    return known if of_256 else [*known, "--pooling=maxavg"]
+
+
+def program(state: Mapping[str, Tensor]) -> str:
+    """The pipeline that the file is of."""
+    return "contextual.main" if "remap.weight" in state else "contextual.train"
+
+
+SOURCES = {"contextual": Source(contextual, program=program, flags=flags)}

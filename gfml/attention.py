@@ -29,7 +29,6 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gfml.distances import DISTANCES, SquaredDistance, at_least_float32, common_floats
 from gfml.gravity import log_mass
@@ -311,9 +310,15 @@ class _FusedPowerLaw(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from gfml.kernels import power_law
+
+        if (
+            torch.is_grad_enabled()
+        ):  # torch's own mark, once_differentiable, may leave a share of the Hessian out silently
+            raise RuntimeError(
+                "found create_graph with fused gravity attention, which has no second derivative: use kernel='explicit'"
+            )
 
         q, k, v, column, out, lse, power = ctx.saved_tensors
         beta = ctx.power if power is None else power

@@ -5,20 +5,24 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from gfml.base.errors import UserError
-from gfml.base.files import atomic_open, explain_os_error
+from gfml.base.files import atomic_open
 from gfml.data.interactions import Interactions
-from gfml.data.items import info_beside, read_item_info
+from gfml.data.items import by_title, info_beside, read_item_info
 from gfml.program.cli import Options
 from gfml.ranking.evaluation import Evaluation
+from gfml.report.page import COLORS, TEXT, panels, png, styled
 from hlrm.data import History
 from hlrm.experiment import HLRM
 from hlrm.model import RelationModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INFO_FILES = ("movies.dat", "ml-100k.item", "items.csv", "items.tsv", "*.item")
 PLOTTED = 12
@@ -33,12 +37,15 @@ def explain(given: Options, this: HLRM, model: RelationModel, evaluation: Evalua
     options, data = this.settings, this.data
     if model.relation is None:
         raise UserError(f"{file} has no relations to explain (--model {options.model}): drop --attention and --pair")
-    pairs = [_numbered(data, *pair) for pair in getattr(given, "pair", [])]
+    names = item_names(this, getattr(given, "item_info", None))
+    pairs = [_numbered(data, names, *pair) for pair in getattr(given, "pair", [])]
     rows = np.random.default_rng(options.seed).permutation(len(evaluation.users))[: given.attention]
     pairs += [(int(evaluation.users[row]), int(evaluation.top[row, 0])) for row in rows if evaluation.top[row, 0] >= 0]
     folder = Path(getattr(given, "attention_dir", file.with_suffix(".attention")))
+    for old in folder.glob("pair-*.png"):
+        # Of other pairs than the table that follows.
+        old.unlink()
     arrays = attention_of(this, model, pairs, given.eval_split)
-    names = item_names(this, getattr(given, "item_info", None))
     with atomic_open(folder / "attention.npz", "wb") as stream:
         np.savez_compressed(stream, **arrays)
     with atomic_open(folder / "attention.csv", newline="") as stream:
@@ -103,34 +110,39 @@ def table_rows(arrays: dict[str, np.ndarray], data: Interactions, names: list[st
 
 
 def plot_pair(path: Path, arrays: dict[str, np.ndarray], number: int, data: Interactions, names: list[str]) -> None:
-    """Bars of the user's attention per reference and, for the memory form, which memory rows each is made of."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """The user's attention per reference and, for the memory form, which memory rows each is made of."""
+    title = f"user {_user_name(data, arrays['users'][number])}, {names[arrays['items'][number]]}"
+    picture = png(_draw_pair(arrays, number, names, title), dpi=110)
+    with atomic_open(path, "wb") as stream:
+        stream.write(picture)
 
-    slots = _order(arrays, number)[:SHOWN_SLOTS]
-    labels = [_reference(arrays, number, slot, names)[:40] for slot in slots]
-    with_memory = "addresses" in arrays
-    figure = Figure(figsize=(11 if with_memory else 7, 0.8 + 0.32 * max(len(slots), 3)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2 if with_memory else 1, squeeze=False)[0]
-    place = np.arange(len(slots))
-    axes[0].barh(place, arrays["user_weights"][number, slots], color="#31688e")
-    axes[0].set_yticks(place, labels, fontsize=8)
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("attention of the user")
+
+@styled
+def _draw_pair(arrays: dict[str, np.ndarray], number: int, names: list[str], title: str) -> Figure:
+    """Dots around the attention that all references alike would get: bars from zero would all look alike."""
+    every = _order(arrays, number)
+    slots, with_memory = every[:SHOWN_SLOTS], "addresses" in arrays
+    few = f", the {len(slots)} largest of {len(every)}" if len(every) > len(slots) else ""
+    figure, axes = panels(
+        1, 2 if with_memory else 1, width=11 if with_memory else 7, height=1.6 + 0.32 * max(len(slots), 3)
+    )
+    axis, place, weights = axes[0, 0], np.arange(len(slots)), arrays["user_weights"][number, slots]
+    level = 1 / max(len(every), 1)
+    axis.hlines(place, level, weights, color=COLORS[0], linewidth=2.2)
+    axis.plot(weights, place, "o", color=COLORS[0])
+    axis.axvline(level, color=TEXT, linewidth=1, linestyle=":")
+    axis.set_yticks(place, [_reference(arrays, number, slot, names)[:40] for slot in slots])
+    axis.set_ylim(len(slots) - 0.5, -0.5)
+    axis.locator_params(axis="x", nbins=4)
+    axis.set(xlabel=f"attention of the user (dotted: 1 / {len(every)})", title=f"References{few}")
     if with_memory and len(slots):
-        image = axes[1].imshow(arrays["addresses"][number, slots], aspect="auto", cmap="viridis", vmin=0)
-        axes[1].set_xlabel("memory row (latent relation)")
-        axes[1].set_yticks([])
-        axes[1].xaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(image, ax=axes[1], label="share of the relation")
-    user = _user_name(data, arrays["users"][number])
-    figure.suptitle(f"user {user}, {names[arrays['items'][number]]}", fontsize=10)
-    try:
-        with atomic_open(path, "wb") as stream:
-            figure.savefig(stream, format="png", dpi=110)
-    except OSError as error:
-        raise explain_os_error(error, path) from error
+        image = axes[0, 1].imshow(arrays["addresses"][number, slots], aspect="auto", cmap="viridis")
+        axes[0, 1].set(xlabel="memory row (latent relation)", yticks=[], title="What the relations are made of")
+        axes[0, 1].grid(False)
+        axes[0, 1].xaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axes[0, 1], label="share of the relation")
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def _order(arrays: dict[str, np.ndarray], number: int) -> np.ndarray:
@@ -148,18 +160,19 @@ def _user_name(data: Interactions, user: int) -> str:
     return str(user if data.user_ids is None else data.user_ids[user])
 
 
-def _numbered(data: Interactions, user: str, item: str) -> tuple[int, int]:
-    return _row(user, data.user_ids, data.num_users, "user", data), _row(
-        item, data.item_ids, data.num_items, "item", data
-    )
+def _numbered(data: Interactions, names: list[str], user: str, item: str) -> tuple[int, int]:
+    """The rows of a user's id and of an item's id or title."""
+    row = _row(item, data.item_ids, data.num_items)
+    found = {"user": _row(user, data.user_ids, data.num_users), "item": by_title(item, names) if row is None else row}
+    if found["user"] is None:
+        raise UserError(f"{data.name} has no user {user}: give an id of the data with --pair USER ITEM")
+    return found["user"], found["item"]
 
 
-def _row(name: str, ids: np.ndarray | None, count: int, what: str, data: Interactions) -> int:
+def _row(name: str, ids: np.ndarray | None, count: int) -> int | None:
     """The row of an id as the source writes it."""
     if ids is not None:
         found = np.flatnonzero(ids.astype(str) == name)
     else:
         found = np.array([int(name)]) if re.fullmatch("[0-9]+", name) and int(name) < count else np.array([])
-    if len(found) == 0:
-        raise UserError(f"{data.name} has no {what} {name}: give an id of the data with --pair USER ITEM")
-    return int(found[0])
+    return int(found[0]) if len(found) else None

@@ -21,7 +21,7 @@ from gfml.engine.train import FitResult
 from gfml.program.experiment import Judged, Training
 from gfml.program.flags import baseline_grids
 from gfml.program.recommender import Recommender
-from gfml.program.steps import ProjectedStep, build_step
+from gfml.program.steps import ProjectedStep, build_step, definitions_of
 from gfml.ranking.encoders import Tables
 from gfml.ranking.evaluation import evaluate
 from gfml.ranking.pretrained import join_tables, read_nodes, read_table
@@ -157,7 +157,7 @@ class HLRM(Recommender):
             self._validation = Validation(self)
         return self._validation(model, split)
 
-    def judge(self, model: RelationModel, fitted: FitResult | None, run: Run) -> Judged:
+    def judge(self, model: RelationModel, fitted: FitResult | None, run: Run | None) -> Judged:
         return self.report(model, "test")
 
     def report(self, model: RelationModel, split: str) -> Judged:
@@ -183,7 +183,8 @@ class HLRM(Recommender):
             },
             "cold_users": found.cold_users,
             "baselines": baseline_results(
-                names, data, s.topks, cache_dir=Path(s.out) / "baselines", grids=baseline_grids(s.baseline_grid)
+                names, data, s.topks, cache_dir=Path(s.out) / "baselines", grids=baseline_grids(s.baseline_grid),
+                definitions=definitions_of(s, judging=True),
             ),
         }  # fmt: skip
         return Judged(result, self.arrays(model, found), found)

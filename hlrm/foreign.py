@@ -5,11 +5,11 @@ Source: nlee-208/HLRM, commit de6df3b3 (names and shapes).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from gfml.program.foreign import renamed, tables_of
+from gfml.program.foreign import Source, renamed, tables_of
 
 State = dict[str, Tensor]
 NAMES = {
@@ -26,4 +26,11 @@ def hlrm(state: Mapping[str, Tensor]) -> State:
     return tables | renamed({name: value for name, value in state.items() if name in NAMES}, NAMES)
 
 
-SOURCES: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], State], str]] = {"hlrm": (hlrm, "")}
+def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
+    """The port's form and the sizes of the tables."""
+    slots, width = state["userattn.key_.weight"].shape
+    kind = "plus" if "itemattn.key_.weight" in state else "base"
+    return ["--relation-form=diagonal", f"--hlrm-type={kind}", f"--emb_size={width}", f"--num-relations={slots}"]
+
+
+SOURCES = {"hlrm": Source(hlrm, program=lambda _: "hlrm.train", flags=flags)}

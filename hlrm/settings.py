@@ -219,7 +219,7 @@ def build_eval_parser() -> Parser:
         nargs=2,
         action="append",
         metavar=("USER", "ITEM"),
-        help="the same for a pair of ids of the data; may repeat",
+        help="the same for a user's id and an item's id or title; may repeat",
     )
     explain.add_argument(
         "--attention-dir", metavar="DIR", help="folder for them (default: FILE.attention beside the model)"

@@ -5,11 +5,11 @@ Sources: layer6ai-labs/MCL, commit c60e3076; MLAI-Yonsei/GFML, MCL 77b3e940 (nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from gfml.program.foreign import masses_of, tables_of
+from gfml.program.foreign import Source, masses_of, tables_of
 
 State = dict[str, Tensor]
 
@@ -20,4 +20,4 @@ def mcl(state: Mapping[str, Tensor]) -> State:
     return tables | masses_of(state, len(state["embedding_user.weight"]), len(state["embedding_item.weight"]))
 
 
-SOURCES: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], State], str]] = {"mcl": (mcl, "distance")}
+SOURCES = {"mcl": Source(mcl, "distance")}

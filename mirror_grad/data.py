@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -127,12 +128,15 @@ def load(options: MirrorGradSettings, *, needs_features: bool) -> MultimodalData
 
 def without_cold_users(data: Interactions) -> Interactions:
     """Validation and test without users who have no train pair; how many pairs that drops is noted."""
-    warm, parts, dropped = data.user_activity > 0, {}, 0
+    warm, dropped = data.user_activity > 0, 0
+    parts: dict[str, Any] = {}
     for name in ("valid", "test"):
         part = data.split(name).tocoo()
         keep = warm[part.row]
         dropped += int((~keep).sum())
         parts[name] = csr_from_pairs(part.row[keep], part.col[keep], data.num_users, data.num_items)
+        if name == "test" and data.test_ratings is not None:
+            parts["test_ratings"] = data.test_ratings[keep]
     notes = data.notes | {"pairs of users without train pairs, dropped": dropped}
     return replace(data, **parts, notes=notes) if dropped else data
 

@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gfml.base.errors import UserError
 from gfml.base.files import write_json
 from gfml.base.weights import read_weights
 from gfml.data.interactions import Interactions
@@ -25,6 +24,7 @@ from gfml.engine.runs import Run
 from gfml.engine.train import FitResult, Step, plain_step
 from gfml.mirror import MirrorGradient
 from gfml.program.experiment import Judged, Training
+from gfml.program.foreign import load_named
 from gfml.program.recommender import Recommender
 from gfml.program.steps import check_judgeable, cut_offs
 from gfml.ranking.evaluation import Evaluation
@@ -312,19 +312,4 @@ def weights_model(this: MirrorGrad, path: Path) -> tuple[nn.Module, list[str]]:
             notes += foreign.complete(model, name, state, this.data, this.settings.seed, dim)
         else:
             state = {key: value for key, value in state.items() if key != "item_weight"}
-    return load_weights(name, model, path, state).to(this.device), notes
-
-
-def load_weights(name: str, model: nn.Module, path: Path, state: dict[str, Tensor]) -> nn.Module:
-    """Put the named tensors of a file into the model, in eval mode. UserError when names or shapes are another model's."""
-    wanted = model.state_dict()
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or unknown:
-        found = f"{path} lacks {', '.join(missing[:3]) or 'nothing'} and has {', '.join(unknown[:3]) or 'nothing'} beyond {name}'s"
-        raise UserError(f"{found}: give the --model and the hyper-parameters it was trained with")
-    other = next((key for key, value in wanted.items() if state[key].shape != value.shape), None)
-    if other is not None:
-        shapes = f"{other} {tuple(state[other].shape)}, wanted {tuple(wanted[other].shape)}"
-        raise UserError(f"{path} has {shapes}: give the --dataset and the hyper-parameters it was trained with")
-    model.load_state_dict(state)
-    return model.eval()
+    return load_named(model, state, path, name).to(this.device), notes

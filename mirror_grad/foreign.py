@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gfml.base.errors import UserError
+from gfml.program.foreign import Source
 
 if TYPE_CHECKING:
     from mirror_grad.data import MultimodalData
@@ -302,4 +303,9 @@ def published(state: Mapping[str, Tensor]) -> State:
     return rename(found[0], state)
 
 
-SOURCES: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], State], str]] = {"mirror-gradient": (published, "")}
+def flags(state: Mapping[str, Tensor], path: str) -> list[str]:
+    """The file goes to the program as it is: what it lacks is drawn again there."""
+    return [f"--model={recognise(state)[0]}", f"--resume={path}", "--published-protocol"]
+
+
+SOURCES = {"mirror-gradient": Source(published, program=lambda _: "mirror_grad.main", flags=flags)}

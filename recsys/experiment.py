@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
@@ -27,9 +29,10 @@ from gfml.program.steps import ProjectedStep, build_step
 from gfml.ranking.encoders import LightGCN, Tables
 from gfml.ranking.evaluation import Evaluation, evaluate
 from gfml.ranking.graph import build_graph
+from gfml.ranking.ials import IALS
 from gfml.ranking.pretrained import read_nodes
 from gfml.ranking.sampling import TripleSampler
-from gfml.ranking.topk import Scorer
+from gfml.ranking.topk import FactorScorer, Scorer
 from gfml.report.recommenders import GRIDS, build_baseline, tuned_baseline
 from recsys.model import BlendScorer, PairOptions
 from recsys.model import Recommender as Model
@@ -42,11 +45,13 @@ class Recsys(Recommender):
 
     @property
     def name(self) -> str:
-        return f"{self.settings.model} {self.settings.loss_mode}"
+        s = self.settings
+        return f"ials, D {s.embedding_dim}" if s.model == "ials" else f"{s.model} {s.loss_mode}"
 
     @property
     def label(self) -> str:
-        return f"{self.data.name}-{self.settings.model}-{self.settings.loss_mode}"
+        s = self.settings
+        return f"{self.data.name}-{s.model}" + ("" if s.model == "ials" else f"-{s.loss_mode}")
 
     @property
     def patience(self) -> int | None:
@@ -78,6 +83,12 @@ class Recsys(Recommender):
 
     def _encoder(self) -> Tables:
         s, data = self.settings, self.data
+        if s.model == "ials":
+            tables = Tables(
+                data.num_users, data.num_items, s.embedding_dim, init=s.init, std=s.init_std / s.embedding_dim**0.5
+            )
+            tables.vectors()[0].detach().zero_()  # users come first, from the items
+            return tables
         if s.model != "lgn":
             return Tables(data.num_users, data.num_items, s.embedding_dim, init=s.init, std=s.init_std)
         return LightGCN(
@@ -100,6 +111,8 @@ class Recsys(Recommender):
 
     def training(self, model: Model) -> Training:
         s = self.settings
+        if s.model == "ials":
+            return self._least_squares(model)
         optimizer = build_optimizer(s.optimizer, model.parameter_groups(s.adamw_decay, bool(s.mass_adamw)), s.lr)
         step = build_step(s, optimizer, s.clip_grad)
         ema = None
@@ -119,6 +132,31 @@ class Recsys(Recommender):
             step=ProjectedStep(step, model) if s.model == "cml" else step, scheduler=_schedule(s, optimizer), ema=ema,
         )  # fmt: skip
 
+    def _least_squares(self, model: Model) -> Training:
+        """An epoch is one step, which solves for all users, then for all items."""
+        nodes, solver = model.encoder.nodes, self._ials(model)
+
+        def step(*_: Any) -> dict[str, Any]:
+            tables = nodes.detach().cpu()  # on a CPU these are the parameters themselves
+            solver.user, solver.item = tables.split([self.data.num_users, self.data.num_items])
+            solver.epoch()
+            nodes.data.copy_(tables)
+            return {"loss": torch.tensor(solver.objective() / self.data.train.nnz)}
+
+        return Training(torch.optim.SGD([nodes], lr=1.0), lambda _: [None], lambda _: {}, step=step)
+
+    def _ials(self, model: Model) -> IALS:
+        s = self.settings
+        solver = IALS(self.data.train, s.embedding_dim, l2=s.ials_l2, alpha0=s.ials_alpha0, nu=s.ials_nu)
+        solver.user, solver.item = (part.detach().cpu() for part in model.encoder.vectors())
+        return solver
+
+    def fold_in(self, model: Model, histories: sp.csr_array) -> Scorer:
+        """For iALS the rows' own least squares, else as any recommender's."""
+        if self.settings.model != "ials" or not np.diff(histories.indptr).all():
+            return super().fold_in(model, histories)
+        return FactorScorer(self._ials(model).fold_in(histories).to(self.device), model.encoder.vectors()[1].detach())
+
     def fused_or_reason(self, model: Model) -> FusedPairLoss | FusedHinge | str:
         """The loss with gradients by formula, or why autograd makes them."""
         if self.settings.kernel == "autograd":
@@ -133,7 +171,7 @@ class Recsys(Recommender):
             )
         return found
 
-    unshared = ("--compat 1", "--loss_mode cml --use_cov_loss", "--features")
+    unshared = ("--compat 1", "--loss_mode cml --use_cov_loss", "--features", "--model ials")
 
     def sharing_problem(self) -> str | None:
         s = self.settings
@@ -141,6 +179,7 @@ class Recsys(Recommender):
             "--compat 1": s.compat,
             "--use_cov_loss": s.loss_mode == "cml" and s.use_cov_loss,
             "--features": s.features,
+            "--model ials": s.model == "ials",
         }
         return next((flag for flag, given in whole.items() if given), None)
 
@@ -174,7 +213,7 @@ class Recsys(Recommender):
     def is_logit(self, model: Model) -> bool:
         """A gravity score, a blend, or the dot product under loss dot."""
         s = self.settings
-        plain = s.loss_mode == "dot" and s.infer_mode in ("mat", "dot")
+        plain = s.loss_mode == "dot" and s.model != "ials" and s.infer_mode in ("mat", "dot")
         return plain or isinstance(self.scorer(model), (GravityScorer, BlendScorer))
 
     def item_space(self, model: Model) -> tuple[Tensor, SquaredDistance]:
@@ -187,6 +226,8 @@ class Recsys(Recommender):
     def describe(self, model: Model) -> list[str]:
         s = self.settings
         gravity = f", {s.dist_mode} distance, {s.mass_mode} mass, lambda {s.lamb:g}"
+        if s.model == "ials":
+            return [f"ials, weight {s.ials_alpha0:g} of what is not in train, l2 {s.ials_l2:g}, rows solved in turns"]
         fused = self.fused_or_reason(model)
         return [
             f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}",

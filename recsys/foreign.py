@@ -5,11 +5,11 @@ Sources: gusye1234/LightGCN-PyTorch, commit 947ca2b3b1d2; MLAI-Yonsei/GFML, gfml
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from gfml.program.foreign import masses_of, tables_of
+from gfml.program.foreign import Source, masses_of, tables_of
 
 State = dict[str, Tensor]
 
@@ -28,7 +28,4 @@ def gravity(state: Mapping[str, Tensor]) -> State:
 
 
 # What a file is from, and by which score its program ranks where it has no masses.
-SOURCES: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], State], str]] = {
-    "lightgcn": (lightgcn, "dot"),
-    "gfml": (gravity, "dot"),
-}
+SOURCES = {"lightgcn": Source(lightgcn, "dot"), "gfml": Source(gravity, "dot")}

@@ -17,7 +17,11 @@ from gfml.program.flags import JudgingSettings, MirrorSettings, RunSettings, is_
 
 MODELS = ("mf", "lgn", "cml")
 LOSSES = ("dot", "bpr", "gravity", "mix", "bpr_gra", "mix_bpr", "cml")
-INITS = {"mf": "xavier_uniform", "lgn": "normal", "cml": "ball"}
+INITS = {"mf": "xavier_uniform", "lgn": "normal", "cml": "ball", "ials": "normal"}
+# iALS solves for its tables: a few epochs do, nothing is drawn, and these flags have nothing to act on.
+IALS_DEFAULTS = {"loss_mode": "dot", "epochs": 16, "eval_every": 1, "patience": 3, "mass_mode": "none", "ema_on": 0}
+IALS_IGNORES = ("lr", "adamw_decay", "lr_schedule", "sampler", "num_neg", "clip_grad", "optimizer", "decay",
+                "mass_reg", "mirror", "infer_mode")  # fmt: skip
 # The demo is small: larger steps and earlier evaluations take it to the same place in seconds. A flag given wins.
 DEMO_DEFAULTS = {"lr": 5e-3, "epochs": 200, "eval_every": 5, "patience": 6}
 # The published formulas with their mistakes.
@@ -35,7 +39,11 @@ RUNS_ARE_NAMED = "runs are named by dataset, model and loss"
 class ModelSettings(Settings):
     """model"""
 
-    model: str = setting("mf", "mf: tables; lgn: LightGCN; cml: tables in a ball", choices=MODELS)
+    model: str = setting(
+        "mf",
+        "mf: tables; lgn: LightGCN; cml: tables in a ball; ials: alternating least squares",
+        choices=(*MODELS, "ials"),
+    )
     embedding_dim: int = setting(64, "width of the vectors", kinds.count, unit="D", also="recdim")
     num_layers: int = setting(3, "propagation layers of lgn", kinds.whole, unit="K", also="layer")
     combine: str = setting("mean", "output of lgn's layers", choices=("mean", "sum", "final"))
@@ -162,6 +170,15 @@ class MetricLearningSettings(Settings):
 
 
 @dataclass(frozen=True)
+class IALSSettings(Settings):
+    """alternating least squares (model ials)"""
+
+    ials_alpha0: float = setting(0.05, "weight of the pairs that are not in train", kinds.positive, late=True)
+    ials_l2: float = setting(0.02, "weight of the regulariser", kinds.positive, late=True)
+    ials_nu: float = setting(1.0, "exponent of a row's frequency in it", kinds.nonnegative, late=True)
+
+
+@dataclass(frozen=True)
 class RecsysJudgingSettings(JudgingSettings):
     """evaluation and selection"""
 
@@ -192,7 +209,7 @@ class OldFlags(Settings):
 
 @dataclass(frozen=True)
 class RecsysSettings(
-    OldFlags, RunSettings, MirrorSettings, RecsysJudgingSettings, MetricLearningSettings, TrainingSettings,
+    OldFlags, RunSettings, MirrorSettings, RecsysJudgingSettings, IALSSettings, MetricLearningSettings, TrainingSettings,
     GravitySettings, ModelSettings, DemoSettings, DataSettings,
 ):  # fmt: skip
     """all settings of recsys/main.py"""
@@ -215,6 +232,8 @@ class RecsysSettings(
             fill(options, {"emb_norm": 0})
         if options.num_neg is None:
             options.num_neg = 10 if options.loss_mode == "cml" else 1
+        if options.model == "ials":
+            fill(options, {name: getattr(cls, name) for name in IALS_IGNORES if name != "num_neg"} | IALS_DEFAULTS)
         if options.init == "auto":
             options.init = INITS[options.model]
         if options.select_on == "test":
@@ -226,6 +245,8 @@ class RecsysSettings(
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.model == "ials":
+        _check_ials(options)
     if options.pretrain and not options.pretrain_file:
         raise UserError("--pretrain 1 needs --pretrain-file RUN_DIR or FILE.npz")
     if options.compat and options.loss_mode == "cml":
@@ -237,3 +258,15 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.features and options.loss_mode != "cml":
         raise UserError("--features belongs to --loss_mode cml")
+
+
+def _check_ials(options: argparse.Namespace) -> None:
+    if options.loss_mode != "dot":
+        raise UserError(
+            f"found --loss_mode {options.loss_mode} with --model ials, which has a loss of its own: drop it"
+        )
+    standard = {name: getattr(RecsysSettings, name) for name in IALS_IGNORES} | {"num_neg": 1}
+    idle = [name for name, value in standard.items() if getattr(options, name) != value]
+    if idle:
+        flags = ", ".join(f"--{name}" for name in idle)
+        raise UserError(f"found {flags} with --model ials, which has no gradient steps and no samples: drop them")

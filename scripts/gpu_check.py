@@ -153,7 +153,7 @@ def run_all(args: argparse.Namespace) -> int:
     for group, parts in groups.items():
         parts = [name for name in parts if name in wanted]
         os.environ["GPU_CHECK_LOCK"] = str(args.out / "lock")
-        workers = args.jobs if group == "correct" else args.builders
+        workers = args.builders if group == "times" else args.jobs
         with ThreadPoolExecutor(workers) as pool:
             calls = {name: pool.submit(start, args, name, until) for name in parts}
             for name, call in calls.items():

@@ -34,13 +34,14 @@ Rows = Iterator[dict[str, Any]]
 # Largest relative differences of losses and of the way parameters went in 20 steps, and of metrics.
 LOSS_LIMIT, WAY_LIMIT, METRIC_LIMIT = 1e-3, 5e-2, 2e-2
 STEPS = 20
+SMALL = f"--dataset synthetic {probe.SMALL}"
 # One way through each program that is run from its flags to its result.
 WHOLE = ("recsys lgn bpr", "recsys mf gravity", "cml two-stage", "mcl mix ema", "hlrm plus", "contextual 256", "vision published mix", "mirror FREEDOM")  # fmt: skip
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
 
 
 class Part(NamedTuple):
-    """group: correct parts run side by side, time parts alone."""
+    """group: correct parts and runs go side by side, time parts build so and measure alone."""
 
     group: str
     run: Callable[[argparse.Namespace], Rows]
@@ -134,15 +135,9 @@ def epoch_seconds(found: SimpleNamespace, device: str, epochs: int) -> float:
         stamps.append(time.perf_counter())
         return found.batches(epoch)
 
-    kept = {
-        name: value
-        for name, value in vars(found).items()
-        if name not in ("run", "tracker", "patience", "evaluate_first")
-    }
-    fit(
-        **kept
-        | {"batches": batches, "run": None, "evaluate": None, "select": None, "epochs": epochs, "progress": False}
-    )
+    kept = {name: value for name, value in vars(found).items() if name not in ("tracker", "patience", "evaluate_first")}
+    own = {"batches": batches, "run": None, "evaluate": None, "select": None, "epochs": epochs, "progress": False}
+    fit(**kept | own)
     synchronize(device)
     stamps.append(time.perf_counter())
     return statistics.median(b - a for a, b in zip(stamps[1:-1], stamps[2:], strict=True))
@@ -175,9 +170,8 @@ def kernel_milliseconds(
     """
     from torch.profiler import ProfilerActivity, profile
 
-    kinds, steps = (
-        ([ProfilerActivity.CPU], 1) if device == "cpu" else ([ProfilerActivity.CPU, ProfilerActivity.CUDA], steps)
-    )
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    steps = steps if device == "cuda" else 1
     call()
     synchronize(device)
     with profile(activities=kinds) as prof:
@@ -236,13 +230,13 @@ def compare(name: str, device: str) -> dict[str, Any]:
 
 
 def numbers(group: str) -> Callable[[argparse.Namespace], Rows]:
-    """A part that compares the programs whose names begin so; one that fails costs no other."""
+    """A part that compares the programs of a group, or those with kernels; one that fails costs no other."""
 
     def run(args: argparse.Namespace) -> Rows:
-        chosen = [name for name in probe.PROGRAMS if name.startswith(group)]
-        if group == "mirror":
-            half = len(chosen) // 2
-            chosen = chosen[:half] if args.part.endswith("1") else chosen[half:]
+        start = {"metric": "cml"}.get(group, group.rstrip("12"))
+        chosen = [*probe.KERNELS] if group == "fused" else [name for name in probe.PROGRAMS if name.startswith(start)]
+        half = len(chosen) // 2
+        chosen = {"mirror1": chosen[:half], "mirror2": chosen[half:]}.get(group, chosen)
         for name in chosen[: 1 if args.tiny else None]:
             yield from guarded(name, lambda name=name: compare(name, args.device))
 
@@ -257,12 +251,8 @@ def guarded(name: str, call: Callable[[], dict[str, Any]]) -> Rows:
         raise
     except Exception as error:
         where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-        yield {
-            "work": name,
-            "ok": False,
-            "error": f"{type(error).__name__}: {str(error)[:300]}",
-            "where": " ".join(where[-6:]),
-        }
+        told = f"{type(error).__name__}: {str(error)[:300]}"
+        yield {"work": name, "ok": False, "error": told, "where": " ".join(where[-6:])}
 
 
 def whole(args: argparse.Namespace) -> Rows:
@@ -283,19 +273,7 @@ def _whole(name: str, device: str) -> dict[str, Any]:
 
 def marked(args: argparse.Namespace) -> Rows:
     """``pytest -m gpu``."""
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--no-header",
-        "--tb=short",
-        "tests",
-    ]
+    words = [sys.executable, *"-m pytest -q -m gpu -p no:cacheprovider --no-header --tb=short tests".split()]
     words += ["--collect-only"] if args.tiny else []
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.strip().splitlines()
@@ -310,7 +288,7 @@ def marked(args: argparse.Namespace) -> Rows:
 
 def waiting(args: argparse.Namespace) -> Rows:
     """Programs whose batches or steps make the host wait for the device in 20 steps, and where."""
-    for name in list(probe.PROGRAMS)[: 2 if args.tiny else None]:
+    for name in [*probe.KERNELS, *probe.PROGRAMS][: 2 if args.tiny else None]:
         yield from guarded(name, lambda name=name: _waiting(name, args.device))
 
 
@@ -356,12 +334,8 @@ def recsys(args: argparse.Namespace, dataset: str, flags: str) -> SimpleNamespac
     """What recsys/main.py trains with."""
     import recsys.main
 
-    small = "--dataset synthetic --demo-users 300 --demo-items 200 --demo-interactions 6000"
-    words = (
-        flags_of(args, dataset, "", small).words
-        + f" {flags} --baselines none --report 0 --es_on test --device {args.device} --no-progress"
-    )
-    return probe.caught_main(recsys.main.main, words.split())
+    words = f"{flags_of(args, dataset, '', SMALL).words} {flags} --baselines none --report 0 --es_on test"
+    return probe.caught_main(recsys.main.main, f"{words} --device {args.device} --no-progress".split())
 
 
 def step_rows(
@@ -425,9 +399,8 @@ def _published_lightgcn(found: SimpleNamespace, device: str) -> float:
     """A step as in the published program: autograd through COO products, dense Adam in a loop."""
     graph, nodes = found.model.encoder.graph, torch.nn.Parameter(found.model.encoder.nodes.detach().clone())
     rows = torch.repeat_interleave(graph.indptr.diff().long())
-    matrix = torch.sparse_coo_tensor(
-        torch.stack([rows, graph.indices.long()]), graph.values, check_invariants=False
-    ).coalesce()
+    places = torch.stack([rows, graph.indices.long()])
+    matrix = torch.sparse_coo_tensor(places, graph.values, check_invariants=False).coalesce()
     optimizer = torch.optim.Adam([nodes], lr=1e-3, foreach=False, fused=False)
     batch = next(iter(found.batches(1)))
     users, pos, neg = batch.users, batch.pos + graph.num_users, batch.neg + graph.num_users
@@ -447,20 +420,18 @@ def _published_lightgcn(found: SimpleNamespace, device: str) -> float:
     return milliseconds(step, device, runs=10)
 
 
+MF = "--model mf --embedding-dim 64 --batch-size 2048 --topks 20 --es_metric recall@20 --sampler interaction"
+
+
 def factorisation(args: argparse.Namespace) -> Rows:
     """MF with bpr and gravity on ml1m and gowalla."""
-    for dataset, loss, bar in (
-        ("gowalla", "bpr", "<= 0.15 s"),
-        ("gowalla", "gravity", ""),
-        ("ml1m", "bpr", ""),
-        ("ml1m", "gravity", ""),
-    ):
-        flags = f"--model mf --loss_mode {loss} --embedding-dim 64 --batch-size 2048 --topks 20 --es_metric recall@20 --sampler interaction"
+    for dataset, loss in (("gowalla", "bpr"), ("gowalla", "gravity"), ("ml1m", "bpr"), ("ml1m", "gravity")):
+
+        def make(more: str, loss: str = loss, dataset: str = dataset) -> SimpleNamespace:
+            return recsys(args, dataset, f"{MF} --loss_mode {loss} {more}")
+
         yield from step_rows(
-            args,
-            f"MF {loss} {dataset}",
-            lambda more="", flags=flags, dataset=dataset: recsys(args, dataset, f"{flags} {more}"),
-            bar,
+            args, f"MF {loss} {dataset}", make, "<= 0.15 s" if (dataset, loss) == ("gowalla", "bpr") else ""
         )
 
 
@@ -470,13 +441,14 @@ def multimodal(args: argparse.Namespace) -> Rows:
 
     half = len(probe.TRAINED) // 2
     models = probe.TRAINED[:half] if args.part.endswith("1") else probe.TRAINED[half:]
-    small = "--dataset synthetic --demo-users 300 --demo-items 200 --demo-interactions 6000 --features random --random-widths 48 24"
-    words = flags_of(args, "baby", "--features random --random-widths 4096 384", small).words
+    words = flags_of(
+        args, "baby", "--features random --random-widths 4096 384", f"{SMALL} --features random --random-widths 48 24"
+    ).words
     for name in models[: 1 if args.tiny else None]:
 
         def one(name: str = name) -> dict[str, Any]:
-            argv = f"--model {name} {words} --not_mg --baselines none --device {args.device} --no-progress --embedding-dim 64 --batch-size 2048"
-            found = probe.caught_main(mirror_grad.main.main, argv.split())
+            argv = f"--model {name} {words} --not_mg --baselines none --embedding-dim 64 --batch-size 2048"
+            found = probe.caught_main(mirror_grad.main.main, f"{argv} --device {args.device} --no-progress".split())
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             seconds = epoch_seconds(found, args.device, 3)
@@ -484,12 +456,35 @@ def multimodal(args: argparse.Namespace) -> Rows:
             if args.device == "cuda":
                 row["mib"] = torch.cuda.max_memory_allocated() / 2**20
             found.model.eval()
-            row["evaluation_seconds"] = (
-                milliseconds(lambda: found.evaluate("valid"), args.device, runs=2, warm_up=1) / 1e3
-            )
-            return row
+            judged = milliseconds(lambda: found.evaluate("valid"), args.device, runs=2, warm_up=1)
+            return row | {"evaluation_seconds": judged / 1e3}
 
         yield from guarded(f"{name} baby, epoch", one)
+
+
+def fused(args: argparse.Namespace) -> Rows:
+    """MF's losses by kernels of their own, and steps of touched rows alone, beside autograd in recorded steps."""
+    for loss, more in (("bpr", ""), ("gravity", ""), ("mix", ""), ("gravity", "--optimizer lazy_adamw")):
+        seconds = {}
+        for kernel in ("fused", "autograd"):
+            found = recsys(args, "gowalla", f"{MF} --loss_mode {loss} {more} --kernel {kernel}")
+            seconds[kernel] = epoch_seconds(found, args.device, 4)
+        yield {
+            "work": f"MF {loss} gowalla {more.partition(' ')[2]}, epoch by kernels", "seconds": seconds["fused"],
+            "autograd_seconds": seconds["autograd"], "of_autograd": seconds["fused"] / seconds["autograd"],
+        }  # fmt: skip
+
+
+def mcl_steps(args: argparse.Namespace) -> Rows:
+    """MCL, whose padded batches can be recorded: an epoch on ml1m, recorded and eager."""
+    import mcl.main
+
+    words = flags_of(args, "ml1m", "--dim 64 --batch_size 500 --num_neg 5 --topks 20 --baselines none", probe.MCL).words
+
+    def make(more: str) -> SimpleNamespace:
+        return probe.caught_main(mcl.main.main, f"{words} {more} --device {args.device} --no-progress".split())
+
+    yield from step_rows(args, "MCL ml1m", make, "", epochs=3)
 
 
 def contextual(args: argparse.Namespace) -> Rows:
@@ -550,6 +545,50 @@ def attention(args: argparse.Namespace) -> Rows:
                 "recorded_ms": recorded["gravity"], "recorded_sdpa_ms": recorded["plain"], "recorded_ratio": recorded["gravity"] / recorded["plain"],
                 "mib": memory["gravity"], "sdpa_mib": memory["plain"], "explicit_mib": memory["explicit"],
             }  # fmt: skip
+
+
+def flex(args: argparse.Namespace) -> Rows:
+    """The attention kernels by themselves, forward and backward, beside FlexAttention's form of the same."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from gfml.attention import power_law_attention
+
+    if args.device == "cpu":
+        raise NotRun("FlexAttention has no backward pass on a CPU")
+    attend = torch.compile(flex_attention, dynamic=False)
+    for n, batch in ((65, 128), (785, 16)):
+        inputs = [
+            torch.randn(batch, 12, n, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+        ]
+        column, beta = (torch.rand(size, device="cuda", requires_grad=True) for size in (n, 12))
+        above = torch.randn(batch, 12, n, 32, device="cuda", dtype=torch.bfloat16)
+
+        def by_flex(inputs: list[Tensor] = inputs, column: Tensor = column, beta: Tensor = beta) -> Tensor:
+            norms = [part.float().square().sum(-1) for part in inputs[:2]]
+
+            def score(dot: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return column[j] - beta[h] * (1 + norms[0][b, h, i] + norms[1][b, h, j] - 2 * dot).clamp_min(1).log()
+
+            return attend(*inputs, score_mod=score, scale=1.0)
+
+        def by_kernels(inputs: list[Tensor] = inputs, column: Tensor = column, beta: Tensor = beta) -> Tensor:
+            return power_law_attention(*inputs, column.view(1, 1, -1), beta.view(-1, 1, 1))
+
+        grads, times = {}, {}
+        for name, call in (("flex", by_flex), ("kernels", by_kernels)):
+
+            def both(
+                call: Callable[[], Tensor] = call, leaves: Any = (*inputs, column, beta), above: Tensor = above
+            ) -> Any:
+                return torch.autograd.grad(call(), leaves, above)
+
+            grads[name] = both()
+            times[name] = milliseconds(both, "cuda")
+        off = max(float((a - b).norm() / b.norm()) for a, b in zip(grads["kernels"], grads["flex"], strict=True))
+        yield {
+            "work": f"gravity attention, {n} tokens, bfloat16, beside FlexAttention", "ms": times["kernels"], "flex_ms": times["flex"],
+            "ratio": times["kernels"] / times["flex"], "difference": off, "ok": off < 5e-2,
+        }  # fmt: skip
 
 
 # Tiles tried for attention kernels: (queries, keys, warps) forward; backward, over keys and over queries.
@@ -614,7 +653,7 @@ def vit(args: argparse.Namespace) -> Rows:
             ("every layer", "--model-name vit_gra --lamb_gra 3.0"),
             ("plain", "--model-name vit"),
         ):
-            words = flags_of(args, "cimb10", PUBLISHED_VIT, probe.VISION).words
+            words = flags_of(args, "cimb10", PUBLISHED_VIT, f"{probe.VISION} --batch-size 16").words
             found = probe.caught_main(
                 vision.main.main,
                 f"{flags} {words} --precision {precision} --device {args.device} --no-progress".split(),
@@ -639,6 +678,23 @@ def vit(args: argparse.Namespace) -> Rows:
             }  # fmt: skip
 
 
+ARMS = {
+    "plain": "--model-name vit",
+    "distance": f"{PUBLISHED_GRAVITY} --mass_from none",
+    "tail": PUBLISHED_GRAVITY,
+    "adjusted": "--model-name vit --long-tail logit-adjustment",
+}
+
+
+def published_vit(args: argparse.Namespace) -> Rows:
+    """One arm of the published ViT on cimb10, 200 epochs from one seed."""
+    arm = args.part.partition("-")[2]
+    words = flags_of(args, "cimb10", PUBLISHED_VIT, probe.VISION).words
+    found = _test_metrics("vision.main", f"{ARMS[arm]} {words} --report 0", args.device)
+    kept = {name: found[name] for name in ("accuracy", "accuracy_many", "accuracy_medium", "accuracy_few")}
+    yield {"work": f"published ViT, cimb10, {arm}", "command": f"vision/main.py {ARMS[arm]} {PUBLISHED_VIT}"} | kept
+
+
 def ceilings(args: argparse.Namespace) -> Rows:
     """What the card gives to a copy and to a product."""
     size = 1 << (10 if args.tiny else 28)
@@ -647,40 +703,28 @@ def ceilings(args: argparse.Namespace) -> Rows:
     side = 64 if args.tiny else 8192
     for dtype in (torch.float32, torch.bfloat16):
         m = torch.randn(side, side, device=args.device, dtype=dtype)
-        yield {
-            "work": f"product, {str(dtype)[6:]}",
-            "tflop_per_s": 2 * side**3 / milliseconds(lambda m=m: m @ m, args.device, runs=5) / 1e9,
-        }
+        speed = 2 * side**3 / milliseconds(lambda m=m: m @ m, args.device, runs=5) / 1e9
+        yield {"work": f"product, {str(dtype)[6:]}", "tflop_per_s": speed}
 
 
 def precision(args: argparse.Namespace) -> Rows:
     """What bfloat16 and TF32 do to metrics: short runs from the same seed."""
-    small = "--dataset synthetic --demo-users 300 --demo-items 200 --demo-interactions 6000"
+    epochs = f"--epochs {1 if args.tiny else 12} --eval-every 4"
     for loss in ("bpr", "gravity"):
-        words = (
-            flags_of(args, "ml1m", "", small).words
-            + f" --model mf --loss_mode {loss} --embedding-dim 64 --topks 20 --es_metric recall@20 --baselines none --report 0 --lr 5e-3"
-        )
-        names = {"float32": "", "bfloat16": "--amp"}
-        found = {
-            name: _test_metrics(
-                "recsys.main", f"{words} {more} --epochs {1 if args.tiny else 12} --eval-every 4", args.device
-            )
-            for name, more in names.items()
-        }
+        words = f"{flags_of(args, 'ml1m', '', SMALL).words} --model mf --loss_mode {loss} --embedding-dim 64 --topks 20"
+        words += f" --es_metric recall@20 --baselines none --report 0 --lr 5e-3 {epochs}"
+        kinds = {"float32": "", "bfloat16": "--amp"}
+        found = {name: _test_metrics("recsys.main", f"{words} {more}", args.device) for name, more in kinds.items()}
         yield {"work": f"MF {loss} ml1m, recall@20"} | {name: part["recall@20"] for name, part in found.items()}
     words = flags_of(args, "cimb10", PUBLISHED_VIT.replace("--max-epochs 200", "--max-epochs 20"), probe.VISION).words
+    words = f"{PUBLISHED_GRAVITY} {words} --report 0"
     kinds = {"float32": "--precision 32 --tf32 0", "TF32": "--precision 32 --tf32 1", "bfloat16": "--precision 16"}
     with ThreadPoolExecutor(3) as pool:
         calls = {
-            name: pool.submit(
-                _test_metrics, "vision.main", f"{PUBLISHED_GRAVITY} {words} {more} --report 0", args.device
-            )
-            for name, more in kinds.items()
+            n: pool.submit(_test_metrics, "vision.main", f"{words} {more}", args.device) for n, more in kinds.items()
         }
-        yield {"work": "published ViT, cimb10, accuracy after 20 epochs"} | {
-            name: call.result()["accuracy"] for name, call in calls.items()
-        }
+        found = {name: call.result()["accuracy"] for name, call in calls.items()}
+    yield {"work": "published ViT, cimb10, accuracy after 20 epochs"} | found
 
 
 def _test_metrics(module: str, flags: str, device: str) -> dict[str, float]:
@@ -722,17 +766,11 @@ def _resume(name: str, device: str) -> dict[str, Any]:
             run.result()
         run_program(module, "--resume", f"{out}/part", "--epochs", "4", "--device", device, "--no-progress")
         states = [load_state(Path(out) / part / "last.pt")["model"] for part in ("whole", "part")]
-    a, b = (
-        torch.cat([value.double().reshape(-1) for value in state.values() if value.is_floating_point()])
-        for state in states
-    )
+    kept = [[value.double().reshape(-1) for value in state.values() if value.is_floating_point()] for state in states]
+    a, b = map(torch.cat, kept)
     difference = float((a - b).norm() / a.norm())
-    return {
-        "work": f"resume {name}",
-        "equal_bits": bool(torch.equal(a, b)),
-        "difference": difference,
-        "ok": difference < 1e-4,
-    }
+    equal = bool(torch.equal(a, b))
+    return {"work": f"resume {name}", "equal_bits": equal, "difference": difference, "ok": difference < 1e-4}
 
 
 def processes(args: argparse.Namespace) -> Rows:
@@ -742,22 +780,9 @@ def processes(args: argparse.Namespace) -> Rows:
     if args.tiny:
         raise NotRun("toy sizes")
     with tempfile.TemporaryDirectory() as out:
-        words = [
-            "recsys/main.py",
-            *probe.PROGRAMS["recsys lgn bpr"][1].split(),
-            "--epochs",
-            "2",
-            "--device",
-            args.device,
-            "--out",
-            out,
-        ]
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
+        words = f"-m torch.distributed.run --standalone --nproc-per-node 2 recsys/main.py {probe.PROGRAMS['recsys lgn bpr'][1]}"
+        words += f" --epochs 2 --device {args.device} --out {out}"
+        done = subprocess.run([sys.executable, *words.split()], capture_output=True, text=True, cwd=ROOT)
         yield {
             "work": "two processes",
             "ok": done.returncode == 0,
@@ -766,14 +791,10 @@ def processes(args: argparse.Namespace) -> Rows:
 
 
 PARTS: dict[str, Part] = {
-    "numbers-recsys": Part("correct", numbers("recsys")),
-    "numbers-metric": Part("correct", numbers("cml")),
-    "numbers-mcl": Part("correct", numbers("mcl")),
-    "numbers-hlrm": Part("correct", numbers("hlrm")),
-    "numbers-contextual": Part("correct", numbers("contextual")),
-    "numbers-vision": Part("correct", numbers("vision")),
-    "numbers-mirror1": Part("correct", numbers("mirror")),
-    "numbers-mirror2": Part("correct", numbers("mirror")),
+    **{
+        f"numbers-{group}": Part("correct", numbers(group))
+        for group in ("recsys", "metric", "mcl", "hlrm", "fused", "contextual", "vision", "mirror1", "mirror2")
+    },
     "tests": Part("correct", marked),
     "whole": Part("correct", whole),
     "waiting": Part("correct", waiting),
@@ -783,10 +804,14 @@ PARTS: dict[str, Part] = {
     "times-ceilings": Part("times", ceilings),
     "times-lightgcn": Part("times", lightgcn),
     "times-factorisation": Part("times", factorisation),
+    "times-fused": Part("times", fused),
+    "times-mcl": Part("times", mcl_steps),
     "times-contextual": Part("times", contextual),
     "times-attention": Part("times", attention),
+    "times-flex": Part("times", flex),
     "times-tiles": Part("times", tiles),
     "times-vit": Part("times", vit),
     "times-multimodal1": Part("times", multimodal),
     "times-multimodal2": Part("times", multimodal),
+    **{f"vit-{arm}": Part("runs", published_vit) for arm in ARMS},
 }

@@ -66,6 +66,14 @@ PROGRAMS |= {
     f"mirror {name}": ("mirror_grad.main", f"--model {name} {MIRROR}{QUIET.get(name, '')}") for name in TRAINED
 }
 
+# On CUDA these have kernels of their own, on the CPU those for CPUs.
+KERNELS = {
+    f"recsys mf {loss} fused{more}": ("recsys.main", f"{RECSYS} --model mf --loss_mode {loss} --kernel fused {flags}")
+    for loss, more, flags in (
+        ("bpr", "", "--num-neg 3"), ("gravity", "", "--learn_lamb"), ("mix", " lazy", "--optimizer lazy_adamw"), ("bpr_gra", " products", "--mass_combine product"),
+    )
+}  # fmt: skip
+
 
 class NotRun(Exception):
     """A part of the check cannot be run here; the text says why."""
@@ -77,7 +85,7 @@ class _Caught(BaseException):
 
 def caught(name: str, device: str, *more: str, flags: str | None = None) -> SimpleNamespace:
     """The arguments of ``fit`` when a program of :data:`PROGRAMS` runs: model, optimizer, batches, loss_fn, step, ..."""
-    module, own = PROGRAMS[name]
+    module, own = (PROGRAMS | KERNELS)[name]
     words = [*(own if flags is None else flags).split(), "--device", device, "--no-progress", *more]
     return caught_main(importlib.import_module(module).main, words)
 

@@ -123,8 +123,17 @@ pairs that are in train). All numbers were given by the packages themselves; our
 (`python scripts/metrics_page.py`). T is the number of a user's held-out items, K the length of the list, "hits" the held-out
 items among the first K, r the rating, I the number of items. All truth counts as relevant, ratings are not used, unless said.
 
-`--metrics-as NAME` adds a framework's figures to a run (`elliot:ndcg@10`), and `gfml judge` judges a framework's lists by ours and by its
-own definitions."""
+`--metrics-as NAME` adds a framework's figures to a run and to the baselines beside it (`elliot:ndcg@10`), `gfml compare --metrics-as NAME` tests
+them between finished runs, and `gfml judge` judges a framework's lists by ours and by its own definitions. A run reads ratings with `--graded`
+alone: then graded_ndcg and the conventions that weigh ratings (Elliot, WarpRec, trec; Cornac's threshold) have those of the test part, and without
+it every test pair counts 1. `gfml judge` reads the ratings of its truth file. An item that a list has twice counts once, at its better place, in
+every convention; where scores are held in a table (trec, WarpRec, Cornac) the list closes up behind it.
+
+The packages were run under Python 3.11, each by itself; LensKit, RecPack and torchmetrics a second time on the same lists, with the same numbers
+to six digits. Three could not be installed as they are: Elliot 0.3.1 is on no package index, and its metric classes ran from source; WarpRec
+2.2.8 needs Python 3.12, and its evaluator and metrics ran from the wheel with the rest of the package left out; LensKit 2026 needs Python 3.12.5
+and was not run. MMRec and LightGCN-PyTorch are programs, whose own metric functions ran. The conventions behind `--metrics-as` were compared with
+the packages on three more sets of random lists, by rank and by score, with and without ratings (`other_lists.json` there)."""
 
 _TAIL = """## What surprises most
 
@@ -136,6 +145,8 @@ _TAIL = """## What surprises most
 - LensKit's NDCG weighs ranks 1 and 2 the same; its precision divides by the length of the list, its recall by min(T, K).
 - torchmetrics takes an item with a score of 0 or less for not relevant in precision, recall, MAP and MRR: all-negative scores give 0.
 - Elliot's gini is 1 - gini: high is even.
+- WarpRec's tail is what lies beyond more than 80 % of train, Elliot's beyond 80 %; which of equally popular items is tail is for WarpRec the order
+  of torch's unstable sort, which differs between processors: aclt and aplt need not repeat on another machine.
 - trec_eval and ir-measures order tied scores by the item's id as text, later ids first; ir-measures' RR@K takes earlier ids first.
 - A user without a list counts 0 here, in RecBole, RecTools and ranx, and is left out in pytrec_eval, Elliot and LensKit."""
 

@@ -120,7 +120,7 @@ class Vision(Experiment):
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
         return self._judged(model, self.data.source.valid)
 
-    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run) -> Judged:
+    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run | None) -> Judged:
         """The headline "test" is the last epoch's; with a validation part "selected" is that of the best epoch on it."""
         s, data, source = self.settings, self.data, self.data.source
         result: dict[str, Any] = {"model": s.model, "data": self._data_facts()}
@@ -212,6 +212,11 @@ class Vision(Experiment):
     def final_weights(self, model: nn.Module, run: Run) -> dict[str, Any]:
         with self._last_weights(model, run) if self.select is not None else nullcontext():
             return {"model": {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}}
+
+    def adopt(self, state: Mapping[str, Tensor], origin: object) -> nn.Module:
+        """Without its masses where ``--mass_from`` is not position."""
+        masses = self.settings.mass_from == "position"
+        return super().adopt({name: value for name, value in state.items() if masses or ".mass." not in name}, origin)
 
     @classmethod
     def joint_page(cls, settings: VisionSettings, paths: list[Path]) -> Path | None:

@@ -5,14 +5,15 @@ Sources: omihub777/ViT-CIFAR, commit ab9043ea; MLAI-Yonsei/GFML, gfml-vis 918c23
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from gfml.base.errors import UserError
-from gfml.program.foreign import renamed
+from gfml.program.foreign import Source, renamed
 
 State = dict[str, Tensor]
 NAMES = {
@@ -53,4 +54,25 @@ def vit_cifar(state: Mapping[str, Tensor]) -> State:
     return joined
 
 
-SOURCES: Mapping[str, tuple[Callable[[Mapping[str, Tensor]], State], str]] = {"vit-cifar": (vit_cifar, "")}
+def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
+    """Sizes from the shapes, and the layers that have masses.
+
+    The published program's masses never reach its logits and its split heads are in another order, so a file with masses is
+    judged so unless the flags say otherwise.
+    """
+    ours = vit_cifar(state)
+    tokens, width = ours["position"].shape[1:]
+    layers = 1 + max(int(name.split(".")[1]) for name in ours if name.startswith("blocks."))
+    massed = sorted(int(name.split(".")[1]) for name in ours if name.endswith(".mass.key"))
+    with_token = "class_token" in ours
+    patch, side = math.isqrt(tokens - with_token), math.isqrt(ours["embed.weight"].shape[1] // 3)
+    found = [f"--patch={patch}", f"--image-size={patch * side}", f"--hidden={width}", f"--num-layers={layers}",
+             f"--mlp-hidden={len(ours['blocks.0.mlp.0.bias'])}", f"--model-name={'vit_gra' if massed else 'vit'}"]  # fmt: skip
+    if massed:
+        shared = any(name.removeprefix("model.").startswith("mass_k.") for name in state)
+        place = {(0,): "head", (layers - 1,): "tail"}.get(tuple(massed), "full_fix" if shared else "full")
+        found += [f"--mass-pos={place}", "--mass-from=none", "--head-order=original"]
+    return found if with_token else [*found, "--off-cls-token"]
+
+
+SOURCES = {"vit-cifar": Source(vit_cifar, program=lambda _: "vision.main", flags=flags)}

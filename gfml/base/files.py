@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,50 @@ def remove_leftovers(folder: str | os.PathLike[str], name: str = "*") -> None:
         with contextlib.suppress(OSError), open(path, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """A failing write within becomes one line, see :func:`explain_os_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise explain_os_error(error, path) from error
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """The file at ``path``, locked until it is closed or the process ends; None while another process has it.
+
+    A process forked from this one shares the lock. UserError where the place cannot be written.
+    """
+    with os_errors(path):
+        lock = open(path, "a", encoding="utf-8")
+    # :func:`is_locked` holds it for an instant; only a writer holds it longer.
+    for _ in range(5):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError as error:
+            lock.close()
+            raise explain_os_error(error, path) from error
+    lock.close()
+    return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process has the lock of :func:`try_lock`."""
+    try:
+        with open(path, encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): ask its owner to let you") from None
+    return False
 
 
 def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> UserError:

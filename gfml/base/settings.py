@@ -194,6 +194,9 @@ class TopksAction(argparse.Action):
             raise argparse.ArgumentError(self, str(error)) from None
 
 
+LARGEST = 2**32 - 1
+
+
 def number(
     kind: type = float,
     *,
@@ -202,7 +205,10 @@ def number(
     most: float | None = None,
     none: bool = False,
 ) -> Callable[[str], Any]:
-    """An argument type: a finite number with above < x, least <= x <= most; ``none=True`` also takes "none"."""
+    """An argument type: a finite number with above < x, least <= x <= most; ``none=True`` also takes "none".
+
+    Whole numbers end at ``LARGEST``, as far as every seed and every array goes.
+    """
     bounds = ((above, ">"), (least, ">="), (most, "<="))
     wanted = " and ".join(f"{sign} {bound}" for bound, sign in bounds if bound is not None)
     wanted = f"{'a whole number' if kind is int else 'a number'} {wanted}".strip() + (" or none" if none else "")
@@ -214,6 +220,8 @@ def number(
             value = kind(text)
         except ValueError:
             value = float("nan")
+        if kind is int and abs(value) > LARGEST:
+            raise argparse.ArgumentTypeError(f"found {text[:40]}, wanted a whole number of at most {LARGEST}")
         good = abs(value) < float("inf") and (above is None or value > above)
         if not (good and (least is None or value >= least) and (most is None or value <= most)):
             raise argparse.ArgumentTypeError(f"found {text!r}, wanted {wanted}")

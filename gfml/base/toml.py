@@ -12,7 +12,7 @@ UNSAVED = frozenset({"help", "config", "resume", "overwrite", "eval_only", "run_
 # Where a run happens and what it prints, not what it computes: no part of a run's identity.
 LOCATION_FLAGS = UNSAVED | {
     "device", "threads", "out", "progress", "tensorboard", "checkpoint_every", "cuda_graph", "tf32", "metrics_as",
-    "map_denominator",
+    "map_denominator", "graded",
 }  # fmt: skip
 
 

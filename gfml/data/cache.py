@@ -62,7 +62,7 @@ def _save(path: Path, key: str, data: Interactions) -> None:
         matrix = data.split(part)
         arrays[f"{part}_indptr"] = matrix.indptr
         arrays[f"{part}_indices"] = matrix.indices
-    optional = {"user_ids": data.user_ids, "item_ids": data.item_ids}
+    optional = {"user_ids": data.user_ids, "item_ids": data.item_ids, "test_ratings": data.test_ratings}
     arrays |= {name: array for name, array in optional.items() if array is not None}
     with atomic_open(path, "wb") as stream:
         np.savez(stream, **arrays)
@@ -79,6 +79,7 @@ def _load(path: Path, key: str) -> Interactions:
         *(_matrix(arrays, part, tuple(about["shape"])) for part in ("train", "valid", "test")),
         user_ids=arrays.get("user_ids"),
         item_ids=arrays.get("item_ids"),
+        test_ratings=arrays.get("test_ratings"),
         notes=about["notes"],
     )
 

@@ -117,6 +117,7 @@ class Interactions:
     user_ids, item_ids: what row u / column i was called in the source (strings or integers);
         None when rows are the source's own 0-based numbers.
     true_item_mass, true_user_mass: log-masses of the generator, only for synthetic data.
+    test_ratings: float64 [test.nnz], in the order of test's stored pairs; None where nobody asked or there are none.
     notes: what reading dropped or found (``{"duplicates dropped": 3}``), for the report.
     """
 
@@ -128,12 +129,15 @@ class Interactions:
     item_ids: np.ndarray | None = None
     true_user_mass: np.ndarray | None = None
     true_item_mass: np.ndarray | None = None
+    test_ratings: np.ndarray | None = None
     notes: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (self.train.shape == self.valid.shape == self.test.shape):
             shapes = f"{self.train.shape}, {self.valid.shape}, {self.test.shape}"
             raise ValueError(f"train, valid and test differ in shape: {shapes}")
+        if self.test_ratings is not None and len(self.test_ratings) != self.test.nnz:
+            raise ValueError(f"{len(self.test_ratings)} ratings for {self.test.nnz} test pairs")
 
     @property
     def num_users(self) -> int:
@@ -148,6 +152,15 @@ class Interactions:
         if name not in ("train", "valid", "test"):
             raise ValueError(f"unknown split {name!r}: choose train, valid or test")
         return getattr(self, name)
+
+    @property
+    def rated_test(self) -> sp.csr_array:
+        """test with its ratings as values, float64. UserError where it has none."""
+        if self.test_ratings is None:
+            raise UserError(
+                f"{self.name} has no test ratings, wanted them for `graded`: drop it or give data with stars"
+            )
+        return sp.csr_array((self.test_ratings, self.test.indices, self.test.indptr), shape=self.test.shape)
 
     @cached_property
     def item_popularity(self) -> np.ndarray:

@@ -140,6 +140,8 @@ def _frame(path: Path) -> tuple[Any, bool]:
     """The cells as text (Parquet: as text of its values), and whether the first line names the columns."""
     import pandas as pd
 
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: check the path")
     if ".parquet" in path.suffixes:
         return _parquet(path), True
     raw = readers.read_bytes(path)
@@ -171,8 +173,6 @@ def _parquet(path: Path) -> Any:
 
     try:
         frame = pd.read_parquet(path)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}: check the path") from None
     except Exception as error:  # pyarrow's errors share no base with pandas'
         raise UserError(f"{path} is no readable Parquet file ({type(error).__name__}): write it again") from error
     return frame.astype(object).where(frame.notna(), "").map(lambda cell: cell if isinstance(cell, str) else f"{cell}")
@@ -227,7 +227,9 @@ def _noted(table: ListTable) -> ListTable:
         return replace(
             table, notes={"rows without a rank, put behind the user's ranked ones": missing} if missing else {}
         )
-    if table.scores is not None and np.isnan(table.scores).any():
+    if table.scores is None:
+        return replace(table, notes={"rows without a rank or a score, ordered as in the file": len(table)})
+    if np.isnan(table.scores).any():
         keep = ~np.isnan(table.scores)
         return replace(table.take(keep), notes={"rows with an empty or NaN score, left out": int((~keep).sum())})
     return table

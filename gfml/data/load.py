@@ -25,7 +25,7 @@ from gfml.data.readers import (
     read_table_parts,
 )
 from gfml.data.registry import KnownDataset
-from gfml.data.splits import TIMED, Split, check_ratios, prepare
+from gfml.data.splits import TIMED, Split, check_ratios, keep_positive, prepare, ratings_of
 from gfml.data.synthetic import generate
 from gfml.data.tables import suffix
 from gfml.data.times import moment
@@ -35,7 +35,7 @@ USUAL_RATIOS = (0.8, 0.1, 0.1)
 
 @dataclass(frozen=True)
 class Cut:
-    """What the user asks of filtering and splitting; None leaves it to the data set."""
+    """What the user asks of filtering and splitting; None leaves it to the data set. rated: keep the ratings of test."""
 
     threshold: float | None = None
     kcore: int = 0
@@ -45,11 +45,12 @@ class Cut:
     duplicates: str = "first"
     leave: int | None = None
     dates: tuple[str, ...] | None = None
+    rated: bool = False
 
     @property
     def is_usual(self) -> bool:
         """Whether the data is to be as published."""
-        return self == Cut(seed=self.seed) or (self == Cut(kcore=1, seed=self.seed))
+        return replace(self, kcore=self.kcore if self.kcore > 1 else 0, rated=False) == Cut(seed=self.seed)
 
     def uses(self, above: float | None, known: KnownDataset | None) -> frozenset[str]:
         """Which of ``rating`` and ``time`` this cut looks at."""
@@ -190,12 +191,37 @@ def _build(source: Source, cut: Cut) -> Interactions:
     known = source.known
     records = source.read(cut.uses(source.above, known))
     data = _prepare(records, source.name, cut, above=source.above, known=known, file_order=known is not None)
+    if cut.rated:
+        data = replace(data, test_ratings=_test_ratings(source, records, cut, data))
     if known is None:
         return data
     notes = registry.checksum_notes(known, source.paths)
     if cut.is_usual:
         notes |= registry.count_notes(known, data)
     return replace(data, notes={**data.notes, **notes})
+
+
+def _test_ratings(source: Source, records: Records, cut: Cut, data: Interactions) -> np.ndarray:
+    """The rating of every test pair; of a repeated one that of its first or last row by time, or their sum.
+
+    Read apart from the data where the cut needs no ratings: having them changes no pair. UserError without ratings.
+    """
+    if records.ratings is None or records.times is None:
+        records = source.read(["rating", "time"])
+    if records.ratings is None:
+        raise UserError(f"{source.name} has no ratings, wanted them for `graded`: name `rating_col` or drop it")
+    if records.parts is not None and cut.split in (None, "native") and cut.ratios is None:
+        records = records.take(records.parts == PARTS.index("test"))
+    if cut.duplicates == "first":
+        threshold, strict = _threshold(records, cut, source.above)
+        records = keep_positive(records, threshold, strict=strict)
+    return ratings_of(records, data, cut.duplicates)
+
+
+def _threshold(records: Records, cut: Cut, above: float | None) -> tuple[float | None, bool]:
+    """The least rating that is kept, and whether it must be exceeded."""
+    strict = cut.threshold is None and above is not None and records.ratings is not None
+    return above if strict else cut.threshold, strict
 
 
 def _prepare(
@@ -221,7 +247,7 @@ def _prepare(
     split = cut.split
     if split is None and (cut.ratios is not None or records.parts is None):
         split = (known and known.split) or "per-user"
-    strict = cut.threshold is None and above is not None and records.ratings is not None
+    threshold, strict = _threshold(records, cut, above)
     usual = USUAL_RATIOS if known is None else known.ratios
     how = Split(
         split,
@@ -234,7 +260,7 @@ def _prepare(
         records,
         name,
         how,
-        threshold=above if strict else cut.threshold,
+        threshold=threshold,
         strict=strict,
         kcore=cut.kcore,
         duplicates=cut.duplicates,

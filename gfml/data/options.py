@@ -101,8 +101,9 @@ class DemoSettings(Settings):
 
 def load_from_args(args: Any) -> Interactions:
     """:func:`load_dataset` with the values of :class:`DataSettings` and :class:`DemoSettings`."""
-    names = [name for name in inspect.signature(load_dataset).parameters if name != "dataset"]
-    return load_dataset(args.dataset, **{name: getattr(args, name) for name in names})
+    names = [name for name in inspect.signature(load_dataset).parameters if name not in ("dataset", "rated")]
+    rated = getattr(args, "graded", None) is not None
+    return load_dataset(args.dataset, rated=rated, **{name: getattr(args, name) for name in names})
 
 
 def load_dataset(
@@ -134,12 +135,13 @@ def load_dataset(
     demo_tail: float | None = None,
     demo_noise: float | None = None,
     demo_seed: int | None = None,
+    rated: bool = False,
 ) -> Interactions:
     """The data set of that name, file or folder, cut into train, valid and test.
 
     ``split`` None: the published split; a data set without one is cut as its registry entry says,
     a file of one's own ``per-user`` 0.8/0.1/0.1. Data without validation part loses ``val_ratio``
-    of each user's train pairs to one. Raises UserError, one line, for everything a user can mend.
+    of each user's train pairs to one. rated: with the ratings of the test pairs. Raises UserError, one line, for everything a user can mend.
 
     Examples:
         >>> data = load_dataset("demo", demo_users=100, demo_items=80, demo_interactions=2000)
@@ -155,7 +157,9 @@ def load_dataset(
     if split_date is not None and len(split_date) > 2:
         raise UserError(f"found `split_date {' '.join(split_date)}`, wanted one date or two")
     ratios, dates = (None if given is None else tuple(given) for given in (split_ratios, split_date))
-    cut = load.Cut(threshold, kcore, split, ratios, split_seed, duplicates, leave_k, dates)
+    cut = load.Cut(threshold, kcore, split, ratios, split_seed, duplicates, leave_k, dates, rated)
+    if rated and str(dataset) in registry.GENERATED:
+        raise UserError(f"{dataset} has no ratings, wanted them for `graded`: drop it or give data with stars")
     if str(dataset) in registry.GENERATED:
         data = load.load_generated(str(dataset), {key: value for key, value in shape.items() if value is not None}, cut)
     elif any(value is not None for value in shape.values()):

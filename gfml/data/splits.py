@@ -303,6 +303,32 @@ def prepare(
     return assemble(name, records.users, records.items, labels, shape, notes=records.notes, **ids)
 
 
+def ratings_of(records: Records, data: Interactions, which: str) -> np.ndarray:
+    """The rating of every test pair of ``data``, float64 [test.nnz], from the rows it was made of.
+
+    which: of a repeated pair the rating of its ``first`` or ``last`` row by time (then by rating), or the ``sum``.
+    """
+    users, items = _rows_in(records.ids("users"), data.user_ids), _rows_in(records.ids("items"), data.item_ids)
+    wanted = np.repeat(np.arange(data.num_users), np.diff(data.test.indptr)) * data.num_items + data.test.indices
+    pairs = np.where((users >= 0) & (items >= 0), users * data.num_items + items, -1)
+    rows = np.flatnonzero(_is_in(pairs, wanted))
+    ratings = records.ratings[rows].astype(np.float64)
+    if which == "sum":
+        return np.bincount(np.searchsorted(wanted, pairs[rows]), weights=ratings, minlength=len(wanted))
+    times = np.zeros(len(rows)) if records.times is None else records.times[rows]
+    pairs = pairs[rows]
+    order = np.lexsort((ratings, times, pairs))
+    last = which == "last"
+    return ratings[order][np.searchsorted(pairs[order], wanted, "right" if last else "left") - last]
+
+
+def _rows_in(raw: np.ndarray, ids: np.ndarray | None) -> np.ndarray:
+    """The row of each source id among ``ids``, -1 for one that is not there; without ids they are the rows."""
+    import pandas as pd
+
+    return raw.astype(np.int64) if ids is None else pd.Index(ids).get_indexer(raw)
+
+
 def _counted(counts: dict[str, int], records: Records, why: str) -> Records:
     """``records``, with how many rows fewer they are than were kept before."""
     gone = counts["read"] - sum(count for key, count in counts.items() if key != "read") - len(records)

@@ -135,6 +135,8 @@ class _RowSteps:
             getattr(kernels, rule)(mine, *arrays, *numbers)
 
         self._team(work, parts)
+        # Written through NumPy: a graph that was built on the old values must not go on with the new ones.
+        torch.autograd.graph.increment_version([parameter, *states])
 
 
 _KINDS = (torch.float32, torch.float64)

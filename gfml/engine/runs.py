@@ -8,7 +8,6 @@ A directory holds ``config.toml`` (a valid ``--config``), ``run.json`` (command,
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ import time
 import tomllib
 import traceback
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ import torch
 import gfml
 from gfml.base.checkpoints import load_state, save_state, train_anew
 from gfml.base.errors import UserError
-from gfml.base.files import atomic_open, explain_os_error, remove_leftovers, write_json
+from gfml.base.files import atomic_open, is_locked, os_errors, remove_leftovers, try_lock, write_json
 from gfml.base.toml import LOCATION_FLAGS, toml_text
 
 State = Literal["not launched", "running", "incomplete", "done", "failed"]
@@ -65,7 +64,7 @@ def run_state(path: str | os.PathLike[str]) -> State:
         return "not launched"
     if _is_done(path):
         return "done"
-    if _locked(path):
+    if is_locked(path / ".lock"):
         return "running"
     return "failed" if (path / "failed").exists() else "incomplete"
 
@@ -118,7 +117,7 @@ class Run:
         extended = _compare(path, config, exclude, resume=bool(resume))
         if _is_done(path) and not extended:
             return cls(path, config, None)
-        with _os_errors(path):
+        with os_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
         try:
@@ -138,7 +137,7 @@ class Run:
         return run
 
     def _start(self, family: str) -> None:
-        with _os_errors(self.path):
+        with os_errors(self.path):
             for name in ("done", "failed"):
                 (self.path / name).unlink(missing_ok=True)
             remove_leftovers(self.path)
@@ -230,7 +229,7 @@ class Run:
         self._writable()
         line = json.dumps({key: _json_number(value) for key, value in row.items()}, allow_nan=False)
         path = self.path / "metrics.jsonl"
-        with _os_errors(path), open(path, "a", encoding="utf-8") as stream:
+        with os_errors(path), open(path, "a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -380,7 +379,7 @@ def _set_aside(path: Path) -> None:
     lock = _take_lock(path)
     try:
         number = next(n for n in range(1, 10**9) if not path.with_name(f"{path.name}~{n}").exists())
-        with _os_errors(path):
+        with os_errors(path):
             path.rename(path.with_name(f"{path.name}~{number}"))
     finally:
         lock.close()
@@ -388,48 +387,17 @@ def _set_aside(path: Path) -> None:
 
 def _take_lock(path: Path) -> IO[str]:
     """Hold ``.lock`` in the run directory until the file is closed or the process ends, whatever it forked."""
-    with _os_errors(path / ".lock"):
-        lock = open(path / ".lock", "a", encoding="utf-8")
+    lock = try_lock(path / ".lock")
+    if lock is None:
+        raise UserError(f"another process is writing to {path}: wait for it, or give another `run_name` or `out`")
     os.register_at_fork(after_in_child=partial(_close, weakref.ref(lock)))
-    # A state query holds the lock for an instant; only a writer holds it longer.
-    for _ in range(5):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            time.sleep(0.05)
-        except OSError as error:
-            lock.close()
-            raise explain_os_error(error, path / ".lock") from error
-    lock.close()
-    raise UserError(f"another process is writing to {path}: wait for it, or give another `run_name` or `out`")
+    return lock
 
 
 def _close(lock: weakref.ref[IO[str]]) -> None:
     """In a forked reader process, which would keep the lock of a killed trainer."""
     if (file := lock()) is not None:
         file.close()
-
-
-def _locked(path: Path) -> bool:
-    try:
-        with open(path / ".lock", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot read {path / '.lock'} ({error.strerror}): ask its owner to let you") from None
-    return False
-
-
-@contextlib.contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise explain_os_error(error, path) from error
 
 
 def _checked_name(name: str) -> str:

@@ -465,7 +465,7 @@ def fit(
     judge, rule, seed = _Judge(state, evaluate, select), select or LAST_EPOCH, torch.initial_seed()
     if run is not None:
         _restore(state, run, rule)
-    show, tracker = _Display(progress, epochs, state.epoch), tracker or Tracker(None)
+    show, tracker = _Display(progress, epochs, state.epoch, judges=select is not None), tracker or Tracker(None)
     fresh = state.epoch == 0 and not state.rows
     tracker.start(0 if fresh else state.epoch + 1)
     compute = torch.compile(loss_fn) if compile_loss else loss_fn
@@ -748,10 +748,10 @@ class _Ending:
 
 
 class _Display:
-    """A bar over the epochs, and a line per evaluation, both on stderr; see ``progress`` of :func:`fit`."""
+    """A bar over the epochs, and a line per evaluation (per epoch where none is made), both on stderr; see ``progress`` of :func:`fit`."""
 
-    def __init__(self, progress: bool | None, epochs: int, done: int) -> None:
-        self._lines = progress is not False
+    def __init__(self, progress: bool | None, epochs: int, done: int, *, judges: bool) -> None:
+        self._lines, self._judges = progress is not False, judges
         self._wanted = progress or (progress is None and sys.stderr.isatty())
         self._epochs, self._done = epochs, done
         self._bar: Any = None
@@ -784,11 +784,12 @@ class _Display:
             self._bar.n = row["epoch"]
             self._bar.set_postfix_str(f"loss {row.get('train/loss', math.nan):.4f}", refresh=False)
             self._bar.update(0)
-        if judged and self._lines:
+        # Where nothing is ever judged each epoch has its line, unless a bar shows the loss.
+        if self._lines and (judged or not (self._judges or self._bar)):
             terms = [f"{key[6:]} {value:.4f}" for key, value in row.items() if key.startswith("train/")]
-            chosen = f"{select} {row[select]:.4f}{' *' if better else ''}"
+            chosen = [f"{select} {row[select]:.4f}{' *' if better else ''}"] if judged else []
             seconds = f"[{time.perf_counter() - self._started:.0f}s]"
-            self._write("  ".join([f"epoch {row['epoch']:>4}", *terms, chosen, seconds]))
+            self._write("  ".join([f"epoch {row['epoch']:>4}", *terms, *chosen, seconds]))
 
     def _write(self, line: str) -> None:
         if self._bar is not None:

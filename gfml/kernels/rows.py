@@ -44,6 +44,14 @@ def fetch(table, row):
 
 
 @scalar
+def fetch_soon(tables, rows, n):
+    """Bring the rows that come soon after rows[n] into the cache."""
+    if n + SOON < len(rows):
+        for table in tables:
+            fetch(table, rows[n + SOON])
+
+
+@scalar
 def set_part(part, parts, num_users, tables, places, rows, masses, scale, touched, now):
     """The rows of one part, see :func:`set_rows`."""
     nodes, stamps = tables.nodes, touched.stamps
@@ -65,12 +73,18 @@ def set_part(part, parts, num_users, tables, places, rows, masses, scale, touche
             else:
                 for d in range(nodes.shape[1]):
                     nodes[r, d] += factor * rows[b, k, d]
-            if r < num_users:
-                if len(tables.user):
-                    tables.user[r] += factor * masses[b, k]
-            elif len(tables.item):
-                tables.item[r - num_users] += factor * masses[b, k]
+            add_mass(r, num_users, tables, factor * masses[b, k])
     touched.counts[part] = number
+
+
+@scalar
+def add_mass(r, num_users, tables, mass):
+    """Add to the mass's gradient at node r."""
+    if r < num_users:
+        if len(tables.user):
+            tables.user[r] += mass
+    elif len(tables.item):
+        tables.item[r - num_users] += mass
 
 
 @scalar
@@ -115,11 +129,7 @@ def add_rows(num_users, tables, places, rows, masses, scale):
             r = places[b, k]
             for d in range(nodes.shape[1]):
                 nodes[r, d] += factor * rows[b, k, d]
-            if r < num_users:
-                if len(tables.user):
-                    tables.user[r] += factor * masses[b, k]
-            elif len(tables.item):
-                tables.item[r - num_users] += factor * masses[b, k]
+            add_mass(r, num_users, tables, factor * masses[b, k])
 
 
 @scalar
@@ -143,11 +153,7 @@ def adamw_rows(rows, table, gradient, first, second, keep, rate, beta1, beta2, r
     keep, rate, root, eps = kind(keep), kind(rate), kind(root), kind(eps)
     old1, new1, old2, new2 = kind(beta1), kind(1 - beta1), kind(beta2), kind(1 - beta2)
     for n in range(len(rows)):
-        if n + SOON < len(rows):
-            fetch(table, rows[n + SOON])
-            fetch(gradient, rows[n + SOON])
-            fetch(first, rows[n + SOON])
-            fetch(second, rows[n + SOON])
+        fetch_soon((table, gradient, first, second), rows, n)
         r = rows[n]
         if is_zero(gradient, r):
             continue
@@ -168,10 +174,7 @@ def adagrad_rows(rows, table, gradient, total, keep, rate, eps):
     kind = table.dtype.type
     keep, rate, eps = kind(keep), kind(rate), kind(eps)
     for n in range(len(rows)):
-        if n + SOON < len(rows):
-            fetch(table, rows[n + SOON])
-            fetch(gradient, rows[n + SOON])
-            fetch(total, rows[n + SOON])
+        fetch_soon((table, gradient, total), rows, n)
         r = rows[n]
         if is_zero(gradient, r):
             continue

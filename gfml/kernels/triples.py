@@ -72,17 +72,30 @@ def _through_unit(slope, unit, square, scale, NORM: tl.constexpr):
 
 
 @triton.jit
+def _mass(table, place, zero, PARAM: tl.constexpr, HAS: tl.constexpr):
+    """A raw mass, M'(a) and M(a); zeros where there are no masses."""
+    raw, slope, value = zero, zero, zero
+    if HAS:
+        raw = tl.load(table + place)
+        slope, value = _log_mass(raw, PARAM)
+    return raw, slope, value
+
+
+@triton.jit
 def _loss(KIND: tl.constexpr, score, first, share, weight):
-    """Loss of a negative, BPR (1) or cross-entropy (2), and its slope by the negative's score."""
-    slope, value = _slope_and_softplus(score - first if KIND == 1 else score)
-    share = share if KIND == 1 else 0.5 * share
-    return share * value, weight * share * slope
+    """Loss of a negative, BPR (1), cross-entropy (2) or none (0), and its slope by the negative's score."""
+    value, by_score = score * 0.0, score * 0.0
+    if KIND:
+        slope, value = _slope_and_softplus(score - first if KIND == 1 else score)
+        share = share if KIND == 1 else 0.5 * share
+        value, by_score = share * value, weight * share * slope
+    return value, by_score
 
 
 @triton.jit
 def _loss_of_positive(KIND: tl.constexpr, first, by_negatives, weight):
     """What the positive adds to the loss, and the slope by its score."""
-    value, by_first = 0.0, -by_negatives
+    value, by_first = first * 0.0, -by_negatives
     if KIND == 2:
         slope, value = _slope_and_softplus(-first)
         value, by_first = 0.5 * value, -0.5 * weight * slope
@@ -90,12 +103,33 @@ def _loss_of_positive(KIND: tl.constexpr, first, by_negatives, weight):
 
 
 @triton.jit
-def _scores(x, unit_x, y, scale_y, mu, power, eps):
-    """Dot product, gravity score, Q + eps and lambda log(Q + eps)."""
-    gap = unit_x - scale_y * y
+def _item(
+    nodes, masses, place, num_users, columns, d, x, unit_x, mass_x, power, eps,
+    NORM: tl.constexpr, PRODUCT: tl.constexpr, PARAM: tl.constexpr, ITEM: tl.constexpr,
+):  # fmt: skip
+    """Row, squared norm, scale, raw mass, slope of mu by it and by the user's log-mass, dot product, gravity score, the
+    score's slope by the unit row, lambda log(Q + eps)."""
+    y, square, scale = _row(nodes, place, columns, d, NORM)
+    raw, slope, mass = _mass(masses, place - num_users, square * 0.0, PARAM, ITEM)
+    gap = unit_x - scale * y
     whole = tl.sum(gap * gap) + eps
     pull = power * tl.log(whole)
-    return tl.sum(x * y), mu - pull, whole, pull
+    score = (mass_x * mass if PRODUCT else mass_x + mass) - pull
+    by_raw, by_mass_x = slope * (mass_x if PRODUCT else 1.0), mass if PRODUCT else square * 0.0 + 1.0
+    return y, square, scale, raw, by_raw, by_mass_x, tl.sum(x * y), score, (2.0 * power / whole) * gap, pull
+
+
+@triton.jit
+def _write(
+    row, mass, x, y, square, scale, raw, by_raw, toward, by_dot, by_score, decay, mass_decay, columns, d,
+    NORM: tl.constexpr, GRAVITY: tl.constexpr,
+):  # fmt: skip
+    """Gradients of an item's row and raw mass."""
+    own = decay * y + by_dot * x
+    if GRAVITY:
+        own += _through_unit(by_score * toward, scale * y, square, scale, NORM)
+        tl.store(mass, by_score * by_raw + mass_decay * raw)
+    tl.store(row + columns, own, mask=columns < d)
 
 
 @triton.jit
@@ -107,82 +141,54 @@ def _pairs(
 ):  # fmt: skip
     """One pair: gradients of its rows and raw masses, and its share of the parts of the loss."""
     b, columns = tl.program_id(0).to(tl.int64), tl.arange(0, D)
-    inside, power = columns < d, lamb if FIXED else tl.load(lamb)
+    power = lamb if FIXED else tl.load(lamb)
     places += b * (width + 2)
     rows += b * (width + 2) * d
     masses += b * (width + 2)
-    place = tl.load(places)
-    x, square_x, scale_x = _row(nodes, place, columns, d, NORM)
-    unit_x = scale_x * x
-    raw_x, slope_x, mass_x = square_x * 0.0, square_x * 0.0, square_x * 0.0
-    if USER:
-        raw_x = tl.load(user + place)
-        slope_x, mass_x = _log_mass(raw_x, PARAM)
-    first_place = tl.load(places + 1)
-    y, square_y, scale_y = _row(nodes, first_place, columns, d, NORM)
-    raw_y, slope_y, mass_y = square_y * 0.0, square_y * 0.0, square_y * 0.0
-    if ITEM:
-        raw_y = tl.load(item + first_place - num_users)
-        slope_y, mass_y = _log_mass(raw_y, PARAM)
-    mu = mass_x * mass_y if PRODUCT else mass_x + mass_y
-    first_dot, first_score, first_whole, first_pull = _scores(x, unit_x, y, scale_y, mu, power, eps)
-    share = 1.0 / width
+    x, square_x, scale_x = _row(nodes, tl.load(places), columns, d, NORM)
+    unit_x, zero, share = scale_x * x, square_x * 0.0, 1.0 / width
+    raw_x, slope_x, mass_x = _mass(user, tl.load(places), zero, PARAM, USER)
+    y, square_y, scale_y, raw_y, by_raw_y, by_mass, first_dot, first_score, toward_y, pull_y = _item(
+        nodes, item, tl.load(places + 1), num_users, columns, d, x, unit_x,
+        mass_x, power, eps, NORM, PRODUCT, PARAM, ITEM,
+    )  # fmt: skip
     to_x, force = decay * x, tl.zeros([D], tl.float32)
-    dot_value, by_dots, value, by_scores = square_x * 0.0, square_x * 0.0, square_x * 0.0, square_x * 0.0
-    by_lamb, by_user, half = square_x * 0.0, square_x * 0.0, 0.5 * (raw_x * raw_x + raw_y * raw_y)
-    squares = square_x + square_y
+    dot_value, by_dots, value, by_scores, by_lamb, by_user = zero, zero, zero, zero, zero, zero
+    squares, half = square_x + square_y, 0.5 * (raw_x * raw_x + raw_y * raw_y)
     for j in range(2, width + 2):
-        place = tl.load(places + j)
-        z, square, scale = _row(nodes, place, columns, d, NORM)
-        raw, slope, mass = square * 0.0, square * 0.0, square * 0.0
-        if ITEM:
-            raw = tl.load(item + place - num_users)
-            slope, mass = _log_mass(raw, PARAM)
-        dot, score, whole, pull = _scores(x, unit_x, z, scale, mass_x * mass if PRODUCT else mass_x + mass, power, eps)
-        own = share * decay * z
-        squares += share * square
-        if DOT:
-            part, by_dot = _loss(DOT, dot, first_dot, share, dot_weight)
-            dot_value += part
-            by_dots += by_dot
-            own += by_dot * x
-            to_x += by_dot * z
+        z, square, scale, raw, by_raw, by_mass_x, dot, score, toward, pull = _item(
+            nodes, item, tl.load(places + j), num_users, columns, d, x, unit_x,
+            mass_x, power, eps, NORM, PRODUCT, PARAM, ITEM,
+        )  # fmt: skip
+        part, by_dot = _loss(DOT, dot, first_dot, share, dot_weight)
+        other, by_score = _loss(GRAVITY, score, first_score, share, gravity_weight)
+        _write(
+            rows + j * d, masses + j, x, z, square, scale, raw, by_raw, toward, by_dot, by_score, share * decay,
+            share * mass_decay, columns, d, NORM, GRAVITY,
+        )  # fmt: skip
+        dot_value, value, by_dots, by_scores = dot_value + part, value + other, by_dots + by_dot, by_scores + by_score
+        squares, half = squares + share * square, half + 0.5 * share * raw * raw
+        to_x += by_dot * z
         if GRAVITY:
-            part, by_score = _loss(GRAVITY, score, first_score, share, gravity_weight)
-            value += part
-            by_scores += by_score
-            away = (-2.0 * by_score * power / whole) * (scale * z - unit_x)
-            own += _through_unit(away, scale * z, square, scale, NORM)
-            force -= away
-            by_lamb -= by_score * pull
-            by_user += by_score * (mass if PRODUCT else 1.0)
-            half += 0.5 * share * raw * raw
-            tl.store(masses + j, by_score * slope * (mass_x if PRODUCT else 1.0) + mass_decay * share * raw)
-        tl.store(rows + j * d + columns, own, mask=inside)
-    own = decay * y
-    if DOT:
-        part, by_dot = _loss_of_positive(DOT, first_dot, by_dots, dot_weight)
-        dot_value += part
-        own += by_dot * x
-        to_x += by_dot * y
+            force -= by_score * toward
+            by_lamb, by_user = by_lamb - by_score * pull, by_user + by_score * by_mass_x
+    part, by_dot = _loss_of_positive(DOT, first_dot, by_dots, dot_weight)
+    other, by_score = _loss_of_positive(GRAVITY, first_score, by_scores, gravity_weight)
+    _write(
+        rows + d, masses + 1, x, y, square_y, scale_y, raw_y, by_raw_y, toward_y, by_dot, by_score, decay, mass_decay, columns, d,
+        NORM, GRAVITY,
+    )  # fmt: skip
+    to_x += by_dot * y
     if GRAVITY:
-        part, by_score = _loss_of_positive(GRAVITY, first_score, by_scores, gravity_weight)
-        value += part
-        away = (-2.0 * by_score * power / first_whole) * (scale_y * y - unit_x)
-        own += _through_unit(away, scale_y * y, square_y, scale_y, NORM)
-        to_x += _through_unit(force - away, unit_x, square_x, scale_x, NORM)
-        by_lamb -= by_score * first_pull
-        by_user = slope_x * (by_user + by_score * (mass_y if PRODUCT else 1.0))
-        tl.store(masses, by_user + mass_decay * raw_x)
-        tl.store(masses + 1, by_score * slope_y * (mass_x if PRODUCT else 1.0) + mass_decay * raw_y)
-    tl.store(rows + d + columns, own, mask=inside)
-    tl.store(rows + columns, to_x, mask=inside)
+        to_x += _through_unit(force - by_score * toward_y, unit_x, square_x, scale_x, NORM)
+        tl.store(masses, slope_x * (by_user + by_score * by_mass) + mass_decay * raw_x)
+    tl.store(rows + columns, to_x, mask=columns < d)
     values += b * 5
-    tl.store(values, dot_value)
-    tl.store(values + 1, value)
+    tl.store(values, dot_value + part)
+    tl.store(values + 1, value + other)
     tl.store(values + 2, 0.5 * squares)
     tl.store(values + 3, half)
-    tl.store(values + 4, by_lamb)
+    tl.store(values + 4, by_lamb - by_score * pull_y)
 
 
 @triton.jit

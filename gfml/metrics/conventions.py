@@ -180,16 +180,18 @@ def recbole(case: Case, ks: Sequence[int], *, matrix: bool = False) -> Figures:
 
 
 def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
-    """Elliot's evaluator. Users: those with a list and a test item rated ``threshold`` or more, which alone is relevant.
+    """Elliot's evaluator. Users: those with a list and a test item rated ``threshold`` or more, which alone is relevant;
+    aclt, aplt, arp and the figures of all lists count every user with a list and a test item.
 
     ndcg has the gain 2^(r + 1 - threshold) - 1 of the ratings, nDCGRendle2020 is binary. "map" is the mean of precision@n
     over n = 1..K and no average precision; "mar" the same of recall. gini is 1 - Gini: high is even. coverage counts
     items, entropy is in bits. Tail: items beyond the fewest most popular that hold 80 % of train. An item unknown to
     train is most novel, and its popularity is undefined: ``arp`` is NaN for such a list, where Elliot itself stops.
     """
+    judged = (case.num_relevant > 0) & case.listed  # whose lists count, whatever their ratings
     case = case.with_truth(case.truth.data >= threshold)
     users = (case.num_relevant > 0) & case.listed
-    # Lists of users without any rated item are no part of the recommendations.
+    lists: Values = {}
     values: Values = {}
     totals: dict[str, float] = {}
     gains = with_gains(_shifted(case.truth, threshold), "exp1")
@@ -208,14 +210,14 @@ def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
         top = case.top[:, :k]
         taken = np.maximum(1, (top >= 0).sum(axis=1))
         in_tail = ((top >= 0) & tail[top]).sum(axis=1)
-        values |= {f"aclt@{k}": in_tail.astype(float), f"aplt@{k}": in_tail / taken,
-                   f"arp@{k}": np.where(top >= 0, unknown[top], 0).sum(axis=1) / taken}  # fmt: skip
+        lists |= {f"aclt@{k}": in_tail.astype(float), f"aplt@{k}": in_tail / taken,
+                  f"arp@{k}": np.where(top >= 0, unknown[top], 0).sum(axis=1) / taken}  # fmt: skip
         values |= {f"{name}@{k}": _discounted_hits(case, table, k) for name, table in novelty.items()}
-        exposure = exposure_counts(top[users], case.num_items)
+        exposure = exposure_counts(top[judged], case.num_items)
         known_items = int(np.count_nonzero(case.popularity))
         totals |= {f"coverage@{k}": float(np.count_nonzero(exposure)), f"gini@{k}": 1 - _gini(exposure, known_items, known_items - 1),
-                   f"entropy@{k}": _list_entropy(top[users], exposure)}  # fmt: skip
-    return Figures(_only(values, users), totals)
+                   f"entropy@{k}": _list_entropy(top[judged], exposure)}  # fmt: skip
+    return Figures(_only(values, users) | _only(lists, judged), totals)
 
 
 def warprec(case: Case, ks: Sequence[int], *, seed: int = 42) -> Figures:
@@ -223,7 +225,8 @@ def warprec(case: Case, ks: Sequence[int], *, seed: int = 42) -> Figures:
 
     Users and items that train lacks are dropped from truth and lists. Train pairs are never recommended, so a test pair
     that is in train is a sure miss. Unlisted items score 0 (above listed ones with negative scores) and fill up short
-    lists; equal scores are ordered by a hash of ``seed``, user and item. ndcg has the gain 2^(r+1)-1, map min(T, K).
+    lists; equal scores are ordered by a hash of ``seed``, user and item. Tail: beyond the most popular items that hold more
+    than 80 % of train. ndcg has the gain 2^(r+1)-1, map min(T, K).
     """
     known = case.popularity > 0
     case = case.with_truth(known[case.truth.indices] & np.repeat(case.active, case.num_relevant))
@@ -231,12 +234,13 @@ def warprec(case: Case, ks: Sequence[int], *, seed: int = 42) -> Figures:
     values: Values = {}
     totals: dict[str, float] = {}
     users = case.num_relevant > 0
-    tail = known & ~mass_head(case.popularity)
+    tail = _warprec_tail(case.popularity)
     popular = torch.from_numpy(np.maximum(case.popularity, 1)).float()
     tables = {"epc": 1 - popular / max(1, int(case.active.sum())), "efd": -torch.log2(popular / case.train.nnz)}
     for k in ks:
         top = case.top[:, :k]
-        values |= _binary(case, k) | _warprec_ndcg(case, k) | _warprec_novelty(case, tables, k)
+        values |= _binary(case, k) | {f"map@{k}": _warprec_map(case, k)}
+        values |= _warprec_ndcg(case, k) | _warprec_novelty(case, tables, k)
         in_tail = ((top >= 0) & tail[top]).sum(axis=1)
         values |= {f"aclt@{k}": in_tail.astype(float), f"aplt@{k}": in_tail / k,
                    f"arp@{k}": list_mean(top, np.maximum(case.popularity, 1).astype(float))}  # fmt: skip
@@ -329,13 +333,14 @@ def trec(case: Case, ks: Sequence[int], *, complete: bool = False, gain: str = "
     """trec_eval. Users: with T and L; complete: all with T (``-c``, and what ir-measures does).
 
     Lists are ordered by score, held in single precision, ties by item name, later names first; the rank only counts where
-    there are no scores. Truth rated 0 or less is not relevant. ndcg's gain is the rating; map divides by T; mrr has no
+    there are no scores. An item stands in a list once, which closes up. Truth rated 0 or less is not relevant. ndcg's gain is the rating; map divides by T; mrr has no
     cut-off. mrr@K is ir-measures' RR@K, which takes tied items the other way round, earlier names first.
     """
     users = (case.num_relevant > 0) & (complete | case.listed)
     case = case.with_truth(case.truth.data > 0)
-    early = case
-    if case.scores is not None:
+    if case.scores is None:  # a run is a table of scores, where an item stands once
+        early = case = replace(case, top=_closed_up(case.top))
+    else:
         early = replace(case, top=order_by_score(case.top, case.scores, case.item_names, later_first=False))
         case = replace(case, top=order_by_score(case.top, case.scores, case.item_names))
     gains = with_gains(case.truth, gain)
@@ -405,7 +410,7 @@ def _filled_by_topk(case: Case, k: int) -> np.ndarray:
     rows, columns = np.nonzero(case.top >= 0)
     scores[rows, case.top[rows, columns] + 1] = torch.from_numpy(case.top.shape[1] - columns).float()
     scores[np.repeat(np.arange(case.num_users), np.diff(case.train.indptr)), case.train.indices + 1] = -torch.inf
-    return scores.topk(k, dim=1).indices.numpy() - 1
+    return scores.topk(min(k, scores.shape[1]), dim=1).indices.numpy() - 1
 
 
 def _cumulated(hits: np.ndarray, k: int) -> np.ndarray:
@@ -526,6 +531,24 @@ def _first_rank(case: Case, ranks: np.ndarray) -> np.ndarray:
     first = np.full(case.num_users, np.inf)
     np.minimum.at(first, np.repeat(np.arange(case.num_users), case.num_relevant), ranks)
     return first
+
+
+def _warprec_tail(popularity: np.ndarray) -> np.ndarray:
+    """bool [I]: known items after the most popular that hold more than 80 % of train; of equal ones in torch's own order."""
+    known = np.flatnonzero(popularity)
+    counts, order = torch.sort(torch.from_numpy(popularity[known]).float(), descending=True)
+    head = int((counts.cumsum(0) <= counts.sum() * 0.8).sum()) + 1
+    tail = np.zeros(len(popularity), dtype=bool)
+    tail[known[order[head:].numpy()]] = True
+    return tail
+
+
+def _warprec_map(case: Case, k: int) -> np.ndarray:
+    """Average precision over min(T, K), in single precision."""
+    hits = torch.zeros(case.num_users, k)
+    hits[:, : case.hits.shape[1]] = torch.from_numpy(case.hits[:, :k]).float()
+    found = (hits.cumsum(dim=1) / torch.arange(1, k + 1) * hits).sum(dim=1)
+    return (found / torch.from_numpy(case.num_relevant).clamp(1, k)).double().numpy()
 
 
 def _warprec_ndcg(case: Case, k: int) -> Values:

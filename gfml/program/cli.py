@@ -30,7 +30,7 @@ from gfml.base.settings import nonnegative as nonnegative
 from gfml.base.settings import number as number
 from gfml.base.settings import positive as positive
 from gfml.base.settings import share as share
-from gfml.program.flags import CONVENTIONS
+from gfml.program.flags import CONVENTIONS, GAINS, GRADED
 
 if TYPE_CHECKING:
     import torch
@@ -301,8 +301,8 @@ def _how(default: Any, told: Setting) -> dict[str, Any]:
 # -- common flags
 
 
-def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False) -> None:
-    """Which definitions of the metrics are used; graded: also that of graded relevance, for data with ratings."""
+def add_definition_flags(group: argparse._ArgumentGroup) -> None:
+    """Which definitions of the metrics are used."""
     group.add_argument(
         "--metrics-as",
         nargs="+",
@@ -316,12 +316,7 @@ def add_definition_flags(group: argparse._ArgumentGroup, *, graded: bool = False
         default="min",
         help="what map divides by: min(T, K), K, or T, the number of a user's held-out items",
     )
-    if graded:
-        group.add_argument(
-            "--graded",
-            choices=("linear", "exp", "exp1"),
-            help="add graded_ndcg with the gain r, 2^r - 1 or 2^(r+1) - 1 of the ratings r in the truth",
-        )
+    group.add_argument("--graded", choices=GAINS, help=GRADED)
 
 
 def resolve_device(options: Any) -> torch.device:
@@ -410,9 +405,14 @@ def _mendable(error: Exception) -> str | None:
             shown = name if len(name) <= 120 else f"{name[:100]}... ({len(name)} letters)"
             return f"cannot use {shown} ({error.strerror}): give another place, or the right to use this one"
     elif isinstance(error, MemoryError) or re.search(
-        "out of memory|can't allocate memory|Unable to alloc|calculation overflowed", str(error)
+        "out of memory|can't allocate memory|Unable to alloc|calculation overflowed|Maximum allowed dimension exceeded",
+        str(error),
     ):
-        return f"the memory does not suffice ({str(error).splitlines()[0][:120]}): give smaller widths, batches or data"
+        first = str(error).splitlines()[0]
+        asked = re.search("(you tried to allocate|Unable to allocate) .*", first)
+        return (
+            f"the memory does not suffice ({asked[0] if asked else first[:120]}): give smaller widths, batches or data"
+        )
     elif "home directory" in str(error):
         return "there is no home directory: set HOME, or give --data-root and --cache-dir"
     return None

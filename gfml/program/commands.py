@@ -10,7 +10,6 @@ inherits it. So one run is never launched twice, whatever becomes of the launche
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib
 import importlib.util
 import io
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gfml.base.errors import UserError
-from gfml.base.files import explain_os_error
+from gfml.base.files import is_locked, os_errors, try_lock
 from gfml.base.home import find_program
 from gfml.base.toml import LOCATION_FLAGS
 
@@ -59,7 +58,7 @@ class PlannedRun:
 
         path = self.path()
         state = run_state(path) if path else "not launched"
-        return "running" if state != "done" and _is_held(self.file("lock")) else state
+        return "running" if state != "done" and is_locked(self.file("lock")) else state
 
     def file(self, kind: str) -> Path:
         """Its ``lock`` or ``log`` among the files of launchers."""
@@ -168,43 +167,15 @@ def claim(runs: Iterable[PlannedRun]) -> Claim | None:
     locks: list[IO[str]] = []
     # In one order everywhere, so that two launchers never hold half each.
     for run in sorted(runs, key=lambda run: run.file("lock")):
-        lock = _hold(run.file("lock"))
+        path = run.file("lock")
+        with os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(path)
         if lock is None:
             Claim(locks).close()
             return None
         locks.append(lock)
     return Claim(locks)
-
-
-def _hold(path: Path) -> IO[str] | None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a", encoding="utf-8")
-    except OSError as error:
-        raise explain_os_error(error, path) from error
-    # A state query holds the lock for an instant; only a launcher holds it longer.
-    for _ in range(5):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            time.sleep(0.02)
-        except OSError as error:
-            lock.close()
-            raise explain_os_error(error, path) from error
-    lock.close()
-    return None
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        with open(path, encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gfml.base.checkpoints import save_state
 from gfml.base.errors import UserError
@@ -165,6 +165,16 @@ def judge(this: Experiment, model: nn.Module, fitted: FitResult | None, run: Run
         costs = {"train": fitted.train_seconds, "eval": fitted.eval_seconds}
         judged.result["seconds"] = costs | judged.result.get("seconds", {})
     return judged
+
+
+def judge_weights(program: Program, settings: Any, state: Mapping[str, Tensor], origin: str) -> str:
+    """What is printed of the named tensors of another program's file. Nothing is trained or written."""
+    kind = program.load_experiment()
+    set_threads(settings)
+    this = kind(settings, kind.load(settings), World(0, 1, resolve_device(settings)))
+    judged = this.judge(this.adopt(state, origin).to(this.device), None, None)
+    judged.result["selection"] = {"epoch": 0, "metric": None, "protocol": f"weights of {origin}"}
+    return kind.text(settings, [(judged.result, Path(origin))])
 
 
 def store(this: Experiment, model: nn.Module, judged: Judged, run: Run, tracker: Tracker) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gfml.base.checkpoints import damaged, load_state
 from gfml.base.errors import UserError
@@ -17,6 +17,7 @@ from gfml.engine.distributed import World
 from gfml.engine.runs import Run
 from gfml.engine.tracking import Tracker
 from gfml.engine.train import FitResult, Step, Terms, WeightAverage, load_best, plain_step
+from gfml.program.foreign import load_named
 
 
 @dataclass
@@ -123,8 +124,8 @@ class Experiment:
         """Metrics of "valid" or "test", for selection."""
         raise NotImplementedError
 
-    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run) -> Judged:
-        """Everything that is reported. fitted None: weights were loaded."""
+    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run | None) -> Judged:
+        """Everything that is reported. fitted None: weights were loaded; run None: they are no run's."""
         raise NotImplementedError
 
     def selection(self, fitted: FitResult | None, run: Run) -> dict[str, Any]:
@@ -157,6 +158,10 @@ class Experiment:
         except (KeyError, RuntimeError) as error:
             raise damaged(path / "final.pt", f"of another model: {str(error).splitlines()[0]}") from error
         return model.eval()
+
+    def adopt(self, state: Mapping[str, Tensor], origin: object) -> nn.Module:
+        """A model with the named tensors of another program's file, in eval mode. UserError where they do not fit."""
+        return load_named(self.build(start=False), state, origin)
 
     @property
     def epochs(self) -> int:

@@ -16,6 +16,8 @@ BASELINES = ("popularity", "item-knn", "ease", "ials")
 TUNED = {"item-knn": ("k", "shrink"), "ease": ("l2",), "ials": ("alpha0", "l2")}
 METRICS = ("recall", "ndcg", "precision", "hit", "mrr", "map")
 CONVENTIONS = ("recbole", "warprec", "elliot", "rectools", "cornac", "mmrec", "lightgcn", "trec")
+GAINS = ("linear", "exp", "exp1")
+GRADED = "add graded_ndcg with the gain r, 2^r - 1 or 2^(r+1) - 1 of the ratings r in the truth; --metrics-as then reads them too"
 MIRROR_MODES = ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")
 
 
@@ -132,6 +134,7 @@ class JudgingSettings(Settings):
         choices=("min", "k", "n"),
         beside=True,
     )
+    graded: str | None = setting(None, GRADED, choices=GAINS, beside=True)
 
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:

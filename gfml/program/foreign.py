@@ -1,16 +1,50 @@
-"""Other programs' names of weights become ours: the parts that the papers' ``foreign.py`` share."""
+"""Other programs' names of weights become ours: the parts that the papers' ``foreign.py`` share.
+
+Each declares ``SOURCES``, a :class:`Source` for every program whose files it reads.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gfml.base.errors import UserError
 
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How files of one program are taken over.
+
+    convert: from its names to ours. score: how it ranks tables of users and items, "" where a file is no such tables.
+    program: the module that judges other files, "" for tables. flags: what the file says of its flags, from its own tensors
+    and its path; flags of the user follow and win.
+    """
+
+    convert: Callable[[Mapping[str, Tensor]], State]
+    score: str = ""
+    program: Callable[[Mapping[str, Tensor]], str] = lambda _: ""
+    flags: Callable[[Mapping[str, Tensor], str], Sequence[str]] = lambda *_: ()
+
+
+def load_named(model: nn.Module, state: Mapping[str, Tensor], origin: object, name: str = "the model") -> nn.Module:
+    """Put named tensors into the model, in eval mode. UserError where names or shapes are another model's."""
+    wanted = model.state_dict()
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unknown:
+        found = f"{origin} lacks {', '.join(missing[:3]) or 'nothing'} and has {', '.join(unknown[:3]) or 'nothing'} beyond {name}'s"
+        raise UserError(f"{found}: give the --model and the hyper-parameters it was trained with")
+    other = next((key for key, value in wanted.items() if state[key].shape != value.shape), None)
+    if other is not None:
+        shapes = f"{other} {tuple(state[other].shape)}, wanted {tuple(wanted[other].shape)}"
+        raise UserError(f"{origin} has {shapes}: give the --dataset and the hyper-parameters it was trained with")
+    model.load_state_dict(state)
+    return model.eval()
 
 
 def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:

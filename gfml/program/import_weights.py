@@ -2,19 +2,21 @@
 
     gfml import lgn-lastfm-3-64.pth.tar --from lightgcn --dataset lastfm --layers 3
     gfml import best.pth.tar --from gfml --dataset ml1m --lamb 3.08
-    gfml import cub.pt --from contextual --out cub.safetensors
+    gfml import cub.pt --from contextual --dataset cub --root DIR
+    gfml import hlrm.pt --from hlrm --dataset ml-100k --topk 10
 
-Any file of torch.save is read, whole pickled modules too, without running code of theirs. With --dataset the tables of
-recommenders are judged on its test part: train items masked, and validation items with --mask seen. What a file does not
-say (layers, lambda) is a flag; its value is printed. Weights of Mirror-Gradient's models are judged by mirror_grad/main.py --resume FILE.
+Any file of torch.save is read, whole pickled modules too, without running code of theirs. With --dataset they are judged:
+tables of users and items here on the test part (train items masked, validation items too with --mask seen), other files by
+the program that has their model, whose flags are taken. What a file does not say (layers, lambda, heads) is a flag.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gfml.data.interactions import Interactions
+    from gfml.program.foreign import Source
     from gfml.ranking.topk import Scorer
-
-NEXT = {
-    "contextual": "judge it: gfml contextual main --checkpoint {out} --epochs 0, with the --dataset and --pipeline of the file",
-    "vit-cifar": "load it: vision.vit.ViT(...).load_state_dict(gfml.base.weights.read_weights({out!r}))",
-    "mirror-gradient": "judge it: gfml mirror_grad main --model MODEL --dataset NAME --published-protocol --resume {file}",
-    "hlrm": "load it into hlrm.model.RelationModel with the port's relation",
-}
 
 
 def build_parser(sources: Sequence[str]) -> Parser:
@@ -72,29 +68,67 @@ def build_parser(sources: Sequence[str]) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    found = sources()
-    options = build_parser(list(found)).parse_args(argv)
-    if options.source not in found:
-        raise choice_error("source", options.source, found)
+    argv, found = list(sys.argv[1:] if argv is None else argv), sources()
+    options, rest = _parsed(argv, found)
     from gfml.base.weights import read_weights, write_weights
 
-    convert, score = found[options.source]
+    source = found[options.source]
     theirs = read_weights(options.file)
-    ours = convert(theirs)
+    ours, program = source.convert(theirs), source.program(theirs)
     out = Path(options.out or f"{Path(options.file).name.split('.')[0]}.safetensors")
     users = next((len(value) for name, value in theirs.items() if "user" in name and value.ndim == 2), 0)
     write_weights(out, ours, {"from": options.source, "users": str(users)})
     print(f"{len(ours)} tensors of {options.source} under our names  {out}")
-    if options.source in NEXT:
-        print(NEXT[options.source].format(out=str(out), file=options.file))
-    elif options.dataset != "none":
-        _judge(options, ours, users, score)
+    if not has_dataset(argv):
+        print(f"judge them: gfml import {options.file} --from {options.source} --dataset NAME"
+              + (f", with flags of {program.replace('.', '/')}.py" if program else ""))  # fmt: skip
+    elif program:
+        _judge_by(program, [*source.flags(theirs, options.file), *rest], ours, options.file)
+    else:
+        _judge(options, ours, users, source.score)
     return 0
 
 
-def sources() -> dict[str, tuple[Callable[[Mapping[str, Tensor]], dict[str, Tensor]], str]]:
-    """What each paper's ``foreign.py`` can read, by name: the translation, and the score that program ranks by."""
-    found: dict[str, Any] = {}
+def has_dataset(argv: Sequence[str]) -> bool:
+    """Whether a command line names data."""
+    return any(word.partition("=")[0] in ("--dataset", "-d") for word in argv)
+
+
+def _parsed(argv: list[str], found: Mapping[str, Source]) -> tuple[Any, list[str]]:
+    """The flags; of files that a program judges only FILE, --from and --out, and the program's own as they are."""
+    first = argparse.ArgumentParser("gfml import", argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    first.add_argument("--from", dest="source")
+    name = first.parse_known_args(argv)[0].source
+    if name is not None and name not in found:
+        raise choice_error("source", name, found)
+    if name is None or found[name].score or {"-h", "--help"} & {*argv}:
+        return build_parser(list(found)).parse_args(argv), []
+    first.add_argument("file")
+    first.add_argument("--out")
+    if argv[0].startswith("-"):
+        raise UserError(f"found {argv[0]} first, wanted gfml import FILE --from {name} and then other flags")
+    options, rest = first.parse_known_args(argv)
+    if rest and not has_dataset(rest):
+        raise UserError(f"found {rest[0]} and no --dataset: flags of the program are for judging, give both")
+    return options, rest
+
+
+def _judge_by(program: str, argv: Sequence[str], ours: Mapping[str, Tensor], file: str) -> None:
+    """Let the program that has the model judge the weights; one that takes a file gets it."""
+    from gfml.program.driver import judge_weights
+    from gfml.program.program import program_of
+
+    print(f"judged by {program.replace('.', '/')}.py {' '.join(argv)}")
+    if any(word.startswith("--resume=") for word in argv):
+        importlib.import_module(program).main(argv)
+        return
+    one = program_of(program)
+    print(judge_weights(one, one.parse(argv), ours, file))
+
+
+def sources() -> dict[str, Source]:
+    """What each paper's ``foreign.py`` can read, by name."""
+    found: dict[str, Source] = {}
     for paper in papers():
         if importlib.util.find_spec(f"{paper}.foreign"):
             found |= getattr(importlib.import_module(f"{paper}.foreign"), "SOURCES", {})

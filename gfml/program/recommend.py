@@ -211,11 +211,10 @@ def recommend_new(
     import torch
 
     from gfml.data.interactions import csr_from_pairs
-    from gfml.ranking.foldin import fold_in
 
     own = np.asarray(items, dtype=np.int64)
     history = csr_from_pairs(np.zeros_like(own), own, 1, run.interactions.num_items)
-    scorer = fold_in(run.experiment.scorer(run.model, "test"), history, getattr(run.model, "encoder", None))
+    scorer = run.experiment.fold_in(run.model, history)
     return _lists(
         run, scorer, ["new"], torch.zeros(1, dtype=torch.int64), top, None if include_seen else history, allowed
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import nn
 
@@ -23,6 +24,7 @@ from gfml.program.experiment import Experiment, Judged
 from gfml.program.flags import baseline_grids
 from gfml.program.steps import check_judgeable, cut_offs, definitions_of, shared_loss
 from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.ranking.foldin import fold_in
 from gfml.ranking.topk import Scorer
 from gfml.report.recommenders import baseline_results, data_facts, data_lines, judged_text, list_names, mass_report
 
@@ -61,6 +63,10 @@ class Recommender(Experiment):
     def scorer(self, model: nn.Module, split: str = "test") -> Scorer:
         """All-item scores for judging a split."""
         return model.scorer()
+
+    def fold_in(self, model: nn.Module, histories: sp.csr_array) -> Scorer:
+        """Scores of new users with these histories [n, I]; see :func:`gfml.ranking.foldin.fold_in`."""
+        return fold_in(self.scorer(model, "test"), histories, getattr(model, "encoder", None))
 
     def mass(self, model: nn.Module) -> Mass | None:
         """The masses that rank, if the model has any."""
@@ -127,7 +133,7 @@ class Recommender(Experiment):
     def evaluate(self, model: nn.Module, split: str) -> Mapping[str, float]:
         return self.evaluation(model, split).means
 
-    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run) -> Judged:
+    def judge(self, model: nn.Module, fitted: FitResult | None, run: Run | None) -> Judged:
         settings, data = self.settings, self.interactions
         test = self.evaluation(model, "test", beyond=True)
         names = [] if "none" in settings.baselines else settings.baselines
@@ -139,7 +145,12 @@ class Recommender(Experiment):
             "test": test.means,
             "cold_users": test.cold_users,
             "baselines": baseline_results(
-                names, data, self.ks, cache_dir=cache, grids=baseline_grids(settings.baseline_grid)
+                names,
+                data,
+                self.ks,
+                cache_dir=cache,
+                grids=baseline_grids(settings.baseline_grid),
+                definitions=definitions_of(settings, judging=True),
             ),
         }
         if data.valid.nnz:
@@ -161,7 +172,11 @@ class Recommender(Experiment):
             **list_names(data, test.users),
         }
         # Values per user for intervals and tests: the accuracies, of item groups too, and the lists' statistics.
-        kept = {name: values for name, values in test.per_user.items() if "_" not in name or "_recall@" in name}
+        kept = {
+            name: values
+            for name, values in test.per_user.items()
+            if "_" not in name or "_recall@" in name or "graded_" in name
+        }
         arrays |= {f"per_user/{name}": values.astype(np.float32) for name, values in kept.items()}
         for side in ("item", "user"):
             if mass is not None and getattr(mass, side) is not None:

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "GPUS" in os.environ:
         check_devices(commands)
     ended = _print_states(commands) if dry else _run(commands, slots)
-    print(", ".join(f"{count} {what}" for what, count in ended.items()) or "no commands")
+    print(("# " if dry else "") + (", ".join(f"{count} {what}" for what, count in ended.items()) or "no commands"))
     return 1 if ended["FAILED"] else 0
 
 
@@ -58,7 +58,7 @@ def _take_workers(words: list[str]) -> tuple[int, list[str]]:
 def _print_states(commands: Sequence[Command]) -> Counter[str]:
     states = [command.state() for command in commands]
     for number, (command, state) in enumerate(zip(commands, states, strict=True), start=1):
-        print(f"[{number}/{len(commands)}] {state}: {command}")
+        print(f"{command}  # [{number}/{len(commands)}] {state}")
     return Counter(states)
 
 

@@ -37,7 +37,7 @@ import shlex
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -351,23 +351,25 @@ def evaluations(path: Path | None, metric: str) -> list[tuple[int, float]]:
 
 @dataclass(frozen=True)
 class Report:
-    """One evaluation of a trial, or its end. value: the best so far. finished: the run is done."""
+    """One evaluation of a trial, or its end. value: the best so far. finished: the run is done. stored: known before this session."""
 
     epoch: int
     value: float | None
     finished: bool = False
+    stored: bool = False
 
 
 class Follower:
     """One trial: starts or continues its run if need be and reports every evaluation once, those of earlier sessions first.
 
-    A run that another launcher has is only watched, and taken over should that launcher vanish. launch False: nothing is
-    started, as for a trial that was stopped early; then the reports end with what the run has.
+    A run that another launcher has is only watched, and taken over should that launcher vanish. until: nothing is started, as
+    for a trial that was stopped early after this epoch; then the reports end with it.
     """
 
-    def __init__(self, spec: Spec, command: Command, root: Path, *, launch: bool = True) -> None:
+    def __init__(self, spec: Spec, command: Command, root: Path, *, until: int | None = None) -> None:
         self.spec, self.command, self.root = spec, command, root
-        self._may_launch = launch
+        self._until = until
+        self._stored = max((epoch for epoch, _ in evaluations(command.runs[0].path(), spec.metric)), default=-1)
         self._work: Launched | None = None
         self._last = Report(-1, None)
 
@@ -378,14 +380,14 @@ class Follower:
             # In this order: what is done has logged everything.
             state = run.state()
             for epoch, value in evaluations(run.path(), self.spec.metric):
-                if epoch > self._last.epoch:
+                if epoch > self._last.epoch and (self._until is None or epoch <= self._until):
                     best = value if self.spec.better(value, self._last.value) else self._last.value
-                    self._last = Report(epoch, best)
+                    self._last = Report(epoch, best, stored=epoch <= self._stored)
                     return self._last
+            if self._until is not None:
+                return None
             if state == "done":
                 return self._end()
-            if not self._may_launch:
-                return None
             self._attend(state)
             time.sleep(FOLLOW_SECONDS)
 
@@ -394,7 +396,7 @@ class Follower:
             raise UserError(f"the run {self.command.runs[0].path()} has no {self.spec.metric}: mend metric")
         if self._last.finished:
             return None
-        self._last = Report(self._last.epoch, self._last.value, finished=True)
+        self._last = replace(self._last, finished=True)
         return self._last
 
     def _attend(self, state: str) -> None:

@@ -29,8 +29,10 @@ def cut_offs(topks: Collection[int], select_metric: str) -> tuple[int, ...]:
 
 
 def definitions_of(settings: Any, *, judging: bool) -> Definitions:
-    """``--metrics-as`` and ``--map-denominator``, for the reported figures; selection keeps the usual ones."""
-    return Definitions(tuple(settings.metrics_as or ()), settings.map_denominator) if judging else USUAL
+    """``--metrics-as``, ``--map-denominator``, ``--graded``: of the reported figures; selection keeps the usual ones."""
+    if not judging:
+        return USUAL
+    return Definitions(tuple(settings.metrics_as or ()), settings.map_denominator, settings.graded)
 
 
 def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> None:
@@ -43,9 +45,9 @@ def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> No
             f"{data.name} has no validation part to select on: give --val-ratio 0.1, or --select-on test and say so"
         )
     if data.test.nnz == 0:
-        raise UserError(
-            f"{data.name} has no test interactions, wanted at least one: give --split per-user to cut some off"
-        )
+        known = [f"{count:,} {what}" for what, count in data.notes.items() if what.startswith("test pairs also in")]
+        found = f"{data.name} has no test interactions{''.join(f' ({what})' for what in known)}, wanted at least one"
+        raise UserError(f"{found}: give other test pairs, or --split per-user to cut some off")
 
 
 def build_step(settings: Any, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Step:

@@ -16,6 +16,7 @@ Exit code 1 when a trial failed, 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -39,6 +40,8 @@ from gfml.base.toml import LOCATION_FLAGS, toml_text
 from gfml.metrics import HEADLINE
 from gfml.program.cli import Parser, number
 from gfml.program.commands import last_line, read_command
+from gfml.program.program import program_of
+from gfml.program.search import random_point
 
 if TYPE_CHECKING:
     from gfml.program.search import Follower, Spec
@@ -86,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.dry_run:
         return show_states(spec, folder)
     require_ray()
+    check_data(spec)
     with Trials.open(folder) as trials:
         interrupted = search(spec, trials, options.workers, options.address)
         settle(spec, trials)
@@ -94,6 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if interrupted:
         raise KeyboardInterrupt("stopped")
     return code
+
+
+def check_data(spec: Spec) -> None:
+    """UserError, before any trial is launched, where the program of the first one cannot read its data."""
+    program = program_of(spec.program.removesuffix(".py").replace("/", "."))
+    [run] = read_command(spec.words(random_point(spec.space, spec.seed, 0)), ROOT).runs
+    with contextlib.chdir(ROOT):
+        program.load_experiment().load(run.options)
 
 
 def require_ray() -> None:
@@ -151,10 +163,10 @@ class Trials:
         self._write(spec)
 
     def _write(self, spec: Spec) -> None:
-        write_json(
-            self.folder / "trials.json",
-            {"metric": spec.metric, "mode": spec.mode, "search": spec.search, "trials": self.all},
-        )
+        facts = {"metric": spec.metric, "mode": spec.mode, "search": spec.search}
+        # Settings that were drawn by logarithm are shown so.
+        facts["log"] = [one.name.replace("-", "_") for one in spec.space if one.kind == "loguniform"]
+        write_json(self.folder / "trials.json", facts | {"trials": self.all})
 
 
 def run_of(trial: Mapping[str, Any], out: Path) -> Path | None:
@@ -334,10 +346,16 @@ def _scheduler(spec: Spec) -> Any:
 
     if spec.asha is None:
         return FIFOScheduler()
+
+    class Scheduler(ASHAScheduler):
+        """What earlier sessions let pass goes on: told again, in whatever order, it counts but is not judged anew."""
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            decision = super().on_trial_result(tune_controller, trial, result)
+            return self.CONTINUE if result["stored"] else decision
+
     # No trial reaches max_t: one that trained to its end must also judge and store what it found.
-    return ASHAScheduler(
-        time_attr="epoch", max_t=10**6, grace_period=spec.asha.grace, reduction_factor=spec.asha.reduction
-    )
+    return Scheduler(time_attr="epoch", max_t=10**6, grace_period=spec.asha.grace, reduction_factor=spec.asha.reduction)
 
 
 def _trainable_class(spec: Spec) -> type:
@@ -351,13 +369,14 @@ def _trainable_class(spec: Spec) -> type:
 
         def setup(self, config: dict[str, Any]) -> None:
             command = read_command(spec.words(config["point"]), ROOT)
-            self.follower = Follower(spec, command, ROOT, launch=config["state"] != "stopped")
+            self.follower = Follower(spec, command, ROOT, until=config["until"])
 
         def step(self) -> dict[str, Any]:
             report = self.follower.next()
             if report is None:
                 return {"done": True, "finished": False}
-            return {"epoch": report.epoch, "value": report.value, "finished": report.finished, "done": report.finished}
+            return {"epoch": report.epoch, "value": report.value, "finished": report.finished, "done": report.finished,
+                    "stored": report.stored}  # fmt: skip
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.cleanup()
@@ -382,15 +401,17 @@ def _points_class() -> type:
             self.source, self.spec, self.trials = source, spec, trials
             self._by_id: dict[str, dict[str, Any]] = {}
             self._last: dict[str, dict[str, Any]] = {}
+            self.halted = False
 
         def suggest(self, trial_id: str) -> dict[str, Any] | str:
-            trial = self.source.next()
+            trial = None if self.halted else self.source.next()
             if trial is None:
                 return Searcher.FINISHED
             self._by_id[trial_id] = trial
             if trial["state"] in ("waiting", "failed"):
                 print(f"[{trial['trial']}/{self.spec.trials}] {trial['command']}", flush=True)
-            return {"trial": trial["trial"], "point": trial["point"], "state": trial["state"]}
+            until = trial["epoch"] if trial["state"] == "stopped" else None
+            return {"trial": trial["trial"], "point": trial["point"], "until": until}
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
             if result.get("value") is not None:
@@ -401,8 +422,8 @@ def _points_class() -> type:
             last = result if result and result.get("value") is not None else last
             epoch, value, finished = last.get("epoch"), last.get("value"), last.get("finished")
             state, known = "failed" if error else "done" if finished else "stopped", trial["state"]
-            if known == "done" and not error:
-                # It was read, not run: a decision to stop it comes too late.
+            if known in ("done", "stopped") and not error:
+                # It was read, not run: how it ended stands.
                 state, epoch, value = known, trial["epoch"], trial["value"]
             why = last_line(read_command(self.spec.words(trial["point"]), ROOT).log) if error else ""
             self.trials.end(self.spec, trial, state, epoch, value, why)
@@ -411,6 +432,9 @@ def _points_class() -> type:
             print(
                 f"[{trial['trial']}/{self.spec.trials}] {'was ' if known == state else ''}{state}: {said}", flush=True
             )
+            if error and value is None and all(one["value"] is None for one in self.trials.all):
+                # The others would most likely die of the same.
+                self.source.empty = self.halted = True
 
         @property
         def exhausted(self) -> bool:
@@ -454,10 +478,10 @@ def show_states(spec: Spec, folder: Path) -> int:
         command = read_command(spec.words(point), ROOT)
         stopped = n <= len(known) and known[n - 1]["state"] == "stopped"
         states[state := "stopped early" if stopped else command.state()] += 1
-        print(f"[{n}/{spec.trials}] {state}: {command}")
+        print(f"{command}  # [{n}/{spec.trials}] {state}")
     if more := spec.trials - len(points):
         states["to be proposed"] = more
-    print(", ".join(f"{count} {state}" for state, count in states.items()))
+    print("# " + ", ".join(f"{count} {state}" for state, count in states.items()))
     return 0
 
 
@@ -536,6 +560,10 @@ def summarise(spec: Spec, trials: Trials) -> int:
     """Print how it went; the exit code."""
     states = Counter(trial["state"] for trial in trials.all)
     print(", ".join(f"{count} {state}" for state, count in states.items()) or "no trials")
+    if states["waiting"] and states["failed"]:
+        print(
+            "the first trial died before its first evaluation, so no other was started: mend what its line says, then start the sweep again"
+        )
     if best := best_of(spec, trials.all):
         print(f"best by {spec.metric}, {best['value']:.4f}: {best['command']}")
         print(f"settings  {trials.folder / 'best.toml'}")

@@ -23,10 +23,12 @@ class Definitions:
 
     metrics_as: names of gfml.metrics.conventions whose figures are added, as ``elliot:ndcg@20``.
     map_denominator: what average precision is divided by, see gfml.metrics.ranking.
+    graded: a gain of gfml.metrics.ranking by which ``graded_ndcg`` weighs the test ratings, which these conventions read too.
     """
 
     metrics_as: tuple[str, ...] = ()
     map_denominator: str = "min"
+    graded: str | None = None
 
 
 USUAL = Definitions()
@@ -92,8 +94,11 @@ def evaluate(
         seen = data.seen(split) if mask_valid else data.train
     ids = torch.from_numpy(users).to(device)
     top = topk_items(scorer, ids, ks[-1], seen=seen, memory_mb=memory_mb).cpu().numpy()
+    graded = definitions.graded if split == "test" else None
+    if graded:
+        part = data.rated_test
     relevant = part[users]
-    per_user = ranking_metrics(top, relevant, ks, map_denominator=definitions.map_denominator)
+    per_user = ranking_metrics(top, relevant, ks, map_denominator=definitions.map_denominator, graded=graded)
     totals: dict[str, float] = {}
     if beyond:
         lists_per_user, totals = beyond_accuracy(top, relevant, data.train, users, ks)

@@ -88,13 +88,10 @@ class IALS:
 
     def objective(self) -> float:
         """The value that is minimised."""
+        from gfml.ranking.loops import squared_gaps
+
         user, item = self.user.double(), self.item.double()
-        rows = torch.from_numpy(np.repeat(np.arange(len(user)), np.diff(self.train.indptr)))
-        columns = torch.from_numpy(self.train.indices.astype(np.int64))
-        observed = sum(
-            float((1 - (user[r] * item[c]).sum(1)).square().sum())
-            for r, c in zip(rows.split(1 << 16), columns.split(1 << 16), strict=True)
-        )
+        observed = squared_gaps((self.train.indptr, self.train.indices), self.user.numpy(), self.item.numpy())
         everywhere = float((_gram(self.user).double() * _gram(self.item).double()).sum())
         sides = ((self.train, user, len(item)), (self.by_item, item, len(user)))
         ridge = sum(float(self._ridge(by_row, other) @ side.square().sum(1).numpy()) for by_row, side, other in sides)

@@ -37,7 +37,7 @@ def ground_of(truth: PairTable, train: PairTable, lists: Sequence[ListTable]) ->
     for what, side in (("user", "users"), ("item", "items")):
         listed = np.concatenate([getattr(table, side) for table in lists])
         if not np.isin(listed, getattr(truth, side)).any():
-            found = f"{listed[0]!r} against {getattr(truth, side)[0]!r}"
+            found = f"{str(listed[0])!r} against {str(getattr(truth, side)[0])!r}"
             raise UserError(
                 f"no {what} of the lists is in the truth (ids such as {found}): give files with the same ids"
             )

@@ -195,3 +195,17 @@ def solve_rows(
             ratio = norm / before
             for c in range(width):
                 direction[c] = residual[c] + ratio * direction[c]
+
+
+@compiled(any_order=True)
+def squared_gaps(pattern: Pattern, table: Array, fixed: Array) -> float:
+    """Sum over the stored pairs (r, c) of (1 - table_r . fixed_c)^2."""
+    starts, columns = pattern
+    total = 0.0
+    for r in range(len(table)):
+        for place in range(starts[r], starts[r + 1]):
+            score = table.dtype.type(0)
+            for d in range(table.shape[1]):
+                score += table[r, d] * fixed[columns[place], d]
+            total += (1.0 - score) ** 2
+    return total

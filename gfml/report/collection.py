@@ -81,7 +81,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Collection:
-    """Everything on the page. folder: of the sweep, None for single runs. missing: trials that were never launched."""
+    """Everything on the page. folder: of the sweep, None for single runs. missing: trials that were never launched. log: flags drawn by logarithm."""
 
     name: str
     metric: str
@@ -89,6 +89,7 @@ class Collection:
     trials: list[Trial]
     folder: Path | None
     missing: int = 0
+    log: Sequence[str] = ()
 
     @property
     def ranked(self) -> list[Trial]:
@@ -135,7 +136,9 @@ def collect(paths: Sequence[Path], metric: str | None, mode: str | None) -> Coll
         raise UserError(f"no run has logged {metric}: mend --metric")
     title = paths[0].resolve().name if sweep else f"{len(runs)} runs of {families.pop()}"
     missing = len({entry["run"] for entry in sweep["trials"]}) - len(known) if sweep else 0
-    return Collection(title, metric, mode, trials, paths[0] if sweep else None, missing)
+    return Collection(
+        title, metric, mode, trials, paths[0] if sweep else None, missing, sweep.get("log", ()) if sweep else ()
+    )
 
 
 def _runs_of(folder: Path, entries: Sequence[Mapping[str, Any]]) -> dict[Path, Mapping[str, Any]]:
@@ -164,10 +167,13 @@ def _selecting(runs: Sequence[StoredRun]) -> str:
 
 
 def _trial(run: StoredRun, entry: Mapping[str, Any] | None, names: Sequence[str], metric: str, mode: str) -> Trial:
-    values = [(row[metric], row["epoch"]) for row in run.metrics if isinstance(row.get(metric), (int, float))]
+    stopped = entry is not None and entry["state"] == "stopped"
+    # What it logged after the decision to stop it counts as little here as in the table of the sweep.
+    last = entry.get("epoch") if stopped else None
+    rows = [row for row in run.metrics if last is None or row["epoch"] <= last]
+    values = [(row[metric], row["epoch"]) for row in rows if isinstance(row.get(metric), (int, float))]
     sign = 1 if mode == "max" else -1
     value, epoch = max(values, key=lambda pair: (sign * pair[0], -pair[1]), default=(None, None))
-    stopped = entry is not None and entry["state"] == "stopped" and run.state != "done"
     label = f"trial {entry['trial']}" if entry else run.label
     return Trial(
         run,
@@ -198,7 +204,7 @@ def write_report(found: Collection, out: Path) -> Path:
     if found.names and len(found.ranked) > 1:
         page.section("Parallel coordinates")
         page.figure("parallel-coordinates", parallel_coordinates(found), "A line per run; the colour and the last axis are the best "
-                    f"{found.metric} of the run. Thick: the best. Dotted: stopped early or unfinished.")  # fmt: skip
+                    f"{found.metric} of the run. Thick: the best. Dashed: stopped early or unfinished.")  # fmt: skip
         _importance(page, found)
     _curves(page, found)
     return page.write(out)
@@ -282,8 +288,8 @@ class Scale:
     ticks: list[tuple[float, str]]
 
 
-def scale_of(values: Sequence[Any]) -> Scale:
-    """Numbers linearly, or by logarithm when they span a factor of 20; anything else evenly spaced by name."""
+def scale_of(values: Sequence[Any], *, log: bool = False) -> Scale:
+    """Numbers linearly, or by logarithm when they span a factor of 20 or ``log`` says so; anything else evenly spaced by name."""
     from gfml.report.stored import flag_value
 
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
@@ -292,7 +298,7 @@ def scale_of(values: Sequence[Any]) -> Scale:
         places = {kind: n / (len(kinds) - 1) if len(kinds) > 1 else 0.5 for n, kind in enumerate(kinds)}
         return Scale([places[flag_value(value)] for value in values], [(place, kind) for kind, place in places.items()])
     low, high = min(values), max(values)
-    log = low > 0 and high / low >= 20
+    log = low > 0 and (log or high / low >= 20)
     shape = math.log if log else float
     span = shape(high) - shape(low)
     marks = [low + (high - low) * share for share in (0, 0.5, 1)] if not log else [low, math.sqrt(low * high), high]
@@ -310,7 +316,7 @@ def parallel_coordinates(found: Collection) -> Figure:
     from gfml.report.page import TEXT, panels, styled
 
     trials = found.ranked[::-1]
-    scales = {name: scale_of([trial.flags[name] for trial in trials]) for name in found.names}
+    scales = {name: scale_of([trial.flags[name] for trial in trials], log=name in found.log) for name in found.names}
     scales[found.metric] = scale_of([trial.value for trial in trials])
     shades = (
         scales[found.metric].places if found.mode == "max" else [1 - place for place in scales[found.metric].places]
@@ -323,7 +329,7 @@ def parallel_coordinates(found: Collection) -> Figure:
         for n, (trial, shade) in enumerate(zip(trials, shades, strict=True)):
             best = trial is found.best
             axis.plot(range(len(scales)), [scale.places[n] for scale in scales.values()], color=colormaps["viridis"](0.08 + 0.8 * shade),
-                      linewidth=3.2 if best else 1.4, linestyle="-" if trial.state == "done" else ":", alpha=1 if best else 0.8)  # fmt: skip
+                      linewidth=3.4 if best else 1.8, linestyle="-" if trial.state == "done" else (0, (4, 2)), alpha=1 if best else 0.85)  # fmt: skip
         for place, scale in enumerate(scales.values()):
             axis.axvline(place, color=TEXT, linewidth=0.9)
             for height, text in scale.ticks:
@@ -366,7 +372,9 @@ def importance_of(found: Collection) -> Importance | None:
     trials = found.ranked
     if len(trials) < LEAST_TRIALS:
         return None
-    table = np.column_stack([scale_of([trial.flags[name] for trial in trials]).places for name in found.names])
+    table = np.column_stack(
+        [scale_of([trial.flags[name] for trial in trials], log=name in found.log).places for name in found.names]
+    )
     values = np.array([trial.value for trial in trials])
     if values.var() == 0:
         return None

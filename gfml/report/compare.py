@@ -53,7 +53,7 @@ def build_parser() -> Parser:
         choices=CONVENTIONS,
         default=[],
         metavar="NAME",
-        help="also compare recall and ndcg as these frameworks define them, of runs made with the same flag",
+        help="also compare recall and ndcg as these frameworks define them; runs made without the flag are judged again",
     )
     parser.add_argument("--all-pairs", action="store_true", help="compare every run with every other")
     parser.add_argument(
@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(options.runs) < 2:
         raise UserError("found one run, wanted two or more to compare")
     runs = read_runs(options.runs)
+    for run in runs:
+        judge_again(run, options.metrics_as)
     pairs = list(itertools.combinations(runs, 2)) if options.all_pairs else [(runs[0], run) for run in runs[1:]]
     for first, second in pairs:
         check_comparable(first, second)
@@ -116,6 +118,25 @@ def notes_of(runs: Sequence[StoredRun]) -> list[str]:
     return notes
 
 
+def judge_again(run: StoredRun, conventions: Sequence[str]) -> None:
+    """Add to the run's arrays what it did not store of these conventions, from its model and data."""
+    missing = [name for name in conventions if not any(key.startswith(f"per_user/{name}:") for key in run.arrays)]
+    if not missing:
+        return
+    if run.unit != "user":
+        raise UserError(f"{run.path} has no lists of users, wanted them for --metrics-as: drop the flag")
+    from gfml.program.loading import load
+    from gfml.ranking.evaluation import Definitions
+
+    loaded = load(run.path)
+    seen = {"mask_seen": loaded.settings.mask_seen} if hasattr(loaded.settings, "mask_seen") else {}
+    found = loaded.experiment.evaluation(
+        loaded.model, "test", beyond=True, definitions=Definitions(tuple(missing)), **seen
+    )
+    run.arrays.update({f"per_user/{name}": values for name, values in found.per_user.items() if ":" in name})
+    print(f"note: {run.path} was judged again as {', '.join(missing)}")
+
+
 def metrics_of(runs: Sequence[StoredRun], wanted: Sequence[str] | None, conventions: Sequence[str] = ()) -> list[str]:
     """The metrics to compare: those asked for, else recall and ndcg at every K, else all that every run has; and recall and
     ndcg of other conventions (``elliot:ndcg@20``), which the runs must have stored.
@@ -129,9 +150,8 @@ def metrics_of(runs: Sequence[StoredRun], wanted: Sequence[str] | None, conventi
     for convention in conventions:
         theirs = [name for name in common if name.partition("@")[0] in (f"{convention}:recall", f"{convention}:ndcg")]
         if not theirs:
-            how = f"gfml judge RUN OTHER --train FILE --test FILE --metrics-as {convention} --metrics {convention}:ndcg@10"
             raise UserError(
-                f"not all runs stored figures as {convention}: train with --metrics-as {convention}, or {how}"
+                f"the runs have no recall and no ndcg as {convention} in common: give --topks with the same values"
             )
         chosen += [name for name in theirs if name not in chosen]
     return chosen
@@ -229,18 +249,13 @@ def store(
         page.note("plain", note.removeprefix("note: "))
     what_ran(page, runs, lambda run: {"data": run.data["name"]})
     page.section("Differences")
-    # What all rows have in common stands above.
-    lines = [HEAD, *map(cells_of, rows)]
+    # One pair is named above.
+    lines = [list(HEAD), *map(cells_of, rows)]
     shown = [
         n for n, name in enumerate(HEAD) if name not in ("run", "against") or len({line[n] for line in lines[1:]}) > 1
     ]
-    page.table(
-        *(
-            [[line[n] for n in shown] for line in part] if part is not lines[0] else [part[n] for n in shown]
-            for part in (lines[0], lines[1:])
-        ),
-        TWO_QUESTIONS,
-    )
+    head, *body = ([line[n] for n in shown] for line in lines)
+    page.table(head, body, TWO_QUESTIONS)
     page.figure(
         "comparison",
         plot(rows),

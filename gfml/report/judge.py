@@ -43,6 +43,12 @@ class Judged:
     others: Mapping[str, Figures]
     notes: Mapping[str, int]
     arrays: dict[str, np.ndarray] = field(repr=False)
+    unit: str = "user"
+
+    @property
+    def per_unit(self) -> dict[str, np.ndarray]:
+        """The figures of every user, by metric."""
+        return {key.removeprefix("per_user/"): values for key, values in self.arrays.items() if "/" in key}
 
 
 def build_parser() -> Parser:
@@ -54,7 +60,7 @@ def build_parser() -> Parser:
         "--test", required=True, metavar="FILE", help="the truth; its ratings count only where asked for"
     )
     parser.add_argument("--topks", nargs="+", action=TopksAction, default=(5, 10, 20), metavar="K", help="list lengths")
-    add_definition_flags(parser.add_argument_group("definitions"), graded=True)
+    add_definition_flags(parser.add_argument_group("definitions"))
     parser.add_argument("--metrics", nargs="+", metavar="NAME@K", help="what to compare (default: recall and ndcg)")
     parser.add_argument(
         "--resamples", type=number(int, least=100), default=2000, metavar="N", help="draws of the bootstrap"
@@ -182,7 +188,7 @@ def _compare(found: Sequence[Judged], options: Any) -> list[dict[str, Any]]:
     from gfml.base.errors import choice_error
     from gfml.report.compare import compare, text_of
 
-    known = [key.removeprefix("per_user/") for key in found[0].arrays if key.startswith("per_user/")]
+    known = list(found[0].per_unit)
     if wrong := next((name for name in options.metrics or () if name not in known), None):
         raise choice_error("metric", wrong, known)
     metrics = options.metrics or [f"{name}@{k}" for name in ("recall", "ndcg") for k in options.topks]

@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 FORMATS = ("html", "md")
 # Characters of a table's figures that fit beside one another.
-PAGE_WIDTH = 140.0
+PAGE_WIDTH = 132.0
+IS_FIGURE = re.compile(r"[−+-]?[.,\d]*\d|–$|p [<=]")
 # Middle tones: about the same contrast on white and on near-black.
 COLORS = ("#3f86d8", "#dd7f21", "#2f9e68", "#9a6bd0", "#d4574a", "#2a9fa8", "#cf5f9f", "#99902a")
 GREYS = ("#6f7682", "#9299a5", "#b4bac4", "#555b66")
@@ -168,7 +169,7 @@ img{display:block;max-width:100%;height:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.45rem .6rem;text-align:right;vertical-align:top}
 td{white-space:nowrap}td:first-child{white-space:normal;min-width:8.5rem}
-th:first-child,td:first-child,.words th,.words td{text-align:left}
+th:first-child,td:first-child,.left,.words th,.words td{text-align:left}
 th{background:var(--head);font-weight:600;vertical-align:bottom}
 .words td{white-space:normal}.words small{min-width:9rem;max-width:18rem}
 tbody tr+tr td{border-top:1px solid var(--line)}
@@ -196,7 +197,7 @@ def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[sli
         head = max(map(len, re.split("[ _]", columns[column])))
         return 2.5 + max([head, *(max(len(row[column].text), 0.85 * len(row[column].note)) for row in rows)])
 
-    first = min(width(0), 40.0)
+    first = min(max(width(0), 19.0), 40.0)
     starts, used = [0], first
     for column in range(1, len(columns)):
         used += width(column)
@@ -207,16 +208,22 @@ def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[sli
 
 
 def _html_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    # A long name may be broken after an underscore.
-    head = "".join(f"<th>{_h(name).replace('_', '_<wbr>')}</th>" for name in columns)
-    body = "".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in rows)
+    # Columns of words are set left, as the first one is. A long name may be broken after an underscore.
+    left = [not any(IS_FIGURE.match(row[column].text) for row in rows) for column in range(len(columns))]
+    marks = [' class="left"' if is_left and column else "" for column, is_left in enumerate(left)]
+    head = "".join(
+        f"<th{mark}>{_h(name).replace('_', '_<wbr>')}</th>" for name, mark in zip(columns, marks, strict=True)
+    )
+    body = "".join(f"<tr>{''.join(map(_html_cell, row, left))}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _html_cell(cell: Cell) -> str:
+def _html_cell(cell: Cell, left: bool) -> str:
     dot = f'<span class="dot" style="background:{_h(cell.color)}"></span>' if cell.color else ""
     small = f"<small>{_h(cell.note)}</small>" if cell.note else ""
-    return f"<td{' class=best' if cell.best else ''}>{dot}{_h(cell.text)}{small}</td>"
+    kinds = " ".join(["best"] * cell.best + ["left"] * left)
+    mark = f' class="{kinds}"' if kinds else ""
+    return f"<td{mark}>{dot}{_h(cell.text)}{small}</td>"
 
 
 def _markdown_cell(cell: Cell) -> str:
@@ -375,7 +382,7 @@ def _draw_line(axis: Axes, points: tuple[np.ndarray, np.ndarray], color: str, la
 def _draw_selection(axis: Axes, run: Curves) -> None:
     epochs, values = run.series(run.select)
     at = np.flatnonzero(epochs == run.best_epoch)
-    found = f": best {values[at[0]]:.4f}, epoch {run.best_epoch}" if len(at) else ""
+    found = f": {values[at[0]]:.4f} at epoch {run.best_epoch}" if len(at) else ""
     _draw_line(axis, (epochs, values), run.color, run.label + found)
     if len(at):
         best = float(values[at[0]])
@@ -393,7 +400,7 @@ def _wants_log(axis: Axes) -> bool:
 def _whole_epochs(axis: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def grouped_bars(

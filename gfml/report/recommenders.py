@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from gfml.data.interactions import Interactions, csr_from_pairs
 from gfml.gravity import Mass
 from gfml.metrics.beyond import kendall, spearman
 from gfml.ranking import baselines
-from gfml.ranking.evaluation import Evaluation, evaluate
+from gfml.ranking.evaluation import USUAL, Definitions, Evaluation, evaluate
 from gfml.ranking.ials import ials
 
 USUAL_METRICS = "metrics of this project (docs/metrics.md)"
@@ -33,12 +33,13 @@ GRIDS: dict[str, baselines.Grid] = {
     },
 }
 # Figures of the tables, best first in a reader's interest; those a result lacks are left out.
-TABLE_METRICS = ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini", "arp")
-BASELINE_FORMAT = 2
+TABLE_METRICS = ("recall", "ndcg", "graded_ndcg", "head_recall", "tail_recall", "coverage", "gini", "arp")
+BASELINE_FORMAT = 3
 # One line each: the columns that tables of recommenders may have. K is the list length after the @.
 GLOSSARY = {
     "recall": "share of a user's held-out items among the first K; mean over users",
     "ndcg": "the same with hits near the top counting more (1 / log2(rank + 1)), divided by its best possible value",
+    "graded_ndcg": "the same with every hit weighed by a gain of its rating",
     "precision": "share of the first K that are held-out items",
     "hit": "share of users with at least one held-out item among the first K",
     "mrr": "one over the rank of the first hit within K, 0 without one",
@@ -61,23 +62,31 @@ def baseline_results(
     memory_gib: float = 3.0,
     seed: int = 2020,
     grids: Mapping[str, baselines.Grid] | None = None,
+    definitions: Definitions = USUAL,
 ) -> dict[str, dict[str, Any]]:
     """Test metrics of simple recommenders: {name: {"test": means, "settings", "tried", "seconds"} or {"skipped": why}}.
 
     names: keys of :data:`GRIDS`, whose values are searched by ndcg@20 on validation (on a part cut from train when
     the data has none), with those of ``grids`` in their place where given; ``tried`` points were judged. The model is
     then built on ``data.train``, as a learned model is. Results are kept in ``cache_dir`` by the data's fingerprint.
-    ease is skipped, with the reason, where its matrix exceeds memory_gib.
+    ease is skipped, with the reason, where its matrix exceeds memory_gib. definitions: of the test figures.
     """
     found = {}
     for name in names:
         file = None if cache_dir is None else cache_dir / f"baseline-{name}-{data.fingerprint[:16]}.json"
         grid = {**GRIDS[name], **((grids or {}).get(name) or {})}
         searched = {setting: list(values) for setting, values in grid.items()}
-        key = {"format": BASELINE_FORMAT, "ks": list(ks), "seed": seed, "memory_gib": memory_gib, "grid": searched}
-        stored = _stored(file, key)
+        key = {
+            "format": BASELINE_FORMAT,
+            "ks": list(ks),
+            "seed": seed,
+            "memory_gib": memory_gib,
+            "grid": searched,
+            "definitions": asdict(definitions),
+        }
+        stored = _stored(file, json.loads(json.dumps(key)))
         if stored is None:
-            stored = _judge_baseline(name, data, ks, memory_gib, seed, grid)
+            stored = _judge_baseline(name, data, ks, memory_gib, seed, grid, definitions)
             if file is not None:
                 write_json(file, {"key": key, "result": stored})
         found[name] = stored
@@ -156,7 +165,7 @@ def table_columns(
     rows: Mapping[str, Mapping[str, float]], ks: Sequence[int], metrics: Sequence[str] = TABLE_METRICS
 ) -> list[str]:
     """The metric names a table shows: the usual figures at every K (beyond accuracy at the largest only)."""
-    wide = ("recall", "ndcg", "precision", "map")
+    wide = ("recall", "ndcg", "precision", "map", "graded_ndcg")
     wanted = [f"{name}@{k}" for name in metrics for k in (ks if name in wide else ks[-1:])]
     return [name for name in wanted if any(name in row for row in rows.values())]
 
@@ -253,7 +262,13 @@ def _stored(file: Path | None, key: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _judge_baseline(
-    name: str, data: Interactions, ks: Sequence[int], memory_gib: float, seed: int, grid: baselines.Grid
+    name: str,
+    data: Interactions,
+    ks: Sequence[int],
+    memory_gib: float,
+    seed: int,
+    grid: baselines.Grid,
+    definitions: Definitions,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     try:
@@ -261,7 +276,7 @@ def _judge_baseline(
         scorer = build_baseline(name, data, settings, memory_gib=memory_gib)
     except UserError as error:
         return {"skipped": str(error)}
-    judged: Evaluation = evaluate(scorer, data, "test", ks, beyond=True)
+    judged: Evaluation = evaluate(scorer, data, "test", ks, beyond=True, definitions=definitions)
     return {
         "test": judged.means, "settings": settings, "tried": len(scores), "seconds": time.perf_counter() - started,
     }  # fmt: skip

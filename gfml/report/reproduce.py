@@ -35,7 +35,6 @@ import itertools
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -368,7 +367,9 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None
 def _best_row(label: str, fresh: dict | None, stored: dict | None, known: Sequence[Known]) -> dict[str, str]:
     """The row made of more runs; a stored one of as many is made anew."""
     if fresh and int(fresh["n"]) >= int((stored or {}).get("n") or 0):
-        return fresh
+        # Only the clock went otherwise: the file stays as it is.
+        same = stored and all(stored.get(key) == value for key, value in fresh.items() if key != "train_seconds")
+        return {key: value for key, value in stored.items() if value} if same else fresh
     if stored and stored.get("n"):
         return {key: value for key, value in stored.items() if value}
     needs = next((one.cell.needs for one in known if one.cell.label == label and one.reason), ())
@@ -418,8 +419,8 @@ def list_tables(out: str, data_root: str | None) -> None:
             for row in stored_rows(TABLE_ROOT / table["folder"], name)
             if row["n"] and row["protocol"] != "no training"
         ]
-        seeds = statistics.fmean(int(row["n"]) for row in rows) if rows else 0
-        stored = f"{len(rows)} rows stored, {seeds:.3g} runs each" if rows else "nothing stored"
+        runs = sum(int(row["n"]) for row in rows)
+        stored = f"{runs} runs in {len(rows)} rows stored" if rows else "nothing stored"
         here = f"here: {'first trials of rows ' if searched else ''}{summary(known)}"
         print(f"{name:22} {table.get('title', '')}\n{'':22} {stored}; {here}")
         for reason in reasons:
@@ -455,6 +456,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         write_page(TABLE_ROOT / table["folder"], given.table, table, check=True)
         return 0
+    if given.check and given.only:
+        raise UserError("--check compares the whole table: give it without --only")
     if given.check:
         write_table([given.table, "--folder", table["folder"], "--check"])
         print("\n".join(compare(given.table, table)) or "no row has a published one beside it")

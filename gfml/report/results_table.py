@@ -311,7 +311,9 @@ def show(folder: Path, name: str, *, check: bool) -> None:
         if text == readme.read_text(encoding="utf-8"):
             continue
         if check:
-            raise UserError(f"{readme} and {store} disagree: give {name} --folder {folder.name} without --check")
+            raise UserError(
+                f"{readme} and {store} disagree: gfml results-table {name} --folder {folder.name} writes the table"
+            )
         with atomic_open(readme) as stream:
             stream.write(text)
 

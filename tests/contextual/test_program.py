@@ -100,6 +100,17 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
 # -- smoke
 
 
+def test_the_mirror_step_trains_otherwise(run: Runs, tmp_path: Path) -> None:
+    """Finite, with other weights after one epoch from the same start."""
+    found = {}
+    for name, words in {"plain": "", "mirror": "--mirror two_step --mirror-every 1"}.items():
+        code, (path,) = run("256", tmp_path / name, "--pictures", 0, *words.split())
+        assert code == 0
+        found[name] = weights_of(path), rows_of(path)[0]["train/loss"]
+    (plain, _), (mirror, loss) = found["plain"], found["mirror"]
+    assert np.isfinite(loss) and any(not torch.equal(plain[key], mirror[key]) for key in plain)
+
+
 @pytest.mark.parametrize("pipeline", ["256", "224"])
 def test_the_loss_falls_and_everything_is_stored(
     run: Runs, pipeline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -54,3 +54,40 @@ def test_runs_give_what_they_gave(name: str, folder: Path) -> None:
     wanted = STORED[name]
     assert found["losses"] == pytest.approx(wanted["losses"], rel=LOSS)
     assert_same(found["result"], wanted["result"], name)
+
+
+SHORTER = {
+    "mcl": "--epochs 1 --baselines none",
+    "cml": "--epochs 1 --baselines none",
+    "hlrm": "--epochs 1 --baselines none",
+    "mirror-grad": "--epochs 1 --baselines none",
+    "contextual-256": "",
+    "vision": "--dry-run --batch-size 64",
+}
+
+
+def losses_with(name: str, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The first losses of a short run with further flags."""
+    module, line = NAMES.RUNS[name]
+    monkeypatch.setitem(NAMES.RUNS, name, (module, f"{line} {SHORTER[name]} {words}"))
+    return NAMES.run(name, folder)["losses"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORTER)
+def test_amp_rounds_to_bfloat16_and_no_more(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = "1" if name == "contextual-256" else ""
+    plain = losses_with(name, "", tmp_path / "plain", monkeypatch)
+    monkeypatch.undo()
+    half = losses_with(name, f"--amp {value}", tmp_path / "amp", monkeypatch)
+    assert half == pytest.approx(plain, rel=5e-2)
+    # The others' losses are made of gathered rows alone, which autocast leaves as they are.
+    assert (half != plain) == (name in ("vision", "contextual-256", "hlrm"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORTER)
+def test_compiled_losses_are_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = losses_with(name, "", tmp_path / "plain", monkeypatch)
+    monkeypatch.undo()
+    assert losses_with(name, "--compile", tmp_path / "compiled", monkeypatch) == pytest.approx(plain, rel=1e-4)

@@ -344,7 +344,7 @@ def test_what_eval_refuses(tmp_path):
         (["--emb_size", "9"], "trained with --embedding-dim 8"),
         (["--num_relations", "20"], "trained with --num-relations 3"),
         (["--topk", "41"], "at most the 40 items"),
-        (["--pair", "3", "nobody"], "has no item nobody"),
+        (["--pair", "3", "nobody"], "unknown title 'nobody'"),
     ):
         with pytest.raises(UserError, match=message):
             evaluation.main(flags)
@@ -410,6 +410,8 @@ def test_attention_is_written_and_drawn(name):
     assert len(rows) == int((found["references"] != -2).sum())
     total = sum(float(row["user_attention"]) for row in rows if (row["user"], row["item"]) == ("5", "item 7"))
     assert total == pytest.approx(1, abs=1e-4)
+    assert evaluation.main(["--pair", "5", "item 7"]) == 0
+    assert [path.name for path in folder.glob("*.png")] == ["pair-1.png"], "pictures of other pairs are gone"
 
 
 def test_models_without_relations_have_nothing_to_explain():

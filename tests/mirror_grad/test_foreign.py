@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,11 +49,36 @@ def test_scores_and_metrics_of_the_original(model: str) -> None:
     if model == "SLMRec":  # the original prints the sigmoid of the product
         scores = 1 / (1 + np.exp(-scores))
     np.testing.assert_allclose(scores, stored, rtol=0, atol=5e-6)
-    means = this.evaluation(found, "test").means
+    judged = this.evaluation(found, "test")
+    means = judged.means
+    if (folder / "top20.npy").is_file():
+        lists = {row[0]: row[1:6] for row in np.load(folder / "top20.npy").tolist()}
+        assert {u: top.tolist() for u, top in zip(judged.users.tolist(), judged.top, strict=True)} == {
+            u: lists[u] for u in judged.users.tolist()
+        }
+    if (folder / "not_in_the_file.npz").is_file():  # what the original drew, or made of the data
+        check_drawn(found, dict(np.load(folder / "not_in_the_file.npz")))
     exact = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["exact"]
     assert means == pytest.approx(means | exact, abs=1e-12)
     assert any("renamed" in note for note in notes)
     assert any("published --resume" in note for note in notes) == (model in foreign.RESUME_NOTES)
+
+
+TABLES = {"id_embedding": "id", "v_gcn.preference": "branches.image.preference",
+          "t_gcn.preference": "branches.text.preference"}  # fmt: skip
+
+
+def check_drawn(model: torch.nn.Module, theirs: dict[str, np.ndarray]) -> None:
+    """Drawn tables bit for bit; of a user graph every neighbour with its weight."""
+    state = model.state_dict()
+    for name in theirs.keys() & TABLES.keys():
+        np.testing.assert_array_equal(state[TABLES[name]].numpy(), theirs[name])
+    if "user_index" in theirs:
+        vectors = torch.randn(len(theirs["user_index"]), 3, dtype=torch.float64)
+        mixed = torch.einsum(
+            "uk,ukd->ud", torch.from_numpy(theirs["user_weight"]).double(), vectors[theirs["user_index"]]
+        )
+        torch.testing.assert_close(model.user_graph(vectors.float()).double(), mixed, rtol=1e-5, atol=1e-5)
 
 
 def theirs_of(model: str) -> dict[str, torch.Tensor]:
@@ -98,21 +124,19 @@ def test_the_command_of_the_guide(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "renamed" in said.err and not list(tmp_path.iterdir())
 
 
-def test_neighbour_lists_are_filled_as_numpy_draws_them() -> None:
-    """A plain loop over growing lists, after the same draws."""
-    from types import SimpleNamespace
-
-    degree = torch.tensor([3, 5, 0, 1])
-    data = SimpleNamespace(num_users=4, num_items=20)
-    found = foreign._numpy_positions(SimpleNamespace(k=5, degree=degree), data, 999, 64)
-    rng = np.random.RandomState(999)
-    for shape in ((4, 2), (20, 2)):
-        rng.randn(*shape)
-    rng.choice(20, 2, replace=False)
-    for shape in ((4, 64), (4, 64), (24, 64)):
-        rng.randn(*shape)
-    for user, size in enumerate(degree.tolist()):
-        kept = list(range(size))
-        while kept and len(kept) < 5:
-            kept.append(kept[rng.randint(0, len(kept))])
-        assert not kept or found[user].tolist() == kept
+def test_draws_of_the_originals() -> None:
+    """MVGAE's four tables and DRAGON's filled-up lists as the original classes themselves drew them after seed 999."""
+    stored = np.load(HERE / "draws.npz")
+    features = {"image": torch.zeros(5, 6), "text": torch.zeros(5, 3)}
+    shapes = {"experts.image.g.1.weight": torch.zeros(4, 4), "experts.image.project.weight": torch.zeros(128, 6)}
+    drawn = foreign._mvgae_tables(SimpleNamespace(num_users=7, num_items=5, features=features), shapes, 999)
+    assert len(drawn) == 4
+    for name, table in drawn.items():
+        np.testing.assert_array_equal(table.numpy(), stored[name])
+    graph = SimpleNamespace(k=6, degree=torch.from_numpy(stored["degree"]))
+    place = foreign._numpy_positions(graph, SimpleNamespace(num_users=9, num_items=25), 999, 64)
+    some = stored["degree"] > 0  # a user without neighbours has a list of zeros with zero weights there
+    filled = np.take_along_axis(stored["neighbours"], place.numpy(), 1)
+    np.testing.assert_array_equal(filled[some], stored["filled"][some])
+    weights = torch.from_numpy(stored["counts"]).gather(1, place).softmax(1).numpy()
+    np.testing.assert_allclose(weights[some], stored["weights"][some], rtol=1e-6)

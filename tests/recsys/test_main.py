@@ -306,7 +306,7 @@ def test_a_bad_choice_in_a_config(fail, tmp_path):
     [
         ("", "0 3\n", ["train.txt is empty"]),
         ("0 1 2\n1 4 3\n", "", ["test.txt is empty"]),
-        ("0 1 2\n1 4 3\n", "0 2\n", ["no test interactions"]),
+        ("0 1 2\n1 4 3\n", "0 2\n", ["no test interactions (1 test pairs also in train or valid, dropped)"]),
     ],
 )
 def test_bad_data_files(fail, tmp_path, train_text, test_text, words):
@@ -618,7 +618,6 @@ def test_baselines_stand_in_the_result(train, tmp_path):
 
 def test_other_conventions_stand_beside_and_can_be_compared(train, tmp_path, capsys):
     """Columns by name in the result, per user for paired tests, and the run's lists judged again from files."""
-    from gfml.base.errors import UserError
     from gfml.report import compare
     from gfml.report.judge import run_lists
 
@@ -638,8 +637,12 @@ def test_other_conventions_stand_beside_and_can_be_compared(train, tmp_path, cap
         == 0
     )
     assert f"elliot:ndcg@{k}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="not all runs stored figures as elliot.*gfml judge"):
-        compare.main([str(runs[0]), str(plain), "--metrics-as", "elliot"])
+    # The plain run has the seed of the first: judged again, its figures are the first's.
+    again = [str(runs[0]), str(plain), "--metrics-as", "elliot", "--resamples", "100", "--out", str(tmp_path / "d")]
+    assert compare.main(again) == 0 and "judged again as elliot" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "d" / "comparison.json").read_text(encoding="utf-8"))["rows"]
+    theirs = [row for row in rows if row["metric"].startswith("elliot:")]
+    assert theirs and all(row["mean"] == pytest.approx(row["mean_against"], abs=1e-6) for row in theirs)
     table = run_lists(runs[0])
     with np.load(runs[0] / "analysis.npz") as stored:
         assert len(table) == (stored["top"] >= 0).sum()

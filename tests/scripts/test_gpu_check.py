@@ -13,8 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = str(ROOT / "scripts")
 QUICK = (
-    "numbers-mcl", "numbers-vision", "numbers-mirror1", "waiting", "times-ceilings", "times-lightgcn", "times-factorisation",
-    "times-contextual", "times-attention", "times-vit", "times-multimodal2",
+    "numbers-mcl", "numbers-fused", "numbers-vision", "numbers-mirror1", "waiting", "times-ceilings", "times-lightgcn", "times-factorisation",
+    "times-fused", "times-mcl", "times-contextual", "times-attention", "times-vit", "times-multimodal2", "vit-distance",
 )  # fmt: skip
 
 

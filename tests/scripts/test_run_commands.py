@@ -152,7 +152,7 @@ def test_stopping_a_list_stops_its_programs_and_says_how_to_go_on(toy: Path, num
 def test_the_script_end_to_end(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "python toy_paper/main.py --lr 1\n\npython toy_paper/main.py --lr 2 --fail 1\n"
     dry = script(toy, text, "--dry-run")
-    assert dry.wait() == 0 and dry.stdout.read().splitlines()[-1] == "2 not launched" and not (toy / "runs").exists()
+    assert dry.wait() == 0 and dry.stdout.read().splitlines()[-1] == "# 2 not launched" and not (toy / "runs").exists()
     done = script(toy, text, "--epochs", "1")
     assert done.wait() == 1 and done.stdout.read().splitlines()[-1] == "1 ran, 1 FAILED"
     for words, wanted in ((["--workers", "0"], "whole number >= 1"), (["--lrr", "1"], "unknown flag --lrr")):
@@ -205,4 +205,4 @@ def test_the_recommender_grid(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     # Three models with dot and bpr and four gravity losses x 4 distances x 4 masses; the hinge on two.
-    assert len(set(lines)) == 3 * (2 + 4 * 4 * 4) + 2 and last == "200 not launched" and not list(tmp_path.iterdir())
+    assert len(set(lines)) == 3 * (2 + 4 * 4 * 4) + 2 and last == "# 200 not launched" and not list(tmp_path.iterdir())

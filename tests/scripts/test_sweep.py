@@ -169,7 +169,7 @@ def follower(toy: Path, *flags: str, **how) -> Follower:
 def reports(one: Follower) -> list[tuple]:
     found = []
     while (report := one.next()) is not None:
-        found.append(tuple(vars(report).values()))
+        found.append((report.epoch, report.value, report.finished))
     return found
 
 
@@ -201,7 +201,11 @@ def test_a_trial_that_was_stopped_early_is_not_started_again(toy: Path) -> None:
     one = follower(toy, "--seconds", "0.4")
     one.next()
     one.stop()
-    assert [report[0] for report in reports(follower(toy, launch=False))] == [1] and starts_of(toy) == 1
+    assert [report[0] for report in reports(follower(toy, until=1))] == [1] and starts_of(toy) == 1
+    # Told again, it is known to be from before; what an earlier session let pass is not judged anew.
+    assert follower(toy).next().stored and not follower(toy, "--lr", "0.3").next().stored
+    # What was logged after the decision to stop does not count.
+    assert [report[0] for report in reports(follower(toy, until=0))] == []
 
 
 def test_a_run_that_somebody_else_has_is_watched(toy: Path) -> None:
@@ -362,9 +366,11 @@ def test_a_dry_run_needs_no_ray(toy: Path) -> None:
     done = sweep(toy, str(write(toy)), "--dry-run", "--", "--seconds", "0.1")
     out, err = done.communicate()
     assert done.returncode == 0, err
-    assert out.splitlines()[0].startswith(
-        "[1/4] not launched: python toy_paper/main.py --epochs 3 --seconds 0.1 --lr 0."
-    ) and out.endswith("4 not launched\n")
+    first = out.splitlines()[0]
+    assert first.startswith("python toy_paper/main.py --epochs 3 --seconds 0.1 --lr 0.")
+    assert first.endswith("  # [1/4] not launched") and out.endswith("# 4 not launched\n")
+    # Every line can be pasted into a shell as it is.
+    assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
     assert not (toy / "runs").exists()
     for words, wanted in (
         (["--resume"], "--resume found no sweep"),

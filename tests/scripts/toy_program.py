@@ -83,5 +83,6 @@ def write(root: Path) -> None:
     """Make the folder ``toy_paper`` below root."""
     folder = root / "toy_paper"
     folder.mkdir()
-    (folder / "__init__.py").write_text("")
+    nothing = "class Nothing:\n    @staticmethod\n    def load(settings):\n        return None\n"
+    (folder / "__init__.py").write_text(nothing)
     (folder / "main.py").write_text(MAIN)

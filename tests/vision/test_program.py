@@ -88,6 +88,19 @@ def test_every_mode_trains_and_reports(name, tmp_path, capsys):
     assert result["test"]["accuracy"] == pytest.approx(correct)
 
 
+def test_refit_trains_anew_on_train_and_validation(tmp_path):
+    code, (path,) = run(tmp_path, "--model-name vit --val_fraction 0.2 --refit")
+    result, selected = result_of(path), result_of(path)["selection"]["epoch"]
+    assert code == 0 and "anew on train and validation" in result["selection"]["protocol"]
+    inner = path / f"refit-{selected}"
+    assert len(rows_of(inner)) == selected and "val/balanced_accuracy" not in rows_of(inner)[0]
+    reported, fresh, first = (
+        load_state(file)["model"] for file in (path / "final.pt", inner / "last.pt", path / "last.pt")
+    )
+    assert all(torch.equal(reported[key], fresh[key]) for key in fresh)
+    assert any(not torch.equal(reported[key], first[key]) for key in first), "the headline is the refit's"
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

@@ -56,6 +56,7 @@ def test_forms(text, wanted, tmp_path):
     [
         ("user,item,score\nu,a,1\nu,b,nan\nu,c,\nu,d,2\n", ["d", "a"], ("rows with an empty or NaN score, left out", 2)),
         ("user,item,rank\nu,a,\nu,b,2\nu,c,1\n", ["c", "b", "a"], ("rows without a rank, put behind the user's ranked ones", 1)),
+        ("user,item\nu,b\nu,a\n", ["b", "a"], ("rows without a rank or a score, ordered as in the file", 2)),
         ("user,item,score\nu,a,1\nu,b,1\nu,c,2\n", ["c", "a", "b"], ("tied scores, ordered as in the file", 1)),
         ("user,item,rank,score\nu,a,1,1\nu,b,1,2\n", ["b", "a"], ("ranks that a user has twice, ordered by score, then as in the file", 1)),
     ],

@@ -8,6 +8,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,3 +223,36 @@ def test_mistakes_are_one_clear_line(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message) as caught:
         load_dataset(name, **arguments)
     assert "\n" not in str(caught.value)
+
+
+RATED = "user,item,rating,time\na,1,5,10\na,2,3,20\na,1,2,30\na,3,4,5\nb,1,1,1\nb,2,4,2\nb,3,2,3\nc,1,5,1\nc,2,4,9\nc,3,3,5\nc,2,1,2\n"
+
+
+@pytest.mark.parametrize(
+    ("duplicates", "twice"), [("first", {"a": 5, "c": 1}), ("last", {"a": 2, "c": 4}), ("sum", {"a": 7, "c": 5})]
+)
+def test_ratings_of_the_test_part(duplicates: str, twice: dict[str, int], tmp_path: Path) -> None:
+    """Of a pair that is there twice the rating that the choice of duplicates says; none without being asked."""
+    (tmp_path / "r.csv").write_text(RATED, encoding="utf-8")
+    single = {("a", "2"): 3, ("a", "3"): 4, ("b", "1"): 1, ("b", "2"): 4, ("b", "3"): 2, ("c", "1"): 5, ("c", "3"): 3}
+    wanted = single | {("a", "1"): twice["a"], ("c", "2"): twice["c"]}
+    seen = set()
+    for seed in range(6):
+        how = {"split_seed": seed, "duplicates": duplicates, "cache_dir": tmp_path / "cache"}
+        data = load_dataset(tmp_path / "r.csv", rated=True, **how)
+        again = load_dataset(tmp_path / "r.csv", rated=True, **how)  # from the cache
+        plain = load_dataset(tmp_path / "r.csv", **how)
+        assert plain.fingerprint == data.fingerprint and plain.test_ratings is None
+        users, items = data.rated_test.nonzero()
+        pairs = [(str(data.user_ids[u]), str(data.item_ids[i])) for u, i in zip(users, items, strict=True)]
+        assert data.test_ratings.tolist() == again.test_ratings.tolist() == [wanted[pair] for pair in pairs]
+        seen |= {*pairs}
+    assert len(seen) > 5
+
+
+def test_no_ratings_to_keep(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("user,item\na,1\na,2\na,3\n", encoding="utf-8")
+    with pytest.raises(UserError, match="has no ratings, wanted them for `graded`"):
+        load_dataset(tmp_path / "r.csv", rated=True, cache=False)
+    with pytest.raises(UserError, match="has no ratings"):
+        load_dataset("demo", rated=True)

@@ -210,3 +210,13 @@ def test_a_closure_is_evaluated() -> None:
     for kind in LAZY.values():
         optimizer = kind([parameter])
         assert optimizer.step(lambda: parameter.sum()) == parameter.sum()
+
+
+@pytest.mark.parametrize("name", ("lazy_adamw", "adagrad"))
+def test_a_graph_of_the_old_values_is_refused_after_a_step(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    loss = parameter.square().sum()
+    parameter.grad = torch.ones(3, 2)
+    build_optimizer(name, [{"params": [parameter], "weight_decay": 0.0}], 0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -683,7 +683,7 @@ def test_continuing_is_announced(tmp_path, capsys):
     assert "continuing after epoch 1" in capsys.readouterr().err
 
 
-def test_without_selection_the_last_epoch_is_kept(tmp_path: Path) -> None:
+def test_without_selection_the_last_epoch_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -700,8 +700,11 @@ def test_without_selection_the_last_epoch_is_kept(tmp_path: Path) -> None:
             run=run,
             epochs=4,
             ema=average,
-            progress=False,
+            progress=None,
         )
+    # Nothing is judged, so every epoch has its line.
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in said if line.startswith("epoch ")] == ["1", "2", "3", "4"]
     assert found.best_epoch == 4 and found.selection()["rule"] == "last epoch"
     assert not any(key.startswith("val/") for row in found.history for key in row)
     # The averages are what is judged, so they are what is kept.

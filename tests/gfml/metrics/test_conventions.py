@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,38 @@ def test_ours_are_the_stored_values_but_for_novelty() -> None:
     for denominator in ("k", "n"):
         means = ours(case(), KS, map_denominator=denominator)[0].means
         assert means["map@10"] == pytest.approx(VALUES["gfml"][f"map_{denominator}@10"], abs=2e-9)
+
+
+OTHER = json.loads((STORED / "other_lists.json").read_text(encoding="utf-8"))["cases"]
+OTHER_KS = (3, 10, 30)
+VARIANTS = {"ir": partial(conventions.trec, complete=True), "elliot-t3": partial(conventions.elliot, threshold=3),
+            "rectools-ach": partial(conventions.rectools, achievable=True, divide_by_k=True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_values_of_other_lists(kind: str, tmp_path: Path) -> None:
+    for part in ("train", "truth", "lists"):
+        (tmp_path / f"{part}.tsv").write_text(OTHER[kind][part], encoding="utf-8")
+    table, truth, train = (read(tmp_path / f"{part}.tsv") for read, part in
+                           ((read_lists, "lists"), (read_pairs, "truth"), (read_pairs, "train")))  # fmt: skip
+    cases = {}
+    for rating, ratings in (("ones", np.ones(len(truth.users))), ("ratings", truth.ratings)):
+        ground = ground_of(replace(truth, ratings=ratings), train, [table])
+        cases[rating, "rank"], cases[rating, "score"] = (
+            case_of(replace(table, **{other: None}), ground)[0] for other in ("scores", "ranks")
+        )
+    for key, values in OTHER[kind]["values"].items():
+        name, rating, order = key.split("/")
+        how = VARIANTS.get(name) or CONVENTIONS[name]
+        found = how(cases[rating, order], OTHER_KS).means
+        # Values have ten digits.
+        assert {metric: found.get(metric) for metric in values} == pytest.approx(values, rel=0, abs=1e-9), key
+
+
+def test_tail_of_warprec_begins_beyond_80_percent() -> None:
+    assert conventions._warprec_tail(np.array([0, 40, 25, 15, 12, 8])).tolist() == [False] * 5 + [
+        True
+    ]  # 80 is not more
 
 
 def small(

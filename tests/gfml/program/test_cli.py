@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -395,3 +396,10 @@ def test_a_closed_pipe_is_no_error() -> None:
 
     with pytest.raises(BrokenPipeError):
         cli.run_main(other)
+
+
+@pytest.mark.parametrize("text", ["1" + "0" * 60, "-" + "9" * 30, "4294967296"])
+def test_whole_numbers_that_no_array_or_seed_reaches_are_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="whole number of at most 4294967295"):
+        kinds.number(int)(text)
+    assert kinds.number(int)("4294967295") == 2**32 - 1

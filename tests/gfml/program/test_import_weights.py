@@ -91,20 +91,29 @@ def test_mcl_ranks_by_distance(data, tables, tmp_path, capsys):
     assert figures(said)["precision@5"] == pytest.approx(np.mean([hits[u] / 5 for u in judged]), abs=5e-5)
 
 
-def test_vit_cifar_scores_as_written_by_hand(tmp_path):
-    """A small network of the original's structure, computed here token by token from its own names."""
-    from vision.vit import ViT, ViTSettings
-
+def vit_state(width: int = 12, tokens: int = 5, patch: int = 48, classes: int = 4) -> dict[str, torch.Tensor]:
+    """Random weights of two layers under the original's names."""
     torch.manual_seed(1)
-    width, heads = 12, 3
-    shapes = {"cls_token": (1, 1, width), "pos_emb": (1, 5, width), "emb.weight": (width, 48), "emb.bias": (width,)}
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_emb": (1, tokens, width),
+        "emb.weight": (width, patch),
+        "emb.bias": (width,),
+    }
     for layer in range(2):
         for part in ("la1", "la2"):
             shapes |= {f"enc.{layer}.{part}.weight": (width,), f"enc.{layer}.{part}.bias": (width,)}
         for part in ("msa.q", "msa.k", "msa.v", "msa.o", "mlp.0", "mlp.3"):
             shapes |= {f"enc.{layer}.{part}.weight": (width, width), f"enc.{layer}.{part}.bias": (width,)}
-    shapes |= {"fc.0.weight": (width,), "fc.0.bias": (width,), "fc.1.weight": (4, width), "fc.1.bias": (4,)}
-    state = {f"model.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    shapes |= {"fc.0.weight": (width,), "fc.0.bias": (width,), "fc.1.weight": (classes, width), "fc.1.bias": (classes,)}
+    return {f"model.{name}": torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_vit_cifar_scores_as_written_by_hand(tmp_path):
+    """A small network of the original's structure, computed here token by token from its own names."""
+    from vision.vit import ViT, ViTSettings
+
+    width, heads, state = 12, 3, vit_state()
     torch.save(state, tmp_path / "w.pth")
     assert main([str(tmp_path / "w.pth"), "--from", "vit-cifar", "--out", str(tmp_path / "o.safetensors")]) == 0
     settings = ViTSettings(patch=2, hidden=width, mlp_hidden=width, num_layers=2, num_heads=heads)
@@ -136,7 +145,120 @@ def test_vit_cifar_scores_as_written_by_hand(tmp_path):
     torch.testing.assert_close(model.eval()(images), linear(norm(x[:, 0], "fc.0"), "fc.1"), rtol=1e-4, atol=1e-4)
 
 
-def test_hlrm_fits_the_model_of_the_port(tmp_path):
+@pytest.mark.parametrize("place", ["full", "full_fix", "head", "tail"])
+def test_masses_of_a_vision_transformer(place, tmp_path):
+    """Tables of every layer, and one shared table that stands in the file once more under each layer that uses it."""
+    from gfml.attention import AttentionSettings
+    from vision.foreign import flags
+    from vision.vit import ViT, ViTSettings
+
+    state, layers = vit_state(), {"head": [0], "tail": [1]}.get(place, [0, 1])
+    masses = [torch.rand(5, 1) for _ in layers] if place == "full" else [torch.rand(5, 1)] * len(layers)
+    for layer, mass in zip(layers, masses, strict=True):
+        state |= {f"model.enc.{layer}.msa.mass_{side}.weight": mass for side in "qk"}
+    if place != "full":
+        state |= {f"model.mass_{side}.weight": masses[0] for side in "qk"}
+    torch.save(state, tmp_path / "w.pth")
+    assert main([str(tmp_path / "w.pth"), "--from", "vit-cifar", "--out", str(tmp_path / "o.safetensors")]) == 0
+    settings = ViTSettings(patch=2, hidden=12, mlp_hidden=12, num_layers=2, num_heads=3, mass_pos=place)
+    model = ViT(4, image_size=8, settings=settings, attention=AttentionSettings())
+    model.load_state_dict(read_weights(tmp_path / "o.safetensors"))
+    for layer, mass in zip(layers, masses, strict=True):
+        assert torch.equal(model.blocks[layer].attention.mass.key, mass.T)
+    assert f"--mass-pos={place}" in flags(state, "")
+
+
+def test_vit_cifar_is_judged(tmp_path, capsys):
+    """On the embedded digits, against logits of the network by itself; masses are left out, as that program computes."""
+    from vision.main import PROGRAM
+
+    state = vit_state(width=8, tokens=17, patch=12, classes=10)
+    state |= {"model.enc.0.msa.mass_k.weight": torch.rand(17, 1), "model.mass_k.weight": torch.rand(17, 1)}
+    torch.save(state, tmp_path / "w.pth")
+    words = ["--from", "vit-cifar", "--out", str(tmp_path / "o.safetensors"), "--dataset", "digits", "--head", "2"]
+    assert main([str(tmp_path / "w.pth"), *words]) == 0
+    said = capsys.readouterr().out
+    assert "--mass-pos=head --mass-from=none" in said and "weights of" in said
+    kind = PROGRAM.load_experiment()
+    settings = PROGRAM.parse(said.split("judged by vision/main.py ")[1].split("\n")[0].split())
+    this = kind(settings, kind.load(settings))
+    model = this.build()
+    model.load_state_dict({k: v for k, v in read_weights(tmp_path / "o.safetensors").items() if ".mass." not in k})
+    right = this.predict(model.eval(), this.data.source.test).argmax(-1).numpy() == this.data.source.test.labels
+    assert f"{right.mean():.4f}" in said.splitlines()[-1]
+
+
+def test_hlrm_is_judged(data, tmp_path, capsys):
+    """By the port's relation, in float64 from its own names: hits of the five nearest items that a user has not."""
+    torch.manual_seed(2)
+    state = {"user_emb.weight": torch.randn(data.num_users, 6) / 4, "item_emb.weight": torch.randn(data.num_items, 6) / 4,
+             "userattn.key_.weight": torch.randn(3, 6), "userattn.val_.weight": torch.randn(3, 6)}  # fmt: skip
+    torch.save(state, tmp_path / "w.pth")
+    words = ["--from", "hlrm", "--out", str(tmp_path / "o.safetensors"), "--baselines", "none", *DEMO]
+    assert main([str(tmp_path / "w.pth"), *words]) == 0
+    said = capsys.readouterr().out
+    users, items, key, value = (table.double() for table in state.values())
+    diagonal, hits, judged = (key * value).sum(0), 0.0, np.flatnonzero(np.diff(data.test.indptr))
+    known = data.train_and_valid
+    for u in judged:
+        own = known[[u]].indices  # at most 50 items, so that none is left out
+        slots = items[own]
+        weights = ((slots * users[u] * diagonal) @ items.T).softmax(0)
+        near = (users[u] + items * diagonal * (weights.T @ slots) - items).norm(dim=1)
+        near[own] = torch.inf
+        hits += len({*near.argsort()[:5].tolist()} & {*data.test[[u]].indices.tolist()}) / 5
+    row = next(line for line in said.splitlines() if line.startswith("HLR, diagonal form of the port"))
+    assert row.split()[-2] == f"{hits / len(judged):.4f}"
+
+
+def test_mirror_gradient_is_judged(tmp_path, capsys):
+    folder = Path(__file__).resolve().parents[2] / "golden" / "checkpoints"
+    words = [
+        "--from",
+        "mirror-gradient",
+        "--out",
+        str(tmp_path / "o.safetensors"),
+        "--dataset",
+        str(folder / "ckpt_toy"),
+    ]
+    assert main([str(folder / "VBPR" / "weights.pth"), *words, "--topks", "5", "--no-cache"]) == 0
+    said = capsys.readouterr().out
+    assert all(figure in said for figure in ("0.4614", "0.1561", "0.2801", "0.3526"))  # the original's own
+
+
+@pytest.mark.slow
+def test_contextual_is_judged(tmp_path, capsys, monkeypatch):
+    """The original's small file on the embedded digits, against neighbours of the network's own vectors."""
+    from contextual import experiment
+    from contextual.main import PROGRAM
+
+    file = SHARED / "sop_network_256_state.pth"
+    if not file.is_file():
+        pytest.skip("the original's files are not at hand")
+    monkeypatch.setattr(experiment, "build_backbone", lambda *_, **__: (small_resnet(32), 64))
+    assert (
+        main([str(file), "--from", "contextual", "--out", str(tmp_path / "o.safetensors"), "--dataset", "digits"]) == 0
+    )
+    said = capsys.readouterr().out
+    settings = PROGRAM.parse(said.split("judged by contextual/main.py ")[1].split("\n")[0].split())
+    this = experiment.Retrieve(settings, experiment.Retrieve.load(settings))
+    net = this.adopt(read_weights(tmp_path / "o.safetensors"), "o").net
+    vectors, labels = this.embeddings(this.data.test, net).double(), this.data.test.labels
+    nearest = (vectors @ vectors.T).fill_diagonal_(-torch.inf).argmax(1).numpy()
+    header, row = said.splitlines()[-2:]
+    column = header.split().index("recall@1") - len(header.split())
+    assert float(row.split()[column]) == pytest.approx((labels[nearest] == labels).mean(), abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["hlrm", "vit-cifar", "contextual", "mirror-gradient"])
+def test_flags_without_data(name, tmp_path):
+    with pytest.raises(UserError, match="no --dataset"):
+        main(["w.pth", "--from", name, "--head", "3"])
+    with pytest.raises(UserError, match="wanted gfml import FILE --from"):
+        main(["--from", name, "w.pth"])
+
+
+def test_hlrm_fits_the_model_of_the_port(tmp_path, capsys):
     from gfml.ranking.encoders import Tables
     from hlrm.model import RelationModel
     from hlrm.relations import DiagonalRelation
@@ -146,6 +268,7 @@ def test_hlrm_fits_the_model_of_the_port(tmp_path):
         state |= {f"{side}attn.key_.weight": torch.randn(5, 4), f"{side}attn.val_.weight": torch.randn(5, 4)}
     torch.save(state, tmp_path / "w.pth")
     assert main([str(tmp_path / "w.pth"), "--from", "hlrm", "--out", str(tmp_path / "o.safetensors")]) == 0
+    assert f"judge them: gfml import {tmp_path / 'w.pth'} --from hlrm --dataset NAME" in capsys.readouterr().out
     model = RelationModel(Tables(6, 9, 4), DiagonalRelation(4, 5, "plus"))
     model.load_state_dict(read_weights(tmp_path / "o.safetensors"))
     assert torch.equal(model.relation.item_value, state["itemattn.val_.weight"])

@@ -106,7 +106,7 @@ def test_formats_are_chosen(page, tmp_path):
 
 def test_the_best_cell_is_marked(page, tmp_path):
     text = page.write(tmp_path).read_text(encoding="utf-8")
-    assert re.findall(r"<td class=best>(.*?)</td>", text) == ["1.0"]
+    assert re.findall(r'<td class="best">(.*?)</td>', text) == ["1.0"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_wide_tables_go_on_below(tmp_path):
     page = Page("title")
     page.table(["method", *names], [["mf", *(f"0.{n:04d}" for n in range(30))]])
     text = page.write(tmp_path).read_text(encoding="utf-8")
-    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", part) for part in text.split("<tr>")[1:]]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", part) for part in text.split("<tr>")[1:]]
     heads, cells = rows[::2], rows[1::2]
     assert len(heads) > 1 and {head[0] for head in heads} == {"method"} and {row[0] for row in cells} == {"mf"}
     assert [name.replace("<wbr>", "") for head in heads for name in head[1:]] == names
@@ -165,7 +165,7 @@ def test_learning_curves_draw_every_term_and_the_best_epoch():
     assert lines.keys() == {"dot"}, "a term that is always zero has no line, the loss none beside small terms"
     np.testing.assert_allclose(lines["dot"].get_ydata(), [2 / e for e in range(1, 7)])
     np.testing.assert_allclose(selection.lines[0].get_xydata(), [[2, 0.2], [4, 0.4], [6, 0.6]])
-    assert selection.lines[0].get_label() == "run: best 0.4000, epoch 4"
+    assert selection.lines[0].get_label() == "run: 0.4000 at epoch 4"
     stars = [line for line in selection.lines if line.get_marker() == "*"]
     np.testing.assert_allclose(stars[0].get_xydata(), [[4, 0.4]])
 
@@ -177,7 +177,7 @@ def test_several_runs_share_a_plot_for_each_metric_that_selects():
     assert [line.get_label() for line in loss.lines] == ["_one", "_two"], "named where what selects is drawn"
     assert [axis.get_ylabel() for axis in selections] == ["val/m", "test/m"]
     said = [[text.get_text() for text in axis.get_legend().get_texts()] for axis in selections]
-    assert said == [["one: best 0.2000, epoch 2"], ["two: best 0.5000, epoch 2"]]
+    assert said == [["one: 0.2000 at epoch 2"], ["two: 0.5000 at epoch 2"]]
 
 
 @pytest.mark.parametrize("rows", [[], ROWS[:1], [{"epoch": 0, "val/m": 0.1}]])

@@ -12,11 +12,12 @@ import pytest
 import torch
 from scipy import stats
 
+from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions
 from gfml.data.synthetic import generate
 from gfml.gravity import Mass
 from gfml.ranking import baselines
-from gfml.ranking.evaluation import evaluate
+from gfml.ranking.evaluation import Definitions, evaluate
 from gfml.ranking.ials import ials
 from gfml.report import recommenders as reporting
 
@@ -40,6 +41,26 @@ def test_baselines_are_judged_on_test_with_settings_chosen_on_validation(data: I
     assert found["item-knn"]["test"]["recall@10"] > popularity["recall@10"]
     model = ials(data, **found["ials"]["settings"])
     assert found["ials"]["test"]["ndcg@10"] == evaluate(model, data, "test", [5, 10]).means["ndcg@10"]
+
+
+def test_baselines_have_the_columns_of_other_conventions_and_of_ratings(data: Interactions, tmp_path: Path) -> None:
+    rated = replace(data, test_ratings=np.random.default_rng(0).integers(1, 6, data.test.nnz).astype(float))
+    asked = Definitions(("elliot", "trec"), "n", "exp1")
+    found = reporting.baseline_results(["popularity", "ease"], rated, [5], definitions=asked, cache_dir=tmp_path)
+    means = evaluate(baselines.popularity(data), rated, "test", [5], beyond=True, definitions=asked).means
+    assert found["popularity"]["test"] == means and {"elliot:ndcg@5", "trec:map@5"} <= found["ease"]["test"].keys()
+    # Everybody has a list, so that Elliot's graded NDCG is ours; the cut-off and the gain are as asked.
+    assert means["elliot:ndcg@5"] == pytest.approx(means["graded_ndcg@5"]) != means["ndcg@5"]
+    assert means["trec:map@5"] == means["map@5"]
+    stored = reporting.baseline_results(["popularity"], rated, [5], definitions=asked, cache_dir=tmp_path)
+    assert stored["popularity"] == found["popularity"]
+    usual = reporting.baseline_results(["popularity"], rated, [5], cache_dir=tmp_path)["popularity"]["test"]
+    assert "elliot:ndcg@5" not in usual and "graded_ndcg@5" not in usual
+    text = reporting.judged_text({"data": {"name": "d"}, "topks": [5], "selection": {"epoch": 1, "protocol": "p"},
+                                  "baselines": found}, {"model": means})  # fmt: skip
+    assert "metrics as elliot" in text and "graded_ndcg@5" in text
+    with pytest.raises(UserError, match="no test ratings, wanted them for `graded`"):
+        evaluate(baselines.popularity(data), data, "test", [5], definitions=asked)
 
 
 def test_a_grid_may_be_given_and_chosen_points_are_told(data: Interactions, tmp_path: Path) -> None:
