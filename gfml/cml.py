@@ -324,13 +324,13 @@ class SquaredDistanceScorer:
 
     def at(self, users: Tensor, items: Tensor) -> Tensor:
         """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
-        user, item = self.user[users], self.item[items]
-        term = self._item_term[items] - item.square().sum(-1)
-        return -(user[:, None] - item).square().sum(-1) - term
+        return self.of_vectors(self.user[users], items)
 
     def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
-        """Scores of user vectors [B, D] with all items, or with items int64 [W]."""
+        """Scores of user vectors [B, D] with all items, with items int64 [W], or each with his own, [B, W]."""
         item, term = (table if items is None else table[items] for table in (self.item, self._item_term))
+        if item.dim() == 3:
+            return -(vectors[:, None] - item).square().sum(-1) - (term - item.square().sum(-1))
         return 2 * vectors @ item.T - term - vectors.square().sum(1, keepdim=True)
 
     @torch.no_grad()

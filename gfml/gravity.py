@@ -299,7 +299,10 @@ class GravityScorer:
         return gravity.from_sq_distance(gravity.distance.paired(x, y), self.mass_scale * gravity.mass(users, items))
 
     def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
-        """g of user vectors [B, D] with all items, or with items int64 [W]; the user's own mass is the mean of all."""
+        """g of user vectors [B, D] with all items, with items int64 [W], or each with his own, [B, W].
+
+        The user's own mass is the mean of all.
+        """
         gravity, mass = self.gravity, self.gravity.mass
         x, y = (
             gravity._prepare(rows, self.emb_norm)
@@ -308,7 +311,8 @@ class GravityScorer:
         log_user = None if mass.user is None else mass.log_user().detach().mean()
         log_item = None if mass.item is None else mass.log_item(items).detach()
         mu = self.mass_scale * mass._combine(log_user, log_item)
-        return gravity.from_sq_distance(gravity.distance.all_pairs(x, y), mu)
+        between = gravity.distance.all_pairs if y.dim() == 2 else gravity.distance.paired
+        return gravity.from_sq_distance(between(x, y), mu)
 
     def factors(self) -> Factors | None:
         """See :meth:`Gravity.factors`."""

@@ -13,13 +13,17 @@ The diagonal form has no such tables; its D-vectors exist for one block of users
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Self
+
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from gfml.ranking.sampling import seeded_generator
 from gfml.ranking.topk import Factors
-from hlrm.data import History
+from hlrm.data import Histories, History
 from hlrm.relations import DISTANCE_EPS, DiagonalRelation, MemoryRelation, slot_weights
 
 # Floats of the largest temporary: what fits a core's cache beats larger blocks two to one, a GPU wants them large.
@@ -29,6 +33,8 @@ ITEMS_ON_CPU = 16
 
 class _RelationScorer:
     """What both forms share: vectors, fixed histories, blocks of items. A :class:`gfml.ranking.topk.Scorer`."""
+
+    pool = 128  # other items that a new user's are compared with: every one has a relation of its own
 
     def __init__(
         self,
@@ -51,6 +57,34 @@ class _RelationScorer:
     def factors(self) -> None:
         """None: the order is no dot product."""
         return None
+
+    def of_histories(self, histories: sp.csr_array, vectors: Tensor | None = None) -> Self:
+        """This scorer for users with these histories (binary CSR [n, I]) and vectors [n, D], None while these are sought.
+
+        Of more items than a judged history has, those with the highest numbers count.
+        """
+        known = Histories(histories, self.history.ids.shape[1], kind="last", device=self.user.device)
+        other, rows = copy(self), torch.arange(histories.shape[0], device=self.user.device)
+        other.history = known.of_rows(rows, seeded_generator(self.user.device, 0), known.items)
+        if vectors is not None:
+            other.user, other.num_users = vectors, len(vectors)
+        return other
+
+    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+        """Scores of user vectors [B, D], whose histories are this scorer's, with all items, [W], or each his own, [B, W]."""
+        item = self.item if items is None else self.item[items]
+        item = item if item.dim() == 3 else item.expand(len(vectors), *item.shape)
+        return self._related_scores(vectors, item, self.history)
+
+    def at(self, users: Tensor, items: Tensor) -> Tensor:
+        """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
+        return self._related_scores(
+            self.user[users], self.item[items], History(*(part[users] for part in self.history))
+        )
+
+    def _related_scores(self, user: Tensor, items: Tensor, history: History) -> Tensor:
+        moved = user[:, None] + self.relation(user, items, self.item[history.ids], history.mask).vector - items
+        return -(moved.square().sum(2) if self.squared else (moved + DISTANCE_EPS).norm(dim=2))
 
     def _item_block(self, floats_per_item: int) -> int:
         """Items at a time: within the budget and ``block``."""
@@ -186,10 +220,8 @@ class DiagonalScorer(_RelationScorer):
         return result
 
     def _block_scores(self, users: Tensor, item: Tensor) -> Tensor:
-        user, ids, mask = self.user[users], self.history.ids[users], self.history.mask[users]
-        items = item.expand(len(users), *item.shape)
-        moved = user[:, None] + self.relation(user, items, self.item[ids], mask).vector - item
-        return -(moved.square().sum(2) if self.squared else (moved + DISTANCE_EPS).norm(dim=2))
+        history = History(*(part[users] for part in self.history))
+        return self._related_scores(self.user[users], item.expand(len(users), *item.shape), history)
 
 
 class TranslatedScorer:
@@ -198,6 +230,24 @@ class TranslatedScorer:
     def __init__(self, user: Tensor, item: Tensor, taste: Tensor, crowd: Tensor) -> None:
         self.user, self.item, self.taste, self.crowd = user, item, taste, crowd
         self.num_users, self.num_items = len(user), len(item)
+
+    def of_histories(self, histories: sp.csr_array, vectors: Tensor | None = None) -> Self:
+        """This scorer for users with these histories (binary CSR [n, I]) and vectors [n, D], None while these are sought."""
+        other = copy(self)
+        other.taste = neighbour_means(histories, self.item)
+        if vectors is not None:
+            other.user, other.num_users = vectors, len(vectors)
+        return other
+
+    def at(self, users: Tensor, items: Tensor) -> Tensor:
+        """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
+        query = self.user[users][:, None] + self.taste[users][:, None] * self.crowd[items]
+        return -(query - self.item[items]).square().sum(2)
+
+    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+        """Scores of user vectors [B, D], whose means are this scorer's, with all items, [W], or each his own, [B, W]."""
+        item, crowd = (table if items is None else table[items] for table in (self.item, self.crowd))
+        return -(vectors[:, None] + self.taste[:, None] * crowd - item).square().sum(2)
 
     @torch.no_grad()
     def factors(self) -> Factors:

@@ -42,12 +42,14 @@ def _tfidf_svd(texts: Sequence[str], width: int, seed: int) -> np.ndarray:
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    words = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(texts) > 1000 else 1).fit_transform(texts)
-    kept = min(width, min(words.shape) - 1)
+    try:
+        words = TfidfVectorizer(sublinear_tf=True, min_df=2 if len(texts) > 1000 else 1).fit_transform(texts)
+        count = words.shape[1]
+    except ValueError:  # no word of two letters in enough texts
+        count = 0
+    kept = min(width, count - 1, len(texts) - 1)
     if kept < 1:
-        raise UserError(
-            f"found {words.shape[1]} different words in {len(texts)} texts, wanted more for tfidf-svd: use hashing"
-        )
+        raise UserError(f"found {count} different words in {len(texts)} texts, wanted more for tfidf-svd: use hashing")
     return TruncatedSVD(kept, random_state=seed).fit_transform(words).astype(np.float32)
 
 

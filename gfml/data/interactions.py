@@ -33,18 +33,21 @@ def grouped(groups: np.ndarray, size: int, rows: np.ndarray | None = None) -> tu
 
 
 def pair_order(users: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows, their users, their items) ordered by user, then item, then row; two counting sorts."""
+    """(rows, their users, their items) ordered by user, then item, then row."""
     num_users, num_items = (int(side.max(initial=-1)) + 1 for side in (users, items))
-    rows, _ = grouped(items, num_items)
     if len(users) >= 2**31 or num_items >= 2**31:
+        rows, _ = grouped(items, num_items)
         rows, starts = grouped(users[rows], num_users, rows)
         return rows, np.repeat(np.arange(num_users), np.diff(starts)), items[rows]
-    # The item rides along with its row: cheaper than looking it up in a random order afterwards.
-    both = np.repeat(np.arange(num_items, dtype=np.int64), np.bincount(items, minlength=num_items))
+    # Item and row are one number: a single pass in random order, and users' few numbers are sorted in the cache.
+    both = items.astype(np.int64)
     both <<= 32
-    both |= rows
-    both, starts = grouped(users[rows], num_users, both)
-    ordered = both.view(np.int32).reshape(-1, 2)
+    both |= np.arange(len(users), dtype=np.int64)
+    both, starts = grouped(users, num_users, both)
+    nothing, size = np.empty(len(users), dtype=np.int8), (max(num_users, 1), 2**62)
+    table = sp.csr_array((nothing, both, starts.astype(np.int64)), shape=size)
+    table.sort_indices()
+    ordered = table.indices.view(np.int32).reshape(-1, 2)
     low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
     by_user = np.repeat(np.arange(num_users, dtype=np.int32), np.diff(starts))
     return np.ascontiguousarray(ordered[:, low]), by_user, np.ascontiguousarray(ordered[:, high])

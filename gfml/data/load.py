@@ -12,8 +12,10 @@ import numpy as np
 from gfml.base.errors import UserError, choice_error
 from gfml.data import cache, registry
 from gfml.data.interactions import Interactions, pairs_from_csr
+from gfml.data.names import places
 from gfml.data.readers import (
     PARTS,
+    USER_NAMES,
     Columns,
     Records,
     is_adjacency,
@@ -27,7 +29,7 @@ from gfml.data.readers import (
 from gfml.data.registry import KnownDataset
 from gfml.data.splits import TIMED, Split, check_ratios, keep_positive, prepare, ratings_of
 from gfml.data.synthetic import generate
-from gfml.data.tables import suffix
+from gfml.data.tables import open_table, suffix
 from gfml.data.times import moment
 
 USUAL_RATIOS = (0.8, 0.1, 0.1)
@@ -183,7 +185,7 @@ def load_source(source: Source, cut: Cut, cache_dir: Path | None = None, *, use_
         return _build(source, cut)
     options = {"name": source.name, "columns": asdict(source.columns), "known": source.known is not None, **asdict(cut)}
     options["files"] = {part: path.name for part, path in source.paths.items()}
-    key = cache.cache_key(source.paths.values(), options)
+    key = cache.cache_key([*source.paths.values(), *_users_beside(source)], options)
     return cache.cached(key, cache_dir or cache.default_cache_dir(), lambda: _build(source, cut))
 
 
@@ -194,11 +196,29 @@ def _build(source: Source, cut: Cut) -> Interactions:
     if cut.rated:
         data = replace(data, test_ratings=_test_ratings(source, records, cut, data))
     if known is None:
-        return data
+        return replace(data, notes=data.notes | {path.name: _users_note(path, data) for path in _users_beside(source)})
     notes = registry.checksum_notes(known, source.paths)
     if cut.is_usual:
         notes |= registry.count_notes(known, data)
     return replace(data, notes={**data.notes, **notes})
+
+
+def _users_beside(source: Source) -> list[Path]:
+    """``NAME.user`` beside the atomic interactions ``NAME.inter`` or ``NAME.train.inter``."""
+    atomic = [path for path in source.paths.values() if suffix(path) == "inter"]
+    beside = {path.with_name(f"{path.name.split('.')[0]}.user") for path in atomic}
+    return sorted(path for path in beside if path.is_file())
+
+
+def _users_note(path: Path, data: Interactions) -> str:
+    """How many users of the data a table of users has: what it says of them is used by no model."""
+    try:
+        table = open_table(path, separator="\t")
+        listed = table.texts(table.find(USER_NAMES) or table.names[0])
+    except UserError as error:
+        return f"not used: {error}"
+    known = places(np.arange(data.num_users) if data.user_ids is None else data.user_ids, listed) >= 0
+    return f"{len(set(listed)):,} users, {int(known.sum()):,} of the {data.num_users:,} in the data among them; nothing else of it is used"
 
 
 def _test_ratings(source: Source, records: Records, cut: Cut, data: Interactions) -> np.ndarray:

@@ -556,7 +556,7 @@ class JsonTable(Table):
     @classmethod
     def open(cls, path: Path) -> JsonTable:
         notes: dict[str, object] = {}
-        raw = utf8_bytes(read_bytes(path), path, notes)
+        raw = _lines_of(path, notes)
         head = [row for _, row in itertools.islice(_objects(raw[: 1 << 20], path, whole=len(raw) <= 1 << 20), 100)]
         return cls(path, list(dict.fromkeys(name for row in head for name in row)), {}, notes, raw)
 
@@ -596,7 +596,22 @@ class JsonTable(Table):
 
 def json_objects(path: Path, notes: dict[str, object]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line from 1, object) of every line that is not blank; nothing is evaluated. UserError names a line that is none."""
-    return _objects(utf8_bytes(read_bytes(path), path, notes), path)
+    return _objects(_lines_of(path, notes), path)
+
+
+def _lines_of(path: Path, notes: dict[str, object]) -> bytes:
+    """The file with an object a line; one list of objects is written so, and noted."""
+    raw = utf8_bytes(read_bytes(path), path, notes)
+    if not raw.lstrip().startswith(b"["):
+        return raw
+    try:
+        rows = json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"{path} starts as a list and is no JSON ({short(error)}): fetch the file again") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: found a list of other things, wanted objects, or one JSON object a line")
+    notes[f"form of {path.name}"] = "one list of objects, a row each"
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
 def _objects(raw: bytes, path: Path, *, whole: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:

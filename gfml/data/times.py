@@ -30,7 +30,7 @@ _WHOLE = ("%a %b %d %H:%M:%S %z %Y", "%a %b %d %H:%M:%S %Y", "%a, %d %b %Y %H:%M
           "%d/%b/%Y:%H:%M:%S %z")  # fmt: skip
 _CLOCKS = ("%H:%M:%S", "%H:%M", "%H:%M:%S.%f", "%I:%M:%S %p", "%I:%M %p", "%I:%M:%S%p", "%I:%M%p")
 _PARTS = r"^\s*(?P<date>.*?)(?:(?:(?<=\d)T|[\s,]+|^)(?P<clock>\d{1,2}:\d{2}.*?))?\s*$"
-_ZONE = r"\s*(?P<zone>Z|UTC|GMT|[+-]\d{2}:?\d{2})$"
+_ZONE = r"\s*(?P<zone>[Zz]|UTC|GMT|[+-]\d{2}:?\d{2})$"
 
 
 class Times(NamedTuple):
@@ -86,15 +86,15 @@ def _numbers(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarray | 
 def _epoch(table: Table, column: str, values: np.ndarray, unit: str | None) -> Times:
     if unit is not None:
         return _noted(table, column, values, UNITS[unit], f"{_UNIT_NAMES[unit]} since 1970")
+    days = _as_days(values)
+    if days is not None:
+        return _noted(table, column, days, 1, f"dates such as {values[0]}")
     edges = [_LEAST * 10**3, _LEAST * 10**6, _LEAST * 10**9]
     least, most = (int(np.searchsorted(edges, end, side="right")) for end in (values.min(), values.max()))
     if values.min() >= _LEAST and least == most:
         return _noted(table, column, values, list(UNITS.values())[most], f"{_UNIT_NAMES[list(UNITS)[most]]} since 1970")
     late = values >= _LEAST
     if not late.any():
-        days = _as_days(values)
-        if days is not None:
-            return _noted(table, column, days, 1, "dates such as 20170714")
         table.notes[f"time {column}"] = (
             f"plain numbers from {values.min():g} to {values.max():g}, the smaller the earlier"
         )
@@ -114,21 +114,19 @@ def _epoch(table: Table, column: str, values: np.ndarray, unit: str | None) -> T
 
 
 def _as_days(values: np.ndarray) -> np.ndarray | None:
-    """Numbers such as 20170714 as seconds since 1970, None where one is no such date."""
-    if values.dtype.kind != "i" or values.min() < 19000101 or values.max() > 21001231:
+    """Numbers such as 20170714 or 20170714024000 as seconds since 1970, None where one is no such date."""
+    clock = values.dtype.kind == "i" and values.max() > 10**13
+    whole = 10**6 if clock else 1
+    if values.dtype.kind != "i" or values.min() < 19000101 * whole or values.max() >= 21010101 * whole:
         return None
     distinct, rows = np.unique(values, return_inverse=True)
-    dates = _parsed([str(value) for value in distinct.tolist()], "%Y%m%d")
+    dates = _parsed([str(value) for value in distinct.tolist()], "%Y%m%d%H%M%S" if clock else "%Y%m%d")
     return None if np.isnan(dates).any() else dates[rows].astype(np.int64)
 
 
 def _noted(table: Table, column: str, values: np.ndarray, per_second: int, what: str) -> Times:
-    import pandas as pd
-
-    first, last = (
-        pd.Timestamp(0) + pd.Timedelta(float(value) / per_second, "s") for value in (values.min(), values.max())
-    )
-    table.notes[f"time {column}"] = f"{what}, from {first:%Y-%m-%d} to {last:%Y-%m-%d}"
+    first, last = (str(np.datetime64(int(value // per_second), "s"))[:-9] for value in (values.min(), values.max()))
+    table.notes[f"time {column}"] = f"{what}, from {first} to {last}"
     return Times(values, per_second)
 
 

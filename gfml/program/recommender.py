@@ -66,7 +66,8 @@ class Recommender(Experiment):
 
     def fold_in(self, model: nn.Module, histories: sp.csr_array) -> Scorer:
         """Scores of new users with these histories [n, I]; see :func:`gfml.ranking.foldin.fold_in`."""
-        return fold_in(self.scorer(model, "test"), histories, getattr(model, "encoder", None))
+        encoder = model if hasattr(model, "new_users") else getattr(model, "encoder", None)
+        return fold_in(self.scorer(model, "test"), histories, encoder)
 
     def mass(self, model: nn.Module) -> Mass | None:
         """The masses that rank, if the model has any."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.ranking.graph import Graph, propagate
+from gfml.ranking.graph import Graph, propagate, propagated
 
 INITS = ("xavier_uniform", "xavier_normal", "normal", "ball")
 
@@ -99,6 +100,12 @@ class LightGCN(Tables):
         return propagate(self.graph, self.nodes, self.num_layers, combine=self.combine).split(
             [self.num_users, self.num_items]
         )
+
+    def new_users(self, histories: sp.csr_array) -> Tensor | None:
+        """Vectors [n, D] of users who are not in the graph, from their items; None without layers."""
+        if not self.num_layers:
+            return None
+        return propagated(self.graph, self.nodes.detach(), self.num_layers, histories, combine=self.combine)
 
     def outputs(self, rows: Tensor | None = None) -> Tensor:
         """As :meth:`Tables.outputs`, or at ``rows`` only: [n, D]."""

@@ -2,12 +2,11 @@
 
 Linear recommenders (EASE, item neighbours, popularity) take his items for his history, exactly as in training.
 Models of vectors get the user vector that ranks his items above the others, by gradient steps on the pairwise
-loss with the items fixed; over a graph his edges are propagated instead (:func:`propagated`).
+loss with the items fixed; over a graph his edges are propagated instead (:func:`gfml.ranking.graph.propagated`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,13 +18,15 @@ from torch import Tensor
 
 from gfml.base.errors import UserError
 from gfml.ranking.baselines import LinearScorer, NeighbourScorer
-from gfml.ranking.encoders import LightGCN
-from gfml.ranking.graph import layer_weights
 from gfml.ranking.topk import FactorScorer, Scorer, full_precision
 
-STEPS, RATE, DECAY = 60, 0.1, 0.05
+STEPS, RATE, DECAY = 20, 0.3, 0.05
 # Other items that a new user's are compared with: the same for everybody, so that one alone gets what he gets in a batch.
-OTHERS = 2048
+POOL, PAIRS = 2048, 64
+# Users who are solved together, and the fewest places of a history.
+BLOCK, LEAST = 32, 16
+# Users whose edges are propagated together: the layers of the items are made anew for each block.
+GRAPH_BLOCK = 1024
 
 
 @runtime_checkable
@@ -36,7 +37,7 @@ class VectorScorer(Scorer, Protocol):
     item: Tensor
 
     def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
-        """Scores of user vectors [B, D] with all items, or with items int64 [W]: [B, I] or [B, W]; a gradient flows."""
+        """Scores of user vectors [B, D] with all items [B, I], or with items int64 [W] or [B, W]: [B, W]; a gradient flows."""
 
 
 class NewUsers:
@@ -48,9 +49,12 @@ class NewUsers:
 
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:
-        """Shape: users int64 [B] -> [B, I]. One row after the other: its rounding does not depend on the rest."""
-        rows = self.vectors[users.to(self.vectors.device)]
-        return torch.cat([self.scorer.of_vectors(row[None]) for row in rows])
+        """Shape: users int64 [B] -> [B, I]. In blocks of one shape: the rounding of a row does not depend on the rest."""
+        scores = []
+        for rows in users.to(self.vectors.device).split(BLOCK):
+            whole = rows.repeat(-(-BLOCK // len(rows)))[:BLOCK]
+            scores.append(self.scorer.of_vectors(self.vectors[whole])[: len(rows)])
+        return torch.cat(scores)
 
     def factors(self) -> None:
         return None
@@ -59,7 +63,8 @@ class NewUsers:
 def fold_in(scorer: Scorer, histories: sp.csr_array, encoder: Any = None) -> Scorer:
     """A scorer of new users with these ``histories`` (binary CSR [n, I]); the known users are gone from it.
 
-    encoder: where the scorer's vectors come from; over a graph new users get theirs by :func:`propagated`.
+    encoder: where the scorer's vectors come from; one with a method ``new_users`` (histories -> vectors [n, D], or None)
+    makes those of new users itself, as graph encoders do by :func:`gfml.ranking.graph.propagated`.
 
     UserError for an empty history and for a scorer that offers neither a history nor vectors.
     """
@@ -74,69 +79,82 @@ def fold_in(scorer: Scorer, histories: sp.csr_array, encoder: Any = None) -> Sco
         raise UserError(
             f"{type(scorer).__name__} cannot take a new user: choose a model of vectors, item neighbours or EASE"
         )
-    if isinstance(encoder, LightGCN) and encoder.num_layers:
-        return NewUsers(scorer, graph_vectors(encoder, histories))
-    return NewUsers(scorer, user_vectors(scorer, histories))
+    vectors = _propagated(encoder, histories) if hasattr(encoder, "new_users") else None
+    vectors = user_vectors(scorer, histories) if vectors is None else vectors
+    return scorer.of_histories(histories, vectors) if hasattr(scorer, "of_histories") else NewUsers(scorer, vectors)
+
+
+def _propagated(encoder: Any, histories: sp.csr_array) -> Tensor | None:
+    """What the encoder makes of the histories, in blocks of one shape, which round alike."""
+    found = []
+    for rows in np.split(np.arange(histories.shape[0]), range(GRAPH_BLOCK, histories.shape[0], GRAPH_BLOCK)):
+        vectors = encoder.new_users(histories[np.resize(rows, GRAPH_BLOCK)])
+        if vectors is None:
+            return None
+        found.append(vectors[: len(rows)])
+    return torch.cat(found)
 
 
 def user_vectors(scorer: VectorScorer, histories: sp.csr_array) -> Tensor:
-    """The vector of each history, [n, D]; each is found alone, so that it does not depend on the others.
+    """The vector of each history, [n, D]; it does not depend on the others.
 
     Start: the mean of his items' vectors, as long as the users' vectors are. Then ``STEPS`` steps of Adam on
 
-        mean over his items i and other items j of softplus(s(x, j) - s(x, i)) + decay |x - start|^2 / |start|^2.
+        mean over his items i and other items j of softplus(s(x, j) - s(x, i)) + decay |x - start|^2 / |start|^2,
 
-    Cost: about 100 products of [I'] x D a user, I' at most ``OTHERS`` items and his own.
+    where every item i meets ``PAIRS`` of at most ``POOL`` other items, another lot of them for each i. Users are
+    solved ``BLOCK`` at a time with those whose histories are about as long, in blocks of one shape, which round alike.
+    Cost of a user: ``STEPS`` times about 3 ``POOL`` x D products.
     """
-    device, length = scorer.item.device, float(scorer.user.norm(dim=1).median())
-    picked = np.random.default_rng(0).permutation(scorer.num_items)[:OTHERS]
-    others = torch.from_numpy(np.sort(picked)).to(device)
+    degree = np.diff(histories.indptr)
+    slots = 2 ** np.ceil(np.log2(np.maximum(degree, LEAST))).astype(np.int64)
+    found = scorer.item.new_empty(len(degree), scorer.user.shape[1])
     with torch.enable_grad(), full_precision():
-        return torch.stack([_one(scorer, torch.from_numpy(own.astype(np.int64)).to(device), others, length)
-                            for own in np.split(histories.indices, histories.indptr[1:-1])])  # fmt: skip
+        for width in np.unique(slots).tolist():
+            rows = np.flatnonzero(slots == width)
+            for chunk in np.split(rows, range(BLOCK, len(rows), BLOCK)):
+                own = _BlockOfUsers(scorer, histories, np.resize(chunk, BLOCK), width)
+                found[torch.from_numpy(chunk).to(found.device)] = own.solve()[: len(chunk)]
+    return found
 
 
-def _one(scorer: VectorScorer, own: Tensor, others: Tensor, length: float) -> Tensor:
-    start = scorer.item.detach()[own].mean(0, keepdim=True)
-    start = start * (length / start.norm().clamp_min(1e-12))
-    vector = start.clone().requires_grad_()
-    others = others[~torch.isin(others, own)]
-    optimizer = torch.optim.Adam([vector], lr=RATE * length / max(start.shape[1], 1) ** 0.5)
-    for _ in range(STEPS):
-        scores = scorer.of_vectors(vector, torch.cat([own, others]))[0]
-        loss = F.softplus(scores[None, len(own) :] - scores[: len(own), None]).mean()
-        loss = loss + DECAY * (vector - start).square().sum() / length**2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return vector.detach()[0]
+class _BlockOfUsers:
+    """``BLOCK`` new users with at most ``width`` items, whose vectors are sought."""
 
+    def __init__(self, scorer: VectorScorer, histories: sp.csr_array, users: np.ndarray, width: int) -> None:
+        device = scorer.item.device
+        self.scorer = scorer.of_histories(histories[users]) if hasattr(scorer, "of_histories") else scorer
+        degree, place = np.diff(histories.indptr)[users, None], np.arange(width)
+        # Short histories fill their places several times, all items equally often.
+        own = histories.indices[histories.indptr[users, None] + place % degree]
+        filled = place < degree * (width // degree)
+        self.own, self.filled = torch.from_numpy(own.astype(np.int64)).to(device), torch.from_numpy(filled).to(device)
+        size = min(PAIRS, scorer.num_items)
+        self.lots = min(getattr(scorer, "pool", POOL), scorer.num_items) // size
+        picked = np.random.default_rng(0).permutation(scorer.num_items)[: self.lots * size]
+        self.pool = torch.from_numpy(picked).to(device)
+        taken = torch.zeros(len(users), scorer.num_items, dtype=torch.bool, device=device).scatter_(1, self.own, True)
+        free = ~self._lots(taken[:, self.pool]) & self.filled[:, :, None]
+        self.weight = free / free.sum((1, 2), keepdim=True).clamp_min(1)
 
-@torch.no_grad()
-def graph_vectors(encoder: LightGCN, histories: sp.csr_array) -> Tensor:
-    """Vectors [n, D] of new users by :func:`propagated`, with the layers of a trained LightGCN. Cost: K - 1 products."""
-    graph, layers = encoder.graph, [encoder.nodes.detach()]
-    for _ in range(encoder.num_layers - 1):
-        layers.append(graph.multiply(layers[-1]))
-    items = [layer[graph.num_users :] for layer in layers]
-    return propagated(items, graph.indptr.diff()[graph.num_users :], histories, combine=encoder.combine)
+    def _lots(self, of_pool: Tensor) -> Tensor:
+        """What each place of a history is compared with: [B, pool] -> [B, width, PAIRS]."""
+        lots = of_pool.unflatten(1, (self.lots, -1))
+        return lots.repeat(1, -(-self.own.shape[1] // self.lots), 1)[:, : self.own.shape[1]]
 
-
-def propagated(
-    layers: Sequence[Tensor], item_degree: Tensor, histories: sp.csr_array, *, combine: str = "mean"
-) -> Tensor:
-    """Vectors [n, D] of new users in LightGCN: his edges carry every layer of his items, his own start is zero.
-
-    layers: item vectors [I, D] of layers 0..K - 1; item_degree [I]: train users of each item. With the symmetric
-    normalisation layer k + 1 of a user is sum over his items i of layer_k(i) / sqrt(|items| degree_i), the result
-    the mean of K + 1 layers (or their sum, or the final one). The items stay as trained.
-    """
-    device = layers[0].device
-    weight = 1 / np.sqrt(np.repeat(np.diff(histories.indptr), np.diff(histories.indptr)))
-    scale = item_degree.to(layers[0].dtype).clamp_min(1).rsqrt()
-    rows = torch.from_numpy(histories.indptr.astype(np.int64)).to(device)
-    items = torch.from_numpy(histories.indices.astype(np.int64)).to(device)
-    per_edge = torch.from_numpy(weight).to(device, layers[0].dtype) * scale[items]
-    weights = layer_weights(len(layers), combine)[1:]
-    summed = sum((factor * layer for factor, layer in zip(weights, layers, strict=True)), torch.zeros_like(layers[0]))
-    return F.embedding_bag(items, summed, rows, mode="sum", include_last_offset=True, per_sample_weights=per_edge)
+    def solve(self) -> Tensor:
+        """[B, D]."""
+        users, item = self.scorer.user, self.scorer.item.detach()
+        length, share = float(users.norm(dim=1).median()), self.filled[:, :, None].to(item.dtype)
+        start = (item[self.own] * share).sum(1) / share.sum(1)
+        start = start * (length / start.norm(dim=1, keepdim=True).clamp_min(1e-12))
+        vector = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([vector], lr=RATE * length / max(start.shape[1], 1) ** 0.5)
+        for _ in range(STEPS):
+            near, far = (self.scorer.of_vectors(vector, items) for items in (self.own, self.pool))
+            loss = (F.softplus(self._lots(far) - near[:, :, None]) * self.weight).sum()
+            loss = loss + DECAY * (vector - start).square().sum() / max(length, 1e-12) ** 2
+            optimizer.zero_grad()
+            loss.backward(inputs=[vector])
+            optimizer.step()
+        return vector.detach()

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 COMBINES = ("mean", "sum", "final")
@@ -142,6 +143,34 @@ def propagate(
     if nodes.shape[0] != graph.num_nodes:
         raise ValueError(f"found {nodes.shape[0]} node vectors, wanted {graph.num_nodes} (users then items)")
     return _Propagate.apply(nodes, graph, num_layers, combine, rows, values)
+
+
+@torch.no_grad()
+def propagated(
+    graph: Graph, nodes: Tensor, num_layers: int, histories: sp.csr_array, *, combine: str = "mean"
+) -> Tensor:
+    """Vectors [n, D] of new users with ``histories`` (binary CSR [n, I]): their edges carry every layer of their items.
+
+    nodes [U + I, D]: layer 0. Layer k + 1 of a new user is sum over his items i of layer_k(i) / sqrt(|items| degree_i),
+    his layer 0 is zero, the result is combined as :func:`propagate` does it. The items stay as trained.
+    Cost: num_layers - 1 products.
+    """
+    weights, layer, summed = layer_weights(num_layers, combine), nodes, 0.0
+    for k in range(1, num_layers + 1):
+        summed = summed + weights[k] * layer[graph.num_users :]
+        layer = graph.multiply(layer) if k < num_layers else layer
+    return sum_of_items(graph, summed, histories)
+
+
+def sum_of_items(graph: Graph, items: Tensor, histories: sp.csr_array) -> Tensor:
+    """sum over the items i of each history of items[i] / sqrt(|history| degree_i): [n, D]."""
+    degree, device = np.diff(histories.indptr), items.device
+    rows, own = (torch.from_numpy(part.astype(np.int64)).to(device) for part in (histories.indptr, histories.indices))
+    scale = graph.indptr.diff()[graph.num_users :].to(items.dtype).clamp_min(1).rsqrt()
+    weight = torch.from_numpy(np.repeat(1 / np.sqrt(np.maximum(degree, 1)), degree)).to(device, items.dtype)
+    return F.embedding_bag(
+        own, items, rows, mode="sum", include_last_offset=True, per_sample_weights=weight * scale[own]
+    )
 
 
 def layer_weights(num_layers: int, combine: str) -> list[float]:

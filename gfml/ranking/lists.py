@@ -14,7 +14,7 @@ from gfml.data.interactions import Interactions
 from gfml.data.items import ID_NAMES
 from gfml.data.names import places
 from gfml.data.tables import is_number, normal, read_bytes, utf8_bytes
-from gfml.ranking.topk import Scorer, full_precision
+from gfml.ranking.topk import ROW_STEP, Scorer, full_precision
 
 # One block of scores; a scorer holds two or three of that size at a time.
 BLOCK_BYTES = 64 << 20
@@ -56,16 +56,17 @@ def item_rows(data: Interactions, ids: list[str]) -> tuple[np.ndarray, int]:
 def scores_at(scorer: Scorer, users: Tensor, items: Tensor) -> np.ndarray:
     """Scores [n, k] of the given items (int64 [n, k], -1 for none: NaN), float64.
 
-    From the pairs alone where the scorer can (``at``), else from whole rows. Either way those of one user alone are those
-    that he has in a batch.
+    From the pairs alone where the scorer can (``at``), else from whole rows; in whole steps of rows, so that those of one
+    user alone are rounded as those that he has in a batch.
     """
-    wanted, found = items.clamp_min(0), []
-    at = getattr(scorer, "at", None)
-    size = ROWS if at else max(1, BLOCK_BYTES // (4 * scorer.num_items))
+    at, found = getattr(scorer, "at", None), []
+    size = ROWS if at else max(1, BLOCK_BYTES // (4 * ROW_STEP * scorer.num_items)) * ROW_STEP
+    whole = torch.arange(-(-len(users) // ROW_STEP) * ROW_STEP, device=users.device) % max(len(users), 1)
     with torch.no_grad(), full_precision():
-        for rows, columns in zip(users.split(size), wanted.split(size), strict=True):
+        for some in whole.split(size):
+            rows, columns = users[some], items.clamp_min(0)[some.to(items.device)]
             found.append(at(rows, columns) if at else scorer.score(rows).gather(1, columns.to(users.device)))
-    scores = torch.cat(found).double()
+    scores = torch.cat(found)[: len(users)].double()
     return scores.masked_fill_((items < 0).to(scores.device), torch.nan).cpu().numpy()
 
 

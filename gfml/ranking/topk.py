@@ -94,11 +94,12 @@ class FactorScorer:
 
     def at(self, users: Tensor, items: Tensor) -> Tensor:
         """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
-        users, items = users.to(self.user.device), items.to(self.item.device)
-        return (self.user[users][:, None] * self.item[items]).sum(-1)
+        return self.of_vectors(self.user[users.to(self.user.device)], items.to(self.item.device))
 
     def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
-        """Scores of user vectors [B, D] with all items, or with items int64 [W]."""
+        """Scores of user vectors [B, D] with all items, with items int64 [W], or each with his own, [B, W]."""
+        if items is not None and items.dim() == 2:
+            return (vectors[:, None] * self.item[items]).sum(-1)
         return vectors @ (self.item if items is None else self.item[items]).T
 
     def factors(self) -> Factors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import scipy.sparse as sp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,3 +77,8 @@ class BM3(nn.Module):
     def scorer(self) -> FactorScorer:
         user, item = self.outputs()
         return FactorScorer(self.predictor(user), self.predictor(item))
+
+    @evaluating
+    def new_users(self, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
+        return self.predictor(self.light.of_new_users(self.tables.nodes, self.settings.n_layers, histories))

@@ -78,6 +78,11 @@ class DAMRS(nn.Module):
         user, item, views = self.outputs()
         return FactorScorer(user, item + sum(views) / len(views))
 
+    @evaluating
+    def new_users(self, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
+        return self.light.of_new_users(self.tables.nodes, self.settings.n_ui_layers, histories)
+
 
 def preferences(user: Tensor, views: list[Tensor]) -> Tensor:
     """sigmoid(u . n(h_m)) of every view, without gradient: [B, views]."""

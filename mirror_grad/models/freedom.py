@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,3 +77,8 @@ class FREEDOM(nn.Module):
         light = self.graph.whole
         user, item = light.split(light(self.tables.nodes, self.settings.n_ui_layers))
         return FactorScorer(user, item + self.smoothed_items())
+
+    @evaluating
+    def new_users(self, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
+        return self.graph.whole.of_new_users(self.tables.nodes, self.settings.n_ui_layers, histories)

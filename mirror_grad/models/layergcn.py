@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml import losses
 from gfml.ranking.encoders import Tables
+from gfml.ranking.graph import sum_of_items
 from gfml.ranking.sampling import Triples
 from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
@@ -47,10 +49,13 @@ class LayerGCN(nn.Module):
         light, layer = self.graph(), self.tables.nodes
         total = torch.zeros_like(layer)
         for _ in range(self.settings.n_layers):
-            layer = light(layer, 1, combine="final")
-            layer = F.cosine_similarity(layer, self.tables.nodes, dim=1)[:, None] * layer
+            layer = self.refined(light(layer, 1, combine="final"))
             total = total + layer
         return total
+
+    def refined(self, layer: Tensor) -> Tensor:
+        """A layer, as far as it is like the free vectors."""
+        return F.cosine_similarity(layer, self.tables.nodes, dim=1)[:, None] * layer
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         ids = torch.cat([batch.users, self.tables.num_users + batch.pos, self.tables.num_users + batch.neg])
@@ -64,3 +69,15 @@ class LayerGCN(nn.Module):
     @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.graph.whole.split(self.outputs()))
+
+    @evaluating
+    def new_users(self, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
+        light, layer, total = self.graph.whole, self.tables.nodes, 0.0
+        own = None  # in place of the free vector that a new user lacks: his first layer
+        for _ in range(self.settings.n_layers):
+            user = sum_of_items(light.graph, layer[light.num_users :], histories)
+            own = user if own is None else own
+            total = total + F.cosine_similarity(user, own, dim=1)[:, None] * user
+            layer = self.refined(light(layer, 1, combine="final"))
+        return total

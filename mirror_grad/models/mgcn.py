@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml import losses
 from gfml.ranking.encoders import Tables
+from gfml.ranking.graph import sum_of_items
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
 from gfml.ranking.topk import FactorScorer
@@ -57,21 +59,29 @@ class MGCN(nn.Module):
         self.prefer = nn.ModuleDict({name: nn.Linear(embedding_dim, embedding_dim) for name in graphs})
         self.fusion = AttentionFusion(embedding_dim)
 
-    def view(self, name: str) -> Tensor:
-        """Users and items as one modality sees them: [U + I, D]."""
+    def of_items(self, name: str) -> Tensor:
+        """Items as one modality sees them: [I, D]."""
         items = self.tables.nodes[self.tables.num_users :]
         items = items * self.gate[name](self.features[name]()).sigmoid()
         for _ in range(self.settings.n_layers):
             items = self.item_graphs[name](items)
+        return items
+
+    def view(self, name: str) -> Tensor:
+        """The same of users and items: [U + I, D]."""
+        items = self.of_items(name)
         return torch.cat([self.to_users(items), items])
+
+    def side(self, content: Tensor, views: dict[str, Tensor]) -> Tensor:
+        """What the modalities say of nodes, by their content."""
+        common, _ = self.fusion(*views.values())
+        own = sum(self.prefer[name](content).sigmoid() * (view - common) for name, view in views.items())
+        return (own + common) / (len(views) + 1)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """(side, content) of all nodes, [U + I, D] each."""
         content = self.light(self.tables.nodes, self.settings.n_ui_layers)
-        views = {name: self.view(name) for name in self.features}
-        common, _ = self.fusion(*views.values())
-        own = sum(self.prefer[name](content).sigmoid() * (view - common) for name, view in views.items())
-        return (own + common) / (len(views) + 1), content
+        return self.side(content, {name: self.view(name) for name in self.features}), content
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         side, content = self.outputs()
@@ -88,3 +98,10 @@ class MGCN(nn.Module):
     @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.light.split(sum(self.outputs())))
+
+    @evaluating
+    def new_users(self, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
+        views = {name: sum_of_items(self.light.graph, self.of_items(name), histories) for name in self.features}
+        content = self.light.of_new_users(self.tables.nodes, self.settings.n_ui_layers, histories)
+        return self.side(content, views) + content

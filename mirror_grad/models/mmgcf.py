@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,3 +81,9 @@ class MMGCF(nn.Module):
     def scorer(self) -> FactorScorer:
         light = self.graph.whole
         return FactorScorer(*light.split(light(torch.cat([self.user, self.items()]), self.settings.n_layers)))
+
+    @evaluating
+    def new_users(self, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
+        nodes = torch.cat([self.user, self.items()])
+        return self.graph.whole.of_new_users(nodes, self.settings.n_layers, histories)

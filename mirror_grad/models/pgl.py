@@ -100,6 +100,12 @@ class PGL(nn.Module):
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.outputs())
 
+    @evaluating
+    def new_users(self, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
+        nodes = torch.cat([self.user, self.items()])
+        return self.graph.whole.of_new_users(nodes, self.settings.n_ui_layers, histories)
+
 
 def principal_factors(train: sp.csr_array, rank: int) -> tuple[Tensor, Tensor]:
     """(left [U, k], right [I, k]): left right^T is the best rank-k part of R_hat, k below its smaller side."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,3 +63,9 @@ class SELFCFED_LGN(nn.Module):
     def scorer(self) -> FactorScorer:
         user, item = self.light.split(self.light(self.tables.nodes, self.settings.n_layers))
         return FactorScorer(torch.cat([self.predictor(user), user], 1), torch.cat([item, self.predictor(item)], 1))
+
+    @evaluating
+    def new_users(self, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
+        user = self.light.of_new_users(self.tables.nodes, self.settings.n_layers, histories)
+        return torch.cat([self.predictor(user), user], 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gfml import losses
 from gfml.ranking.encoders import Tables
+from gfml.ranking.graph import sum_of_items
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
 from gfml.ranking.topk import FactorScorer
@@ -82,21 +83,30 @@ class SMORE(nn.Module):
         weights = {name: torch.view_as_complex(weight) for name, weight in self.filter.items()}
         return {n: torch.fft.irfft(weights[n] * s, n=width, dim=1, norm="ortho") for n, s in spectra.items()}
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """(side, content) of all nodes, [U + I, D] each."""
-        content = self.light(self.tables.nodes, self.settings.n_ui_layers)
+    def of_items(self) -> dict[str, Tensor]:
+        """Items as each modality and their fusion see them: [I, D] each."""
         ids, views = self.tables.nodes[self.tables.num_users :], {}
         for name, rows in self.filtered().items():
             items = ids * self.gate[name](rows).sigmoid()
             for _ in range(self.settings.n_layers):
                 items = self.item_graphs[name](items)
-            views[name] = torch.cat([self.to_users(items), items])
+            views[name] = items
+        return views
+
+    def side(self, content: Tensor, views: dict[str, Tensor]) -> Tensor:
+        """What the modalities say of nodes, by their content."""
         total = 0.0
         for name, view in views.items():
             own = view if name == FUSED else self.query[name](views[FUSED]).softmax(1) * view
             preference = F.dropout(self.prefer[name](content).sigmoid(), self.settings.dropout, self.training)
             total = total + preference * own
-        return total / len(views), content
+        return total / len(views)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """(side, content) of all nodes, [U + I, D] each."""
+        content = self.light(self.tables.nodes, self.settings.n_ui_layers)
+        views = {name: torch.cat([self.to_users(items), items]) for name, items in self.of_items().items()}
+        return self.side(content, views), content
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         side, content = self.outputs()
@@ -112,6 +122,13 @@ class SMORE(nn.Module):
     @evaluating
     def scorer(self) -> FactorScorer:
         return FactorScorer(*self.light.split(sum(self.outputs())))
+
+    @evaluating
+    def new_users(self, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
+        views = {name: sum_of_items(self.light.graph, items, histories) for name, items in self.of_items().items()}
+        content = self.light.of_new_users(self.tables.nodes, self.settings.n_ui_layers, histories)
+        return self.side(content, views) + content
 
 
 def larger_entries(*graphs: sp.csr_array) -> sp.csr_array:

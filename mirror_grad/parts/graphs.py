@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml.data.interactions import csr_from_pairs, pairs_from_csr
-from gfml.ranking.graph import Graph, build_graph, propagate
+from gfml.ranking.graph import Graph, build_graph, propagate, propagated
 from gfml.ranking.neighbours import nearest_rows
 from gfml.ranking.sampling import seeded_generator
 
@@ -91,6 +91,10 @@ class LightPropagation(nn.Module):
         """
         rows, place = ids.unique(return_inverse=True) if ids.device.type == "cpu" else (None, ids)
         return F.embedding(place, self(nodes, num_layers, rows=rows))
+
+    def of_new_users(self, nodes: Tensor, num_layers: int, histories: sp.csr_array) -> Tensor:
+        """Vectors of users with these histories, see :func:`gfml.ranking.graph.propagated`: [n, D]."""
+        return propagated(self.graph, nodes, num_layers, histories)
 
     def split(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the users and of the items."""

