@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +24,14 @@ from contextual.samplers import PAIRS, BatchSampler, Plan, check_single_images, 
 from contextual.settings import ContextualSettings
 from contextual.transforms import TrainBatches, in_order, test_transform, train_transform
 from gfml.base.errors import UserError
+from gfml.base.files import atomic_open, read_arrays
 from gfml.base.weights import read_weights
-from gfml.data.images import ImageSet
+from gfml.data.images import ArrayPictures, ImageSet
 from gfml.engine import distributed
 from gfml.engine.runs import Run, seed_everything
 from gfml.engine.train import Closure, FitResult, Step, Terms
 from gfml.metrics.retrieval import Retrieval, by_class, nmi, retrieve
+from gfml.program.cli import resolve_device
 from gfml.program.experiment import Experiment, Judged, Training
 from gfml.program.foreign import load_named
 from gfml.program.steps import build_step
@@ -86,6 +90,8 @@ class Retrieve(Experiment):
             data = datasets.without_singles(data)
         elif settings.single_images == "error" and settings.ipc:
             check_single_images(data.train.labels, data.train.classes)
+        if settings.frozen:
+            data = with_features(data, settings)
         return (
             data if settings.select_on == "test" else datasets.hold_out(data, settings.val_share, settings.split_seed)
         )
@@ -107,12 +113,12 @@ class Retrieve(Experiment):
     def _build(self, num_classes: int, *, start: bool = True) -> Retriever:
         """Network, projector and loss as the flags say; ``--checkpoint`` weights are loaded into the network."""
         s = self.settings
-        backbone, channels = build_backbone(
-            s.backbone, pretrained=bool(s.pretrained) and start, image_size=s.image_size,
-            own_pooling=s.pooling == "backbone", width=s.width,
-        )  # fmt: skip
+        if s.frozen:
+            backbone, channels = nn.Flatten(), self.data.train.image(0).shape[-1]
+        else:
+            backbone, channels = starting_backbone(s, start=start)
         net = EmbeddingNet(
-            backbone, channels, s.embedding_size, pooling=s.pooling, layer_norm=bool(s.layer_norm),
+            backbone, channels, s.embedding_size, pooling="backbone" if s.frozen else s.pooling, layer_norm=bool(s.layer_norm),
             kaiming=s.pipeline == "224", batch_norm=s.batch_norm,
         )  # fmt: skip
         linear = s.bottleneck == "linear"
@@ -166,6 +172,7 @@ class Retrieve(Experiment):
             pairs=PAIRS.get(s.dataset, PAIRS["sop"]), rows=self.world.rows(s.batch_size),
         )  # fmt: skip
         transform = train_transform(s.trainxform, s.pipeline, s.dataset, s.image_size, s.xform_scale, flip=data.flip)
+        transform = unchanged if s.frozen else transform
         return TrainBatches(data.train, transform, sampler, self.device, s.workers)
 
     def _plan(self) -> Plan:
@@ -192,7 +199,7 @@ class Retrieve(Experiment):
     def embeddings(self, images: ImageSet, encode: Callable[[Tensor], Tensor]) -> Tensor:
         """[N, D] on this process's device, in the order of the images, made by all processes together."""
         s, rows = self.settings, self.world.rows(len(images))
-        transform = test_transform(s.testxform, s.pipeline, s.dataset, s.image_size)
+        transform = unchanged if s.frozen else test_transform(s.testxform, s.pipeline, s.dataset, s.image_size)
         own = images.subset(range(rows.start, rows.stop))
         found = []
         for pictures, _ in in_order(own, transform, s.batch_size, self.device, s.workers):
@@ -243,7 +250,8 @@ class Retrieve(Experiment):
             "pixels": lambda: small_pixels, "start": self._starting_features,
         }  # fmt: skip
         chosen = [name for name in makers if name in self.settings.baselines]
-        return {NAMES[name]: {"test": self.retrieval("test", makers[name]())[0].means} for name in chosen}
+        names = NAMES | ({"start": "frozen features"} if self.settings.frozen else {})
+        return {names[name]: {"test": self.retrieval("test", makers[name]())[0].means} for name in chosen}
 
     def _starting_features(self) -> Callable[[Tensor], Tensor]:
         """The pooled features of the network as it was before training."""
@@ -335,6 +343,71 @@ def _start_from(model: Retriever, path: Path) -> None:
         raise UserError(
             f"cannot use the checkpoint {path}, of another network ({why}): give its --backbone, --pooling and --embedding_size"
         ) from error
+
+
+def starting_backbone(s: ContextualSettings, *, start: bool = True) -> tuple[nn.Module, int]:
+    """The backbone of the flags and its channels; start False: weights will follow."""
+    return build_backbone(
+        s.backbone, pretrained=bool(s.pretrained) and start, image_size=s.image_size,
+        own_pooling=s.pooling == "backbone", width=s.width,
+    )  # fmt: skip
+
+
+class FeatureRows(ArrayPictures):
+    """Features in the place of pictures: float32 [N, 1, 1, C]."""
+
+    def __init__(self, array: np.ndarray, source: str) -> None:
+        self.array, self.source = array, source
+
+    def take(self, indices: np.ndarray) -> FeatureRows:
+        return FeatureRows(self.array[indices], self.source)
+
+
+def unchanged(features: Tensor) -> Tensor:
+    """Features [C, 1, 1] as they are."""
+    return features
+
+
+def with_features(data: RetrievalData, s: ContextualSettings) -> RetrievalData:
+    """The data with every picture replaced by the pooled features [1, 1, C] of the starting network; kept below ``--out``.
+
+    A network from scratch is drawn by ``--seed``.
+    """
+    how = [
+        s.backbone,
+        s.pretrained,
+        s.image_size,
+        s.pooling,
+        s.testxform,
+        s.pipeline,
+        s.width,
+        0 if s.pretrained else s.seed,
+    ]
+    name = hashlib.sha256(json.dumps([data.fingerprint, how]).encode()).hexdigest()[:16]
+    file = Path(s.out) / "features" / f"{name}.npz"
+    parts = {part: images for part in ("train", "test", "gallery") if (images := getattr(data, part)) is not None}
+    if file.exists():
+        made = read_arrays(file, f"delete {file}")
+    else:
+        made = {part: _pooled(images, s) for part, images in parts.items()}
+        with atomic_open(file, "wb") as stream:
+            np.savez(stream, **made)
+    found = {
+        part: replace(images, pictures=FeatureRows(made[part], f"features of {data.name}"))
+        for part, images in parts.items()
+    }
+    return replace(data, **found)
+
+
+@torch.no_grad()
+def _pooled(images: ImageSet, s: ContextualSettings) -> np.ndarray:
+    seed_everything(s.seed)
+    backbone, channels = starting_backbone(s)
+    net = EmbeddingNet(backbone, channels, 1, pooling=s.pooling).to(resolve_device(s)).eval()
+    transform = test_transform(s.testxform, s.pipeline, s.dataset, s.image_size)
+    batches = in_order(images, transform, s.batch_size, next(net.parameters()).device, s.workers)
+    rows = [net.pool(net.backbone(pictures)).float().cpu() for pictures, _ in batches]
+    return torch.cat(rows).numpy()[:, None, None, :]
 
 
 class WarmStep:

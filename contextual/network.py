@@ -165,15 +165,20 @@ def build_backbone(
 def _timm_backbone(name: str, pretrained: bool, image_size: int, own_pooling: bool) -> tuple[nn.Module, int]:
     import timm
 
+    from gfml.program.weights import packaged_network, packaged_place
     from gfml.program.weights import pretrained as with_weights
 
-    if not timm.is_model(name):
+    if name.startswith("packaged:"):
+        packaged_place(name)
+    elif not timm.is_model(name):
         near = suggest(name, timm.list_models())
         raise UserError(f"unknown backbone {name!r}: give small or a model name of timm such as resnet50{near}")
     pooled = {} if own_pooling else {"global_pool": ""}
     if pretrained:
         advice = "connect to the network once, put them in the cache of huggingface_hub, or train from scratch with --pretrained 0"
         model = with_weights(name, advice, num_classes=0, **pooled)
+    elif name.startswith("packaged:"):
+        model = packaged_network(name, load=False, **pooled)
     else:
         model = timm.create_model(name, pretrained=False, num_classes=0, **pooled)
     _check_maps(model, name, image_size, own_pooling)

