@@ -68,16 +68,17 @@ def _by_hash(cells: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array] | None:
     if not 0 < width <= _WORDS or any(_has_zero(chunk) for chunk in chunks):
         return None
     codes, _ = _factorised(pa.chunked_array([_hashes(_words(chunk, width)) for chunk in chunks]))
-    new = np.flatnonzero(np.diff(np.maximum.accumulate(codes), prepend=-1))  # where a name stands first
-    ends = np.cumsum([len(chunk) for chunk in chunks])
-    rows = np.split(new, np.searchsorted(new, ends[:-1]))
-    names = pa.concat_arrays(
-        [chunk.take(pa.array(own + len(chunk) - end)) for chunk, own, end in zip(chunks, rows, ends, strict=True)]
-    )
+    parts, firsts, seen = np.split(codes, np.cumsum([len(chunk) for chunk in chunks])[:-1]), [], -1
+    for chunk, part in zip(chunks, parts, strict=True):
+        top = np.maximum(np.maximum.accumulate(part), seen)
+        firsts.append(chunk.take(pa.array(np.flatnonzero(np.diff(top, prepend=seen)))))  # where a name stands first
+        seen = int(top[-1])
+    names = pa.concat_arrays(firsts)
     # Of equal hashes the last words are equal if those before are.
     known = _words(names, width)[:, :-1]
-    parts = zip(chunks, np.split(codes, ends[:-1]), strict=True) if width > 1 else ()
-    same = all(np.array_equal(known[part], _words(chunk, width)[:, :-1]) for chunk, part in parts)
+    same = width == 1 or all(
+        np.array_equal(known[part], _words(chunk, width)[:, :-1]) for chunk, part in zip(chunks, parts, strict=True)
+    )
     return (codes, names) if same else None
 
 
