@@ -291,13 +291,28 @@ def write_csv(lists: Lists, stream: IO[str], titles: Sequence[str] | None, *, ra
     """One line per list entry: the user (or item), rank, item, title if any, numbers. raw: formulas stay formulas."""
     from gfml.ranking.lists import safe_cell
 
-    safe = (lambda cell: cell) if raw else safe_cell
-    columns = [_key(lists), "rank", "item", *(["title"] if titles is not None else []), *lists.columns]
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    for row, name in enumerate(lists.keys):
-        for entry in lists.rows(row, titles):
-            writer.writerow({column: safe(cell) for column, cell in ({_key(lists): name} | _rounded(entry)).items()})
+    columns = _columns(lists, titles)
+    for name, cells in columns.items():
+        if name in lists.columns:
+            columns[name] = [float(f"{value:.6g}") for value in cells.tolist()]
+        elif not raw:
+            columns[name] = [safe_cell(cell) for cell in cells]
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _columns(lists: Lists, titles: Sequence[str] | None) -> dict[str, Any]:
+    """The entries of all lists, column by column."""
+    import numpy as np
+
+    rows, places = np.nonzero(lists.items >= 0)
+    items = lists.items[rows, places].tolist()
+    columns: dict[str, Any] = {_key(lists): [lists.keys[row] for row in rows.tolist()], "rank": (places + 1).tolist()}
+    columns["item"] = [lists.names[item] for item in items]
+    if titles is not None:
+        columns["title"] = [titles[item] for item in items]
+    return columns | {name: values[rows, places] for name, values in lists.columns.items()}
 
 
 def _key(lists: Lists) -> str:
@@ -309,8 +324,7 @@ def write_parquet(lists: Lists, stream: IO[bytes], titles: Sequence[str] | None)
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{_key(lists): name} | entry for row, name in enumerate(lists.keys) for entry in lists.rows(row, titles)]
-    pq.write_table(pa.Table.from_pylist(rows), stream)
+    pq.write_table(pa.table(_columns(lists, titles)), stream)
 
 
 def write_json(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> None:
