@@ -39,7 +39,7 @@ def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> No
     """UserError unless lists of these lengths can be ranked and the split that selects, and test, have interactions."""
     if max(ks) > data.num_items:
         found = f"found a list length of {max(ks)}, wanted at most the {data.num_items} items of {data.name}"
-        raise UserError(f"{found}: mend --topks")
+        raise UserError(f"{found}: mend --topks, or --select-metric, whose length counts too")
     if select_on == "val" and data.valid.nnz == 0:
         raise UserError(
             f"{data.name} has no validation part to select on: give --val-ratio 0.1, or --select-on test and say so"
