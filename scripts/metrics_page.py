@@ -145,6 +145,7 @@ _TAIL = """## What surprises most
 - LensKit's NDCG weighs ranks 1 and 2 the same; its precision divides by the length of the list, its recall by min(T, K).
 - torchmetrics takes an item with a score of 0 or less for not relevant in precision, recall, MAP and MRR: all-negative scores give 0.
 - Elliot's gini is 1 - gini: high is even.
+- RecTools lets an item that a list has twice enlarge the user's truth: 5, 5, 6, 7 against 5 and 7 has a recall@2 of 2/3 (0.19.0).
 - WarpRec's tail is what lies beyond more than 80 % of train, Elliot's beyond 80 %; which of equally popular items is tail is for WarpRec the order
   of torch's unstable sort, which differs between processors: aclt and aplt need not repeat on another machine.
 - trec_eval and ir-measures order tied scores by the item's id as text, later ids first; ir-measures' RR@K takes earlier ids first.
