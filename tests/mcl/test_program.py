@@ -176,7 +176,7 @@ def test_a_sweep_prints_its_grid(name, tmp_path):
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     count, cell = SWEEPS[name]
-    assert len(set(lines)) == count == len(lines) and last == f"{count} not launched"
+    assert len(set(lines)) == count == len(lines) and last == f"# {count} not launched"
     assert sum(cell in line for line in lines) == 1 and all(f"--out {tmp_path}" in line for line in lines)
     assert not list(tmp_path.iterdir())
 
@@ -195,7 +195,8 @@ def test_a_sweep_runs_skips_and_counts_failures(tmp_path):
     first = drive(commands, *words)
     assert first.returncode == 1 and first.stdout.splitlines()[-1] == "1 ran, 1 FAILED", first.stderr
     states = drive(commands, "--dry-run", *words).stdout.splitlines()
-    assert states[0].startswith("[1/2] done: python mcl/main.py") and states[1].startswith("[2/2] failed: ")
+    assert states[0].startswith("python mcl/main.py ") and states[0].endswith("  # [1/2] done")
+    assert states[1].startswith("python mcl/main.py ") and "  # [2/2] failed" in states[1]
     again = drive(commands[:1], *words)
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == "1 done"
 
