@@ -447,11 +447,17 @@ def test_other_features_are_not_mixed_into_a_run(run, planted, tmp_path, capsys)
 @pytest.mark.slow
 @pytest.mark.parametrize("model", TRAINED)
 def test_every_mirror_mode_trains_every_model_about_as_well(model, run):
-    """Finite everywhere, and the ranking on planted groups stays within reach of ordinary training's."""
-    words = ["-m", model, "--epochs", 12, "--baselines", "none"]
+    """Finite everywhere, and the ranking on planted groups stays within reach of ordinary training's.
+
+    Means of three seeds: 160 validation pairs give one seed a spread of a third.
+    """
+    words = ["-m", model, "--epochs", 12, "--baselines", "none", "--report", 0]
     found = {}
     for mode in ("off", "two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat"):
-        code, [path] = run(*words, "--mirror", mode, "--alpha2", 0.2, out=mode)
-        assert code == 0 and all(np.isfinite(row["train/loss"]) for row in rows_of(path))
-        found[mode] = result_of(path)["val"]["recall@10"]
+        values = []
+        for seed in (1, 2, 3):
+            code, [path] = run(*words, "--mirror", mode, "--alpha2", 0.2, "--seed", seed, out=f"{mode}-{seed}")
+            assert code == 0 and all(np.isfinite(row["train/loss"]) for row in rows_of(path))
+            values.append(result_of(path)["val"]["recall@10"])
+        found[mode] = np.mean(values)
     assert min(found.values()) > 0.75 * found["off"], found
