@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -97,6 +97,23 @@ def try_lock(path: Path) -> IO[str] | None:
             raise explain_os_error(error, path) from error
     lock.close()
     return None
+
+
+# The variable by which a launcher tells a program what locks it has from it: descriptor:inode of each.
+HANDED = "GFML_LOCKS"
+
+
+def handed_down(locks: Sequence[IO[str]]) -> dict[str, str]:
+    """The environment of a program that inherits these locks."""
+    return {HANDED: " ".join(f"{lock.fileno()}:{os.fstat(lock.fileno()).st_ino}" for lock in locks)}
+
+
+def keep_handed_locks() -> None:
+    """Leave locks of a launcher to this process alone: readers that it forks would outlive it with them for seconds."""
+    for number, inode in (map(int, word.split(":")) for word in os.environ.pop(HANDED, "").split()):
+        with contextlib.suppress(OSError):  # not handed on by a process between
+            if os.fstat(number).st_ino == inode:
+                os.register_at_fork(after_in_child=os.fdopen(number, "a").close)
 
 
 def is_locked(path: Path) -> bool:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfml.base import settings as kinds
 from gfml.base.errors import Terminated, UserError, as_flags, suggest
+from gfml.base.files import keep_handed_locks
 from gfml.base.home import find_config
 from gfml.base.settings import Setting, flags_of, groups, help_text
 from gfml.base.settings import TopksAction as TopksAction
@@ -370,6 +371,7 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
     # Read when torch is first imported, which main does later: waiting threads sleep instead of spinning, which
     # costs little alone and saves a shared machine (ten times the step time was seen with spinning threads).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_handed_locks()
     try:
         with _sigterm_raises():
             return main(argv) or 0

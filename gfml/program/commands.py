@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gfml.base.errors import UserError
-from gfml.base.files import is_locked, os_errors, try_lock
+from gfml.base.files import handed_down, is_locked, os_errors, try_lock
 from gfml.base.home import find_program
 from gfml.base.toml import LOCATION_FLAGS
 
@@ -156,6 +156,11 @@ class Claim:
         """Their descriptors, for ``pass_fds``."""
         return tuple(lock.fileno() for lock in self._locks)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What tells the process of them."""
+        return handed_down(self._locks)
+
     def close(self) -> None:
         """Let go. Safe to call twice."""
         for lock in self._locks:
@@ -215,7 +220,7 @@ def launch(
             mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
             files.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
             process = subprocess.Popen(
-                command.arguments(root), cwd=root, env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=output,
+                command.arguments(root), cwd=root, env={**os.environ, **(env or {}), **held.environment}, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT if output else None, pass_fds=held.files, start_new_session=True,
             )  # fmt: skip
     except BaseException:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gfml.base.errors import UserError
+from gfml.base.files import handed_down, is_locked, try_lock
 from gfml.program.commands import check_devices, claim, launch, read_command, run_all, slots_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +120,35 @@ def test_a_claim_outlives_its_launcher(toy: Path) -> None:
     while one.state() != "done" and time.monotonic() < deadline:
         time.sleep(0.05)
     assert one.state() == "done" and len(starts(one)) == 1
+
+
+def test_readers_of_a_killed_program_do_not_keep_its_claim(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from gfml.program.cli import run_main\n"
+        "def main(argv):\n"
+        "    reader = os.fork()\n"
+        "    if reader: print(reader, flush=True)\n"
+        "    time.sleep(60)\n"
+        "run_main(main)\n"
+    )
+    path = tmp_path / "lock"
+    lock = try_lock(path)
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, pass_fds=[lock.fileno()],
+        env={**os.environ, **handed_down([lock])},
+    )  # fmt: skip
+    reader = int(program.stdout.readline())
+    try:
+        lock.close()
+        assert is_locked(path)
+        program.kill()
+        program.wait()
+        os.kill(reader, 0)  # it lives
+        assert not is_locked(path)
+    finally:
+        os.kill(reader, signal.SIGKILL)
+        program.stdout.close()
 
 
 def script(root: Path, text: str, *words: str) -> subprocess.Popen:
