@@ -1,6 +1,7 @@
 """What every stage of a recommender's way costs as the data grows to the size of the Netflix prize.
 
     python benchmarks/netflix.py [--sizes 1000000 10000000 100000000] [--folder DIR] [--json FILE] [--threads N]
+    python benchmarks/netflix.py --page docs/netflix.json docs/netflix.md        a page of stored rows, nothing measured
 
 Generated data: 20,000 x 2,000 with a million interactions, 200,000 x 20,000 with ten, 480,189 x 17,770 with a hundred.
 Every stage runs in a process of its own and tells CPU seconds (user + system, imports and compilation left out) and the
@@ -180,6 +181,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(stored: dict[str, Any]) -> str:
+    """The table as a page, with how many times an interaction costs at the largest size what it does at the smallest."""
+    rows, about = stored["rows"], stored["about"]
+    sizes = sorted({row["interactions"] for row in rows})
+    cost = {(row["stage"], row["interactions"]): row["cpu_s"] / row["interactions"] for row in rows if "cpu_s" in row}
+    grown = [f"{stage} {cost[stage, sizes[-1]] / cost[stage, sizes[0]]:.2f}" for stage in dict.fromkeys(row["stage"] for row in rows)
+             if {(stage, sizes[0]), (stage, sizes[-1])} <= cost.keys()]  # fmt: skip
+    machine = f"{about['threads']} thread, {about['cpus']} processors ({about['machine']}), torch {about['torch']}"
+    return (
+        f"# As large as Netflix\n\n{' '.join(__doc__.split(chr(10) * 2)[2].split())}\n\n{table(rows)}\n\n"
+        f"Cost of an interaction at {sizes[-1]:,} over that at {sizes[0]:,}: {', '.join(grown)}. {machine}.\n"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--sizes", type=int, nargs="+", choices=SHAPES, default=list(SHAPES), help="interactions")
@@ -188,7 +203,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="threads of every stage")
     parser.add_argument("--json", type=Path, help="also write the rows here, after every stage")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--page", type=Path, nargs=2, metavar=("JSON", "FILE"), help="write a page of stored rows")
     arguments = parser.parse_args(argv)
+    if arguments.page:
+        arguments.page[1].write_text(page(json.loads(arguments.page[0].read_text())))
+        return 0
     import torch
 
     torch.set_num_threads(arguments.threads)
