@@ -127,8 +127,7 @@ def test_readers_of_a_killed_program_do_not_keep_its_claim(tmp_path: Path) -> No
         "import os, sys, time\n"
         "from gfml.program.cli import run_main\n"
         "def main(argv):\n"
-        "    reader = os.fork()\n"
-        "    if reader: print(reader, flush=True)\n"
+        "    if not os.fork(): print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
         "run_main(main)\n"
     )

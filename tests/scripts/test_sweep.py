@@ -212,6 +212,7 @@ def test_a_run_that_somebody_else_has_is_watched(toy: Path) -> None:
     one = follower(toy, "--seconds", "0.1")
     other = launch(one.command, toy)
     assert reports(one)[-1] == (3, 1.0, True) and starts_of(toy) == 1
+    other.process.wait(30)  # the run is done a moment before its process is
     assert other.poll() == 0
 
 
