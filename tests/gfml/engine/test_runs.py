@@ -17,9 +17,10 @@ import torch
 
 from gfml.base import checkpoints, files
 from gfml.base.errors import UserError
+from gfml.base.runs import run_id, run_state
 from gfml.base.settings import frozen
 from gfml.engine import runs
-from gfml.engine.runs import Run, run_id, run_state
+from gfml.engine.runs import Run
 from gfml.program.cli import parser_of
 from gfml.program.flags import RunSettings
 
