@@ -17,7 +17,7 @@ import torch
 
 from gfml.base import checkpoints, files
 from gfml.base.errors import UserError
-from gfml.base.runs import read_config, read_result, run_id, run_state
+from gfml.base.runs import read_config, read_metrics, read_result, run_id, run_state
 from gfml.base.settings import frozen
 from gfml.engine import runs
 from gfml.engine.runs import Run
