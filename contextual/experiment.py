@@ -25,6 +25,7 @@ from contextual.settings import ContextualSettings
 from contextual.transforms import TrainBatches, in_order, test_transform, train_transform
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, read_arrays
+from gfml.base.optim import light
 from gfml.base.weights import read_weights
 from gfml.data.images import ArrayPictures, ImageSet
 from gfml.engine import distributed
@@ -156,7 +157,7 @@ class Retrieve(Experiment):
         groups += [{key: value for key, value in group.items() if key != "name"} for group in proxies]
         kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
         # Fused on CUDA, where its count of steps stays on the device.
-        optimizer = kind(groups, lr=s.lr, weight_decay=s.weight_decay, fused=self.device.type != "cpu")
+        optimizer = light(kind)(groups, lr=s.lr, weight_decay=s.weight_decay, fused=self.device.type != "cpu")
         falling = lr_factor(s)
         factors: list[Callable[[int], float]] = [
             falling if number < scheduled or not large else lambda epoch: 1.0 for number in range(len(groups))
