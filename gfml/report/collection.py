@@ -212,6 +212,7 @@ def write_report(found: Collection, out: Path) -> Path:
 
 def _overview(page: Page, found: Collection) -> None:
     from gfml.report.page import Cell, best_rows, figure_of
+    from gfml.report.sections import duration
     from gfml.report.stored import flag_value
 
     page.section("Runs")
@@ -223,46 +224,31 @@ def _overview(page: Page, found: Collection) -> None:
         page.note("warning", "Runs are ranked on the reported test part itself, so the best figure is optimistic.")
     rows = found.ranked + [trial for trial in found.trials if trial.value is None]
     top = best_rows([trial.value if trial.state == "done" else None for trial in rows], higher=found.mode == "max")
+    seconds = [trial.run.result.get("seconds", {}).get("train") if trial.state == "done" else None for trial in rows]
     page.table(
         ["run", *found.names, found.metric, "epoch", "state", "train time"],
         [
             [trial.label, *map(flag_value, trial.flags.values()), Cell(figure_of(trial.value), best=number in top), str(trial.epoch or "–"),
-             trial.state, _seconds(trial)]
+             trial.state, duration(seconds[number])]
             for number, trial in enumerate(rows)
         ],
         "Best value over the epochs of each run and its epoch. Runs that were stopped early have had fewer epochs.",
     )  # fmt: skip
 
 
-def _seconds(trial: Trial) -> str:
-    seconds = trial.run.result.get("seconds", {}).get("train") if trial.state == "done" else None
-    return "–" if seconds is None else f"{seconds:.0f} s"
-
-
 def _best(page: Page, found: Collection, best: Trial, out: Path) -> None:
-    from gfml.report.page import figure_of
-    from gfml.report.stored import flag_value
+    from gfml.report.sections import colors_of, headline, intervals_of, metric_cells, record
 
     page.section("The best run")
     write_best(found, best, out / "best.toml")
-    selection = best.run.result["selection"]
-    facts = {name: flag_value(value) for name, value in best.flags.items()}
-    page.facts(
-        {
-            **facts,
-            "run directory": best.run.path.name,
-            "protocol": selection.get("protocol", ""),
-            "settings": "best.toml, for --config",
-        }
-    )
-    usual = [
-        name
-        for name in best.run.result["test"]
-        if name.partition("@")[0] in ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini")
-    ]
-    test = {name: best.run.result["test"][name] for name in usual} or best.run.result["test"]
-    page.table(["test figure", "value"], [[name, figure_of(value)] for name, value in test.items() if isinstance(value, (int, float))],
-               "Test part, shown for this run alone: it was chosen on validation.")  # fmt: skip
+    page.facts({**record(best.run), "settings": "best.toml, for --config"})
+    test = {name: value for name, value in headline(best.run.test).items() if isinstance(value, (int, float))}
+    columns = list(test)
+    noted = {best.label: intervals_of(best.run, columns)} if (best.run.path / "analysis.npz").exists() else {}
+    page.table(
+        ["", *columns], metric_cells({best.label: test}, columns, colors_of([best.run]), intervals=noted),
+        "Test part, shown for this run alone: it was chosen on validation.",
+    )  # fmt: skip
 
 
 def write_best(found: Collection, best: Trial, file: Path) -> None:
@@ -442,17 +428,13 @@ def draw_importance(result: Importance) -> Figure:
 
 
 def _curves(page: Page, found: Collection) -> None:
-    from gfml.report.page import COLORS, Curves, learning_curves
+    from gfml.report.page import COLORS, Curves
+    from gfml.report.sections import draw_learning
 
-    page.section("Learning curves")
     shown = found.ranked[:SHOWN_CURVES]
     curves = [
         Curves(trial.label, trial.run.metrics, found.metric, trial.epoch, COLORS[n % len(COLORS)])
         for n, trial in enumerate(shown)
     ]
     few = f" The {SHOWN_CURVES} best of {len(found.ranked)} runs." if len(found.ranked) > len(shown) else ""
-    page.figure(
-        "learning",
-        learning_curves(curves),
-        f"Left: the train loss, mean over an epoch. Right: {found.metric}; the star marks the best epoch.{few}",
-    )
+    draw_learning(page, curves, few)

@@ -73,11 +73,13 @@ def test_a_sweep_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "8 runs: 6 done, 1 stopped early, 1 not launched." in text
     # The best finished one, although the one that was stopped early had reached more.
     assert "Best: trial 6 with 0.5000" in text
-    rows = [line for line in text.splitlines() if line.startswith("| trial")]
+    *rows, best = [line for line in text.splitlines() if line.startswith("| trial")]
     assert [row.split("|")[1].strip() for row in rows] == [f"trial {n}" for n in (6, 5, 4, 3, 2, 1, 7)]
     assert "**0.5000**" in rows[0] and "stopped early" in rows[-1] and "| 2 |" in rows[0]
     # Test figures of the best alone, shares of the data not among them.
-    assert "| recall@20 | 0.1250 |" in text and text.count("recall@20") == 1 and "head_train" not in text
+    assert best == "| trial 6 | 0.1250 |" and text.count("recall@20") == 1 and "head_train" not in text
+    # Of the best run as much is told as on its own page.
+    assert "**selected:** epoch 1 of ? trained" in text and "**protocol:** selected on val" in text
     best = (folder / "report" / "best.toml").read_text()
     assert "lr = 0.5" in best and "out =" not in best and "data-root" not in best
     assert "Importance" in text and "scikit-learn" in text and "R² on unseen runs" in text
