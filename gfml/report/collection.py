@@ -268,14 +268,16 @@ def write_best(found: Collection, best: Trial, file: Path) -> None:
 
 @dataclass(frozen=True)
 class Scale:
-    """Places of a flag's values on an axis from 0 to 1, and the ticks to show."""
+    """Places of a flag's values on an axis from 0 to 1, the ticks to show, and whether it is logarithmic."""
 
     places: list[float]
     ticks: list[tuple[float, str]]
+    log: bool = False
 
 
-def scale_of(values: Sequence[Any], *, log: bool = False) -> Scale:
-    """Numbers linearly, or by logarithm when they span a factor of 20 or ``log`` says so; anything else evenly spaced by name."""
+def scale_of(values: Sequence[Any], *, log: bool | None = None) -> Scale:
+    """Numbers linearly, or by logarithm where ``log`` says so or, without its word, they span a factor of 20; anything else
+    evenly spaced by name."""
     from gfml.report.stored import flag_value
 
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
@@ -284,14 +286,14 @@ def scale_of(values: Sequence[Any], *, log: bool = False) -> Scale:
         places = {kind: n / (len(kinds) - 1) if len(kinds) > 1 else 0.5 for n, kind in enumerate(kinds)}
         return Scale([places[flag_value(value)] for value in values], [(place, kind) for kind, place in places.items()])
     low, high = min(values), max(values)
-    log = low > 0 and (log or high / low >= 20)
+    log = low > 0 and (high / low >= 20 if log is None else log)
     shape = math.log if log else float
     span = shape(high) - shape(low)
     marks = [low + (high - low) * share for share in (0, 0.5, 1)] if not log else [low, math.sqrt(low * high), high]
-    return Scale(
-        [(shape(value) - shape(low)) / span for value in values],
-        [((shape(mark) - shape(low)) / span, f"{mark:.3g}") for mark in marks],
-    )
+    # A few values that were chosen are their own marks.
+    marks = sorted(set(values)) if len(kinds) <= 4 else marks
+    ticks = [((shape(mark) - shape(low)) / span, f"{mark:.3g}") for mark in marks]
+    return Scale([(shape(value) - shape(low)) / span for value in values], ticks, log)
 
 
 def parallel_coordinates(found: Collection) -> Figure:
@@ -302,8 +304,10 @@ def parallel_coordinates(found: Collection) -> Figure:
     from gfml.report.page import TEXT, panels, styled
 
     trials = found.ranked[::-1]
-    scales = {name: scale_of([trial.flags[name] for trial in trials], log=name in found.log) for name in found.names}
-    scales[found.metric] = scale_of([trial.value for trial in trials])
+    scales = {
+        name: scale_of([trial.flags[name] for trial in trials], log=name in found.log or None) for name in found.names
+    }
+    scales[found.metric] = scale_of([trial.value for trial in trials], log=False)
     shades = (
         scales[found.metric].places if found.mode == "max" else [1 - place for place in scales[found.metric].places]
     )
@@ -321,7 +325,7 @@ def parallel_coordinates(found: Collection) -> Figure:
             for height, text in scale.ticks:
                 axis.annotate(text, (place, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, color="#343942",
                               path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
-        axis.set_xticks(range(len(scales)), list(scales))
+        axis.set_xticks(range(len(scales)), [f"{name} (log)" if one.log else name for name, one in scales.items()])
         axis.set_yticks([])
         axis.grid(False)
         axis.spines[:].set_visible(False)
@@ -359,7 +363,10 @@ def importance_of(found: Collection) -> Importance | None:
     if len(trials) < LEAST_TRIALS:
         return None
     table = np.column_stack(
-        [scale_of([trial.flags[name] for trial in trials], log=name in found.log).places for name in found.names]
+        [
+            scale_of([trial.flags[name] for trial in trials], log=name in found.log or None).places
+            for name in found.names
+        ]
     )
     values = np.array([trial.value for trial in trials])
     if values.var() == 0:

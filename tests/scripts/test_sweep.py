@@ -20,6 +20,7 @@ import pytest
 
 from gfml.base.errors import UserError
 from gfml.program import sweep as sweep_program
+from gfml.program.cli import run_main
 from gfml.program.commands import launch, read_command
 from gfml.program.search import Follower, check_points, load_spec, planned_points, random_point
 
@@ -326,6 +327,44 @@ def test_the_table_ranks_on_validation_and_shows_test_of_the_best_alone(script: 
 
 
 # -- Ray Tune
+
+
+def test_data_that_are_missing_end_a_sweep_before_it_begins(
+    script: dict, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import toy_paper
+
+    def load(settings: object) -> None:
+        raise UserError("toy data not found: give --data-root")
+
+    monkeypatch.setattr(toy_paper.Nothing, "load", load)
+    monkeypatch.setattr(sweep_program, "require_ray", lambda: None)
+    assert run_main(script["main"], [str(write(toy))]) == 2
+    assert "toy data not found: give --data-root" in capsys.readouterr().err
+    assert not list(toy.glob("runs/**/*"))
+
+
+def test_a_first_trial_that_dies_at_once_is_the_last(
+    script: dict, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What hands points to Tune, with a stand-in for Tune's part of it."""
+    searcher = type("Searcher", (), {"FINISHED": "FINISHED", "__init__": lambda self, metric, mode: None})
+    for name in ("ray", "ray.tune", "ray.tune.search"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["ray.tune.search"].Searcher = searcher
+    monkeypatch.setattr(script["Source"], "tell", lambda *_: None)
+    spec = load_spec(write(toy))
+    for value, goes_on in ((None, False), (0.5, True)):
+        with script["Trials"].open(toy / f"sweep-{goes_on}") as trials:
+            points = script["_points_class"]()(script["Source"](spec, trials), spec, trials)
+            points.suggest("first")
+            if value is not None:
+                points.on_trial_result("first", {"value": value, "epoch": 1})
+            points.on_trial_complete("first", error=True)
+            assert (points.suggest("second") != "FINISHED") == goes_on
+            assert script["summarise"](spec, trials) == 1
+            said = capsys.readouterr().out
+            assert "1 failed" in said and trials.all[0]["state"] == "failed"
 
 
 @pytest.mark.parametrize("missing", ["ray", "optuna"])
