@@ -237,13 +237,14 @@ def _overview(page: Page, found: Collection) -> None:
 
 
 def _best(page: Page, found: Collection, best: Trial, out: Path) -> None:
+    from gfml.report.recommenders import table_columns
     from gfml.report.sections import colors_of, headline, intervals_of, metric_cells, record
 
     page.section("The best run")
     write_best(found, best, out / "best.toml")
     page.facts({**record(best.run), "settings": "best.toml, for --config"})
-    test = {name: value for name, value in headline(best.run.test).items() if isinstance(value, (int, float))}
-    columns = list(test)
+    test = {name: value for name, value in best.run.test.items() if isinstance(value, (int, float))}
+    columns = table_columns({"": test}, best.run.result.get("topks", [0])) or list(headline(test))
     noted = {best.label: intervals_of(best.run, columns)} if (best.run.path / "analysis.npz").exists() else {}
     page.table(
         ["", *columns], metric_cells({best.label: test}, columns, colors_of([best.run]), intervals=noted),
@@ -285,13 +286,13 @@ def scale_of(values: Sequence[Any], *, log: bool | None = None) -> Scale:
     if not numbers or len(kinds) == 1:
         places = {kind: n / (len(kinds) - 1) if len(kinds) > 1 else 0.5 for n, kind in enumerate(kinds)}
         return Scale([places[flag_value(value)] for value in values], [(place, kind) for kind, place in places.items()])
-    low, high = min(values), max(values)
+    low, high, log_asked = min(values), max(values), log
     log = low > 0 and (high / low >= 20 if log is None else log)
     shape = math.log if log else float
     span = shape(high) - shape(low)
     marks = [low + (high - low) * share for share in (0, 0.5, 1)] if not log else [low, math.sqrt(low * high), high]
     # A few values that were chosen are their own marks.
-    marks = sorted(set(values)) if len(kinds) <= 4 else marks
+    marks = sorted(set(values)) if len(kinds) <= 4 and log_asked is None else marks
     ticks = [((shape(mark) - shape(low)) / span, f"{mark:.3g}") for mark in marks]
     return Scale([(shape(value) - shape(low)) / span for value in values], ticks, log)
 

@@ -32,6 +32,8 @@ T = TypeVar("T")
 FORMATS = ("html", "md")
 # Characters of a table's figures that fit beside one another.
 PAGE_WIDTH = 132.0
+# What is logged beside the terms of the loss.
+NO_TERMS = ("train/loss", "train/lr", "train/accuracy")
 IS_FIGURE = re.compile(r"[−+-]?[.,\d]*\d|–$|p [<=]")
 # Middle tones: about the same contrast on white and on near-black.
 COLORS = ("#3f86d8", "#dd7f21", "#2f9e68", "#9a6bd0", "#d4574a", "#2a9fa8", "#cf5f9f", "#99902a")
@@ -343,7 +345,7 @@ class Curves:
         """The names of the train terms but for the total, those that are ever other than zero and than the total."""
         names = dict.fromkeys(key for row in self.rows for key in row if key.startswith("train/"))
         total = self.series("train/loss")[1]
-        values = {key: self.series(key)[1] for key in names if key not in ("train/loss", self.select)}
+        values = {key: self.series(key)[1] for key in names if key not in (*NO_TERMS, self.select)}
         return [key for key, found in values.items() if found.any() and not np.array_equal(found, total)]
 
 
