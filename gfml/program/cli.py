@@ -7,6 +7,7 @@ argument tokens placed before the user's and everything is parsed once, so one p
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import os
@@ -366,8 +367,21 @@ def run_main(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[
     SIGTERM, 141 when stdout is closed.
 
     The user can mend a UserError, a place that cannot be used, and memory that does not suffice. Any other exception
-    keeps its traceback. Use as ``sys.exit(run_main(main))``.
+    keeps its traceback. Use as ``sys.exit(run_main(main))``. One of several processes (torchrun) ends here.
     """
+    code = _outcome(main, argv)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        # gloo's threads may still hold the last tensors. Letting go of them while the interpreter is taken down
+        # aborts the process once in a few hundred runs, after all its work, and torchrun then ends the others.
+        atexit._run_exitfuncs()
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _outcome(main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None) -> int:
+    """``main(argv)`` and the exit code that stands for how it ended."""
     # Read when torch is first imported, which main does later: waiting threads sleep instead of spinning, which
     # costs little alone and saves a shared machine (ten times the step time was seen with spinning threads).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -382,6 +383,19 @@ def test_exit_codes(capsys):
     assert capsys.readouterr().err == "interrupted: continue with --resume runs/x\n"
     with pytest.raises(RuntimeError, match="bug"):
         cli.run_main(bug)
+
+
+@pytest.mark.parametrize("ending, code", (("return 0", 0), ("raise UserError('no')", 2), ("return 3", 3)))
+def test_one_of_several_processes_outlives_no_interpreter(ending: str, code: int) -> None:
+    """What aborts while the interpreter is taken down, as gloo's threads may, has no say; the rest is done."""
+    lines = ["import atexit, os, sys", "from gfml.base.errors import UserError", "from gfml.program.cli import run_main",
+             "class Late:", "    def __del__(self): os.abort()", "late = Late()", "atexit.register(print, 'goodbye')",
+             "def main(argv):", "    print('hello')", f"    {ending}", "sys.exit(run_main(main))"]  # fmt: skip
+    several = os.environ | {"RANK": "1", "WORLD_SIZE": "2"}
+    for environment, expected in ((several, code), (os.environ, -signal.SIGABRT)):
+        done = subprocess.run([sys.executable, "-c", "\n".join(lines)], env=environment, capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+        assert done.stdout == "hello\ngoodbye\n" or expected < 0
 
 
 def test_a_closed_pipe_is_no_error() -> None:
