@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfml.base.errors import UserError
+from gfml.base.optim import light
 from gfml.ranking.baselines import LinearScorer, NeighbourScorer
 from gfml.ranking.topk import FactorScorer, Scorer, full_precision
 
@@ -158,7 +159,7 @@ class _BlockOfUsers:
         start = (item[self.own] * share).sum(1) / share.sum(1)
         start = start * (length / start.norm(dim=1, keepdim=True).clamp_min(1e-12))
         vector = start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([vector], lr=RATE * length / max(start.shape[1], 1) ** 0.5, fused=True)
+        optimizer = light(torch.optim.Adam)([vector], lr=RATE * length / max(start.shape[1], 1) ** 0.5, fused=True)
         with torch.no_grad():
             near, far = (self.scorer.against(items) for items in (self.own, self.pool))
         for _ in range(STEPS):
