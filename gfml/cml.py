@@ -6,6 +6,7 @@ Lin, Belongie, Estrin, Collaborative Metric Learning, WWW 2017.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -326,14 +327,15 @@ class SquaredDistanceScorer:
 
     def at(self, users: Tensor, items: Tensor) -> Tensor:
         """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
-        return self.of_vectors(self.user[users], items)
+        return self.against(items)(self.user[users])
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Scores of user vectors [B, D] with all items, with items int64 [W], or each with his own, [B, W]."""
         item, term = (table if items is None else table[items] for table in (self.item, self._item_term))
         if item.dim() == 3:
-            return -(vectors[:, None] - item).square().sum(-1) - (term - item.square().sum(-1))
-        return 2 * vectors @ item.T - term - vectors.square().sum(1, keepdim=True)
+            offset = term - item.square().sum(-1)
+            return lambda vectors: -(vectors[:, None] - item).square().sum(-1) - offset
+        return lambda vectors: 2 * vectors @ item.T - term - vectors.square().sum(1, keepdim=True)
 
     @torch.no_grad()
     def factors(self) -> Factors:

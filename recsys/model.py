@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -187,10 +188,10 @@ class BlendScorer:
         """Blended scores of users [B] with their own items int64 [B, K]: [B, K]."""
         return (1 - self.mix_ratio) * self.dot.at(users, items) + self.mix_ratio * self.gravity.at(users, items)
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Blended scores of user vectors [B, D] with all items, or with items int64 [W]."""
-        dot, gravity = self.dot.of_vectors(vectors, items), self.gravity.of_vectors(vectors, items)
-        return (1 - self.mix_ratio) * dot + self.mix_ratio * gravity
+        dot, gravity, share = self.dot.against(items), self.gravity.against(items), self.mix_ratio
+        return lambda vectors: (1 - share) * dot(vectors) + share * gravity(vectors)
 
     def factors(self) -> Factors | None:
         """The dot product alone when rho is 0, the gravity form when it is 1, else None."""
