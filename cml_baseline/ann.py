@@ -62,9 +62,8 @@ def export(run: str | os.PathLike[str], kind: str = "auto", top: int = 100) -> d
 
 def read_arrays(run: Path) -> dict[str, np.ndarray]:
     """The content of a finished run's ``analysis.npz``; UserError when there is none."""
-    from gfml.base.checkpoints import train_anew
     from gfml.base.files import read_arrays as read
-    from gfml.engine.runs import run_state
+    from gfml.base.runs import run_state, train_anew
 
     state = run_state(run)
     if state != "done":

@@ -13,6 +13,7 @@ from cml_baseline import data as sources
 from cml_baseline.ann import export
 from cml_baseline.report import draw, write_items
 from cml_baseline.table import EpochTable, read_epochs
+from gfml.base.optim import light
 from gfml.cml import FeatureProjection, ItemFeatures, MetricLearner, MetricOptions
 from gfml.data.interactions import Interactions
 from gfml.distances import SquaredDistance
@@ -90,9 +91,11 @@ class CML(Recommender):
         network = [] if model.features is None else list(model.features.parameters())
         if s.optimizer == "adam":
             groups = [{"params": points, "lr": s.lr}, *([{"params": network, "lr": s.feature_lr}] if network else [])]
-            return torch.optim.Adam(groups, fused=True)
-        optimizer = torch.optim.Adagrad(points, s.lr, initial_accumulator_value=s.accumulator, foreach=True)
-        return Optimizers(optimizer, torch.optim.Adam(network, s.feature_lr, fused=True)) if network else optimizer
+            return light(torch.optim.Adam)(groups, fused=True)
+        optimizer = light(torch.optim.Adagrad)(points, s.lr, initial_accumulator_value=s.accumulator, foreach=True)
+        return (
+            Optimizers(optimizer, light(torch.optim.Adam)(network, s.feature_lr, fused=True)) if network else optimizer
+        )
 
     def _sampler(self, model: MetricLearner) -> TripleSampler:
         """Every train pair once an epoch, with negatives as ``--sampler`` says."""

@@ -127,6 +127,11 @@ class CMLSettings(
 
     dataset: str = changed(DataSettings, "dataset", "auto")
 
+    @property
+    def only_shown(self) -> bool:
+        """An index can be asked for later."""
+        return super().only_shown and self.ann == "off"
+
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:
         """Defaults that depend on other flags or on which data is there are filled in."""

@@ -25,6 +25,7 @@ from contextual.settings import ContextualSettings
 from contextual.transforms import TrainBatches, in_order, test_transform, train_transform
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, read_arrays
+from gfml.base.optim import light
 from gfml.base.weights import read_weights
 from gfml.data.images import ArrayPictures, ImageSet
 from gfml.engine import distributed
@@ -155,7 +156,7 @@ class Retrieve(Experiment):
         proxies = parameter_groups(model.criterion, pipeline=s.pipeline, lr=s.lr, loss_lr=s.loss_lr)
         groups += [{key: value for key, value in group.items() if key != "name"} for group in proxies]
         kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(groups, lr=s.lr, weight_decay=s.weight_decay)
+        optimizer = light(kind)(groups, lr=s.lr, weight_decay=s.weight_decay)
         falling = lr_factor(s)
         factors: list[Callable[[int], float]] = [
             falling if number < scheduled or not large else lambda epoch: 1.0 for number in range(len(groups))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gfml.base.checkpoints import load_state, save_state
 from gfml.base.errors import UserError
+from gfml.base.optim import light
 from gfml.data.interactions import Interactions, csr_from_pairs, pairs_from_csr
 from gfml.distances import SquaredDistance
 from gfml.engine.runs import Run
@@ -121,7 +122,11 @@ class HLRM(Recommender):
         """The rate decays exponentially by epoch; every step ends with the projection into the ball."""
         s = self.settings
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        kinds = {"adam": partial(torch.optim.Adam, fused=True), "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+        kinds = {
+            "adam": partial(light(torch.optim.Adam), fused=True),
+            "adagrad": light(torch.optim.Adagrad),
+            "sgd": light(torch.optim.SGD),
+        }
         optimizer = kinds[s.optimizer](trained, lr=s.lr)
         sampler = PairSampler(
             self.data.train, batch_size=s.batch_size, width=s.num_inter, seed=s.seed, kind=s.history_sampling,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gfml.base.optim import light
 from gfml.engine.train import WeightAverage
 from gfml.gravity import Gravity, Mass
 from gfml.program.experiment import Training
@@ -59,7 +60,7 @@ class MCL(Recommender):
 
     def training(self, model: MetricRecommender) -> Training:
         s = self.settings
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=s.lr, fused=True)
+        optimizer = light(torch.optim.Adam)([p for p in model.parameters() if p.requires_grad], lr=s.lr, fused=True)
         ema = None
         if s.ema:
             averaged = model.parameters() if s.ema_scope == "all" else model.gravity.mass.parameters()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gfml.base.files import write_json
+from gfml.base.optim import light
 from gfml.base.weights import read_weights
 from gfml.data.interactions import Interactions
 from gfml.engine.distributed import World
@@ -93,7 +94,7 @@ class MirrorGrad(Recommender):
         if hasattr(model, "optimizer_groups"):
             groups = model.optimizer_groups()
         fused = {"fused": True} if s.learner == "adam" else {}
-        optimizer = LEARNERS[s.learner](
+        optimizer = light(LEARNERS[s.learner])(
             groups, lr=s.learning_rate * arm_factor(s), weight_decay=s.weight_decay, **fused
         )
         base, period = s.learning_rate_scheduler

@@ -111,8 +111,8 @@ def write_csv(file: Path, rows: Mapping[str, Mapping[str, float]], measured: Seq
 
 def measure(path: Path, given: Options) -> dict[str, Any]:
     """Everything measured about one run."""
+    from gfml.base.runs import read_result
     from gfml.engine.distributed import World
-    from gfml.engine.runs import read_result
     from mirror_grad.data import load
     from mirror_grad.experiment import MirrorGrad
 

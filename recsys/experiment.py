@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
+from gfml.base.optim import light
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.data.items import read_item_features
 from gfml.distances import SquaredDistance
@@ -143,7 +144,7 @@ class Recsys(Recommender):
             nodes.data.copy_(tables)
             return {"loss": torch.tensor(solver.objective() / self.data.train.nnz)}
 
-        return Training(torch.optim.SGD([nodes], lr=1.0), lambda _: [None], lambda _: {}, step=step)
+        return Training(light(torch.optim.SGD)([nodes], lr=1.0), lambda _: [None], lambda _: {}, step=step)
 
     def _ials(self, model: Model) -> IALS:
         s = self.settings

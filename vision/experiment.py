@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gfml.attention import AttentionSettings, log_masses, parameter_groups
+from gfml.base.optim import light
 from gfml.data.images import ImageSet
 from gfml.engine import distributed
 from gfml.engine.runs import Run
@@ -83,7 +84,7 @@ class Vision(Experiment):
         net = torch.compile(net) if s.compile else net
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[s.optimizer]
         groups = parameter_groups(model, s.weight_decay)
-        optimizer = kind(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
+        optimizer = light(kind)(groups, lr=s.lr, betas=(s.beta1, s.beta2), fused=True)
         sampler = TrainBatches(
             data, augmentation(s, data), batch_size=s.batch_size, seed=s.seed, world=world,
             weights=class_weights(s.sampler, data.counts), workers=s.num_workers, most=1 if s.dry_run else None,

@@ -252,6 +252,11 @@ class VisionSettings(
         if options.refit and not options.val_fraction:
             raise UserError("--refit needs a validation part: give --val_fraction, such as 0.1")
 
+    @property
+    def only_shown(self) -> bool:
+        """The page is drawn again, of all models together."""
+        return super().only_shown and not self.report
+
     def each(self) -> Sequence[Self]:
         """One run for each model."""
         return [replace(self, model_name=(name,)) for name in self.model_name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, explain_os_error
+from gfml.base.runs import train_anew
 
 FORMAT = "gfml checkpoint 1"
 
@@ -67,9 +67,3 @@ def damaged(path: str | os.PathLike[str], why: str) -> UserError:
     else:
         advice = "give another file"
     return UserError(f"cannot use the checkpoint {path} ({why}): {advice}")
-
-
-def train_anew(run: Path) -> str:
-    """Advice that works for any run that can be read no more: its own flags again, in its own place."""
-    place = f"`config {shlex.quote(str(run / 'config.toml'))}` `out {shlex.quote(str(run.parent))}`"
-    return f"train anew with {place} `run_name {shlex.quote(run.name)}` `overwrite`, which keeps the old run"

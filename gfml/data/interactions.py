@@ -12,6 +12,8 @@ import scipy.sparse as sp
 
 from gfml.base.errors import UserError
 
+MANY = 100_000  # from so many rows on compiled code pays for its import
+
 
 def sorted_unique(keys: np.ndarray) -> np.ndarray:
     """The distinct values in ascending order; by sorting, which is several times faster here than hashing."""
@@ -21,58 +23,38 @@ def sorted_unique(keys: np.ndarray) -> np.ndarray:
     return ordered[keep]
 
 
-def grouped(groups: np.ndarray, size: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """``rows`` (default 0, 1, ...) ordered by their group, stably, and where each of ``size`` groups starts.
-
-    A counting sort: linear, where sorting is not. groups int [N], one a row in the order of ``rows``.
-    """
-    rows = np.arange(len(groups), dtype=np.int32 if len(groups) < 2**31 else np.int64) if rows is None else rows
-    one_row = sp.csr_array((rows, groups, np.array([0, len(groups)])), shape=(1, max(size, 1)))
-    by_group = one_row.tocsc()
-    return by_group.data, by_group.indptr
-
-
 def pair_order(users: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows, their users, their items) ordered by user, then item, then row."""
-    num_users, num_items = (int(side.max(initial=-1)) + 1 for side in (users, items))
-    if len(users) >= 2**31 or num_items >= 2**31:
-        rows, _ = grouped(items, num_items)
-        rows, starts = grouped(users[rows], num_users, rows)
-        return rows, np.repeat(np.arange(num_users), np.diff(starts)), items[rows]
-    # Item and row are one number: a single pass in random order, and users' few numbers are sorted in the cache.
-    both = items.astype(np.int64)
-    both <<= 32
-    both |= np.arange(len(users), dtype=np.int64)
-    both, starts = grouped(users, num_users, both)
-    nothing, size = np.empty(len(users), dtype=np.int8), (max(num_users, 1), 2**62)
-    table = sp.csr_array((nothing, both, starts.astype(np.int64)), shape=size)
-    table.sort_indices()
-    ordered = table.indices.view(np.int32).reshape(-1, 2)
+    if not MANY <= len(users) < 2**31 or items.max() >= 2**31:
+        order = np.lexsort((items, users))
+        return order, users[order], items[order]
+    from gfml.kernels.orders import order_pairs
+
+    degree = np.bincount(users)
+    pairs = np.empty(len(users), dtype=np.int64)
+    order_pairs(users.astype(np.int32, copy=False), items.astype(np.int32, copy=False), _starts(degree), pairs)
+    ordered = pairs.view(np.int32).reshape(-1, 2)
     low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
-    by_user = np.repeat(np.arange(num_users, dtype=np.int32), np.diff(starts))
+    by_user = np.repeat(np.arange(len(degree), dtype=np.int32), degree)
     return np.ascontiguousarray(ordered[:, low]), by_user, np.ascontiguousarray(ordered[:, high])
 
 
-def sorted_in_groups(groups: np.ndarray, size: int, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows ordered by group, then by ``key`` (int >= 0; equal ones in any fixed order), and where each group starts."""
-    if (groups[1:] >= groups[:-1]).all():
-        rows = np.arange(len(groups), dtype=np.int32 if len(groups) < 2**31 else np.int64)
-        starts, key = np.concatenate([[0], np.cumsum(np.bincount(groups, minlength=max(size, 1)))]), key.copy()
-    else:
-        rows, starts = grouped(groups, size)
-        key = key[rows]
-    table = sp.csr_array((rows, key, starts), shape=(max(size, 1), int(key.max(initial=0)) + 1))
-    table.sort_indices()
-    return table.data, starts
-
-
 def place_in_groups(groups: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """Position 0, 1, ... of each row within its group by ascending ``key``; int [N]."""
-    rows, starts = sorted_in_groups(groups, size, key)
-    place = np.empty(len(groups), dtype=rows.dtype)
-    place[rows] = np.arange(len(groups), dtype=rows.dtype)
-    place -= starts[:-1].astype(rows.dtype)[groups]
+    """Position 0, 1, ... of each row within its group by ascending ``key``, equal keys by row; int [N]."""
+    starts = _starts(np.bincount(groups, minlength=size))
+    if MANY <= len(groups) < 2**31:
+        from gfml.kernels.orders import rank_rows
+
+        place = np.empty(len(groups), dtype=np.int32)
+        rank_rows(groups.astype(np.int32, copy=False), key, starts, place)
+        return place
+    place, order = np.empty(len(groups), dtype=np.int64), np.lexsort((key, groups))
+    place[order] = np.arange(len(groups)) - starts[groups[order]]
     return place
+
+
+def _starts(degree: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(degree)])
 
 
 def random_key(count: int, rng: np.random.Generator) -> np.ndarray:
@@ -92,8 +74,7 @@ def csr_from_pairs(users: np.ndarray, items: np.ndarray, num_users: int, num_ite
 
 def csr_in_order(users: np.ndarray, items: np.ndarray, num_users: int, num_items: int) -> sp.csr_array:
     """The same of distinct pairs that are ordered by user, then item."""
-    starts = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=num_users))])
-    return csr_from_parts(items, starts, (num_users, num_items))
+    return csr_from_parts(items, _starts(np.bincount(users, minlength=num_users)), (num_users, num_items))
 
 
 def csr_from_parts(columns: np.ndarray, starts: np.ndarray, shape: tuple[int, int]) -> sp.csr_array:

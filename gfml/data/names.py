@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gfml.data.interning import Coded, Interning
 from gfml.data.tables import Table, as_strings
 
-# Columns of so many rows, of cells that fit as many words of eight bytes, are told apart by hashes.
-_MANY, _WORDS = 100_000, 8
 _CANONICAL = r"^(0|[1-9][0-9]{0,18})$"
 
 
@@ -27,20 +26,10 @@ class Ids(NamedTuple):
     names: np.ndarray
 
 
-def encode(table: Table, column: str, cells: pa.ChunkedArray) -> Ids:
+def encode(table: Table, column: str, cells: pa.ChunkedArray | Coded) -> Ids:
     """The ids of a column. UserError with the line of an empty cell; blanks kept or taken for the separator's are noted."""
     wanted = f"a name in column {column}, as in every other row"
-    if cells.null_count:
-        row = int(np.flatnonzero(np.asarray(pc.is_null(cells)))[0])
-        raise table.error(row, "", wanted)
-    if pa.types.is_floating(cells.type):
-        cells = _whole(table, column, cells)
-    if not pa.types.is_integer(cells.type):
-        try:
-            cells = as_strings(cells)
-        except pa.ArrowInvalid:
-            raise table.error(0, str(cells.type), f"text or whole numbers in column {column}") from None
-    codes, names = _by_hash(cells) or _factorised(cells)
+    codes, names = cells if isinstance(cells, Coded) else _coded(table, column, cells, wanted)
     if pa.types.is_string(names.type):
         bad = np.flatnonzero(_any(pc.equal(pc.utf8_trim_whitespace(names), ""), pc.match_substring(names, "\0")))
         if len(bad):
@@ -49,58 +38,24 @@ def encode(table: Table, column: str, cells: pa.ChunkedArray) -> Ids:
     return _sorted(codes, names)
 
 
-def _factorised(cells: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """Codes by first appearance, and the distinct cells."""
-    encoded = cells.dictionary_encode()
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
-    return codes, encoded.chunk(encoded.num_chunks - 1).dictionary
-
-
-def _by_hash(cells: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array] | None:
-    """:func:`_factorised` of many texts by way of 64-bit hashes, which are looked up three times as fast.
-
-    None for few or long texts, and where two of them share a hash.
-    """
-    chunks = [chunk for chunk in cells.chunks if len(chunk)]
-    if not pa.types.is_string(cells.type) or len(cells) < _MANY:
-        return None
-    width = -(-int(pc.max(pc.binary_length(cells)).as_py()) // 8)
-    if not 0 < width <= _WORDS or any(_has_zero(chunk) for chunk in chunks):
-        return None
-    codes, _ = _factorised(pa.chunked_array([_hashes(_words(chunk, width)) for chunk in chunks]))
-    parts, firsts, seen = np.split(codes, np.cumsum([len(chunk) for chunk in chunks])[:-1]), [], -1
-    for chunk, part in zip(chunks, parts, strict=True):
-        top = np.maximum(np.maximum.accumulate(part), seen)
-        firsts.append(chunk.take(pa.array(np.flatnonzero(np.diff(top, prepend=seen)))))  # where a name stands first
-        seen = int(top[-1])
-    names = pa.concat_arrays(firsts)
-    # Of equal hashes the last words are equal if those before are.
-    known = _words(names, width)[:, :-1]
-    same = width == 1 or all(
-        np.array_equal(known[part], _words(chunk, width)[:, :-1]) for chunk, part in zip(chunks, parts, strict=True)
-    )
-    return (codes, names) if same else None
-
-
-def _has_zero(texts: pa.Array) -> bool:
-    content = texts.buffers()[2]
-    return content is not None and not np.frombuffer(content, dtype=np.uint8).all()
-
-
-def _words(texts: pa.Array, width: int) -> np.ndarray:
-    """The bytes of each text and zeros after them as uint64 [n, width]."""
-    padded = pc.ascii_rpad(texts, width=8 * width, padding="\0")
-    return np.frombuffer(padded.buffers()[2], dtype=np.uint64, count=len(texts) * width).reshape(-1, width)
-
-
-def _hashes(words: np.ndarray) -> pa.Array:
-    """A number for each row: a mixture of the words before plus the last."""
-    found = words[:, 0].copy()
-    for column in words.T[1:]:
-        found ^= found >> np.uint64(29)
-        found *= np.uint64(0x9E3779B97F4A7C15)
-        found += column
-    return pa.array(found)
+def _coded(table: Table, column: str, cells: pa.ChunkedArray, wanted: str) -> Coded:
+    """Codes by first appearance, and the distinct cells: whole numbers or strings."""
+    if cells.null_count:
+        row = int(np.flatnonzero(np.asarray(pc.is_null(cells)))[0])
+        raise table.error(row, "", wanted)
+    if pa.types.is_floating(cells.type):
+        cells = _whole(table, column, cells)
+    if pa.types.is_integer(cells.type):
+        encoded = cells.combine_chunks().dictionary_encode()
+        return Coded(encoded.indices.to_numpy(), encoded.dictionary)
+    try:
+        cells = as_strings(cells)
+    except pa.ArrowInvalid:
+        raise table.error(0, str(cells.type), f"text or whole numbers in column {column}") from None
+    texts = Interning()
+    for chunk in cells.chunks:
+        texts.add(chunk)
+    return texts.result()
 
 
 def _any(*masks: pa.Array) -> np.ndarray:

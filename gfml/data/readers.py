@@ -578,7 +578,9 @@ def read_table(
         _find_clock(table, pick)
     used = ("user", "item", "rating", "part", *(("time", "clock") if "time" in uses else ()))
     needed = list(dict.fromkeys(pick[role] for role in used if pick[role] is not None))
-    cells = table.read(needed, whole=[pick["time"]] if pick["time"] in needed else [])
+    cells = table.read(
+        needed, whole=[pick["time"]] if pick["time"] in needed else [], coded=[pick["user"], pick["item"]]
+    )
     users = encode(table, pick["user"], cells.pop(pick["user"]))
     items = encode(table, pick["item"], cells.pop(pick["item"]))
     if pick["bare"] and columns.user is None and columns.item is None and is_item_first(users, items):

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gfml.base.errors import UserError, suggest
+from gfml.data.interning import Interning
 
 PACKED = ("gz", "zst")
 ATOMIC = ("inter", "item", "user", "kg", "link", "net")
@@ -212,8 +213,11 @@ class Table:
     kinds: Mapping[str, str] = field(default_factory=dict)
     notes: dict[str, object] = field(default_factory=dict)
 
-    def read(self, columns: Sequence[str], whole: Sequence[str] = ()) -> dict[str, pa.ChunkedArray]:
-        """The ``columns``, one entry a row: strings, or the file's own types. whole: try these as int64 on the way."""
+    def read(self, columns: Sequence[str], whole: Sequence[str] = (), coded: Sequence[str] = ()) -> dict[str, Any]:
+        """The ``columns``, one entry a row: strings, or the file's own types, as :class:`pyarrow.ChunkedArray`.
+
+        whole: try these as int64 on the way. coded: a table of text gives these as :class:`~gfml.data.interning.Coded`.
+        """
         raise NotImplementedError
 
     def place(self, row: int) -> str:
@@ -295,7 +299,7 @@ class ParquetTable(Table):
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} is no readable Parquet file ({short(error)}): write it again") from error
 
-    def read(self, columns: Sequence[str], whole: Sequence[str] = ()) -> dict[str, pa.ChunkedArray]:
+    def read(self, columns: Sequence[str], whole: Sequence[str] = (), coded: Sequence[str] = ()) -> dict[str, Any]:
         import pyarrow.parquet as pq
 
         try:
@@ -359,42 +363,49 @@ class TextTable(Table):
         marked = self.raw is None and _starts(self.path, b"\xef\xbb\xbf")
         self.start = len(head[:end].encode()) + (3 if marked else 0)
 
-    def read(self, columns: Sequence[str], whole: Sequence[str] = ()) -> dict[str, pa.ChunkedArray]:
+    def read(self, columns: Sequence[str], whole: Sequence[str] = (), coded: Sequence[str] = ()) -> dict[str, Any]:
         if self.dialect.quoted and not self.many_lines:
             self._check_quotes()
         asked = [*columns, *([""] if self.extra else [])]
         odd: list[Any] = []
         try:
-            found = self._chunks(asked, whole, odd)
+            found = self._chunks(asked, whole, coded, odd)
         except pa.ArrowInvalid as error:
             if "invalid UTF8" not in str(error):
                 raise self._explain(error, odd) from error
             # Only columns that are read are looked at: one that is not UTF-8 makes the file latin-1.
             self.raw = utf8_bytes(self.raw or read_bytes(self.path), self.path, self.notes)
             self._find_start(_head(self.path, self.raw))
-            found = self._chunks(asked, whole, odd)
+            found = self._chunks(asked, whole, coded, odd)
         if self.extra:
             self._check_extra(found.pop(""))
         return found
 
-    def _chunks(self, columns: Sequence[str], whole: Sequence[str], odd: list[Any]) -> dict[str, pa.ChunkedArray]:
-        """Every column chunk by chunk, so that numbers never stand in memory as text."""
+    def _chunks(
+        self, columns: Sequence[str], whole: Sequence[str], coded: Sequence[str], odd: list[Any]
+    ) -> dict[str, Any]:
+        """Every column chunk by chunk, so that numbers and ids never stand in memory as text."""
         place = {name: str(self.names.index(name) if name or not self.extra else self.width - 1) for name in columns}
-        numeric = set(whole)
-        found: dict[str, list[pa.Array]] = {name: [] for name in columns}
+        numeric, interned = set(whole), {name: Interning() for name in coded}
+        found: dict[str, list[pa.Array]] = {name: [] for name in columns if name not in interned}
         with self._reader(list(place.values()), odd) as reader:
             for batch in reader:
-                for name, key in place.items():
-                    cells = batch.column(key)
+                for name, texts in interned.items():
+                    texts.add(batch.column(place[name]))
+                for name, chunks in found.items():
+                    cells = batch.column(place[name])
                     if name in numeric:
                         try:
                             cells = cells.cast(pa.int64())
                         except pa.ArrowInvalid:
                             numeric.discard(name)
-                            found[name] = [chunk.cast(pa.string()) for chunk in found[name]]
-                    found[name].append(cells)
-        types = {name: pa.int64() if name in numeric else pa.string() for name in columns}
-        return {name: pa.chunked_array(chunks, types[name]) for name, chunks in found.items()}
+                            chunks[:] = [chunk.cast(pa.string()) for chunk in chunks]
+                    chunks.append(cells)
+        types = {name: pa.int64() if name in numeric else pa.string() for name in found}
+        return {
+            **{name: pa.chunked_array(chunks, types[name]) for name, chunks in found.items()},
+            **{name: texts.result() for name, texts in interned.items()},
+        }
 
     def _reader(self, keys: list[str], odd: list[Any]) -> Any:
         """A stream of batches; rows of another width end it and go to ``odd``. In one thread: less CPU, and rows are numbered."""
@@ -560,7 +571,7 @@ class JsonTable(Table):
         head = [row for _, row in itertools.islice(_objects(raw[: 1 << 20], path, whole=len(raw) <= 1 << 20), 100)]
         return cls(path, list(dict.fromkeys(name for row in head for name in row)), {}, notes, raw)
 
-    def read(self, columns: Sequence[str], whole: Sequence[str] = ()) -> dict[str, pa.ChunkedArray]:
+    def read(self, columns: Sequence[str], whole: Sequence[str] = (), coded: Sequence[str] = ()) -> dict[str, Any]:
         import pyarrow.json as arrow_json
 
         rows = [

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gfml.base.optim import light
 from gfml.fused import threads_for, touched_on_device, touched_rows
 
 OPTIMIZERS = ("adamw", "lazy_adamw", "adagrad")
@@ -33,11 +34,11 @@ OPTIMIZERS = ("adamw", "lazy_adamw", "adagrad")
 def build_optimizer(name: str, groups: Iterable[dict[str, Any]], lr: float) -> Optimizer:
     """One of OPTIMIZERS for parameter groups with their own ``weight_decay``; adamw is torch's fused AdamW."""
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
+        return light(torch.optim.AdamW)(groups, lr=lr, fused=True)
     return {"lazy_adamw": LazyAdamW, "adagrad": LazyAdagrad}[name](groups, lr=lr)
 
 
-class LazyAdamW(torch.optim.AdamW):
+class LazyAdamW(light(torch.optim.AdamW)):
     """AdamW at the rows that have a gradient; see the module text. Settings as AdamW's, without amsgrad."""
 
     def __init__(
@@ -73,7 +74,7 @@ class LazyAdamW(torch.optim.AdamW):
         return loss
 
 
-class LazyAdagrad(torch.optim.Adagrad):
+class LazyAdagrad(light(torch.optim.Adagrad)):
     """Adagrad with decoupled decay at the rows that have a gradient; see the module text."""
 
     def __init__(

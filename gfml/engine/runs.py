@@ -1,25 +1,22 @@
 """Run directories: one per resolved config, written so that it can be stopped at any point and continued.
 
 A directory holds ``config.toml`` (a valid ``--config``), ``run.json`` (command, commit, versions, device, times),
-``metrics.jsonl`` (a line per epoch), ``last.pt`` and ``best.pt``, ``result.json``, and in the end ``done`` or
-``failed`` (with the traceback). Files appear whole or not at all. Only one process at a time writes to a run.
+``metrics.jsonl`` (a line per epoch), ``last.pt`` and ``best.pt``, ``result.json`` and ``result.txt`` (as it is printed), and
+in the end ``done`` or ``failed`` (with the traceback). Files appear whole or not at all. Only one process at a time writes to a run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import platform
 import random
-import re
 import shlex
 import subprocess
 import sys
 import time
-import tomllib
 import traceback
 import weakref
 from collections.abc import Collection, Mapping
@@ -27,46 +24,27 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
 
 import gfml
-from gfml.base.checkpoints import load_state, save_state, train_anew
+from gfml.base.checkpoints import load_state, save_state
 from gfml.base.errors import UserError
-from gfml.base.files import atomic_open, is_locked, os_errors, remove_leftovers, try_lock, write_json
+from gfml.base.files import atomic_open, os_errors, remove_leftovers, try_lock, write_json
+from gfml.base.runs import (
+    State,
+    checked_name,
+    goes_beyond,
+    is_done,
+    read_json,
+    read_metrics,
+    read_result,
+    require_run,
+    run_id,
+)
 from gfml.base.toml import LOCATION_FLAGS, toml_text
-
-State = Literal["not launched", "running", "incomplete", "done", "failed"]
-
-# A continued run may go further than it was meant to; everything else must stay.
-EXTENDABLE = frozenset({"epochs", "patience"})
-
-
-def identity(config: Mapping[str, Any], exclude: Collection[str] = LOCATION_FLAGS) -> dict[str, Any]:
-    """The part of a resolved config that decides what is computed, its keys in the ``_`` spelling."""
-    words = {key.replace("-", "_"): list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-    return {key: words[key] for key in sorted(words) if key not in exclude}
-
-
-def run_id(family: str, label: str, config: Mapping[str, Any], exclude: Collection[str] = LOCATION_FLAGS) -> str:
-    """``family-label-hash``: the same for the same family and :func:`identity`, wherever it runs."""
-    text = json.dumps([family, identity(config, exclude)], sort_keys=True)
-    parts = [re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.")[:60] for part in (family, label)]
-    return "-".join([*filter(None, parts), hashlib.sha256(text.encode()).hexdigest()[:8]])
-
-
-def run_state(path: str | os.PathLike[str]) -> State:
-    """What became of the run at ``path``."""
-    path = Path(path)
-    if not (path / "config.toml").is_file():
-        return "not launched"
-    if _is_done(path):
-        return "done"
-    if is_locked(path / ".lock"):
-        return "running"
-    return "failed" if (path / "failed").exists() else "incomplete"
 
 
 class Run:
@@ -80,7 +58,7 @@ class Run:
         self.path = path
         self.config = dict(config)
         self._lock = lock
-        self._facts: dict[str, Any] = _read_json(path / "run.json") or {}
+        self._facts: dict[str, Any] = read_json(path / "run.json") or {}
 
     @classmethod
     def open(
@@ -106,16 +84,16 @@ class Run:
         """
         if resume and overwrite:
             raise UserError("found `resume` and `overwrite` together: continue a run or start anew, not both")
-        path = Path(resume) if resume else Path(out) / _checked_name(name or run_id(family, label, config, exclude))
+        path = Path(resume) if resume else Path(out) / checked_name(name or run_id(family, label, config, exclude))
         if read_only or resume:
-            _require_run(path)
+            require_run(path)
         if read_only:
             return cls(path, config, None)
         _require_run_or_nothing(path)
         if overwrite:
             _set_aside(path)
-        extended = _compare(path, config, exclude, resume=bool(resume))
-        if _is_done(path) and not extended:
+        extended = goes_beyond(path, config, exclude, resume=bool(resume))
+        if is_done(path) and not extended:
             return cls(path, config, None)
         with os_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -157,7 +135,7 @@ class Run:
     @property
     def is_done(self) -> bool:
         """Whether the run had finished; its :attr:`result` then stands and nothing can be written."""
-        return _is_done(self.path)
+        return is_done(self.path)
 
     @property
     def is_open(self) -> bool:
@@ -284,45 +262,6 @@ class Run:
         return load_state(self.path / "best.pt")
 
 
-# -- reading a run without opening it
-
-
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The resolved config of the run at ``path``; UserError when there is no run."""
-    _require_run(Path(path))
-    return _stored_config(Path(path))
-
-
-def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of ``result.json``; UserError when the run has none."""
-    found = _read_json(Path(path) / "result.json")
-    if found is None:
-        raise UserError(f"the run {path} has no result ({run_state(path)}): finish it with `resume {path}`")
-    if not isinstance(found, dict) or "selection" not in found:
-        raise UserError(f"{Path(path) / 'result.json'} is no result of a run: delete it and finish the run again")
-    return found
-
-
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``, each with an "epoch"; a last line cut short by a crash is left out."""
-    file = Path(path) / "metrics.jsonl"
-    if not file.exists():
-        return []
-    try:
-        *lines, _rest = file.read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines]
-        if not all(isinstance(row["epoch"], int) for row in rows):
-            raise ValueError("an epoch is no number")
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{file} is damaged: restore it, or {train_anew(Path(path))}") from None
-    return rows
-
-
-def _require_run(path: Path) -> None:
-    if not (path / "config.toml").is_file():
-        raise UserError(f"there is no run at {path}: check the directory, or train it first")
-
-
 def _require_run_or_nothing(path: Path) -> None:
     """Never write into, or rename, a directory that somebody else filled."""
     if not path.is_dir() or (path / "config.toml").exists():
@@ -331,45 +270,7 @@ def _require_run_or_nothing(path: Path) -> None:
         raise UserError(f"{path} is a directory but not a run: give another `run_name` or `out`")
 
 
-def _is_done(path: Path) -> bool:
-    """Both of its last two files stand. Without its result a run is finished again, from its last checkpoint."""
-    return (path / "done").exists() and (path / "result.json").exists()
-
-
-def _stored_config(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path / 'config.toml'} ({error}): restore it or give `overwrite`") from None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}): delete it and run the same command again") from None
-
-
 # -- opening
-
-
-def _compare(path: Path, config: Mapping[str, Any], exclude: Collection[str], *, resume: bool) -> bool:
-    """Whether ``config`` goes beyond the stored one; UserError when it is a different experiment."""
-    if not (path / "config.toml").exists():
-        return False
-    old, new = identity(_stored_config(path), exclude), identity(config, exclude)
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if not changed:
-        return False
-    text = ", ".join(f"{key} {old.get(key)} (now {new.get(key)})" for key in changed)
-    if not resume:
-        raise UserError(f"{path} holds a run with {text}: give `resume {path}`, another `run_name` or `overwrite`")
-    if not EXTENDABLE.issuperset(changed):
-        free = " and ".join(sorted(EXTENDABLE))
-        raise UserError(f"{path} was started with {text}: with `resume` only {free} may change")
-    return True
 
 
 def _set_aside(path: Path) -> None:
@@ -398,14 +299,6 @@ def _close(lock: weakref.ref[IO[str]]) -> None:
     """In a forked reader process, which would keep the lock of a killed trainer."""
     if (file := lock()) is not None:
         file.close()
-
-
-def _checked_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._~+=-]*", name):
-        raise UserError(f"found the run name {name!r}, wanted letters, digits and . _ - + = ~ only: mend `run_name`")
-    if len(name) > 200:
-        raise UserError(f"found a run name of {len(name)} letters, wanted 200 at most: shorten `run_name`")
-    return name
 
 
 # -- facts

@@ -54,7 +54,7 @@ class PlannedRun:
 
     def state(self) -> str:
         """done, incomplete, failed, running or not launched. A claimed run is running, although it may just be starting."""
-        from gfml.engine.runs import run_state
+        from gfml.base.runs import run_state
 
         path = self.path()
         state = run_state(path) if path else "not launched"
@@ -136,7 +136,7 @@ def _ask(program: Path, argv: list[str], text: str) -> list[tuple[str, Any]]:
 
 
 def _planned(family: str, options: Any) -> PlannedRun:
-    from gfml.engine.runs import run_id
+    from gfml.base.runs import run_id
 
     name = run_id(family, "*", options.resolved, LOCATION_FLAGS | options.beside())
     return PlannedRun(family, name.rpartition("-")[2], Path(options.out).absolute(), options)

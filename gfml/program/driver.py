@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from gfml.base.checkpoints import save_state
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open
+from gfml.base.runs import EXTENDABLE
 from gfml.base.toml import LOCATION_FLAGS
 from gfml.engine import distributed
 from gfml.engine.distributed import World
-from gfml.engine.runs import EXTENDABLE, Run, seed_everything
+from gfml.engine.runs import Run, seed_everything
 from gfml.engine.tracking import Tracker
 from gfml.engine.train import FitResult, fit
 from gfml.program.cli import resolve_device, set_threads
-from gfml.program.experiment import Experiment, Judged, Training, places
-from gfml.program.program import Program
+from gfml.program.experiment import Experiment, Judged, Training
+from gfml.program.program import IS_DONE, TEXT, Program, places
 
 LOG = "log.txt"
 
@@ -61,7 +62,7 @@ def run_one(program: Program, kind: type[Experiment], settings: Any, world: Worl
     ):  # fmt: skip
         if run.is_done and not settings.eval_only:
             if world.is_main:
-                print(f"{run.path} is done; this is its result (--overwrite trains anew)")
+                print(IS_DONE.format(run.path))
             this.again(run)
             return run.result, run.path
         if settings.load and not run.file("last.pt").exists():
@@ -178,16 +179,19 @@ def judge_weights(program: Program, settings: Any, state: Mapping[str, Tensor], 
 
 
 def store(this: Experiment, model: nn.Module, judged: Judged, run: Run, tracker: Tracker) -> None:
-    """Write the reported weights, the arrays behind reports and comparisons, ``result.json`` and the page."""
+    """Write the reported weights, the arrays behind reports and comparisons, the result, its text and the page."""
     result = judged.result
     save_state(run.file("final.pt"), this.final_weights(model, run) | {"selection": result["selection"]})
     with atomic_open(run.file("analysis.npz"), "wb") as stream:
         np.savez_compressed(stream, **judged.arrays)
     this.track(tracker, model, judged)
     run.note(peak_memory_gib=peak_memory_gib(this.device))
+    text = this.text(this.settings, [(result, run.path)]) + "\n"
+    with atomic_open(run.file(TEXT)) as stream:
+        stream.write(text)
     run.finish(result)
     with open(run.file(LOG), "a", encoding="utf-8") as log:
-        log.write(this.text(this.settings, [(result, run.path)]) + "\n")
+        log.write(text)
     this.finished(model, judged, run)
     if this.settings.report:
         this.page(run, judged)

@@ -222,19 +222,3 @@ class Experiment:
     def text(cls, settings: Any, results: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
         """What is printed of the results of a command line, one for each of its runs."""
         return "\n".join(cls.result_text(result) for result, _ in results)
-
-
-def places(path: Path) -> str:
-    """Where everything of a run is, a line each."""
-    lines = [f"run directory   {path}"]
-    for what, name in (
-        ("report", "report/report.html"),
-        ("report", "report.html"),
-        ("epochs", "epochs.csv"),
-        ("index", "ann"),
-    ):
-        if (path / name).exists():
-            lines.append(f"{what:<15} {path / name}")
-    if (path / "tensorboard").exists():
-        lines.append(f"TensorBoard     tensorboard --logdir {path / 'tensorboard'}")
-    return "\n".join(lines)

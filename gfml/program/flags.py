@@ -66,6 +66,12 @@ class RunSettings(Settings):
     amp: bool = setting(False, "bfloat16 autocast; distances stay in float32", late=True)
     compile: bool = setting(False, "torch.compile the loss", late=True)
 
+    @property
+    def only_shown(self) -> bool:
+        """Whether nothing is made of a finished run of these settings but what it prints."""
+        anew = self.overwrite or self.eval_only
+        return not anew and self.device in ("auto", "cpu") and "gpu_id" not in self.explicit
+
 
 @dataclass(frozen=True)
 class MirrorSettings(Settings):

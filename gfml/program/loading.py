@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 
 from gfml.base.errors import UserError
+from gfml.base.runs import read_result, run_state
 from gfml.data.interactions import Interactions
 from gfml.engine.distributed import World
-from gfml.engine.runs import read_result, run_state
 from gfml.program.cli import resolve_device, set_threads
 from gfml.program.experiment import Experiment
 from gfml.program.program import Program, program_of

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
+from gfml.base.runs import find_done, read_result
 from gfml.base.settings import Settings, about, as_tokens, frozen
+from gfml.base.toml import LOCATION_FLAGS
 from gfml.program.cli import Parser, parser_of
 
 if TYPE_CHECKING:
     from gfml.program.experiment import Experiment
+
+
+# What is printed of a finished run, and where it is kept.
+IS_DONE, TEXT = "{} is done; this is its result (--overwrite trains anew)", "result.txt"
 
 
 @dataclass(frozen=True)
@@ -86,10 +94,41 @@ class Program:
 
     def run(self, settings: Any) -> int:
         """The runs of these settings."""
-        # Heavy imports wait until the flags are known to be good.
+        if (text := self._done(settings)) is not None:
+            print(text)
+            return 0
+        # Heavy imports wait until the flags are known to be good and there is something to do.
         from gfml.program.driver import drive
 
         return drive(self, settings)
+
+    def _done(self, settings: Any) -> str | None:
+        """What a command prints whose one run was finished before; None where there is more to do than to print."""
+        if not settings.only_shown or "WORLD_SIZE" in os.environ or len(settings.each()) > 1:
+            return None
+        apart, name, resume = LOCATION_FLAGS | settings.beside(), settings.run_name, settings.resume
+        path = find_done(settings.out, self.family, settings.resolved, apart, name, resume)
+        if path is None or not (path / TEXT).is_file():
+            return None
+        read_result(path)  # refuses a damaged one
+        text = (path / TEXT).read_text(encoding="utf-8").removesuffix("\n")
+        return "\n".join([IS_DONE.format(path), text, places(path)])
+
+
+def places(path: Path) -> str:
+    """Where everything of a run is, a line each."""
+    lines = [f"run directory   {path}"]
+    for what, name in (
+        ("report", "report/report.html"),
+        ("report", "report.html"),
+        ("epochs", "epochs.csv"),
+        ("index", "ann"),
+    ):
+        if (path / name).exists():
+            lines.append(f"{what:<15} {path / name}")
+    if (path / "tensorboard").exists():
+        lines.append(f"TensorBoard     tensorboard --logdir {path / 'tensorboard'}")
+    return "\n".join(lines)
 
 
 def program_of(module: str) -> Program:

@@ -343,7 +343,7 @@ def _check_command(spec: Spec, command: Command) -> None:
 
 def evaluations(path: Path | None, metric: str) -> list[tuple[int, float]]:
     """(epoch, value) of every evaluation that a run has logged so far."""
-    from gfml.engine.runs import read_metrics
+    from gfml.base.runs import read_metrics
 
     rows = read_metrics(path) if path else []
     return [(row["epoch"], float(row[metric])) for row in rows if isinstance(row.get(metric), (int, float))]

@@ -503,7 +503,7 @@ def table_rows(spec: Spec, trials: Trials) -> list[dict[str, Any]]:
 
 
 def _row(spec: Spec, trial: Mapping[str, Any], out: Path, *, is_best: bool) -> dict[str, Any]:
-    from gfml.engine.runs import read_result
+    from gfml.base.runs import read_result
 
     result = read_result(run_of(trial, out)) if trial["state"] == "done" else {}
     protocols = {"stopped": f"stopped early after epoch {trial['epoch']}", "failed": f"failed: {trial.get('why', '')}"}
@@ -536,7 +536,7 @@ def _varied(spec: Spec, trial: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
 def write_table(spec: Spec, trials: Trials) -> None:
     """Write ``table.csv`` and, once a trial is done, ``best.toml``."""
-    from gfml.engine.runs import read_config
+    from gfml.base.runs import read_config
 
     rows = table_rows(spec, trials)
     columns = list(dict.fromkeys([*FACTS, *(key for row in rows for key in row)]))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfml.base.errors import UserError
+from gfml.base.optim import light
 from gfml.ranking.baselines import LinearScorer, NeighbourScorer
 from gfml.ranking.topk import FactorScorer, Scorer, full_precision
 
@@ -149,7 +150,7 @@ class _BlockOfUsers:
         start = (item[self.own] * share).sum(1) / share.sum(1)
         start = start * (length / start.norm(dim=1, keepdim=True).clamp_min(1e-12))
         vector = start.clone().requires_grad_()
-        optimizer = torch.optim.Adam([vector], lr=RATE * length / max(start.shape[1], 1) ** 0.5)
+        optimizer = light(torch.optim.Adam)([vector], lr=RATE * length / max(start.shape[1], 1) ** 0.5)
         for _ in range(STEPS):
             near, far = (self.scorer.of_vectors(vector, items) for items in (self.own, self.pool))
             loss = (F.softplus(self._lots(far) - near[:, :, None]) * self.weight).sum()

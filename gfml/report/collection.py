@@ -267,7 +267,7 @@ def _best(page: Page, found: Collection, best: Trial, out: Path) -> None:
 
 def write_best(found: Collection, best: Trial, file: Path) -> None:
     """The best run's settings as a ``--config``."""
-    from gfml.engine.runs import read_config
+    from gfml.base.runs import read_config
     from gfml.report.stored import BESIDE
 
     config = {key: value for key, value in read_config(best.run.path).items() if key.replace("-", "_") not in BESIDE}

@@ -252,7 +252,7 @@ def survey(cells: Sequence[Cell], data_root: str | None) -> list[Known]:
 
 def _state_of(cell: Cell) -> tuple[str, Path | None]:
     """The state of a cell's command and, once that is done, its run: of several the best by what selects, the first of equal ones."""
-    from gfml.engine.runs import read_result
+    from gfml.base.runs import read_result
 
     command = read_command(["python", *cell.words], ROOT)
     state = command.state()
@@ -280,7 +280,7 @@ def _with_start(cell: Cell, found: Mapping[tuple[str, int], Known]) -> Cell:
 
 def _with_best(cell: Cell, found: Mapping[tuple[str, int], Known]) -> Cell:
     """The cell with the flags of its search's best trial, once every trial has ended; the first of equal ones."""
-    from gfml.engine.runs import read_result
+    from gfml.base.runs import read_result
 
     trials = [one for (label, _), one in found.items() if label in cell.trials]
     if not cell.trials or len(trials) < len(cell.trials) or any(one.state not in ("done", "failed") for one in trials):
@@ -328,7 +328,7 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None
 
     A row whose runs are not here keeps its stored figures; one that never ran says why.
     """
-    from gfml.engine.runs import read_result
+    from gfml.base.runs import read_result
 
     folder, main = TABLE_ROOT / table["folder"], table.get("main", [])
     done = {(one.cell.label, one.cell.seed): one.path for one in known if one.state == "done"}

@@ -50,7 +50,7 @@ def rows_of_runs(labelled: Iterable[tuple[str, Path]], metrics: Sequence[str] = 
 
     Baselines bear the name of their data where the runs have several.
     """
-    from gfml.engine.runs import read_result
+    from gfml.base.runs import read_result
 
     groups: dict[str, list[dict[str, Any]]] = {}
     baselines: dict[str, dict[str, Any]] = {}

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from gfml.base import files
-from gfml.base.checkpoints import train_anew
 from gfml.base.errors import UserError
+from gfml.base.runs import identity, read_config, read_metrics, read_result, run_state, train_anew
 from gfml.base.toml import LOCATION_FLAGS
-from gfml.engine.runs import identity, read_config, read_metrics, read_result, run_state
 from gfml.report.page import COLORS
 
 # Flags of every program that say where things are or what is shown beside, not what is computed.

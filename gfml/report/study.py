@@ -92,7 +92,7 @@ def _beside(known: Sequence[Known], table: Mapping[str, Any]) -> list[Row]:
 
 def _row(label: str, known: Sequence[Known], table: Mapping[str, Any]) -> Row:
     """One row with its search; without finished seeds only how far it is."""
-    from gfml.engine.runs import read_config, read_result
+    from gfml.base.runs import read_config, read_result
 
     seeds = [one for one in known if one.cell.label == label]
     trials = [one for one in known if one.cell.row == label and one.cell.point]

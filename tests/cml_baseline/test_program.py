@@ -15,10 +15,10 @@ from cml_baseline.data import hide_items
 from cml_baseline.main import PROGRAM, main
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
+from gfml.base.runs import read_metrics, read_result
 from gfml.data.items import by_title
 from gfml.data.options import load_dataset
 from gfml.data.readers import read_counted_lists
-from gfml.engine.runs import read_metrics, read_result
 from gfml.program import index
 from gfml.program.cli import run_main
 

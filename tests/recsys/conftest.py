@@ -43,6 +43,12 @@ def train() -> Train:
     return run
 
 
+@pytest.fixture(scope="session")
+def tiny() -> list[str]:
+    """The flags of ``train``."""
+    return list(TINY)
+
+
 @pytest.fixture
 def fail(capsys: pytest.CaptureFixture[str]) -> Fail:
     """fail(program, *argv): the one line that the program puts on stderr before it exits with 2."""

@@ -8,8 +8,8 @@ import torch
 
 from gfml import load as load_run
 from gfml.base.checkpoints import load_state
+from gfml.base.runs import read_metrics, read_result
 from gfml.data.interactions import csr_from_pairs
-from gfml.engine.runs import read_metrics, read_result
 from gfml.program.recommend import recommend, recommend_new
 from gfml.ranking.ials import IALS
 from recsys.main import main

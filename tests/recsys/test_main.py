@@ -18,7 +18,7 @@ import torch
 
 import recsys.experiment as experiment
 from gfml.base.checkpoints import load_state
-from gfml.engine.runs import read_metrics, read_result, run_state
+from gfml.base.runs import read_metrics, read_result, run_state
 from gfml.program.cli import run_main
 from recsys.experiment import Recsys
 from recsys.main import PROGRAM, main
@@ -38,6 +38,7 @@ RUN_FILES = {
     "last.pt",
     "best.pt",
     "final.pt",
+    "result.txt",
     "result.json",
     "analysis.npz",
     "done",
@@ -515,11 +516,31 @@ def test_overwrite_keeps_the_earlier_run(train, tmp_path):
 
 def test_a_finished_run_is_shown_not_trained(train, tmp_path, monkeypatch, capsys):
     run = train(tmp_path, "run")
-    capsys.readouterr()
+    first = capsys.readouterr().out
     monkeypatch.setattr(Recsys, "build", lambda *_: pytest.fail("a finished run was built again"))
     train(tmp_path, "run")
     shown = capsys.readouterr().out
-    assert "is done" in shown and f"{read_result(run)['test']['recall@10']:.4f}" in shown
+    assert "is done" in shown and f"{read_result(run)['test']['recall@10']:.4f}" in first
+    assert shown.splitlines()[1:] == first.splitlines()
+    (run / "result.txt").unlink()  # a run from before that file came
+    train(tmp_path, "run")
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("name", [["--run-name", "run"], []], ids=["named", "automatic"])
+def test_a_finished_run_is_shown_without_torch(tmp_path, tiny, name):
+    words = [*tiny, "--out", str(tmp_path), *name]
+    assert run_main(main, words) == 0
+    code = "import sys; from recsys.main import main; main(sys.argv[1:]); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert "is done" in shown.stdout and shown.stdout.splitlines()[-1] == "False False", shown.stderr
+
+
+def test_a_finished_run_of_other_settings_is_refused(train, fail, tiny, tmp_path):
+    run = train(tmp_path, "run")
+    line = fail(main, *tiny, "--out", str(tmp_path), "--run-name", "run", "--lr", "0.5")
+    assert "lr 0.001 (now 0.5)" in line and (run / "done").exists(), line
+    assert "only epochs and patience" in fail(main, "--resume", str(run), "--lr", "0.5")
 
 
 def test_load_continues_an_earlier_run(train, tmp_path, monkeypatch):

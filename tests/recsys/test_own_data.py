@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gfml import load
+from gfml.base.runs import read_result
 from gfml.data.interactions import Interactions
-from gfml.engine.runs import read_result
 from gfml.program.cli import run_main
 from gfml.program.recommend import main as recommend
 from gfml.program.recommender import STEPS_BETWEEN

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from gfml.base.checkpoints import load_state
+from gfml.base.runs import read_result
 from gfml.data.synthetic import generate
 from gfml.engine.distributed import World
-from gfml.engine.runs import read_result
 from gfml.program.steps import shared_loss
 from recsys.experiment import Recsys
 from recsys.main import PROGRAM

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 
 from gfml import load as load_run
 from gfml.base.errors import UserError
-from gfml.engine.runs import read_result
+from gfml.base.runs import read_result
 from gfml.program.cli import run_main
 from gfml.program.recommend import Lists, main, recommend, recommend_new, similar_items, write_csv, write_json
 from recsys.main import main as train_main

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gfml.engine.runs import read_result
+from gfml.base.runs import read_result
 from gfml.metrics.compare import bootstrap_mean
 from gfml.report import page as report
 from gfml.report.ranking_page import write_report

@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 MAIN = """
-import fcntl, hashlib, json, os, sys, time
+import fcntl, json, os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
 from gfml.base import settings as kinds
+from gfml.base.runs import run_id
 from gfml.base.settings import setting
 from gfml.base.toml import LOCATION_FLAGS, toml_text
 from gfml.program.flags import RunSettings
@@ -37,14 +38,11 @@ PROGRAM = Program("toy_paper/main.py", "toy_paper", ToySettings, "toy_paper:Noth
 
 
 def name_of(options):
-    # The digest as gfml.engine.runs makes it, which would import torch.
-    words = {key.replace("-", "_"): value for key, value in options.resolved.items()}
-    kept = {key: words[key] for key in sorted(words) if key not in LOCATION_FLAGS | options.beside()}
-    return hashlib.sha256(json.dumps(["toy_paper", kept], sort_keys=True).encode()).hexdigest()[:8]
+    return run_id("toy_paper", "x", options.resolved, LOCATION_FLAGS | options.beside())
 
 
 def main(options):
-    path = Path(options.out) / f"toy_paper-x-{name_of(options)}"
+    path = Path(options.out) / name_of(options)
     path.mkdir(parents=True, exist_ok=True)
     lock = open(path / ".lock", "a")
     try:

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gfml.base.errors import UserError
-from gfml.data import splits
-from gfml.data.interactions import grouped, pairs_from_csr, sorted_in_groups, sorted_unique
+from gfml.data import interactions, splits
+from gfml.data.interactions import pairs_from_csr, sorted_unique
 from gfml.data.readers import Records
 from gfml.data.splits import Split
 
@@ -258,12 +258,21 @@ def test_a_test_part_of_strangers_says_so():
     )
 
 
-@settings(max_examples=40, deadline=None)
-@given(groups=st.lists(st.integers(0, 5), min_size=1, max_size=40), seed=st.integers(0, 9))
-def test_counting_sorts_equal_sorting(groups, seed):
+@pytest.mark.parametrize("many", [1, 10**9])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(groups=st.lists(st.integers(0, 5), min_size=1, max_size=150), seed=st.integers(0, 9))
+def test_orders_equal_sorting_of_tuples(monkeypatch, many, groups, seed):
+    monkeypatch.setattr(interactions, "MANY", many)
     groups = np.array(groups)
-    key = np.random.default_rng(seed).permutation(len(groups)) * 2**40
-    order, starts = sorted_in_groups(groups, 6, key)
-    assert order.tolist() == np.lexsort((key, groups)).tolist()
-    assert starts.tolist() == [int((groups < group).sum()) for group in range(7)]
-    assert grouped(groups, 6)[0].tolist() == np.argsort(groups, kind="stable").tolist()
+    key = np.random.default_rng(seed).integers(0, len(groups), len(groups)) * 2**40
+    place = interactions.place_in_groups(groups, 7, key)
+    pairs = list(zip(groups.tolist(), key.tolist(), strict=True))
+    found = [
+        sum(other == pair[0] and (late, row) < (pair[1], own) for row, (other, late) in enumerate(pairs))
+        for own, pair in enumerate(pairs)
+    ]
+    assert place.tolist() == found
+    items = np.random.default_rng(seed).integers(0, 4, len(groups))
+    order, by_user, by_item = interactions.pair_order(groups, items)
+    assert order.tolist() == sorted(range(len(groups)), key=lambda row: (groups[row], items[row], row))
+    assert by_user.tolist() == groups[order].tolist() and by_item.tolist() == items[order].tolist()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gfml.base.errors import UserError
-from gfml.data import names
+from gfml.data import interning
 from gfml.data.names import encode, from_values, merge, places
 from gfml.data.readers import Columns, join_parts, read_adjacency, read_table
 from gfml.data.tables import open_table, utf8_bytes
@@ -356,24 +356,42 @@ def test_an_id_column_is_encoded_across_blocks(tmp_path):
     assert ids.names[ids.codes].tolist() == texts and ids.names.tolist() == sorted(set(texts))
 
 
-@pytest.mark.parametrize(
-    "words", [["7", "07", "ann", "", "a" * 9, "a" * 8], ["x" * 200, "y"], ["a", "a\0", "b"], ["é", "e"]]
-)
-def test_hashes_tell_texts_apart_as_looking_them_up_does(monkeypatch, words):
-    texts = np.random.default_rng(0).choice(np.array(words, dtype=object), 300)
-    cells = pa.chunked_array(
-        [pa.array(texts[:100], pa.string()), pa.array([], pa.string()), pa.array(texts[100:], pa.string())]
-    )
-    monkeypatch.setattr(names, "_MANY", 1)
-    wanted, found = names._factorised(cells), names._by_hash(cells)
-    if any("\0" in word or len(word) > 64 for word in words):
-        assert found is None
-    else:
-        assert np.array_equal(found[0], wanted[0]) and found[1].equals(wanted[1])
+WORDS = [
+    ["7", "07", "ann", "", "a" * 9, "a" * 8],
+    ["x" * 200, "y"],
+    ["a", "a\0", "b"],
+    ["é", "e"],
+    ["user-1", "item-1"],
+]
 
 
-def test_texts_that_share_a_hash_are_no_one_name(monkeypatch):
-    monkeypatch.setattr(names, "_MANY", 1)
-    monkeypatch.setattr(names, "_hashes", lambda words: pa.array(words[:, -1].copy()))  # the last eight bytes alone
-    cells = pa.chunked_array([["user-1234567", "item-1234567", "user-1234567"]])
-    assert names._by_hash(cells) is None
+def coded(chunks):
+    texts = interning.Interning()
+    for chunk in chunks:
+        texts.add(pa.array(chunk, pa.string()))
+    return texts.result()
+
+
+@pytest.mark.parametrize("words", [*WORDS, [f"{'long ' * (number % 9)}{number}" for number in range(70_000)]])
+@pytest.mark.parametrize("one_hash", [False, True])
+def test_the_compiled_table_of_texts_answers_as_a_dictionary_does(monkeypatch, words, one_hash):
+    rng = np.random.default_rng(0)
+    texts = [*rng.choice(np.array(words, dtype=object), 300), *([] if one_hash else words)]
+    if one_hash:  # then the bytes alone tell texts apart
+        monkeypatch.setattr("gfml.kernels.texts.hashes", lambda edges, data, found: found.fill(7))
+    chunks = [texts[:100], [], texts[100:]]
+    monkeypatch.setattr(interning, "MANY", 1)
+    codes, names = coded(chunks)
+    known = {text: code for code, text in enumerate(dict.fromkeys(texts))}
+    assert codes.dtype == np.int32 and codes.tolist() == [known[text] for text in texts]
+    assert names.equals(pa.array(list(known), pa.string()))
+    monkeypatch.setattr(interning, "MANY", 10**9)
+    few = coded(chunks)
+    assert np.array_equal(few.codes, codes) and few.texts.equals(names)
+
+
+def test_a_sliced_chunk_is_read_from_its_own_start(monkeypatch):
+    monkeypatch.setattr(interning, "MANY", 1)
+    texts = interning.Interning()
+    texts.add(pa.array(["x", "y", "item-1234567", "item-1234568"]).slice(1, 2))
+    assert texts.result().texts.to_pylist() == ["y", "item-1234567"]

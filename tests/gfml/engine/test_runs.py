@@ -17,9 +17,10 @@ import torch
 
 from gfml.base import checkpoints, files
 from gfml.base.errors import UserError
+from gfml.base.runs import read_config, read_metrics, read_result, run_id, run_state
 from gfml.base.settings import frozen
 from gfml.engine import runs
-from gfml.engine.runs import Run, run_id, run_state
+from gfml.engine.runs import Run
 from gfml.program.cli import parser_of
 from gfml.program.flags import RunSettings
 
@@ -78,7 +79,7 @@ def test_states_and_files(tmp_path):
     with open_run(tmp_path) as run:
         assert not (path / "failed").exists()
         run.finish(RESULT)
-    assert run_state(path) == "done" and runs.read_result(path) == RESULT
+    assert run_state(path) == "done" and read_result(path) == RESULT
     assert {p.name for p in path.iterdir()} == {".lock", "config.toml", "run.json", "result.json", "done"}
 
 
@@ -169,7 +170,7 @@ def test_resume_may_extend_and_change_nothing_else(tmp_path):
         assert run.is_done
     with open_run(tmp_path, CONFIG | {"epochs": 8}, resume=path) as run:
         assert run.path == path and not run.is_done and run_state(path) == "running"
-    assert runs.read_config(path)["epochs"] == 8
+    assert read_config(path)["epochs"] == 8
     assert len(json.loads((path / "run.json").read_text())["sessions"]) == 2
 
 
@@ -367,15 +368,15 @@ def test_a_done_run_without_its_result_is_finished_again(tmp_path):
     path = finished(tmp_path)
     (path / "result.json").write_text("{}")
     with pytest.raises(UserError, match="result.json is no result.*delete it and finish the run again"):
-        runs.read_result(path)
+        read_result(path)
     (path / "result.json").unlink()
     assert run_state(path) == "incomplete"
     with pytest.raises(UserError, match=f"no result .incomplete.*`resume {path}`"):
-        runs.read_result(path)
+        read_result(path)
     with open_run(tmp_path, resume=path) as run:
         assert not run.is_done
         run.finish(RESULT)
-    assert runs.read_result(path) == RESULT
+    assert read_result(path) == RESULT
 
 
 def test_what_killed_processes_left_goes_at_the_next_start(tmp_path):
@@ -415,7 +416,7 @@ def test_damaged_metrics_are_told(tmp_path):
     for content in (b"\xff\xfe{}\n", b"[1]\n", b'{"loss": 1}\n', b"{\n"):
         (path / "metrics.jsonl").write_bytes(content)
         with pytest.raises(UserError, match="metrics.jsonl is damaged.*`overwrite`"):
-            runs.read_metrics(path)
+            read_metrics(path)
 
 
 def test_a_name_that_no_file_may_have(tmp_path):
@@ -493,15 +494,15 @@ def test_damaged_records_are_told(tmp_path):
     path = finished(tmp_path)
     (path / "result.json").write_text("{")
     with pytest.raises(UserError, match="cannot read .*result.json"):
-        runs.read_result(path)
+        read_result(path)
     (path / "result.json").unlink()
     with pytest.raises(UserError, match="has no result"):
-        runs.read_result(path)
+        read_result(path)
     (path / "config.toml").write_text("= 3")
     with pytest.raises(UserError, match="cannot read .*config.toml"):
-        runs.read_config(path)
+        read_config(path)
     with pytest.raises(UserError, match="there is no run at"):
-        runs.read_config(tmp_path / "none")
+        read_config(tmp_path / "none")
 
 
 # -- random numbers

@@ -15,8 +15,9 @@ from torch import nn
 
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
+from gfml.base.runs import run_state
 from gfml.engine import train
-from gfml.engine.runs import Run, run_state, seed_everything
+from gfml.engine.runs import Run, seed_everything
 from gfml.engine.tracking import Tracker
 from gfml.engine.train import BestKeeper, EarlyStopping, TermMeans, WeightAverage, fit, plain_step
 from gfml.program.cli import run_main

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gfml.engine.runs import read_result
+from gfml.base.runs import read_result
 from gfml.program.cli import run_main
 from gfml.program.loading import load
 from gfml.program.recommend import recommend, recommend_new

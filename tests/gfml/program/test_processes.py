@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gfml.base.checkpoints import load_state
-from gfml.engine.runs import read_metrics, read_result
+from gfml.base.runs import read_metrics, read_result
 from gfml.program.program import program_of
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,0 +1,41 @@
+"""torch's optimizers without its compiler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+class _Light:
+    """The methods of an optimizer without what hides them from torch's compiler, which imports it first."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return inspect.unwrap(Optimizer.state_dict)(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        inspect.unwrap(Optimizer.load_state_dict)(self, state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        inspect.unwrap(Optimizer.zero_grad)(self, set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return inspect.unwrap(super().step.__func__)(self, closure)  # type: ignore[misc]
+
+
+@cache
+def light(kind: type[Optimizer]) -> Any:
+    """``kind``, one of torch's optimizers, with the same steps and states: building it saves two CPU seconds.
+
+    torch wraps these methods of its optimizers so that a program that compiles its steps leaves them alone; calling
+    them imports the compiler. Only for steps that are not compiled.
+    """
+    return type(kind.__name__, (_Light, kind), {"__doc__": kind.__doc__, "__module__": kind.__module__})
