@@ -130,7 +130,7 @@ class HLRM(Recommender):
         optimizer = kinds[s.optimizer](trained, lr=s.lr)
         sampler = PairSampler(
             self.data.train, batch_size=s.batch_size, width=s.num_inter, seed=s.seed, kind=s.history_sampling,
-            with_audience=s.model == "transcf", device=self.device,
+            with_audience=s.model == "transcf", device=self.device, constant=self.constant_batches,
         )  # fmt: skip
         return Training(
             optimizer, sampler.epoch, self.shared(model.loss, model, reduction=s.reduction),

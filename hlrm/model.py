@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml.cml import SquaredDistanceScorer
-from gfml.losses import project_to_ball_
+from gfml.losses import project_to_ball_, reduced
 from gfml.ranking.encoders import Tables
 from gfml.ranking.topk import Scorer
 from hlrm.data import History, PairBatch
@@ -79,7 +79,7 @@ class RelationModel(nn.Module):
 
     def loss(self, batch: PairBatch) -> dict[str, Tensor]:
         """{"loss": hinge over the pairs}: what :func:`gfml.engine.train.fit` takes."""
-        return {"loss": self._hinge(self._pair_distances(batch))}
+        return {"loss": self._hinge(self._pair_distances(batch), batch.weight)}
 
     def project(self) -> None:
         """After an optimizer step: all vectors back into the ball, and the memory's rows with clip_memory.
@@ -113,9 +113,9 @@ class RelationModel(nn.Module):
         vectors = F.embedding(history.ids + self.encoder.num_users, self.encoder.nodes)
         return self.relation(user, items, vectors, history.mask)
 
-    def _hinge(self, found: Tensor) -> Tensor:
+    def _hinge(self, found: Tensor, weight: Tensor | None) -> Tensor:
         pairs = (self.options.margin + found[:, 0] - found[:, 1]).clamp_min(0)
-        return pairs.sum() if self.options.reduction == "sum" else pairs.mean()
+        return reduced(pairs, self.options.reduction, weight)
 
 
 class TranslatedModel(RelationModel):
@@ -147,9 +147,9 @@ class TranslatedModel(RelationModel):
         found = distances(query, embedded.items, self.options.squared)
         near = (embedded.user - taste).square().sum(1) + (embedded.items[:, 0] - crowd[:, 0]).square().sum(1)
         close = distances(query[:, 0], embedded.items[:, 0], True)
-        reduce = torch.sum if self.options.reduction == "sum" else torch.mean
-        parts = {"hinge": self._hinge(found), "neighbours": self.neighbour_weight * reduce(near),
-                 "distance": self.distance_weight * reduce(close)}  # fmt: skip
+        how = self.options.reduction, batch.weight
+        parts = {"hinge": self._hinge(found, batch.weight), "neighbours": self.neighbour_weight * reduced(near, *how),
+                 "distance": self.distance_weight * reduced(close, *how)}  # fmt: skip
         return {"loss": sum(parts.values()), **parts}
 
     def scorer(self, history: History, *, train: sp.csr_array, block: int = 0, memory_mb: float = 256) -> Scorer:

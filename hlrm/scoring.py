@@ -13,6 +13,7 @@ Other relations have no such tables; their D-vectors exist for one block of user
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from typing import Self
 
@@ -70,11 +71,11 @@ class _RelationScorer:
             other.user, other.num_users = vectors, len(vectors)
         return other
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Scores of user vectors [B, D], whose histories are this scorer's, with all items, [W], or each his own, [B, W]."""
         item = self.item if items is None else self.item[items]
-        item = item if item.dim() == 3 else item.expand(len(vectors), *item.shape)
-        return self._related_scores(vectors, item, self.history)
+        item = item if item.dim() == 3 else item.expand(len(self.history.ids), *item.shape)
+        return lambda vectors: self._related_scores(vectors, item, self.history)
 
     def at(self, users: Tensor, items: Tensor) -> Tensor:
         """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
@@ -242,10 +243,11 @@ class TranslatedScorer:
         query = self.user[users][:, None] + self.taste[users][:, None] * self.crowd[items]
         return -(query - self.item[items]).square().sum(2)
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Scores of user vectors [B, D], whose means are this scorer's, with all items, [W], or each his own, [B, W]."""
         item, crowd = (table if items is None else table[items] for table in (self.item, self.crowd))
-        return -(vectors[:, None] + self.taste[:, None] * crowd - item).square().sum(2)
+        moved = self.taste[:, None] * crowd - item
+        return lambda vectors: -(vectors[:, None] + moved).square().sum(2)
 
     @torch.no_grad()
     def factors(self) -> Factors:

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gfml.ranking.encoders import Tables
+from gfml.ranking.lists import best_items
+from gfml.ranking.topk import topk_items
 from hlrm.data import History, PairBatch
 from hlrm.model import HingeOptions, RelationModel, TranslatedModel
 from hlrm.relations import DiagonalRelation, HistoryAttention, MemoryRelation, lram, slot_weights
@@ -296,3 +298,20 @@ def test_cuda_gives_the_same_loss_and_scores(relation):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     found = model.scorer(move(history), train=None).score(torch.arange(7).cuda()).cpu()
     torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_near_ties_are_listed_alike_alone_and_among_others(kind):
+    torch.manual_seed(0)
+    user, item = torch.randn(60, 8) * 0.3, torch.randn(300, 8) * 0.3
+    item[150:] = item[:150] * (1 + 1e-7 * torch.randn(150, 1))  # twins that rounding alone tells apart
+    counts = torch.randint(1, 13, (60,))
+    history = History(torch.randint(300, (60, 12)) * (torch.arange(12) < counts[:, None]), counts)
+    scorer, users = MemoryScorer(user, item, MemoryRelation(8, 6, kind), history), torch.arange(60)
+    items, scores = best_items(scorer, users, 15, seen=None)
+    some = users[::6]
+    rows = torch.cat([topk_items(scorer, user[None], 15, seen=None) for user in some])
+    assert not torch.equal(rows, topk_items(scorer, users, 15, seen=None)[some])
+    for row in some.tolist():
+        alone = best_items(scorer, users[[row]], 15, seen=None)
+        assert torch.equal(alone[0][0], items[row]) and alone[1][0].tolist() == scores[row].tolist()

@@ -15,6 +15,7 @@ from PIL import Image
 
 from gfml.base.checkpoints import load_state
 from gfml.program.cli import run_main
+from gfml.report.compare import main as compare
 from vision.main import main
 from vision.report import main as report
 from vision.settings import LONG_TAIL
@@ -362,6 +363,13 @@ def test_the_report_has_every_part(tmp_path, capsys):
     text = (page / "report.md").read_text(encoding="utf-8")
     assert f"{result_of(paths[0])['test']['accuracy']:.4f}" in text and "vit\\_gra" in text and "many" in text
     assert f"{result_of(paths[1])['per_class']['answers'][3]:.3f}" in text and "ECE tail" in text
+    # Both judged the same images, so they can be compared image by image.
+    assert run_main(compare, [*map(str, paths), "--out", str(tmp_path / "compared")]) == 0
+    rows = json.loads((tmp_path / "compared" / "comparison.json").read_text())["rows"]
+    accuracies = [result_of(path)["test"]["accuracy"] for path in paths]
+    [row] = [row for row in rows if row["metric"] == "accuracy"]
+    assert row["difference"] == pytest.approx(accuracies[1] - accuracies[0], abs=1e-6)
+    assert row["better"] + row["same"] + row["worse"] == row["users"] > 100
 
 
 def test_reports_refuse_what_does_not_belong_together(tmp_path, capsys):
