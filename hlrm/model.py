@@ -1,4 +1,4 @@
-"""HLR and HLR++ with the paper's or the port's relations, LRML and CML as their limits, TransCF beside them.
+"""HLR and HLR++ with the paper's or the port's relations, LRML and CML as their limits, TransCF and attention over the history beside them.
 
 Relevance is minus the distance between u + r and v, where the relation r depends on the user, the item and the user's
 history. A batch is users, positives, negatives and histories; the loss is a hinge, and every optimizer step is followed
@@ -19,8 +19,8 @@ from gfml.losses import project_to_ball_, reduced
 from gfml.ranking.encoders import Tables
 from gfml.ranking.topk import Scorer
 from hlrm.data import History, PairBatch
-from hlrm.relations import DISTANCE_EPS, Attended, DiagonalRelation, MemoryRelation
-from hlrm.scoring import DiagonalScorer, MemoryScorer, TranslatedScorer, neighbour_means
+from hlrm.relations import DISTANCE_EPS, Attended, MemoryRelation, Relation
+from hlrm.scoring import BlockScorer, MemoryScorer, TranslatedScorer, neighbour_means
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,7 @@ def clip_rows_(table: Tensor, radius: float = 1.0, *, compat: bool = False) -> N
 class RelationModel(nn.Module):
     """Points of users and items, a relation between them, and the hinge. relation None: CML."""
 
-    def __init__(
-        self,
-        encoder: Tables,
-        relation: MemoryRelation | DiagonalRelation | None,
-        options: HingeOptions = HingeOptions(),
-    ) -> None:
+    def __init__(self, encoder: Tables, relation: Relation | None, options: HingeOptions = HingeOptions()) -> None:
         super().__init__()
         if options.reduction not in ("sum", "mean"):
             raise ValueError(f"unknown reduction {options.reduction!r}: choose sum or mean")
@@ -102,7 +97,7 @@ class RelationModel(nn.Module):
         user, item = (part.detach() for part in self.encoder.vectors())
         if self.relation is None:
             return SquaredDistanceScorer(user, item)
-        kind = MemoryScorer if isinstance(self.relation, MemoryRelation) else DiagonalScorer
+        kind = MemoryScorer if isinstance(self.relation, MemoryRelation) else BlockScorer
         return kind(user, item, self.relation, history, squared=self.options.squared, block=block, memory_mb=memory_mb)
 
     def _pair_distances(self, batch: PairBatch) -> Tensor:
