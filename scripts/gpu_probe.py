@@ -48,6 +48,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "hlrm unpop": ("hlrm.train", f"{HLRM} --hlrm_type plus --history-sampling unpop"),
     "hlrm diagonal": ("hlrm.train", f"{HLRM} --relation-form diagonal"),
     "hlrm transcf": ("hlrm.train", f"{TRANSCF} --model transcf"),
+    "hlrm attcml": ("hlrm.train", f"{TRANSCF} --model attcml"),
     "contextual 256": ("contextual.main", CONTEXTUAL),
     "contextual 224": ("contextual.train", CONTEXTUAL),
     "contextual proxy": ("contextual.main", f"{CONTEXTUAL} --loss proxy-anchor"),
