@@ -158,6 +158,66 @@ def test_a_step_stays_on_its_device(name: str, faked: None) -> None:
         torch.optim.AdamW(trained, fused=True, capturable=True).step()
 
 
+# Other ways through a step, by program: optimizers, mirror steps, averages, samplers, losses.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "recsys mf bpr": (
+        "--optimizer lazy_adamw", "--optimizer adagrad", "--ema_on 1 --ema_scope all", "--clip_grad 1 --lr_schedule cosine",
+        "--sampler per_user", "--sampler interaction",
+        *(f"--mirror {mode} --mirror_every 2" for mode in ("two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")),
+    ),
+    "recsys mf gravity": ("--dist_mode emd", "--dist_mode kl --emb_norm 0", "--compat 1", "--mass_combine product"),
+    "recsys lgn bpr": ("--dropout 1 --keepprob 0.8",),
+    "cml pairs": ("--sampler popularity", "--reduction mean", "--cov-weight 1 --cov-form paper", "--clip-grad 1"),
+    "mcl": ("--mode gfml", "--mode mix --dropout 1", "--ema --ema-scope all", "--mirror two_step"),
+    "hlrm plus": ("--optimizer adagrad", "--optimizer sgd", "--history-sampling last", "--reduction sum --clip_memory"),
+    "contextual 256": (
+        "--warm 1", "--batch-norm train", "--pooling gem", "--mirror two_step", "--loss contextual", "--loss normalized-softmax",
+        "--loss softbin-ap",
+    ),
+    "vision published mix": ("--mixup", "--long-tail logit-adjustment --imb-type exp --imb-factor 0.1", "--rcpaste", "--schedule original"),
+    "mirror BPR": ("--learner sgd", "--learner adagrad", "--learner rmsprop", "--clip_grad_norm 1", "--behaviour published"),
+}  # fmt: skip
+VARIED = [(name, flags) for name, ways in VARIANTS.items() for flags in ways]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        pytest.param(
+            name, flags, marks=() if name in ("recsys mf bpr", "hlrm plus", "mirror BPR") else pytest.mark.slow
+        )
+        for name, flags in VARIED
+    ],
+    ids=[f"{name} {flags}" for name, flags in VARIED],
+)
+def test_no_other_way_through_a_step_waits(name: str, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in(monkeypatch) as device:
+        assert not waits_of(started(name, *flags.split()), device)
+
+
+# Losses of contextual that list pairs or classes, whose number only the device knows.
+LISTING = ("contrastive", "triplet", "ms", "ms+miner", "proxy-anchor", "proxy-nca", "cosface", "nt-xent", "fast-ap", "smooth-ap",
+           "sup-ap")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LISTING)
+def test_losses_that_list_pairs_wait_and_are_said_to(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in(monkeypatch) as device:
+        assert waits_of(started("contextual 256", "--loss", loss), device)
+    assert f"`{loss}`" in (ROOT / "docs" / "gpu.md").read_text()
+
+
+def waits_of(found: SimpleNamespace, device: StandIn) -> dict[str, int]:
+    """Of drawing three batches and their steps."""
+    device.waits.clear()
+    for batch in islice(found.batches(1), 3):
+        found.step(lambda batch=batch: found.loss_fn(batch), found.optimizer)
+        if getattr(found, "ema", None) is not None:
+            found.ema.update()
+    return dict(device.waits)
+
+
 @contextmanager
 def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """Inside, the device of stand_in.py is there, and multiplies by sparse matrices."""
@@ -172,9 +232,9 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         yield device
 
 
-def started(name: str) -> SimpleNamespace:
+def started(name: str, *more: str) -> SimpleNamespace:
     """What a program trains with, at the start of its first epoch."""
-    found = probe.caught(name, "cpu")
+    found = probe.caught(name, "cpu", *more)
     found.model.train()
     if hasattr(found.step, "new_epoch"):
         found.step.new_epoch()

@@ -229,8 +229,9 @@ class TripleSampler:
         self._saturated = (degree == drawable) & (num_negatives > 0)
         self.num_saturated = int(self._saturated.sum())
         self._usable = (degree > 0) & ~self._saturated
-        self._all_usable = bool(self._usable.all())
-        if not bool(self._usable.any()):
+        self._usable_ids = self._usable.nonzero().squeeze(1)
+        self._all_usable = len(self._usable_ids) == self.num_users
+        if not len(self._usable_ids):
             raise UserError(
                 f"found no user with both a train item and an item left over ({self.num_users} users, "
                 f"{self.num_items} items, {train.nnz} train pairs): nothing to learn from, check the data"
@@ -317,8 +318,7 @@ class TripleSampler:
 
     def _pairs_per_user(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         each = len(self._items) // self.num_users
-        users = torch.arange(self.num_users, device=self.device)
-        users = users[self._usable].repeat_interleave(max(each, 1))
+        users = self._usable_ids.repeat_interleave(max(each, 1))
         users = users[torch.randperm(len(users), generator=generator, device=self.device)]
         return users, self._random_positive(users, generator)
 
