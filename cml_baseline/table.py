@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gfml.base.files import atomic_open
+from gfml.base.files import write_csv
 from gfml.engine.tracking import Tracker
 
 
@@ -56,10 +56,7 @@ class EpochTable(Tracker):
         self.rows.append(row)
         numbers = (f"{row[name]:>10}" for name in self.columns.values())
         print("  ".join([f"{step:>5}", f"{row['total loss']:>12}", *numbers, f"{row['seconds']:>7}"]), flush=True)
-        with atomic_open(self.path, newline="") as stream:
-            writer = csv.DictWriter(stream, list(row), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(self.path, self.rows)
 
 
 def read_epochs(path: Path) -> list[dict[str, str]]:

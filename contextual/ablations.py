@@ -25,7 +25,7 @@ from gfml.base.errors import choice_error
 from gfml.base.home import home
 from gfml.program.cli import Parser, number, run_main
 from gfml.program.commands import read_command, run_all
-from gfml.report.results_table import rows_of_runs, to_csv, to_markdown
+from gfml.report.results_table import rows_of_runs, to_markdown
 
 COLUMNS = ("recall@1", "map@r", "r_precision")
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run_all(commands, [{}], home())["FAILED"]:
         return 1
     done = [(variant.name, command.runs[0].path()) for (variant, _), command in zip(made, commands, strict=True)]
-    print(to_markdown(to_csv(rows_of_runs(done, [column.partition("@")[0] for column in COLUMNS])), COLUMNS))
+    print(to_markdown(rows_of_runs(done, [column.partition("@")[0] for column in COLUMNS]), COLUMNS))
     return 0
 
 

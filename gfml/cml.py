@@ -6,6 +6,7 @@ Lin, Belongie, Estrin, Collaborative Metric Learning, WWW 2017.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,11 +44,12 @@ def mined_hinge(
     use_rank_weight: bool = True,
     rank_floor: bool = True,
     reduction: str = "sum",
+    weight: Tensor | None = None,
 ) -> Mined:
     """CML hinge of a batch; only the hardest of the W negatives enters the graph.
 
     Distances to all W are taken without gradient, so memory for the backward pass is 3 B D, not (2 + W) B D.
-    Shape: users, pos int64 [B]; neg int64 [B] or [B, W].
+    Shape: users, pos int64 [B]; neg int64 [B] or [B, W]; weight [B] as in :class:`gfml.ranking.sampling.Triples`.
     """
     neg = neg.view(len(users), -1)
     sq_neg = sq_distances_to(encoder, users, neg)
@@ -63,6 +65,7 @@ def mined_hinge(
         rank_floor=rank_floor,
         reduction=reduction,
         sq_hardest=sq_distance[:, 1],
+        weight=weight,
     )
     return Mined(hinge, embedded, items)
 
@@ -111,7 +114,7 @@ def metric_loss(
     """
     mined = mined_hinge(
         encoder, batch.users, batch.pos, batch.neg, margin=options.margin, use_rank_weight=options.use_rank_weight,
-        rank_floor=options.rank_floor, reduction=options.reduction,
+        rank_floor=options.rank_floor, reduction=options.reduction, weight=batch.weight,
     )  # fmt: skip
     parts = {"hinge": mined.hinge.loss}
     if options.cov_weight:
@@ -324,14 +327,15 @@ class SquaredDistanceScorer:
 
     def at(self, users: Tensor, items: Tensor) -> Tensor:
         """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
-        return self.of_vectors(self.user[users], items)
+        return self.against(items)(self.user[users])
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Scores of user vectors [B, D] with all items, with items int64 [W], or each with his own, [B, W]."""
         item, term = (table if items is None else table[items] for table in (self.item, self._item_term))
         if item.dim() == 3:
-            return -(vectors[:, None] - item).square().sum(-1) - (term - item.square().sum(-1))
-        return 2 * vectors @ item.T - term - vectors.square().sum(1, keepdim=True)
+            offset = term - item.square().sum(-1)
+            return lambda vectors: -(vectors[:, None] - item).square().sum(-1) - offset
+        return lambda vectors: 2 * vectors @ item.T - term - vectors.square().sum(1, keepdim=True)
 
     @torch.no_grad()
     def factors(self) -> Factors:

@@ -18,6 +18,7 @@ Intelligence 139, 109463, 2025. Where the published code differs, the docstrings
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -298,21 +299,17 @@ class GravityScorer:
         x, y = (gravity._prepare(rows, self.emb_norm) for rows in (self.user[users], self.item[items]))
         return gravity.from_sq_distance(gravity.distance.paired(x, y), self.mass_scale * gravity.mass(users, items))
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """g of user vectors [B, D] with all items, with items int64 [W], or each with his own, [B, W].
 
         The user's own mass is the mean of all.
         """
         gravity, mass = self.gravity, self.gravity.mass
-        x, y = (
-            gravity._prepare(rows, self.emb_norm)
-            for rows in (vectors, self.item if items is None else self.item[items])
-        )
-        log_user = None if mass.user is None else mass.log_user().detach().mean()
-        log_item = None if mass.item is None else mass.log_item(items).detach()
-        mu = self.mass_scale * mass._combine(log_user, log_item)
+        y = gravity._prepare(self.item if items is None else self.item[items], self.emb_norm)
+        log_user = None if mass.user is None else mass.log_user().mean()
+        mu = self.mass_scale * mass._combine(log_user, None if mass.item is None else mass.log_item(items))
         between = gravity.distance.all_pairs if y.dim() == 2 else gravity.distance.paired
-        return gravity.from_sq_distance(between(x, y), mu)
+        return lambda vectors: gravity.from_sq_distance(between(gravity._prepare(vectors, self.emb_norm), y), mu)
 
     def factors(self) -> Factors | None:
         """See :meth:`Gravity.factors`."""

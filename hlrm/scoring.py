@@ -8,11 +8,12 @@ The naive cost is users x items x slots x D x n. Two facts lower it:
 - With q the averaged address, r = q M and |u + r - v|^2 = |u|^2 + |v|^2 - 2 u.v + q . (2 M u - 2 M v + M M^T q): only
   n-vectors per pair of user and item, never D-vectors.
 
-The diagonal form has no such tables; its D-vectors exist for one block of users and items at a time.
+Other relations have no such tables; their D-vectors exist for one block of users and items at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from typing import Self
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from gfml.ranking.sampling import seeded_generator
 from gfml.ranking.topk import Factors
 from hlrm.data import Histories, History
-from hlrm.relations import DISTANCE_EPS, DiagonalRelation, MemoryRelation, slot_weights
+from hlrm.relations import DISTANCE_EPS, MemoryRelation, Relation, slot_weights
 
 # Floats of the largest temporary: what fits a core's cache beats larger blocks two to one, a GPU wants them large.
 CPU_FLOATS = 1 << 18
@@ -32,7 +33,7 @@ ITEMS_ON_CPU = 16
 
 
 class _RelationScorer:
-    """What both forms share: vectors, fixed histories, blocks of items. A :class:`gfml.ranking.topk.Scorer`."""
+    """What both kinds share: vectors, fixed histories, blocks of items. A :class:`gfml.ranking.topk.Scorer`."""
 
     pool = 128  # other items that a new user's are compared with: every one has a relation of its own
 
@@ -40,7 +41,7 @@ class _RelationScorer:
         self,
         user: Tensor,
         item: Tensor,
-        relation: MemoryRelation | DiagonalRelation,
+        relation: Relation,
         history: History,
         *,
         squared: bool = True,
@@ -70,11 +71,11 @@ class _RelationScorer:
             other.user, other.num_users = vectors, len(vectors)
         return other
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Scores of user vectors [B, D], whose histories are this scorer's, with all items, [W], or each his own, [B, W]."""
         item = self.item if items is None else self.item[items]
-        item = item if item.dim() == 3 else item.expand(len(vectors), *item.shape)
-        return self._related_scores(vectors, item, self.history)
+        item = item if item.dim() == 3 else item.expand(len(self.history.ids), *item.shape)
+        return lambda vectors: self._related_scores(vectors, item, self.history)
 
     def at(self, users: Tensor, items: Tensor) -> Tensor:
         """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
@@ -198,10 +199,8 @@ class MemoryScorer(_RelationScorer):
         return sq_distance.clamp_min_(0).sqrt_().neg_()
 
 
-class DiagonalScorer(_RelationScorer):
-    """Minus the distance with the port's relations; D-vectors exist for one block of users and items."""
-
-    relation: DiagonalRelation
+class BlockScorer(_RelationScorer):
+    """Minus the distance with any relation; D-vectors exist for one block of users and items."""
 
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:
@@ -244,10 +243,11 @@ class TranslatedScorer:
         query = self.user[users][:, None] + self.taste[users][:, None] * self.crowd[items]
         return -(query - self.item[items]).square().sum(2)
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Scores of user vectors [B, D], whose means are this scorer's, with all items, [W], or each his own, [B, W]."""
         item, crowd = (table if items is None else table[items] for table in (self.item, self.crowd))
-        return -(vectors[:, None] + self.taste[:, None] * crowd - item).square().sum(2)
+        moved = self.taste[:, None] * crowd - item
+        return lambda vectors: -(vectors[:, None] + moved).square().sum(2)
 
     @torch.no_grad()
     def factors(self) -> Factors:

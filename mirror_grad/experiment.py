@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from gfml.base.files import write_json
 from gfml.base.optim import light
+from gfml.base.settings import as_tokens
 from gfml.base.weights import read_weights
 from gfml.data.interactions import Interactions
 from gfml.engine.distributed import World
@@ -28,6 +26,7 @@ from gfml.program.experiment import Judged, Training
 from gfml.program.foreign import load_named
 from gfml.program.recommender import Recommender
 from gfml.program.steps import check_judgeable, cut_offs
+from gfml.program.sweep import keep_grid
 from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleBatches, TripleSampler
 from gfml.ranking.topk import FactorScorer, Scorer
@@ -35,7 +34,7 @@ from gfml.report.recommenders import USUAL_METRICS, judged_text, other_conventio
 from mirror_grad import foreign
 from mirror_grad.data import MultimodalData, load
 from mirror_grad.models import MODELS, load_model
-from mirror_grad.settings import arm_of
+from mirror_grad.settings import PROGRAM_FILE, arm_of
 
 LEARNERS = {
     "adam": torch.optim.Adam,
@@ -113,6 +112,7 @@ class MirrorGrad(Recommender):
         sampler = TripleSampler(
             self.interactions.train, batch_size=s.batch_size, seed=s.seed, scheme="interaction", negatives="train-items",
             num_negatives=int(MODELS[s.model].needs_negatives), device=self.device,
+            constant=self.constant_batches and "." not in MODELS[s.model].module,  # models of others know no weights
         )  # fmt: skip
 
         def batches(epoch: int) -> TripleBatches:
@@ -209,39 +209,22 @@ class MirrorGrad(Recommender):
 
     @classmethod
     def text(cls, settings: Any, results: Sequence[tuple[Mapping[str, Any], Path]]) -> str:
-        """Of a grid the comparison, stored beside the runs. The winner has the highest selected value on ``--select-on``;
-        equal values go to the earlier point. Only its test figures are shown."""
-        if not settings.points:
+        """Of a grid the table of a sweep, stored as one. Equal values go to the earlier point; only the winner's test figures
+        are shown."""
+        if not settings.space:
             return super().text(settings, results)
+        from mirror_grad.main import PROGRAM
+
         part = "test" if settings.select_on == "test" else "val"
-        rows = [
-            {"flags": point, "run": path.name, "value": result[part][settings.select_metric], "test": result["test"]}
-            for point, (result, path) in zip(settings.points, results, strict=True)
-        ]
-        best = max(rows, key=lambda row: row["value"])
-        file = Path(settings.out) / f"{_grid_name(settings)}.json"
-        protocol = results[rows.index(best)][0]["selection"]["protocol"]
-        write_json(file, {"metric": settings.select_metric, "split": settings.select_on, "protocol": protocol,
-                          "best": best["run"], "points": rows})  # fmt: skip
-        column = f"{settings.select_on} {settings.select_metric}"
-        means, said = (
-            {best["run"]: best["test"]},
-            ", ".join(f"{flag[2:]} {value}" for flag, value in best["flags"].items()),
+        given = {name: getattr(settings, name) for name in sorted(settings.explicit - {"grid", "config"})}
+        usual = PROGRAM.parse(as_tokens({"model": settings.model, "dataset": settings.dataset}))
+        flags = {
+            key: value for key, value in given.items() if key in ("model", "dataset") or getattr(usual, key) != value
+        }
+        name = f"grid-{settings.model}-{Path(settings.dataset).name}"
+        return keep_grid(
+            name, PROGRAM_FILE, as_tokens(flags), settings.space, f"{part}/{settings.select_metric}", results
         )
-        lines = [
-            text_table({row["run"]: {column: row["value"]} for row in rows}, [column]),
-            f"\nbest by {column}: {said}; its test:",
-            text_table(means, table_columns(means, settings.topks)),
-            *(["selected on test: optimistic"] if part == "test" else []),
-            f"grid            {file}",
-        ]
-        return "\n".join(lines)
-
-
-def _grid_name(settings: Any) -> str:
-    """The same for the same points on the same settings."""
-    text = json.dumps([settings.resolved, settings.points], sort_keys=True, default=str)
-    return f"grid-{settings.model}-{Path(settings.dataset).name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def build_step(s: Any, optimizer: torch.optim.Optimizer) -> Step:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from gfml.base.settings import Settings, about, changed, flags_of, inert, settin
 from gfml.data.options import DataSettings, DemoSettings
 from gfml.program.cli import Parser
 from gfml.program.flags import JudgingSettings, MirrorSettings, RunSettings
+from gfml.program.search import Dimension, grid_points
 from mirror_grad.models import MODELS
 
 PROGRAM_FILE = "mirror_grad/main.py"
@@ -234,23 +234,24 @@ class MirrorGradSettings(
         _choose_mirror(options)
         super().resolve(options)
         _check(options)
-        grid_points(cls, options)
+        grid_space(cls, options)
         options.unused = frozenset({"not_mg", "grid", "weights", "published_protocol"})
 
     @property
-    def points(self) -> list[dict[str, str]]:
-        """The points of ``--grid`` (and of the arm equal-grid) as {flag: value}; empty without one."""
-        return grid_points(type(self), self)
+    def space(self) -> tuple[Dimension, ...]:
+        """What ``--grid`` (or the arm equal-grid) tries, as a sweep's space; empty without one."""
+        return grid_space(type(self), self)
 
     def each(self) -> Sequence[Any]:
         from mirror_grad.main import PROGRAM
 
-        if self.points and (self.run_name or self.resume or self.eval_only):
+        points = grid_points(self.space)
+        if points and (self.run_name or self.resume or self.eval_only):
             raise UserError("--grid makes runs with names of their own: drop --run-name, --resume and --eval-only")
         same = self.resolved | {"overwrite": self.overwrite, "progress": self.progress}
         return [
-            PROGRAM.of(same, grid=["none"], **{flag[2:].replace("-", "_"): value for flag, value in point.items()})
-            for point in self.points
+            PROGRAM.of(same, grid=["none"], **{name.replace("-", "_"): value for name, value in point.items()})
+            for point in points
         ] or [self]
 
 
@@ -404,8 +405,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--mirror-clip-halves second is defined for --mirror two_step, not {options.mirror}")
 
 
-def grid_points(settings: type, options: Any) -> list[dict[str, str]]:
-    """The points of ``--grid`` (and of the arm equal-grid) as {flag: value}; empty without one."""
+def grid_space(settings: type, options: Any) -> tuple[Dimension, ...]:
+    """The dimensions of ``--grid`` and of the arm equal-grid."""
     words = [] if options.grid is None or tuple(options.grid) == ("none",) else list(options.grid)
     known = {
         flag.replace("_", "-"): flags_of(name, told)[0]
@@ -429,6 +430,4 @@ def grid_points(settings: type, options: Any) -> list[dict[str, str]]:
     alone = options.resume or options.eval_only
     if options.mirror_arm == "equal-grid" and options.grid is None and not alone:
         lists = {"--learning-rate": [options.learning_rate * factor for factor in EQUAL_GRID]}
-    names = list(lists)
-    every = itertools.product(*lists.values()) if lists else ()
-    return [dict(zip(names, map(str, values), strict=True)) for values in every]
+    return tuple(Dimension(flag[2:], "choice", tuple(map(str, values))) for flag, values in lists.items())

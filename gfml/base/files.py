@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
 import glob
@@ -11,7 +12,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -139,6 +140,15 @@ def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> UserError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"cannot write {path} ({error.strerror}): give a writable directory, for runs with `out`")
     return UserError(f"cannot write {path} ({error.strerror or error}): check the path given with `out`")
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) -> None:
+    """A CSV file of the rows; columns in order of first appearance, those of ``first`` first. A missing value is empty."""
+    with atomic_open(path, newline="") as stream:
+        columns = dict.fromkeys([*first, *(key for row in rows for key in row)])
+        writer = csv.DictWriter(stream, list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_arrays(path: str | os.PathLike[str], advice: str = "mend the file or give another") -> dict[str, np.ndarray]:

@@ -225,13 +225,10 @@ def _lists(
 ) -> Lists:
     import numpy as np
 
-    from gfml.ranking.lists import Among, scores_at
-    from gfml.ranking.topk import topk_items
+    from gfml.ranking.lists import best_items
 
     data, ids = run.interactions, rows.to(run.experiment.device)
-    ranked = scorer if allowed is None else Among(scorer, allowed)
-    items = topk_items(ranked, ids, min(top, data.num_items), seen=seen)
-    scores = scores_at(scorer, ids, items)
+    items, scores = best_items(scorer, ids, min(top, data.num_items), seen=seen, allowed=allowed)
     columns = {"score": scores}
     if run.experiment.is_logit(run.model):
         columns["probability"] = 1 / (1 + np.exp(-scores))
@@ -247,8 +244,7 @@ def similar_items(run: Loaded, items: Sequence[int], top: int, *, allowed: np.nd
     import scipy.sparse as sp
     import torch
 
-    from gfml.ranking.lists import Among, scores_at
-    from gfml.ranking.topk import topk_items
+    from gfml.ranking.lists import best_items
 
     data = run.interactions
     if data.num_items < 2:
@@ -256,16 +252,9 @@ def similar_items(run: Loaded, items: Sequence[int], top: int, *, allowed: np.nd
     scorer = ItemDistances(*run.experiment.item_space(run.model))
     ids = torch.as_tensor(items, dtype=torch.int64).to(run.experiment.device)
     itself = sp.csr_array(sp.eye_array(data.num_items, format="csr", dtype="float32"))
-    ranked = scorer if allowed is None else Among(scorer, allowed)
-    found = topk_items(ranked, ids, min(top, data.num_items - 1), seen=itself)
+    found, scores = best_items(scorer, ids, min(top, data.num_items - 1), seen=itself, allowed=allowed)
     names = _names(data.item_ids, data.num_items)
-    return Lists(
-        "item",
-        [names[item] for item in items],
-        found.cpu().numpy(),
-        {"sq_distance": -scores_at(scorer, ids, found)},
-        names,
-    )
+    return Lists("item", [names[item] for item in items], found.cpu().numpy(), {"sq_distance": -scores}, names)
 
 
 class ItemDistances:
@@ -278,6 +267,10 @@ class ItemDistances:
     def score(self, items: torch.Tensor) -> torch.Tensor:
         """Shape: items int64 [B] -> [B, I]."""
         return self.sq_distance.all_pairs(self.vectors[items], self.vectors).neg()
+
+    def at(self, items: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """The same of items [B] with their own others int64 [B, K]: [B, K]."""
+        return self.sq_distance.paired(self.vectors[items], self.vectors[others]).neg()
 
     def factors(self) -> None:
         """None: blocks are scored in full, which keeps small distances exact."""

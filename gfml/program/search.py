@@ -287,13 +287,17 @@ def random_point(space: Sequence[Dimension], seed: int, index: int) -> Point:
     return {one.name: one.at(float(share)) for one, share in zip(space, shares, strict=True)}
 
 
+def grid_points(space: Sequence[Dimension]) -> list[Point]:
+    """Every combination of the choices, the last dimension fastest; none without a dimension."""
+    names = [one.name for one in space]
+    every = itertools.product(*(one.values for one in space)) if names else ()
+    return [dict(zip(names, values, strict=True)) for values in every]
+
+
 def planned_points(spec: Spec) -> list[Point]:
     """Every point of a grid or random search in order, each once. UserError when a random search has too few to find."""
-    names = [one.name for one in spec.space]
     if spec.search == "grid":
-        return [
-            dict(zip(names, values, strict=True)) for values in itertools.product(*(one.values for one in spec.space))
-        ]
+        return grid_points(spec.space)
     found: dict[tuple[Value, ...], Point] = {}
     for index in range(100 * spec.trials):
         point = random_point(spec.space, spec.seed, index)

@@ -17,12 +17,12 @@ Exit code 1 when a trial failed, 130 after Ctrl-C.
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
-import io
+import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -34,17 +34,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
-from gfml.base.files import atomic_open, write_json
+from gfml.base.files import atomic_open, write_csv, write_json
 from gfml.base.home import find_config, home
 from gfml.base.toml import LOCATION_FLAGS, toml_text
-from gfml.metrics import HEADLINE
 from gfml.program.cli import Parser, number
 from gfml.program.commands import last_line, read_command
 from gfml.program.program import program_of
 from gfml.program.search import random_point
 
 if TYPE_CHECKING:
-    from gfml.program.search import Follower, Spec
+    from gfml.program.search import Dimension, Follower, Spec
 
 ROOT = home()
 FACTS = ("method", "protocol", "n", "epoch", "train_seconds")
@@ -152,7 +151,7 @@ class Trials:
         found = {"trial": len(self.all) + 1, "point": dict(point), "command": str(command),
                  "run": f"{run.family}-*-{run.digest}", "state": "waiting", "epoch": None, "value": None}  # fmt: skip
         self.all.append(found)
-        self._write(spec)
+        self.write(spec)
         return found
 
     def end(
@@ -160,9 +159,10 @@ class Trials:
     ) -> None:
         """Write down how a trial ended."""
         trial |= {"state": state, "epoch": epoch, "value": value} | ({"why": why} if why else {})
-        self._write(spec)
+        self.write(spec)
 
-    def _write(self, spec: Spec) -> None:
+    def write(self, spec: Spec) -> None:
+        """Write everything down."""
         facts = {"metric": spec.metric, "mode": spec.mode, "search": spec.search}
         # Settings that were drawn by logarithm are shown so.
         facts["log"] = [one.name.replace("-", "_") for one in spec.space if one.kind == "loguniform"]
@@ -504,6 +504,7 @@ def table_rows(spec: Spec, trials: Trials) -> list[dict[str, Any]]:
 
 def _row(spec: Spec, trial: Mapping[str, Any], out: Path, *, is_best: bool) -> dict[str, Any]:
     from gfml.base.runs import read_result
+    from gfml.report.sections import headline
 
     result = read_result(run_of(trial, out)) if trial["state"] == "done" else {}
     protocols = {"stopped": f"stopped early after epoch {trial['epoch']}", "failed": f"failed: {trial.get('why', '')}"}
@@ -520,14 +521,7 @@ def _row(spec: Spec, trial: Mapping[str, Any], out: Path, *, is_best: bool) -> d
         "state": trial["state"],
         "run": trial["run"],
     }
-    return row | (_headline(result["test"]) if is_best else {})
-
-
-def _headline(test: Mapping[str, float]) -> dict[str, float]:
-    """The usual figures of a recommender; of another program all it has."""
-    return {
-        name: value for name, value in test.items() if name.partition("@")[0] in HEADLINE and "_share" not in name
-    } or dict(test)
+    return row | (headline(result["test"]) if is_best else {})
 
 
 def _varied(spec: Spec, trial: Mapping[str, Any]) -> list[tuple[Any, Any]]:
@@ -538,14 +532,7 @@ def write_table(spec: Spec, trials: Trials) -> None:
     """Write ``table.csv`` and, once a trial is done, ``best.toml``."""
     from gfml.base.runs import read_config
 
-    rows = table_rows(spec, trials)
-    columns = list(dict.fromkeys([*FACTS, *(key for row in rows for key in row)]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_open(trials.folder / "table.csv", newline="") as stream:
-        stream.write(text.getvalue())
+    write_csv(trials.folder / "table.csv", table_rows(spec, trials), FACTS)
     if best := best_of(spec, trials.all):
         path = run_of(best, trials.folder.parents[1])
         config = {key: value for key, value in read_config(path).items() if key.replace("-", "_") not in LOCATION_FLAGS}
@@ -554,6 +541,43 @@ def write_table(spec: Spec, trials: Trials) -> None:
                 f"# python {spec.program} --config FILE: {spec.metric} {best['value']:.6g}, the best of {len(trials.all)} trials\n"
             )
             stream.write(toml_text(config))
+
+
+def keep_grid(
+    name: str,
+    program: str,
+    flags: Sequence[str],
+    space: Sequence[Dimension],
+    metric: str,
+    found: Sequence[tuple[Mapping[str, Any], Path]],
+) -> str:
+    """Ledger, table and best settings of a grid that a program ran by itself, as of any sweep; what is printed.
+
+    found: result and run directory of each point. The folder is the same for the same runs.
+    """
+    from gfml.program.search import Spec, grid_points
+    from gfml.report.recommenders import table_columns, text_table
+
+    spec = Spec(name, program, tuple(flags), tuple(space), metric, "max", "grid", len(found), 0, None, 1, 0)
+    part, _, figure = metric.partition("/")
+    runs = " ".join(path.name for _, path in found)
+    folder = found[0][1].parent / "sweeps" / f"{name}-{hashlib.sha256(runs.encode()).hexdigest()[:8]}"
+    with Trials.open(folder) as trials:
+        trials.all = [
+            {"trial": number, "point": point, "command": shlex.join(spec.words(point)), "run": path.name, "state": "done",
+             "epoch": result["selection"]["epoch"], "value": result[part][figure]}
+            for number, (point, (result, path)) in enumerate(zip(grid_points(space), found, strict=True), start=1)
+        ]  # fmt: skip
+        trials.write(spec)
+        write_table(spec, trials)
+        rows, best = {row["method"]: row for row in table_rows(spec, trials)}, best_of(spec, trials.all)
+    winner = found[best["trial"] - 1][0]
+    test = {best["run"]: winner["test"]}
+    return "\n".join([
+        text_table(rows, [metric]), f"\nbest by {metric}, {best['value']:.4f}: {best['command']}\nits test:",
+        text_table(test, table_columns(test, winner["topks"])), *(["selected on test: optimistic"] if part == "test" else []),
+        f"settings        {folder / 'best.toml'}", f"table           {folder / 'table.csv'}",
+    ])  # fmt: skip
 
 
 def summarise(spec: Spec, trials: Trials) -> int:

@@ -7,7 +7,9 @@ loss with the items fixed; over a graph his edges are propagated instead (:func:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -37,8 +39,11 @@ class VectorScorer(Scorer, Protocol):
     user: Tensor
     item: Tensor
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
-        """Scores of user vectors [B, D] with all items [B, I], or with items int64 [W] or [B, W]: [B, W]; a gradient flows."""
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """Scores of any user vectors [B, D] with all items [B, I], or with items int64 [W] or [B, W]: [B, W].
+
+        A gradient flows to the vectors; what belongs to the items alone is made once.
+        """
 
 
 class NewUsers:
@@ -48,13 +53,17 @@ class NewUsers:
         self.scorer, self.vectors = scorer, vectors
         self.num_users, self.num_items = len(vectors), scorer.num_items
 
+    @cached_property
+    def _scores(self) -> Callable[[Tensor], Tensor]:
+        return self.scorer.against()
+
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:
         """Shape: users int64 [B] -> [B, I]. In blocks of one shape: the rounding of a row does not depend on the rest."""
         scores = []
         for rows in users.to(self.vectors.device).split(BLOCK):
             whole = rows.repeat(-(-BLOCK // len(rows)))[:BLOCK]
-            scores.append(self.scorer.of_vectors(self.vectors[whole])[: len(rows)])
+            scores.append(self._scores(self.vectors[whole])[: len(rows)])
         return torch.cat(scores)
 
     def factors(self) -> None:
@@ -105,17 +114,17 @@ def user_vectors(scorer: VectorScorer, histories: sp.csr_array) -> Tensor:
 
     where every item i meets ``PAIRS`` of at most ``POOL`` other items, another lot of them for each i. Users are
     solved ``BLOCK`` at a time with those whose histories are about as long, in blocks of one shape, which round alike.
-    Cost of a user: ``STEPS`` times about 3 ``POOL`` x D products.
+    Cost of a user: ``STEPS`` times about 3 x D products with each of the other items.
     """
     degree = np.diff(histories.indptr)
     slots = 2 ** np.ceil(np.log2(np.maximum(degree, LEAST))).astype(np.int64)
-    found = scorer.item.new_empty(len(degree), scorer.user.shape[1])
+    found, length = scorer.item.new_empty(len(degree), scorer.user.shape[1]), float(scorer.user.norm(dim=1).median())
     with torch.enable_grad(), full_precision():
         for width in np.unique(slots).tolist():
             rows = np.flatnonzero(slots == width)
             for chunk in np.split(rows, range(BLOCK, len(rows), BLOCK)):
                 own = _BlockOfUsers(scorer, histories, np.resize(chunk, BLOCK), width)
-                found[torch.from_numpy(chunk).to(found.device)] = own.solve()[: len(chunk)]
+                found[torch.from_numpy(chunk).to(found.device)] = own.solve(length)[: len(chunk)]
     return found
 
 
@@ -131,7 +140,7 @@ class _BlockOfUsers:
         filled = place < degree * (width // degree)
         self.own, self.filled = torch.from_numpy(own.astype(np.int64)).to(device), torch.from_numpy(filled).to(device)
         size = min(PAIRS, scorer.num_items)
-        self.lots = min(getattr(scorer, "pool", POOL), scorer.num_items) // size
+        self.lots = min(getattr(scorer, "pool", POOL), scorer.num_items, width * size) // size
         picked = np.random.default_rng(0).permutation(scorer.num_items)[: self.lots * size]
         self.pool = torch.from_numpy(picked).to(device)
         taken = torch.zeros(len(users), scorer.num_items, dtype=torch.bool, device=device).scatter_(1, self.own, True)
@@ -143,19 +152,19 @@ class _BlockOfUsers:
         lots = of_pool.unflatten(1, (self.lots, -1))
         return lots.repeat(1, -(-self.own.shape[1] // self.lots), 1)[:, : self.own.shape[1]]
 
-    def solve(self) -> Tensor:
-        """[B, D]."""
-        users, item = self.scorer.user, self.scorer.item.detach()
-        length, share = float(users.norm(dim=1).median()), self.filled[:, :, None].to(item.dtype)
+    def solve(self, length: float) -> Tensor:
+        """[B, D]; length: of the known users' vectors."""
+        item = self.scorer.item.detach()
+        share = self.filled[:, :, None].to(item.dtype)
         start = (item[self.own] * share).sum(1) / share.sum(1)
         start = start * (length / start.norm(dim=1, keepdim=True).clamp_min(1e-12))
         vector = start.clone().requires_grad_()
-        optimizer = light(torch.optim.Adam)([vector], lr=RATE * length / max(start.shape[1], 1) ** 0.5)
+        optimizer = light(torch.optim.Adam)([vector], lr=RATE * length / max(start.shape[1], 1) ** 0.5, fused=True)
+        with torch.no_grad():
+            near, far = (self.scorer.against(items) for items in (self.own, self.pool))
         for _ in range(STEPS):
-            near, far = (self.scorer.of_vectors(vector, items) for items in (self.own, self.pool))
-            loss = (F.softplus(self._lots(far) - near[:, :, None]) * self.weight).sum()
+            loss = (F.softplus(self._lots(far(vector)) - near(vector)[:, :, None]) * self.weight).sum()
             loss = loss + DECAY * (vector - start).square().sum() / max(length, 1e-12) ** 2
-            optimizer.zero_grad()
-            loss.backward(inputs=[vector])
+            (vector.grad,) = torch.autograd.grad(loss, vector)
             optimizer.step()
         return vector.detach()

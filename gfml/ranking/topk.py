@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -94,13 +94,14 @@ class FactorScorer:
 
     def at(self, users: Tensor, items: Tensor) -> Tensor:
         """Scores of users [B] with their own items int64 [B, K]: [B, K]."""
-        return self.of_vectors(self.user[users.to(self.user.device)], items.to(self.item.device))
+        return self.against(items.to(self.item.device))(self.user[users.to(self.user.device)])
 
-    def of_vectors(self, vectors: Tensor, items: Tensor | None = None) -> Tensor:
+    def against(self, items: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Scores of user vectors [B, D] with all items, with items int64 [W], or each with his own, [B, W]."""
-        if items is not None and items.dim() == 2:
-            return (vectors[:, None] * self.item[items]).sum(-1)
-        return vectors @ (self.item if items is None else self.item[items]).T
+        item = self.item if items is None else self.item[items]
+        if item.dim() == 3:
+            return lambda vectors: (vectors[:, None] * item).sum(-1)
+        return lambda vectors: vectors @ item.T
 
     def factors(self) -> Factors:
         return Factors(self.user, self.item)

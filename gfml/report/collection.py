@@ -212,6 +212,7 @@ def write_report(found: Collection, out: Path) -> Path:
 
 def _overview(page: Page, found: Collection) -> None:
     from gfml.report.page import Cell, best_rows, figure_of
+    from gfml.report.sections import duration
     from gfml.report.stored import flag_value
 
     page.section("Runs")
@@ -223,46 +224,32 @@ def _overview(page: Page, found: Collection) -> None:
         page.note("warning", "Runs are ranked on the reported test part itself, so the best figure is optimistic.")
     rows = found.ranked + [trial for trial in found.trials if trial.value is None]
     top = best_rows([trial.value if trial.state == "done" else None for trial in rows], higher=found.mode == "max")
+    seconds = [trial.run.result.get("seconds", {}).get("train") if trial.state == "done" else None for trial in rows]
     page.table(
         ["run", *found.names, found.metric, "epoch", "state", "train time"],
         [
             [trial.label, *map(flag_value, trial.flags.values()), Cell(figure_of(trial.value), best=number in top), str(trial.epoch or "–"),
-             trial.state, _seconds(trial)]
+             trial.state, duration(seconds[number])]
             for number, trial in enumerate(rows)
         ],
         "Best value over the epochs of each run and its epoch. Runs that were stopped early have had fewer epochs.",
     )  # fmt: skip
 
 
-def _seconds(trial: Trial) -> str:
-    seconds = trial.run.result.get("seconds", {}).get("train") if trial.state == "done" else None
-    return "–" if seconds is None else f"{seconds:.0f} s"
-
-
 def _best(page: Page, found: Collection, best: Trial, out: Path) -> None:
-    from gfml.report.page import figure_of
-    from gfml.report.stored import flag_value
+    from gfml.report.recommenders import table_columns
+    from gfml.report.sections import colors_of, headline, intervals_of, metric_cells, record
 
     page.section("The best run")
     write_best(found, best, out / "best.toml")
-    selection = best.run.result["selection"]
-    facts = {name: flag_value(value) for name, value in best.flags.items()}
-    page.facts(
-        {
-            **facts,
-            "run directory": best.run.path.name,
-            "protocol": selection.get("protocol", ""),
-            "settings": "best.toml, for --config",
-        }
-    )
-    usual = [
-        name
-        for name in best.run.result["test"]
-        if name.partition("@")[0] in ("recall", "ndcg", "head_recall", "tail_recall", "coverage", "gini")
-    ]
-    test = {name: best.run.result["test"][name] for name in usual} or best.run.result["test"]
-    page.table(["test figure", "value"], [[name, figure_of(value)] for name, value in test.items() if isinstance(value, (int, float))],
-               "Test part, shown for this run alone: it was chosen on validation.")  # fmt: skip
+    page.facts({**record(best.run), "settings": "best.toml, for --config"})
+    test = {name: value for name, value in best.run.test.items() if isinstance(value, (int, float))}
+    columns = table_columns({"": test}, best.run.result.get("topks", [0])) or list(headline(test))
+    noted = {best.label: intervals_of(best.run, columns)} if (best.run.path / "analysis.npz").exists() else {}
+    page.table(
+        ["", *columns], metric_cells({best.label: test}, columns, colors_of([best.run]), intervals=noted),
+        "Test part, shown for this run alone: it was chosen on validation.",
+    )  # fmt: skip
 
 
 def write_best(found: Collection, best: Trial, file: Path) -> None:
@@ -282,14 +269,16 @@ def write_best(found: Collection, best: Trial, file: Path) -> None:
 
 @dataclass(frozen=True)
 class Scale:
-    """Places of a flag's values on an axis from 0 to 1, and the ticks to show."""
+    """Places of a flag's values on an axis from 0 to 1, the ticks to show, and whether it is logarithmic."""
 
     places: list[float]
     ticks: list[tuple[float, str]]
+    log: bool = False
 
 
-def scale_of(values: Sequence[Any], *, log: bool = False) -> Scale:
-    """Numbers linearly, or by logarithm when they span a factor of 20 or ``log`` says so; anything else evenly spaced by name."""
+def scale_of(values: Sequence[Any], *, log: bool | None = None) -> Scale:
+    """Numbers linearly, or by logarithm where ``log`` says so or, without its word, they span a factor of 20; anything else
+    evenly spaced by name."""
     from gfml.report.stored import flag_value
 
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
@@ -297,15 +286,15 @@ def scale_of(values: Sequence[Any], *, log: bool = False) -> Scale:
     if not numbers or len(kinds) == 1:
         places = {kind: n / (len(kinds) - 1) if len(kinds) > 1 else 0.5 for n, kind in enumerate(kinds)}
         return Scale([places[flag_value(value)] for value in values], [(place, kind) for kind, place in places.items()])
-    low, high = min(values), max(values)
-    log = low > 0 and (log or high / low >= 20)
+    low, high, log_asked = min(values), max(values), log
+    log = low > 0 and (high / low >= 20 if log is None else log)
     shape = math.log if log else float
     span = shape(high) - shape(low)
     marks = [low + (high - low) * share for share in (0, 0.5, 1)] if not log else [low, math.sqrt(low * high), high]
-    return Scale(
-        [(shape(value) - shape(low)) / span for value in values],
-        [((shape(mark) - shape(low)) / span, f"{mark:.3g}") for mark in marks],
-    )
+    # A few values that were chosen are their own marks.
+    marks = sorted(set(values)) if len(kinds) <= 4 and log_asked is None else marks
+    ticks = [((shape(mark) - shape(low)) / span, f"{mark:.3g}") for mark in marks]
+    return Scale([(shape(value) - shape(low)) / span for value in values], ticks, log)
 
 
 def parallel_coordinates(found: Collection) -> Figure:
@@ -316,8 +305,10 @@ def parallel_coordinates(found: Collection) -> Figure:
     from gfml.report.page import TEXT, panels, styled
 
     trials = found.ranked[::-1]
-    scales = {name: scale_of([trial.flags[name] for trial in trials], log=name in found.log) for name in found.names}
-    scales[found.metric] = scale_of([trial.value for trial in trials])
+    scales = {
+        name: scale_of([trial.flags[name] for trial in trials], log=name in found.log or None) for name in found.names
+    }
+    scales[found.metric] = scale_of([trial.value for trial in trials], log=False)
     shades = (
         scales[found.metric].places if found.mode == "max" else [1 - place for place in scales[found.metric].places]
     )
@@ -335,7 +326,7 @@ def parallel_coordinates(found: Collection) -> Figure:
             for height, text in scale.ticks:
                 axis.annotate(text, (place, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, color="#343942",
                               path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
-        axis.set_xticks(range(len(scales)), list(scales))
+        axis.set_xticks(range(len(scales)), [f"{name} (log)" if one.log else name for name, one in scales.items()])
         axis.set_yticks([])
         axis.grid(False)
         axis.spines[:].set_visible(False)
@@ -373,7 +364,10 @@ def importance_of(found: Collection) -> Importance | None:
     if len(trials) < LEAST_TRIALS:
         return None
     table = np.column_stack(
-        [scale_of([trial.flags[name] for trial in trials], log=name in found.log).places for name in found.names]
+        [
+            scale_of([trial.flags[name] for trial in trials], log=name in found.log or None).places
+            for name in found.names
+        ]
     )
     values = np.array([trial.value for trial in trials])
     if values.var() == 0:
@@ -442,17 +436,13 @@ def draw_importance(result: Importance) -> Figure:
 
 
 def _curves(page: Page, found: Collection) -> None:
-    from gfml.report.page import COLORS, Curves, learning_curves
+    from gfml.report.page import COLORS, Curves
+    from gfml.report.sections import draw_learning
 
-    page.section("Learning curves")
     shown = found.ranked[:SHOWN_CURVES]
     curves = [
         Curves(trial.label, trial.run.metrics, found.metric, trial.epoch, COLORS[n % len(COLORS)])
         for n, trial in enumerate(shown)
     ]
     few = f" The {SHOWN_CURVES} best of {len(found.ranked)} runs." if len(found.ranked) > len(shown) else ""
-    page.figure(
-        "learning",
-        learning_curves(curves),
-        f"Left: the train loss, mean over an epoch. Right: {found.metric}; the star marks the best epoch.{few}",
-    )
+    draw_learning(page, curves, few)

@@ -11,8 +11,6 @@ trained models, not how much it varies with the seed.
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 import textwrap
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError, choice_error
-from gfml.base.files import atomic_open, write_json
+from gfml.base.files import write_csv, write_json
 from gfml.program.cli import CONVENTIONS, Parser, number
 from gfml.report.page import COLORS, TEXT, Page, legend_below, p_value, panels, styled
 from gfml.report.sections import what_ran
@@ -230,12 +228,7 @@ def store(
     out: Path, runs: Sequence[StoredRun], rows: Sequence[dict[str, Any]], notes: Sequence[str], resamples: int
 ) -> None:
     """Write the CSV, the JSON, the plot and the page."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_open(out / "comparison.csv", newline="") as stream:
-        stream.write(text.getvalue())
+    write_csv(out / "comparison.csv", rows)
     how = {"interval": "95 % percentile bootstrap of the mean over users", "resamples": resamples, "test": "two-sided Wilcoxon signed-rank",
            "correction": f"Holm over {len(rows)} tests"}  # fmt: skip
     write_json(

@@ -32,6 +32,8 @@ T = TypeVar("T")
 FORMATS = ("html", "md")
 # Characters of a table's figures that fit beside one another.
 PAGE_WIDTH = 132.0
+# What is logged beside the terms of the loss.
+NO_TERMS = ("train/loss", "train/lr", "train/accuracy")
 IS_FIGURE = re.compile(r"[−+-]?[.,\d]*\d|–$|p [<=]")
 # Middle tones: about the same contrast on white and on near-black.
 COLORS = ("#3f86d8", "#dd7f21", "#2f9e68", "#9a6bd0", "#d4574a", "#2a9fa8", "#cf5f9f", "#99902a")
@@ -198,13 +200,21 @@ def _fitting(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[sli
         return 2.5 + max([head, *(max(len(row[column].text), 0.85 * len(row[column].note)) for row in rows)])
 
     first = min(max(width(0), 19.0), 40.0)
-    starts, used = [0], first
-    for column in range(1, len(columns)):
-        used += width(column)
-        if used > PAGE_WIDTH and column > 1:
-            starts.append(column)
-            used = first + width(column)
-    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(columns)], strict=True)]
+    widths = [width(column) for column in range(1, len(columns))]
+
+    def starts(limit: float) -> list[int]:
+        found, used = [0], first
+        for column, own in enumerate(widths, start=1):
+            used += own
+            if used > limit and column > 1:
+                found.append(column)
+                used = first + own
+        return found
+
+    most = starts(PAGE_WIDTH)
+    # As even as so many pieces can be.
+    even = next(found for limit in np.linspace(first, PAGE_WIDTH, 100) if len(found := starts(limit)) == len(most))
+    return [slice(start, end) for start, end in zip(even, [*even[1:], len(columns)], strict=True)]
 
 
 def _html_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
@@ -332,9 +342,11 @@ class Curves:
         return np.asarray(epochs), np.asarray(values, dtype=float)
 
     def terms(self) -> list[str]:
-        """The names of the train terms but for the total, those that are ever above zero."""
+        """The names of the train terms but for the total, those that are ever other than zero and than the total."""
         names = dict.fromkeys(key for row in self.rows for key in row if key.startswith("train/"))
-        return [key for key in names if key not in ("train/loss", self.select) and (self.series(key)[1] > 0).any()]
+        total = self.series("train/loss")[1]
+        values = {key: self.series(key)[1] for key in names if key not in (*NO_TERMS, self.select)}
+        return [key for key, found in values.items() if found.any() and not np.array_equal(found, total)]
 
 
 @styled

@@ -131,7 +131,7 @@ def _facts(run: StoredRun) -> dict[str, str]:
         "data": f"{data['name']}: {data['num_users']:,} users × {data['num_items']:,} items; train {data['train']:,}, validation "
                 f"{data['valid']:,}, test {data['test']:,} interactions; density {total / cells if cells else 0:.2%}",
         **data.get("notes", {}),
-        "model": ", ".join([f"{run.label}, {config.get('embedding_dim')} dimensions{_gravity_settings(run)}", *told]),
+        "model": ", ".join([f"{run.label}, {config.get('embedding_dim', config.get('emb_size'))} dimensions{_gravity_settings(run)}", *told]),
     }  # fmt: skip
     for side in ("user", "item"):
         count = run.result.get(f"cold_{side}s")

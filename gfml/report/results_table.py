@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from gfml.base.errors import UserError
-from gfml.base.files import atomic_open
+from gfml.base.files import atomic_open, write_csv
 from gfml.base.home import configs, home
 from gfml.metrics import HEADLINE
 
@@ -136,16 +136,6 @@ def published_rows(name: str) -> list[dict[str, str]]:
     ]
 
 
-def to_csv(rows: Sequence[Mapping[str, str]], first: Sequence[str] = FACTS) -> str:
-    """CSV text; columns in order of first appearance, those of ``first`` first."""
-    columns = list(dict.fromkeys([*first, *(key for row in rows for key in row)]))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
-
-
 def paired_name(name: str) -> str:
     """The name under which the paired tests of a table are stored."""
     return f"{name}-paired"
@@ -153,10 +143,7 @@ def paired_name(name: str) -> str:
 
 def store_rows(folder: Path, name: str, rows: Sequence[Mapping[str, str]], first: Sequence[str] = FACTS) -> None:
     """Write FOLDER/results/NAME.csv."""
-    store = folder / "results" / f"{name}.csv"
-    store.parent.mkdir(exist_ok=True)
-    with atomic_open(store, newline="") as stream:
-        stream.write(to_csv(rows, first))
+    write_csv(folder / "results" / f"{name}.csv", rows, first)
 
 
 def stored_rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -165,32 +152,27 @@ def stored_rows(folder: Path, name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(store.read_text(encoding="utf-8")))) if store.exists() else []
 
 
-def to_markdown(text: str, columns: Sequence[str] = ()) -> str:
-    """A Markdown table of the CSV: figures with four digits, ± sample standard deviation where n > 1.
+def to_markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str] = ()) -> str:
+    """A Markdown table of such rows: figures with four digits, ± sample standard deviation where n > 1.
 
     columns: the metrics to show; all without them.
     """
-    rows = list(csv.DictReader(io.StringIO(text)))
-    metrics = list(columns) or [name for name in rows[0] if name not in FACTS and not name.endswith(" std")]
-    if unknown := [name for name in metrics if name not in rows[0]]:
-        raise UserError(
-            f"found the column {unknown[0]!r}, wanted metrics of the results such as {list(rows[0])[len(FACTS)]}"
-        )
-    shown = [name for name in metrics if any(row[name] for row in rows)]
+    known = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in FACTS]
+    metrics = list(columns) or [name for name in known if not name.endswith(" std")]
+    if unknown := [name for name in metrics if name not in known]:
+        raise UserError(f"found the column {unknown[0]!r}, wanted metrics of the results such as {known[0]}")
+    shown = [name for name in metrics if any(row.get(name) for row in rows)]
     head = ["method", "protocol", "n", "epoch", *shown, "train s"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [_shown(row, name) for name in shown]
-        lines.append(
-            "| "
-            + " | ".join([row["method"], row["protocol"], row["n"], row["epoch"], *cells, row["train_seconds"]])
-            + " |"
-        )
+        facts = [row.get(name, "") for name in FACTS]
+        lines.append("| " + " | ".join([*facts[:-1], *cells, facts[-1]]) + " |")
     return "\n".join(lines)
 
 
 def _shown(row: Mapping[str, str], name: str) -> str:
-    if not row[name]:
+    if not row.get(name):
         return ""
     value = float(row[name])
     text = f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
@@ -306,7 +288,7 @@ def check_all() -> None:
 def show(folder: Path, name: str, *, check: bool) -> None:
     """Write the table into the READMEs that show it, or only compare."""
     store = folder / "results" / f"{name}.csv"
-    table = to_markdown(store.read_text(encoding="utf-8"), declared(name).get("columns", ()))
+    table = to_markdown(stored_rows(folder, name), declared(name).get("columns", ()))
     for readme, text in readmes_with(folder, name, table).items():
         if text == readme.read_text(encoding="utf-8"):
             continue

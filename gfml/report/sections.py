@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from gfml.metrics import HEADLINE
 from gfml.report.page import GREYS, Cell, Curves, Page, best_rows, figure_of, learning_curves, p_value, signed
 from gfml.report.stored import StoredRun, flag_value, kind_of, varied
 
@@ -110,6 +111,13 @@ def colors_of(runs: Sequence[StoredRun], others: Collection[str] = ()) -> dict[s
     return greys | {run.label: run.color for run in runs}
 
 
+def headline(test: Mapping[str, float]) -> dict[str, float]:
+    """The usual figures of a recommender; of another program all it has."""
+    return {
+        name: value for name, value in test.items() if name.partition("@")[0] in HEADLINE and "_share" not in name
+    } or dict(test)
+
+
 def metric_cells(
     rows: Mapping[str, Mapping[str, float]],
     columns: Sequence[str],
@@ -204,21 +212,27 @@ def _mean(values: Sequence[Any]) -> str:
 
 def learning(page: Page, runs: Sequence[StoredRun], name: str = "", select: str | None = None) -> None:
     """Loss, its terms, and what selects the epoch (``select`` where nothing did); name: of the data, if there are several."""
+    if not any(run.metrics for run in runs):
+        return
     curves = [
         Curves(run.label, run.metrics, select_of(run) or select or "", run.selection["epoch"], run.color)
         for run in runs
     ]
-    if not any(run.metrics for run in runs):
-        return
-    page.section(f"Learning curves{f' on {name}' if name else ''}")
-    caption = (
-        "Train loss: mean over an epoch. Selection: the metric that selects the epoch; the star marks the reported one."
-    )
+    caption = ""
     if len({run.config.get("loss_mode") for run in runs}) > 1:
         caption += " Different losses are on different scales."
     if len({run.on_test for run in runs}) > 1:
         caption += " Values on validation and on test do not compare."
-    page.figure(f"learning-{slug(name)}" if name else "learning", learning_curves(curves), caption)
+    draw_learning(page, curves, caption, name)
+
+
+def draw_learning(page: Page, curves: Sequence[Curves], caption: str = "", name: str = "") -> None:
+    """The section of learning curves, whoever chose the best epochs; caption: what else is to be said."""
+    page.section(f"Learning curves{f' on {name}' if name else ''}")
+    usual = (
+        "Train loss: mean over an epoch. Selection: the metric that selects the epoch; the star marks the reported one."
+    )
+    page.figure(f"learning-{slug(name)}" if name else "learning", learning_curves(curves), usual + caption)
 
 
 def select_of(run: StoredRun) -> str | None:

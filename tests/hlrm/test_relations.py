@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gfml.ranking.encoders import Tables
+from gfml.ranking.lists import best_items
+from gfml.ranking.topk import topk_items
 from hlrm.data import History, PairBatch
 from hlrm.model import HingeOptions, RelationModel, TranslatedModel
-from hlrm.relations import DiagonalRelation, MemoryRelation, lram, slot_weights
-from hlrm.scoring import DiagonalScorer, MemoryScorer, neighbour_means
+from hlrm.relations import DiagonalRelation, HistoryAttention, MemoryRelation, lram, slot_weights
+from hlrm.scoring import BlockScorer, MemoryScorer, neighbour_means
 
 FORMS = {
     "memory-base": lambda: MemoryRelation(5, 4),
@@ -23,6 +25,7 @@ FORMS = {
     "diagonal-base": lambda: DiagonalRelation(5, 4),
     "diagonal-base-user": lambda: DiagonalRelation(5, 4, user_slot=True),
     "diagonal-plus": lambda: DiagonalRelation(5, 4, "plus"),
+    "attention": HistoryAttention,
 }
 
 
@@ -204,7 +207,7 @@ def test_scores_of_all_items_equal_training_distances(relation, squared):
     wanted = -model.distances(torch.arange(7), torch.arange(12).expand(7, -1), history).detach()
     for block in (0, 1, 5):
         scorer = model.scorer(history, train=None, block=block)
-        assert isinstance(scorer, (MemoryScorer, DiagonalScorer)) and scorer.factors() is None
+        assert isinstance(scorer, (MemoryScorer, BlockScorer)) and scorer.factors() is None
         torch.testing.assert_close(scorer.score(torch.arange(7)), wanted, rtol=1e-9, atol=1e-10)
         users = torch.tensor([6, 2, 2])
         torch.testing.assert_close(scorer.score(users), wanted[users], rtol=1e-9, atol=1e-10)
@@ -295,3 +298,20 @@ def test_cuda_gives_the_same_loss_and_scores(relation):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     found = model.scorer(move(history), train=None).score(torch.arange(7).cuda()).cpu()
     torch.testing.assert_close(found, scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_near_ties_are_listed_alike_alone_and_among_others(kind):
+    torch.manual_seed(0)
+    user, item = torch.randn(60, 8) * 0.3, torch.randn(300, 8) * 0.3
+    item[150:] = item[:150] * (1 + 1e-7 * torch.randn(150, 1))  # twins that rounding alone tells apart
+    counts = torch.randint(1, 13, (60,))
+    history = History(torch.randint(300, (60, 12)) * (torch.arange(12) < counts[:, None]), counts)
+    scorer, users = MemoryScorer(user, item, MemoryRelation(8, 6, kind), history), torch.arange(60)
+    items, scores = best_items(scorer, users, 15, seen=None)
+    some = users[::6]
+    rows = torch.cat([topk_items(scorer, user[None], 15, seen=None) for user in some])
+    assert not torch.equal(rows, topk_items(scorer, users, 15, seen=None)[some])
+    for row in some.tolist():
+        alone = best_items(scorer, users[[row]], 15, seen=None)
+        assert torch.equal(alone[0][0], items[row]) and alone[1][0].tolist() == scores[row].tolist()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -10,12 +12,15 @@ import pytest
 import torch
 
 from gfml.base.checkpoints import load_state
+from gfml.base.home import home
 from gfml.data.interactions import Interactions, csr_from_pairs
 from gfml.engine.train import EarlyStopping
 from gfml.metrics.ranking import find_hits, ranking_metrics
 from gfml.program.cli import run_main
+from gfml.program.commands import read_command
 from gfml.ranking.evaluation import evaluate
 from gfml.ranking.topk import DenseScorer, topk_items
+from gfml.report.collection import collect
 from mirror_grad.experiment import arm_factor
 from mirror_grad.main import PROGRAM, main
 from mirror_grad.models import MODELS
@@ -168,7 +173,7 @@ def test_control_arms(run, capsys):
     code, paths = run("-m", "BPR", "--mirror-arm", "equal-grid", out="grid")
     assert code == 0 and run_main(main, ["--resume", str(paths[0]), "--epochs", "4"]) == 0
     assert len(paths) == 3 and {result_of(path)["arm"] for path in paths} == {"equal-grid"}
-    assert "best by val recall@5" in capsys.readouterr().out
+    assert "best by val/recall@5" in capsys.readouterr().out
 
 
 # -- continuing and stored weights
@@ -261,24 +266,31 @@ def test_grid_selects_on_validation_and_goes_on(run, tmp_path, capsys):
     words = ["-m", "BPR", "--grid", "reg_weight=0.001,5.0", "learning_rate=0.02,0.0001"]
     code, paths = run(*words)
     assert code == 0 and len(paths) == 4
-    [file] = (tmp_path / "runs").glob("grid-*.json")
-    stored = json.loads(file.read_text())
+    [folder] = (tmp_path / "runs" / "sweeps").iterdir()
+    stored = (folder / "trials.json").read_text()
     values = {path.name: result_of(path)["val"]["recall@5"] for path in paths}
-    assert stored["split"] == "val" and {point["run"]: point["value"] for point in stored["points"]} == values
-    assert values[stored["best"]] == max(values.values())
+    trials = json.loads(stored)["trials"]
+    assert json.loads(stored)["metric"] == "val/recall@5"
+    assert {trial["run"]: trial["value"] for trial in trials} == values
+    best = max(trials, key=lambda trial: trial["value"])
+    # Its line can be pasted, and the table shows test figures of it alone, as that of any sweep.
+    assert read_command(shlex.split(best["command"]), home()).runs[0].path().name == best["run"]
+    [row] = [row for row in csv.DictReader((folder / "table.csv").open()) if row["recall@5"]]
+    assert row["run"] == best["run"] and "reg-weight = " in (folder / "best.toml").read_text()
+    assert [trial.value for trial in collect([folder], None, None).ranked] == sorted(values.values(), reverse=True)
     shutil.rmtree(paths[1])
     before = (paths[0] / "result.json").stat().st_mtime_ns
     capsys.readouterr()
     code, again = run(*words)
     assert code == 0 and again == paths and (paths[0] / "result.json").stat().st_mtime_ns == before
-    assert json.loads(file.read_text()) == stored and f"{max(values.values()):.4f}" in capsys.readouterr().out
+    assert (folder / "trials.json").read_text() == stored and f"{max(values.values()):.4f}" in capsys.readouterr().out
 
 
 def test_grid_on_test_is_labelled(run, tmp_path, capsys):
     run("-m", "BPR", "--select-on", "test", "--grid", "reg_weight=0.1,0.2")
     out = capsys.readouterr().out
-    [file] = (tmp_path / "runs").glob("grid-*.json")
-    assert "selected on test: optimistic" in out and "optimistic" in json.loads(file.read_text())["protocol"]
+    [file] = (tmp_path / "runs" / "sweeps").glob("*/table.csv")
+    assert "selected on test: optimistic" in out and "optimistic" in file.read_text()
 
 
 # -- protocol
@@ -442,6 +454,16 @@ def test_other_features_are_not_mixed_into_a_run(run, planted, tmp_path, capsys)
     layout.write_feature_file(other / "text_feat.npy", np.ones((60, 10)))
     code, _ = run("--resume", tmp_path / "runs" / "mirror-x", "-m", "VBPR", "-d", other, "--epochs", 2)
     assert code == 2 and "data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_learns(model, run):
+    """Planted groups, judged on test: far above popularity, which knows no groups. MVGAE needs the long run."""
+    words = ["--not_mg", "--epochs", 30, "--eval-every", 3, "--baselines", "popularity", "--report", 0]
+    code, [path] = run("-m", model, *words)
+    popularity = result_of(path)["baselines"]["popularity"]["test"]["recall@10"]
+    assert code == 0 and result_of(path)["test"]["recall@10"] > (1.25 if model == "BPR" else 1.7) * popularity
 
 
 @pytest.mark.slow

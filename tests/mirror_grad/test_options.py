@@ -12,6 +12,7 @@ import pytest
 
 from gfml.base.errors import UserError
 from gfml.base.home import configs
+from gfml.program.search import grid_points
 from mirror_grad import settings as flags
 from mirror_grad.main import PROGRAM
 from mirror_grad.models import MODELS
@@ -192,7 +193,7 @@ def test_arms():
     assert [arm_of(options) for options in found.values()] == list(found)
     assert arm_of(parse(["--not_mg"])) == "plain"
     assert parse(["--mirror-arm", "true-ascent", "--learner", "sgd"]).mirror == "sgd_mirror"
-    assert [point["--learning-rate"] for point in found["equal-grid"].points] == ["0.0005", "0.001", "0.002"]
+    assert points_of(found["equal-grid"]) == [{"learning-rate": rate} for rate in ("0.0005", "0.001", "0.002")]
 
 
 def test_published_names_of_the_mirror():
@@ -203,14 +204,18 @@ def test_published_names_of_the_mirror():
     assert options.select_metric == "recall@10"
 
 
+def points_of(options) -> list[dict]:
+    return grid_points(options.space)
+
+
 def test_grid_points():
     options = parse(["-m", "BPR", "--grid", "reg_weight=1,2", "learning-rate=0.1,0.2", "--not_mg"])
-    assert options.points == [{"--reg-weight": r, "--learning-rate": lr} for r in "12" for lr in ("0.1", "0.2")]
+    assert points_of(options) == [{"reg-weight": r, "learning-rate": lr} for r in "12" for lr in ("0.1", "0.2")]
     published = parse(["-m", "BPR", "--grid", "published"])
-    assert len(published.points) == 3 * len(
+    assert len(points_of(published)) == 3 * len(
         MODELS["BPR"].settings.__dataclass_fields__["reg_weight"].metadata["setting"].grid
     )
-    assert len(parse(["-m", "BPR", "--grid", "published", "--not_mg"]).points) * 3 == len(published.points)
+    assert len(points_of(parse(["-m", "BPR", "--grid", "published", "--not_mg"]))) * 3 == len(points_of(published))
     assert "grid" not in published.resolved
 
 

@@ -63,7 +63,8 @@ def store_sweep(root: Path, mode: str = "max") -> Path:
     return folder
 
 
-def test_a_sweep_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_sweep_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collection, "TREES", 10)
     folder = store_sweep(tmp_path)
     assert run_main(NAMES["main"], [str(folder)]) == 0
     page = Path(capsys.readouterr().out.strip())
@@ -73,17 +74,20 @@ def test_a_sweep_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "8 runs: 6 done, 1 stopped early, 1 not launched." in text
     # The best finished one, although the one that was stopped early had reached more.
     assert "Best: trial 6 with 0.5000" in text
-    rows = [line for line in text.splitlines() if line.startswith("| trial")]
+    *rows, best = [line for line in text.splitlines() if line.startswith("| trial")]
     assert [row.split("|")[1].strip() for row in rows] == [f"trial {n}" for n in (6, 5, 4, 3, 2, 1, 7)]
     assert "**0.5000**" in rows[0] and "stopped early" in rows[-1] and "| 2 |" in rows[0]
     # Test figures of the best alone, shares of the data not among them.
-    assert "| recall@20 | 0.1250 |" in text and text.count("recall@20") == 1 and "head_train" not in text
+    assert best == "| trial 6 | 0.1250 |" and text.count("recall@20") == 1 and "head_train" not in text
+    # Of the best run as much is told as on its own page.
+    assert "**selected:** epoch 1 of ? trained" in text and "**protocol:** selected on val" in text
     best = (folder / "report" / "best.toml").read_text()
     assert "lr = 0.5" in best and "out =" not in best and "data-root" not in best
     assert "Importance" in text and "scikit-learn" in text and "R² on unseen runs" in text
 
 
-def test_importance_finds_the_flag_that_matters(tmp_path: Path) -> None:
+def test_importance_finds_the_flag_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collection, "TREES", 20)
     rng = np.random.default_rng(0)
     paths = [store(tmp_path, n, [float(lr) ** 0.5], lr=float(lr), noise=float(rng.random()), kind="abc"[n % 3])
              for n, lr in enumerate(rng.random(24), start=1)]  # fmt: skip
@@ -118,7 +122,11 @@ def test_axes() -> None:
     log = NAMES["scale_of"]([0.001, 0.01, 0.1])
     assert log.places == pytest.approx([0, 0.5, 1]) and [text for _, text in log.ticks] == ["0.001", "0.01", "0.1"]
     plain = NAMES["scale_of"]([1, 2, 5])
-    assert plain.places == pytest.approx([0, 0.25, 1]) and [text for _, text in plain.ticks] == ["1", "3", "5"]
+    assert plain.places == pytest.approx([0, 0.25, 1]) and [text for _, text in plain.ticks] == ["1", "2", "5"]
+    assert [text for _, text in NAMES["scale_of"]([1, 2, 5, 3, 4]).ticks] == ["1", "3", "5"]
+    # A drawn setting is shown as it was drawn; what ranks is never bent.
+    assert NAMES["scale_of"]([1, 2, 4], log=True).places == pytest.approx([0, 0.5, 1])
+    assert not NAMES["scale_of"]([0.01, 1.0], log=False).log and NAMES["scale_of"]([0.01, 1.0]).log
     assert NAMES["scale_of"](["b", "a", "c"]).places == [0.5, 0, 1] and NAMES["scale_of"]([3, 3]).places == [0.5, 0.5]
     assert NAMES["scale_of"]([None, 0.5]).ticks == [(0.0, "0.5"), (1.0, "none")]
 

@@ -20,6 +20,7 @@ import pytest
 
 from gfml.base.errors import UserError
 from gfml.program import sweep as sweep_program
+from gfml.program.cli import run_main
 from gfml.program.commands import launch, read_command
 from gfml.program.search import Follower, check_points, load_spec, planned_points, random_point
 
@@ -328,6 +329,44 @@ def test_the_table_ranks_on_validation_and_shows_test_of_the_best_alone(script: 
 # -- Ray Tune
 
 
+def test_data_that_are_missing_end_a_sweep_before_it_begins(
+    script: dict, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import toy_paper
+
+    def load(settings: object) -> None:
+        raise UserError("toy data not found: give --data-root")
+
+    monkeypatch.setattr(toy_paper.Nothing, "load", load)
+    monkeypatch.setattr(sweep_program, "require_ray", lambda: None)
+    assert run_main(script["main"], [str(write(toy))]) == 2
+    assert "toy data not found: give --data-root" in capsys.readouterr().err
+    assert not list(toy.glob("runs/**/*"))
+
+
+def test_a_first_trial_that_dies_at_once_is_the_last(
+    script: dict, toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What hands points to Tune, with a stand-in for Tune's part of it."""
+    searcher = type("Searcher", (), {"FINISHED": "FINISHED", "__init__": lambda self, metric, mode: None})
+    for name in ("ray", "ray.tune", "ray.tune.search"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["ray.tune.search"].Searcher = searcher
+    monkeypatch.setattr(script["Source"], "tell", lambda *_: None)
+    spec = load_spec(write(toy))
+    for value, goes_on in ((None, False), (0.5, True)):
+        with script["Trials"].open(toy / f"sweep-{goes_on}") as trials:
+            points = script["_points_class"]()(script["Source"](spec, trials), spec, trials)
+            points.suggest("first")
+            if value is not None:
+                points.on_trial_result("first", {"value": value, "epoch": 1})
+            points.on_trial_complete("first", error=True)
+            assert (points.suggest("second") != "FINISHED") == goes_on
+            assert script["summarise"](spec, trials) == 1
+            said = capsys.readouterr().out
+            assert "1 failed" in said and trials.all[0]["state"] == "failed"
+
+
 @pytest.mark.parametrize("missing", ["ray", "optuna"])
 def test_without_ray_or_optuna_it_says_what_to_install(
     script: dict, monkeypatch: pytest.MonkeyPatch, missing: str
@@ -402,7 +441,7 @@ def test_two_trials_on_ray(toy: Path) -> None:
     text = BASE.replace("lr = { loguniform = [0.01, 1] }", 'work = { flags = ["--lr 0.3 --fail 1", "--lr 0.1"] }')
     path = write(toy, text.replace('kind = { choice = ["a", "b"] }\n', ""), search='"grid"', trials="")
     done = sweep(toy, str(path), "--workers", "2")
-    out, err = done.communicate(timeout=180)
+    out, err = done.communicate(timeout=600)
     assert done.returncode == 1, err
     assert (
         "[1/2] failed: the reason stands in the last line" in out
@@ -423,7 +462,7 @@ def test_a_killed_sweep_loses_and_repeats_nothing(toy: Path) -> None:
     )
     path = write(toy, text.replace('kind = { choice = ["a", "b"] }\n', ""), search='"grid"', trials="")
     first = sweep(toy, str(path), "--workers", "1")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and len(list(toy.glob("runs/*/metrics.jsonl"))) < 2:
         time.sleep(0.1)
     first.kill()
@@ -436,7 +475,7 @@ def test_a_killed_sweep_loses_and_repeats_nothing(toy: Path) -> None:
         time.sleep(0.1)
 
     second = sweep(toy, str(path), "--workers", "1", "--resume")
-    out, err = second.communicate(timeout=180)
+    out, err = second.communicate(timeout=600)
     assert second.returncode == 1, err
     assert (
         "[1/3] was done: val/score 0.2000 after epoch 3" in out
@@ -468,18 +507,18 @@ def test_asha_stops_the_worse_and_ctrl_c_leaves_all_resumable(toy: Path) -> None
         flags='"--epochs 6 --seconds 0.7"',
     )
     first = sweep(toy, str(path), "--workers", "1")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and len(list(toy.glob("runs/*/metrics.jsonl"))) < 2:
         time.sleep(0.1)
     first.send_signal(signal.SIGINT)
-    out, err = first.communicate(timeout=120)
+    out, err = first.communicate(timeout=600)
     assert first.returncode == 130 and "interrupted" in err, (out, err)
     assert not any(map(is_alive, pids_of(toy)))
     [ledger] = (toy / "runs" / "sweeps").glob("*/trials.json")
     # Interrupted is not stopped early: the second trial waits for the next session.
     assert [trial["state"] for trial in json.loads(ledger.read_text())["trials"]][:2] == ["done", "waiting"]
     second = sweep(toy, str(path), "--workers", "1")
-    out, err = second.communicate(timeout=180)
+    out, err = second.communicate(timeout=600)
     assert second.returncode == 0, err
     states = Counter(trial["state"] for trial in json.loads(ledger.read_text())["trials"])
     # The first has nothing to be compared with, the second is better, the others are below the median at the first rung.

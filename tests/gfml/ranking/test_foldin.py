@@ -75,7 +75,7 @@ def test_scores_of_listed_pairs_are_those_of_whole_rows(data):
         whole = scorer.score(users).detach().gather(1, items)
         torch.testing.assert_close(scorer.at(users, items).detach(), whole, rtol=1e-5, atol=1e-5)
         if kind != "gravity":  # its new users have a mean mass of their own
-            torch.testing.assert_close(scorer.of_vectors(scorer.user[:9]), scorer.score(users), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(scorer.against()(scorer.user[:9]), scorer.score(users), rtol=1e-5, atol=1e-5)
 
 
 def test_propagation_equals_a_graph_with_one_more_user():

@@ -8,7 +8,7 @@ import torch
 
 from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions, csr_from_pairs
-from gfml.ranking.lists import Among, item_rows, read_ids, safe_cell, scores_at
+from gfml.ranking.lists import Among, best_items, item_rows, read_ids, safe_cell, scores_at
 from gfml.ranking.topk import DenseScorer, FactorScorer, topk_items
 
 
@@ -34,6 +34,48 @@ def test_scores_alone_and_in_a_batch_are_equal():
             alone = topk_items(scorer, users[[user]], 20, seen=None)
             assert alone[0, :19].tolist() == items[user, :19].tolist()
             assert np.array_equal(scores_at(scorer, users[[user]], items[[user]])[0], found[user], equal_nan=True)
+
+
+class RoundedByCompany:
+    """Scores of whole rows that are off by up to 3e-7, by another amount for every number of users."""
+
+    def __init__(self, scores):
+        self.scores, (self.num_users, self.num_items) = scores, scores.shape
+
+    def score(self, users):
+        noise = torch.rand(self.num_items, generator=torch.Generator().manual_seed(len(users)))
+        return self.scores[users] + 6e-7 * (noise - 0.5)
+
+    def at(self, users, items):
+        return self.scores[users].gather(1, items)
+
+    def factors(self):
+        return None
+
+
+@pytest.mark.parametrize("allowed", [None, np.arange(200) % 3 > 0])
+def test_scores_that_company_rounds_give_one_list(allowed):
+    # Whole groups of items that are equal or differ by less than the rounding, at the ends of lists too.
+    scores = torch.randn(40, 200, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    scores += 1e-7 * torch.randint(0, 2, scores.shape, generator=torch.Generator().manual_seed(1))
+    seen = csr_from_pairs(np.repeat(np.arange(40), 60), np.tile(np.arange(60), 40), 40, 200)
+    seen = csr_from_pairs(*np.nonzero((seen.toarray() > 0) & (np.arange(40)[:, None] != 7)), 40, 200)
+    scorer, users = RoundedByCompany(scores), torch.arange(40)
+    items, found = best_items(scorer, users, 9, seen=seen, allowed=allowed)
+    for user in range(40):
+        known = seen.indices[seen.indptr[user] : seen.indptr[user + 1]].tolist()
+        free = [item for item in range(200) if item not in known and (allowed is None or allowed[item])]
+        wanted = sorted(free, key=lambda item: (-float(scores[user, item]), item))[:9]
+        assert items[user].tolist() == wanted and found[user].tolist() == scores[user, wanted].double().tolist()
+        alone = best_items(scorer, users[[user]], 9, seen=seen, allowed=allowed)
+        assert torch.equal(alone[0][0], items[user]) and np.array_equal(alone[1][0], found[user])
+
+
+def test_a_list_ends_where_no_item_is_left():
+    scorer = RoundedByCompany(torch.tensor([[3.0, 1.0, 2.0, 2.0]]))
+    seen = csr_from_pairs(np.array([0]), np.array([0]), 1, 4)
+    items, scores = best_items(scorer, torch.tensor([0]), 4, seen=seen)
+    assert items.tolist() == [[2, 3, 1, -1]] and scores[0, :3].tolist() == [2, 2, 1] and np.isnan(scores[0, 3])
 
 
 def test_ids_of_files(tmp_path):

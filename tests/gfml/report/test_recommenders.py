@@ -142,6 +142,20 @@ def test_mass_report_has_no_side_that_has_no_mass(data: Interactions) -> None:
     assert report["user_log_mass_mean"] == pytest.approx(np.log(2))
 
 
+def test_baselines_that_tie_everything_are_told_apart_from_equal_ones() -> None:
+    """Two rows of the same figures are no coincidence where users are unknown: both list items by their numbers."""
+    same, other = {"recall@5": 0.25}, {"recall@5": 0.5}
+    baselines = {"item-knn": {"test": same, "settings": {}}, "ease": {"test": dict(same), "settings": {}},
+                 "ials": {"test": other, "settings": {}}, "popularity": {"skipped": "asked"}}  # fmt: skip
+    result = {"data": {"name": "d"}, "topks": [5], "selection": {"epoch": 1, "protocol": "p"}, "baselines": baselines}
+    [line] = reporting.equal_rows(result | {"cold_users": 1200})
+    assert line.startswith("item-knn and ease have the same figures: of the 1,200 judged users")
+    assert "listed in the order of their numbers" in line
+    assert line in reporting.judged_text(result | {"cold_users": 1200}, {"model": other})
+    # Where every user is known, equal figures are what they are.
+    assert reporting.equal_rows(result) == []
+
+
 def test_tables_align_and_show_what_is_missing() -> None:
     rows = {"ours": {"recall@10": 0.1, "recall@20": 0.25, "arp@20": 123.4}, "popularity": {"recall@10": 0.05}}
     columns = reporting.table_columns(rows, [10, 20])
