@@ -67,9 +67,12 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known], out: Pa
         points = {key: _points(path, gammas, out, data_root) for key, path in done.items()}
         _store_frontiers(folder, name, points, {row["method"] for row in rows if row["n"]})
     store_rows(folder, name, rows, FIRST)
-    pairs = list(dict.fromkeys((one.cell.label, other) for one in known for other in one.cell.against))
+    pairs: dict[tuple[str, str], None] = {}
+    for one in known:
+        # Two rows of one entry that both name each other are compared once.
+        pairs |= {(one.cell.label, other): None for other in one.cell.against if (other, one.cell.label) not in pairs}
     if pairs:
-        tests = paired_rows(pairs, done, table["main"], stored_rows(folder, paired_name(name)))
+        tests = paired_rows(list(pairs), done, table["main"], stored_rows(folder, paired_name(name)))
         store_rows(folder, paired_name(name), tests, PAIRED)
     if gammas:
         _draw(folder, name)
@@ -244,7 +247,9 @@ def block(folder: Path, name: str, table: Mapping[str, Any]) -> str:
         parts.append(_area_tests(folder, name, table))
     parts.append(_across(rows, table["main"][0], name) if table.get("main") else "")
     if paired := stored_rows(folder, paired_name(name)):
-        parts.append(f"### Paired tests at gamma 0\n\n{paired_markdown(paired)}")
+        parts.append(
+            f"### Paired tests{' at gamma 0' if table['search'].get('gammas') else ''}\n\n{paired_markdown(paired)}"
+        )
     return "\n\n".join(filter(None, parts))
 
 
