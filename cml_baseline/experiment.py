@@ -100,7 +100,7 @@ class CML(Recommender):
     def _sampler(self, model: MetricLearner) -> TripleSampler:
         """Every train pair once an epoch, with negatives as ``--sampler`` says."""
         s = self.settings
-        common = {"batch_size": s.batch_size, "seed": s.seed, "scheme": "interaction", "num_negatives": s.num_neg, "device": self.device}  # fmt: skip
+        common = {"batch_size": s.batch_size, "seed": s.seed, "scheme": "interaction", "num_negatives": s.num_neg, "device": self.device, "constant": self.constant_batches}  # fmt: skip
         if s.sampler == "two-stage":
             return TwoStageSampler(
                 self.data.train, item_vectors=lambda: model.encoder.vectors()[1], num_candidates=s.candidates,

@@ -156,7 +156,8 @@ class Retrieve(Experiment):
         proxies = parameter_groups(model.criterion, pipeline=s.pipeline, lr=s.lr, loss_lr=s.loss_lr)
         groups += [{key: value for key, value in group.items() if key != "name"} for group in proxies]
         kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.Adam
-        optimizer = light(kind)(groups, lr=s.lr, weight_decay=s.weight_decay)
+        # Fused on CUDA, where its count of steps stays on the device.
+        optimizer = light(kind)(groups, lr=s.lr, weight_decay=s.weight_decay, fused=self.device.type != "cpu")
         falling = lr_factor(s)
         factors: list[Callable[[int], float]] = [
             falling if number < scheduled or not large else lambda epoch: 1.0 for number in range(len(groups))
@@ -421,12 +422,16 @@ class WarmStep:
         """Count an epoch."""
         self.epoch += 1
 
+    def graph_key(self) -> bool:
+        """Whether the held parameters keep still (:mod:`gfml.engine.capture`)."""
+        return self.epoch <= self.epochs
+
     def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
         optimizer.zero_grad(set_to_none=True)
         terms = closure()
         terms["loss"].backward()
         values = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in terms.items()}
-        if self.epoch <= self.epochs:
+        if self.graph_key():
             # Without a gradient an optimizer passes a parameter over: no step, no decay, no moments.
             for parameter in self.held:
                 parameter.grad = None

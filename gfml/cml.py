@@ -44,11 +44,12 @@ def mined_hinge(
     use_rank_weight: bool = True,
     rank_floor: bool = True,
     reduction: str = "sum",
+    weight: Tensor | None = None,
 ) -> Mined:
     """CML hinge of a batch; only the hardest of the W negatives enters the graph.
 
     Distances to all W are taken without gradient, so memory for the backward pass is 3 B D, not (2 + W) B D.
-    Shape: users, pos int64 [B]; neg int64 [B] or [B, W].
+    Shape: users, pos int64 [B]; neg int64 [B] or [B, W]; weight [B] as in :class:`gfml.ranking.sampling.Triples`.
     """
     neg = neg.view(len(users), -1)
     sq_neg = sq_distances_to(encoder, users, neg)
@@ -64,6 +65,7 @@ def mined_hinge(
         rank_floor=rank_floor,
         reduction=reduction,
         sq_hardest=sq_distance[:, 1],
+        weight=weight,
     )
     return Mined(hinge, embedded, items)
 
@@ -112,7 +114,7 @@ def metric_loss(
     """
     mined = mined_hinge(
         encoder, batch.users, batch.pos, batch.neg, margin=options.margin, use_rank_weight=options.use_rank_weight,
-        rank_floor=options.rank_floor, reduction=options.reduction,
+        rank_floor=options.rank_floor, reduction=options.reduction, weight=batch.weight,
     )  # fmt: skip
     parts = {"hinge": mined.hinge.loss}
     if options.cov_weight:

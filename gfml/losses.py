@@ -1,7 +1,8 @@
 """Losses as pure functions of tensors: nothing here knows a model, a flag or a device.
 
 Notation: B pairs (user u, positive p) in a batch, each with one negative [B] or W negatives [B, W].
-A pair loss averages over B and over W. ``softplus(z) = log(1 + e^z)``.
+A pair loss averages over B and over W. ``softplus(z) = log(1 + e^z)``. weight [B]: of each pair in the mean, summing to 1,
+0 for rows that only fill a batch up; None: all alike.
 
 Sources: Rendle et al., BPR, UAI 2009; Hsieh et al., Collaborative Metric Learning, WWW 2017;
 Byun et al., GFML, Engineering Applications of Artificial Intelligence 139, 2025.
@@ -20,7 +21,17 @@ from gfml.distances import common_floats, softplus
 LOSS_MODES = ("dot", "bpr", "gravity", "mix", "bpr_gra", "mix_bpr", "cml")
 
 
-def bpr(pos: Tensor, neg: Tensor) -> Tensor:
+def row_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean of all values; with weight [B], summing to 1, that of B rows by their weights.
+
+    Shape: values [B, ...], or [r B, ...] for r rows of each pair, one block of B after another.
+    """
+    if weight is None:
+        return values.mean()
+    return weight.to(values.dtype) @ values.reshape(len(values) // len(weight), len(weight), -1).mean((0, 2))
+
+
+def bpr(pos: Tensor, neg: Tensor, weight: Tensor | None = None) -> Tensor:
     """Pairwise ranking loss: mean softplus(neg - pos).
 
     Shape: pos [B]; neg [B] or [B, W]; returns a scalar. On gravity scores this is log(1 + F_neg / F_pos)
@@ -33,10 +44,10 @@ def bpr(pos: Tensor, neg: Tensor) -> Tensor:
         tensor(1.9287e-22)
     """
     pos, neg = common_floats(pos, neg)
-    return softplus(neg - _like(pos, neg)).mean()
+    return row_mean(softplus(neg - _like(pos, neg)), weight)
 
 
-def bce(pos: Tensor, neg: Tensor) -> Tensor:
+def bce(pos: Tensor, neg: Tensor, weight: Tensor | None = None) -> Tensor:
     """Pointwise cross-entropy of logits: (mean softplus(-pos) + mean softplus(neg)) / 2.
 
     Shape: pos [B]; neg [B] or [B, W]; returns a scalar. On gravity scores the probability of a positive is
@@ -48,10 +59,10 @@ def bce(pos: Tensor, neg: Tensor) -> Tensor:
     """
     pos, neg = common_floats(pos, neg)
     _like(pos, neg)
-    return 0.5 * (softplus(-pos).mean() + softplus(neg).mean())
+    return 0.5 * (row_mean(softplus(-pos), weight) + row_mean(softplus(neg), weight))
 
 
-def half_mean_square(*rows: Tensor) -> Tensor:
+def half_mean_square(*rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """Regulariser of the rows a batch touches: sum over the arguments of |rows|^2 / (2 B).
 
     Shape: each argument [B, ...], or [B, W, ...] for W negatives, which are averaged over W; embedding rows
@@ -59,7 +70,10 @@ def half_mean_square(*rows: Tensor) -> Tensor:
     """
     if not rows:
         raise ValueError("no rows to regularise")
-    return 0.5 * sum_terms(part.square().sum() / part.shape[0] for part in common_floats(*rows))
+    rows = common_floats(*rows)
+    if weight is not None:
+        return 0.5 * sum_terms(row_mean(part.square().reshape(len(part), -1).sum(1), weight) for part in rows)
+    return 0.5 * sum_terms(part.square().sum() / part.shape[0] for part in rows)
 
 
 def sum_terms(terms: Iterable[Tensor]) -> Tensor:
@@ -68,26 +82,26 @@ def sum_terms(terms: Iterable[Tensor]) -> Tensor:
     return sum(rest, first)
 
 
-def embedding_reg(user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+def embedding_reg(user: Tensor, pos: Tensor, neg: Tensor, weight: Tensor | None = None) -> Tensor:
     """(|u|^2 + |p|^2 + |n|^2 summed over the batch) / (2 B), W negatives averaged.
 
     Shape: user, pos [B, D]; neg [B, D] or [B, W, D]. A row that occurs twice counts twice: each occurrence
     is one stochastic gradient sample. Duplicating the batch leaves the value unchanged.
     """
     width = neg.shape[1] if neg.dim() == 3 else 1
-    return half_mean_square(user, pos) + half_mean_square(neg) / width
+    return half_mean_square(user, pos, weight=weight) + half_mean_square(neg, weight=weight) / width
 
 
-def mass_reg(user: Tensor | None, pos: Tensor | None, neg: Tensor | None) -> Tensor:
+def mass_reg(user: Tensor | None, pos: Tensor | None, neg: Tensor | None, weight: Tensor | None = None) -> Tensor:
     """(sum of squared raw masses of the batch) / (2 B) over the masses that exist; 0-d zero if none does.
 
     Shape: user, pos [B] or None; neg [B], [B, W] (averaged over W) or None.
     Difference from the published code: there only the last term is divided by B, which makes the rest B times
     stronger and presses the masses to zero (see :func:`mass_reg_compat`).
     """
-    parts = [half_mean_square(part) for part in (user, pos) if part is not None]
+    parts = [half_mean_square(part, weight=weight) for part in (user, pos) if part is not None]
     if neg is not None:
-        parts.append(half_mean_square(neg) / (neg.shape[1] if neg.dim() == 2 else 1))
+        parts.append(half_mean_square(neg, weight=weight) / (neg.shape[1] if neg.dim() == 2 else 1))
     return sum_terms(parts) if parts else torch.zeros(())
 
 
@@ -113,6 +127,7 @@ def pair_loss(
     mass_decay: float = 0.0,
     mix_ratio: float = 0.5,
     compat: bool = False,
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The total of one loss mode and its named parts.
 
@@ -141,12 +156,12 @@ def pair_loss(
     uses_dot, uses_gravity = mode in ("dot", "bpr", "mix", "mix_bpr"), mode in ("gravity", "bpr_gra", "mix", "mix_bpr")
     parts: dict[str, Tensor] = {}
     if uses_dot:
-        parts["dot"] = (bpr if "bpr" in mode else bce)(*_given(dot, mode, "dot"))
+        parts["dot"] = (bpr if "bpr" in mode else bce)(*_given(dot, mode, "dot"), weight)
     if uses_gravity:
         pos, neg = _given(gravity, mode, "gravity")
         if compat and mode != "gravity":
             pos, neg = pos.sigmoid(), neg.sigmoid()
-        parts["gravity"] = (bpr if mode == "bpr_gra" else bce)(pos, neg)
+        parts["gravity"] = (bpr if mode == "bpr_gra" else bce)(pos, neg, weight)
     data_weight = {"dot": 1 - mix_ratio if uses_gravity else 1.0, "gravity": mix_ratio if uses_dot else 1.0}
     emb_weight, mass_weight = _regulariser_weights(mode, mix_ratio, compat)
     if decay and emb_weight:
@@ -203,6 +218,7 @@ def warp_hinge(
     rank_floor: bool = True,
     reduction: str = "sum",
     sq_hardest: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Hinge:
     """Collaborative Metric Learning hinge on squared distances, hardest of W negatives.
 
@@ -233,7 +249,14 @@ def warp_hinge(
     hinge = (margin + sq_pos - sq_hardest).clamp_min(0)
     if use_rank_weight:
         hinge = hinge * rank_weight(imposters, sq_neg.shape[1], num_items, floor=rank_floor).to(hinge.dtype)
-    return Hinge(hinge.sum() if reduction == "sum" else hinge.mean(), hinge, imposters, hardest)
+    return Hinge(reduced(hinge, reduction, weight), hinge, imposters, hardest)
+
+
+def reduced(values: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """The sum or the mean of values [B]; rows whose weight is 0 are left out of both."""
+    if reduction == "mean":
+        return row_mean(values, weight)
+    return values.sum() if weight is None else values @ (weight > 0).to(values.dtype)
 
 
 def covariance(rows: Tensor, form: str = "squared", weight: Tensor | None = None) -> Tensor:

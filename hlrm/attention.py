@@ -13,7 +13,7 @@ import torch
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open
 from gfml.data.interactions import Interactions
-from gfml.data.items import by_title, info_beside, read_item_info
+from gfml.data.items import ItemInfo, by_title, info_beside, read_item_info
 from gfml.program.cli import Options
 from gfml.ranking.evaluation import Evaluation
 from gfml.report.page import COLORS, TEXT, panels, png, styled
@@ -79,14 +79,20 @@ def attention_of(this: HLRM, model: RelationModel, pairs: list[tuple[int, int]],
     return {name: value.cpu().numpy() for name, value in arrays.items()}
 
 
+def item_info(this: HLRM, file: str | None) -> ItemInfo | None:
+    """What the given file, or a known one beside the data, says of the items; None without any."""
+    if file:
+        return read_item_info(file, this.data)
+    # Titles belong to source ids; data in numbers of its own has none that a file could name.
+    if this.data.item_ids is None:
+        return None
+    return info_beside(this.settings.dataset, this.settings.data_root, INFO_FILES, this.data)
+
+
 def item_names(this: HLRM, file: str | None) -> list[str]:
     """Titles where a file beside the data, or the given one, has them; else the ids of the source."""
-    data = this.data
+    data, info = this.data, item_info(this, file)
     ids = [str(name) for name in (np.arange(data.num_items) if data.item_ids is None else data.item_ids).tolist()]
-    info = read_item_info(file, data) if file else None
-    # Titles belong to source ids; data in numbers of its own has none that a file could name.
-    if info is None and data.item_ids is not None:
-        info = info_beside(this.settings.dataset, this.settings.data_root, INFO_FILES, data)
     titles = [""] * len(ids) if info is None else info.titles
     return [title or f"item {name}" for title, name in zip(titles, ids, strict=True)]
 

@@ -22,7 +22,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from gfml.ranking.sampling import TripleSampler, seeded_generator
+from gfml.ranking.sampling import TripleSampler, padded, seeded_generator
 
 HISTORY_KINDS = ("random", "unpop", "last")
 
@@ -156,6 +156,7 @@ class PairBatch:
     """Users [B], positives [B], negatives [B], histories of the users and, where a model asks, users of the items.
 
     audience: histories of the items (positives, then negatives): ids [2B, P] of users, counts [2B].
+    weight: as in :class:`gfml.ranking.sampling.Triples`.
     """
 
     users: Tensor
@@ -163,11 +164,12 @@ class PairBatch:
     neg: Tensor
     history: History
     audience: History | None = None
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.users)
 
-    def rows(self, part: slice) -> PairBatch:
+    def rows(self, part: slice | Tensor) -> PairBatch:
         """The pairs at these places."""
         audience = None
         if self.audience is not None:
@@ -183,6 +185,7 @@ class PairSampler:
     """Epochs of batches: every train pair once, shuffled, with one uniform negative and a fresh history.
 
     An epoch is a function of (seed, epoch). with_audience: also draw users of both items (never the pair's own user).
+    constant: as in :class:`gfml.ranking.sampling.TripleSampler`.
     """
 
     def __init__(
@@ -195,7 +198,9 @@ class PairSampler:
         kind: str = "random",
         with_audience: bool = False,
         device: torch.device | str = "cpu",
+        constant: bool = False,
     ) -> None:
+        self.constant = constant
         self.triples = TripleSampler(train, batch_size=batch_size, seed=seed, scheme="interaction", device=device)
         popularity = np.bincount(train.indices, minlength=train.shape[1])
         self.histories = Histories(train, width, kind=kind, popularity=popularity, device=device)
@@ -231,4 +236,5 @@ class PairBatches:
                 known = sampler.audiences.of_pairs(triple.pos, triple.users, generator, audience_order)
                 other = sampler.audiences.of_rows(triple.neg, generator, audience_order)
                 audience = History(torch.cat([known.ids, other.ids]), torch.cat([known.counts, other.counts]))
-            yield PairBatch(triple.users, triple.pos, triple.neg, history, audience)
+            batch = PairBatch(triple.users, triple.pos, triple.neg, history, audience)
+            yield padded(batch, sampler.triples.batch_size) if sampler.constant and len(self) > 1 else batch

@@ -2,6 +2,7 @@
 
     python hlrm/eval.py                                                 hlrm_base.pt, as train.py left it
     python hlrm/eval.py --save_dir runs/NAME --topk 5 10 --attention 4  a run; also explain four recommendations
+    python hlrm/eval.py --analyse 20000                                 do pairs with near relations share genres?
 
 Flags that are not given are those of the training, so the numbers are those that it printed. ``--hlrm_type``,
 ``--emb_size`` and ``--num_relations`` are checked against the model.
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from gfml.engine.distributed import World
     from hlrm.attention import explain
     from hlrm.experiment import HLRM, read_model, restore
+    from hlrm.meaning import lines, meaning
 
     saved, file = read_model(Path(given.save_dir))
     settings = settings_of(given, saved["options"], file)
@@ -37,9 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = restore(this, saved, file)
     judged = this.report(model, given.eval_split)
     result = judged.result | {"selection": saved["selection"]}
+    notes = []
+    if given.analyse:
+        found = meaning(this, model, given.eval_split, given.analyse, getattr(given, "item_info", None))
+        result, notes = result | {"meaning": found}, lines(found)
     target = Path(getattr(given, "result", file.with_suffix(".eval.json")))
     write_json(target, result)
-    notes = [f"saved model     {file}", f"numbers         {target}"]
+    notes = [f"saved model     {file}", f"numbers         {target}", *notes]
     if given.attention or hasattr(given, "pair"):
         notes += explain(given, this, model, judged.detail, file)
     print("\n".join([HLRM.result_text(result), *notes]))

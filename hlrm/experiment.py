@@ -32,7 +32,7 @@ from gfml.report.recommenders import baseline_results, data_facts, other_convent
 from hlrm.data import History, PairBatch, PairSampler, fixed_histories
 from hlrm.metrics import cohort_metrics, cohorts
 from hlrm.model import HingeOptions, RelationModel, TranslatedModel, clip_rows_
-from hlrm.relations import DiagonalRelation, MemoryRelation
+from hlrm.relations import DiagonalRelation, HistoryAttention, MemoryRelation, Relation
 
 # fit keeps the highest value; a loss is judged by its negative.
 MINUS_LOSS = "minus_loss"
@@ -53,7 +53,7 @@ class HLRM(Recommender):
     def name(self) -> str:
         s = self.settings
         if s.model != "hlr":
-            return {"lrml": "LRML", "cml": "CML", "transcf": "TransCF-style"}[s.model]
+            return {"lrml": "LRML", "cml": "CML", "transcf": "TransCF-style", "attcml": "AttCML-style"}[s.model]
         name = "HLR" if s.hlrm_type == "base" else "HLR++"
         return name if s.relation_form == "memory" else f"{name}, diagonal form of the port"
 
@@ -85,10 +85,12 @@ class HLRM(Recommender):
         encoder.nodes.requires_grad_(not s.freeze_embs)
         return model.to(self.device)
 
-    def _relation(self) -> MemoryRelation | DiagonalRelation | None:
+    def _relation(self) -> Relation | None:
         s = self.settings
         if s.model == "cml":
             return None
+        if s.model == "attcml":
+            return HistoryAttention()
         if s.model == "lrml":
             return MemoryRelation(s.embedding_dim, s.num_relations, user_slot=True)
         if s.relation_form == "diagonal":
@@ -128,7 +130,7 @@ class HLRM(Recommender):
         optimizer = kinds[s.optimizer](trained, lr=s.lr)
         sampler = PairSampler(
             self.data.train, batch_size=s.batch_size, width=s.num_inter, seed=s.seed, kind=s.history_sampling,
-            with_audience=s.model == "transcf", device=self.device,
+            with_audience=s.model == "transcf", device=self.device, constant=self.constant_batches,
         )  # fmt: skip
         return Training(
             optimizer, sampler.epoch, self.shared(model.loss, model, reduction=s.reduction),

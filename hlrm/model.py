@@ -1,4 +1,4 @@
-"""HLR and HLR++ with the paper's or the port's relations, LRML and CML as their limits, TransCF beside them.
+"""HLR and HLR++ with the paper's or the port's relations, LRML and CML as their limits, TransCF and attention over the history beside them.
 
 Relevance is minus the distance between u + r and v, where the relation r depends on the user, the item and the user's
 history. A batch is users, positives, negatives and histories; the loss is a hinge, and every optimizer step is followed
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml.cml import SquaredDistanceScorer
-from gfml.losses import project_to_ball_
+from gfml.losses import project_to_ball_, reduced
 from gfml.ranking.encoders import Tables
 from gfml.ranking.topk import Scorer
 from hlrm.data import History, PairBatch
-from hlrm.relations import DISTANCE_EPS, Attended, DiagonalRelation, MemoryRelation
-from hlrm.scoring import DiagonalScorer, MemoryScorer, TranslatedScorer, neighbour_means
+from hlrm.relations import DISTANCE_EPS, Attended, MemoryRelation, Relation
+from hlrm.scoring import BlockScorer, MemoryScorer, TranslatedScorer, neighbour_means
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,7 @@ def clip_rows_(table: Tensor, radius: float = 1.0, *, compat: bool = False) -> N
 class RelationModel(nn.Module):
     """Points of users and items, a relation between them, and the hinge. relation None: CML."""
 
-    def __init__(
-        self,
-        encoder: Tables,
-        relation: MemoryRelation | DiagonalRelation | None,
-        options: HingeOptions = HingeOptions(),
-    ) -> None:
+    def __init__(self, encoder: Tables, relation: Relation | None, options: HingeOptions = HingeOptions()) -> None:
         super().__init__()
         if options.reduction not in ("sum", "mean"):
             raise ValueError(f"unknown reduction {options.reduction!r}: choose sum or mean")
@@ -84,7 +79,7 @@ class RelationModel(nn.Module):
 
     def loss(self, batch: PairBatch) -> dict[str, Tensor]:
         """{"loss": hinge over the pairs}: what :func:`gfml.engine.train.fit` takes."""
-        return {"loss": self._hinge(self._pair_distances(batch))}
+        return {"loss": self._hinge(self._pair_distances(batch), batch.weight)}
 
     def project(self) -> None:
         """After an optimizer step: all vectors back into the ball, and the memory's rows with clip_memory.
@@ -102,7 +97,7 @@ class RelationModel(nn.Module):
         user, item = (part.detach() for part in self.encoder.vectors())
         if self.relation is None:
             return SquaredDistanceScorer(user, item)
-        kind = MemoryScorer if isinstance(self.relation, MemoryRelation) else DiagonalScorer
+        kind = MemoryScorer if isinstance(self.relation, MemoryRelation) else BlockScorer
         return kind(user, item, self.relation, history, squared=self.options.squared, block=block, memory_mb=memory_mb)
 
     def _pair_distances(self, batch: PairBatch) -> Tensor:
@@ -118,9 +113,9 @@ class RelationModel(nn.Module):
         vectors = F.embedding(history.ids + self.encoder.num_users, self.encoder.nodes)
         return self.relation(user, items, vectors, history.mask)
 
-    def _hinge(self, found: Tensor) -> Tensor:
+    def _hinge(self, found: Tensor, weight: Tensor | None) -> Tensor:
         pairs = (self.options.margin + found[:, 0] - found[:, 1]).clamp_min(0)
-        return pairs.sum() if self.options.reduction == "sum" else pairs.mean()
+        return reduced(pairs, self.options.reduction, weight)
 
 
 class TranslatedModel(RelationModel):
@@ -152,9 +147,9 @@ class TranslatedModel(RelationModel):
         found = distances(query, embedded.items, self.options.squared)
         near = (embedded.user - taste).square().sum(1) + (embedded.items[:, 0] - crowd[:, 0]).square().sum(1)
         close = distances(query[:, 0], embedded.items[:, 0], True)
-        reduce = torch.sum if self.options.reduction == "sum" else torch.mean
-        parts = {"hinge": self._hinge(found), "neighbours": self.neighbour_weight * reduce(near),
-                 "distance": self.distance_weight * reduce(close)}  # fmt: skip
+        how = self.options.reduction, batch.weight
+        parts = {"hinge": self._hinge(found, batch.weight), "neighbours": self.neighbour_weight * reduced(near, *how),
+                 "distance": self.distance_weight * reduced(close, *how)}  # fmt: skip
         return {"loss": sum(parts.values()), **parts}
 
     def scorer(self, history: History, *, train: sp.csr_array, block: int = 0, memory_mb: float = 256) -> Scorer:

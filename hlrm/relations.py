@@ -172,6 +172,19 @@ class DiagonalRelation(nn.Module):
         return Attended(vector + taste, weights, by_item)
 
 
+class HistoryAttention(nn.Module):
+    """Attention without a memory: weights softmax(v . v_k) over the history, relation = sum w_k v_k. No parameters.
+
+    The mean of the history's items that the target chooses, as in attentive item models; a user without a history has
+    the zero relation, which is CML. The HLR paper compares with an "AttCML" of this idea and gives no formula.
+    """
+
+    def forward(self, user: Tensor, items: Tensor, history: Tensor, mask: Tensor) -> Attended:
+        """The relation of each user with each of its items. Shapes: module text; items [B, C, D]."""
+        weights = slot_weights(torch.bmm(history, items.transpose(1, 2)), mask)
+        return Attended(torch.bmm(weights.transpose(1, 2), history), weights)
+
+
 def diagonal_logits(scaled: Tensor, slots: Tensor, items: Tensor) -> Tensor:
     """sum over d of scaled_d slot_kd item_d. Shape: [B, D], [B, S, D], [B, C, D] -> [B, S, C]."""
     return torch.bmm(slots * scaled[:, None], items.transpose(1, 2))
@@ -186,6 +199,9 @@ def neighbour_attention(target: Tensor, other: Tensor, neighbours: Tensor, diago
     weights = slot_weights(diagonal_logits(target * diagonal, neighbours, other[:, None]), mask)
     vector = (other * diagonal)[:, None] * torch.bmm(weights.transpose(1, 2), neighbours)
     return Attended(vector, weights)
+
+
+Relation = MemoryRelation | DiagonalRelation | HistoryAttention
 
 
 def _memory(embedding_dim: int, num_relations: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -8,7 +8,7 @@ The naive cost is users x items x slots x D x n. Two facts lower it:
 - With q the averaged address, r = q M and |u + r - v|^2 = |u|^2 + |v|^2 - 2 u.v + q . (2 M u - 2 M v + M M^T q): only
   n-vectors per pair of user and item, never D-vectors.
 
-The diagonal form has no such tables; its D-vectors exist for one block of users and items at a time.
+Other relations have no such tables; their D-vectors exist for one block of users and items at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from gfml.ranking.sampling import seeded_generator
 from gfml.ranking.topk import Factors
 from hlrm.data import Histories, History
-from hlrm.relations import DISTANCE_EPS, DiagonalRelation, MemoryRelation, slot_weights
+from hlrm.relations import DISTANCE_EPS, MemoryRelation, Relation, slot_weights
 
 # Floats of the largest temporary: what fits a core's cache beats larger blocks two to one, a GPU wants them large.
 CPU_FLOATS = 1 << 18
@@ -33,7 +33,7 @@ ITEMS_ON_CPU = 16
 
 
 class _RelationScorer:
-    """What both forms share: vectors, fixed histories, blocks of items. A :class:`gfml.ranking.topk.Scorer`."""
+    """What both kinds share: vectors, fixed histories, blocks of items. A :class:`gfml.ranking.topk.Scorer`."""
 
     pool = 128  # other items that a new user's are compared with: every one has a relation of its own
 
@@ -41,7 +41,7 @@ class _RelationScorer:
         self,
         user: Tensor,
         item: Tensor,
-        relation: MemoryRelation | DiagonalRelation,
+        relation: Relation,
         history: History,
         *,
         squared: bool = True,
@@ -199,10 +199,8 @@ class MemoryScorer(_RelationScorer):
         return sq_distance.clamp_min_(0).sqrt_().neg_()
 
 
-class DiagonalScorer(_RelationScorer):
-    """Minus the distance with the port's relations; D-vectors exist for one block of users and items."""
-
-    relation: DiagonalRelation
+class BlockScorer(_RelationScorer):
+    """Minus the distance with any relation; D-vectors exist for one block of users and items."""
 
     @torch.no_grad()
     def score(self, users: Tensor) -> Tensor:

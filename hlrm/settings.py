@@ -20,7 +20,9 @@ from gfml.data.options import DataSettings, DemoSettings
 from gfml.program.cli import Options, Parser, add_settings
 from gfml.program.flags import JudgingSettings, MirrorSettings, RunSettings
 
-MODELS = ("hlr", "lrml", "cml", "transcf")
+MODELS = ("hlr", "lrml", "cml", "transcf", "attcml")
+# Nothing of them but the vectors is trained.
+WITHOUT_MEMORY = ("cml", "transcf", "attcml")
 TYPES = ("base", "plus")
 FORMS = ("memory", "diagonal")
 # Flags of the printed synopsis, which shows them without values.
@@ -44,7 +46,9 @@ class ModelSettings(Settings):
     """model"""
 
     model: str = setting(
-        "hlr", "hlr: latent relations; lrml, cml, transcf: compared models under the same protocol", choices=MODELS
+        "hlr",
+        "hlr: latent relations; lrml, cml, transcf, attcml: compared models under the same protocol",
+        choices=MODELS,
     )
     hlrm_type: str = setting("base", "base: HLR; plus: HLR++", choices=TYPES)
     relation_form: str = setting(
@@ -222,9 +226,15 @@ def build_eval_parser() -> Parser:
         help="the same for a user's id and an item's id or title; may repeat",
     )
     explain.add_argument(
+        "--analyse", type=kinds.whole, default=0, metavar="N",
+        help="how often N pairs of the judged part share a genre with the pair whose relation is nearest (20000: paper)",
+    )  # fmt: skip
+    explain.add_argument(
         "--attention-dir", metavar="DIR", help="folder for them (default: FILE.attention beside the model)"
     )
-    explain.add_argument("--item-info", metavar="FILE", help="titles of items (default: a known file beside the data)")
+    explain.add_argument(
+        "--item-info", metavar="FILE", help="titles and genres of items (default: a known file beside the data)"
+    )
     return parser
 
 
@@ -319,7 +329,7 @@ def _as_compared(options: argparse.Namespace) -> set[str]:
     """The flags that do not concern a compared model, which must not be given."""
     foreign = {"hlrm_type", "relation_form", "include_user_slot", "copy_relations"}
     foreign |= {"beta", "diff_memory"} if options.model != "lrml" else set()
-    foreign |= {"num_relations", "clip_memory"} if options.model in ("cml", "transcf") else set()
+    foreign |= {"num_relations", "clip_memory"} if options.model in WITHOUT_MEMORY else set()
     foreign |= {"num_inter", "judge_inter"} if options.model in ("cml", "lrml") else set()
     foreign |= {"judge_inter"} if options.model == "transcf" else set()
     if wrong := sorted(foreign & options.explicit):
@@ -339,7 +349,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("found start vectors without --is_pretrained_embs true: give it, or drop them")
     if (options.user_emb is None) != (options.item_emb is None):
         raise UserError("--user-emb and --item-emb go together: give both files")
-    if options.freeze_embs and options.model in ("cml", "transcf"):
+    if options.freeze_embs and options.model in WITHOUT_MEMORY:
         raise UserError(f"--freeze_embs leaves nothing to train in --model {options.model}: drop it")
     memory_base = options.relation_form == "memory" and options.hlrm_type == "base"
     if options.diff_memory and not (memory_base and options.include_user_slot):

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gfml.losses import row_mean
+
 
 class Kept(NamedTuple):
     """Hard pairs: ``pos`` bool [E], ``neg`` bool [E, W]."""
@@ -103,7 +105,7 @@ def pull_push(
     Because g is mass minus distance term, no mass enters the gradient of any distance: under this loss masses cannot
     move a vector. weight [E]: of each edge in the means, summing to 1; None: all alike.
     """
-    pull, push = (value.mean() if weight is None else weight.to(value.dtype) @ value for value in (-pos, hard))
+    pull, push = row_mean(-pos, weight), row_mean(hard, weight)
     return (pull, torch.zeros_like(pull)) if pull_only else (weight_pos * pull, weight_neg * push)
 
 

@@ -112,6 +112,7 @@ class MirrorGrad(Recommender):
         sampler = TripleSampler(
             self.interactions.train, batch_size=s.batch_size, seed=s.seed, scheme="interaction", negatives="train-items",
             num_negatives=int(MODELS[s.model].needs_negatives), device=self.device,
+            constant=self.constant_batches and "." not in MODELS[s.model].module,  # models of others know no weights
         )  # fmt: skip
 
         def batches(epoch: int) -> TripleBatches:

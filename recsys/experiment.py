@@ -120,11 +120,11 @@ class Recsys(Recommender):
         if s.ema_on:
             averaged = model.gravity.mass.parameters() if s.ema_scope == "mass" else model.parameters()
             ema = WeightAverage(averaged, s.lam_d)
+        fused = self.fused_or_reason(model)
         sampler = TripleSampler(
             self.data.train, batch_size=s.batch_size, seed=s.seed, scheme=s.sampler, num_negatives=s.num_neg,
-            device=self.device,
+            device=self.device, constant=self.constant_batches and isinstance(fused, str),
         )  # fmt: skip
-        fused = self.fused_or_reason(model)
         loss = self.shared(
             model.loss if isinstance(fused, str) else fused, model, reduction="sum" if s.loss_mode == "cml" else "mean"
         )

@@ -64,12 +64,15 @@ class Recommender(nn.Module):
             self.loss_mode,
             dot=self._split(self._dot(embedded)) if self.loss_mode in ("dot", "bpr", "mix", "mix_bpr") else None,
             gravity=self._gravity_scores(embedded, batch.users, items),
-            emb_reg=losses.embedding_reg(embedded.ego_user, embedded.ego_items[:, 0], embedded.ego_items[:, 1:]),
-            mass=self._mass_reg(batch.users, items),
+            emb_reg=losses.embedding_reg(
+                embedded.ego_user, embedded.ego_items[:, 0], embedded.ego_items[:, 1:], batch.weight
+            ),
+            mass=self._mass_reg(batch.users, items, batch.weight),
             decay=self.pair.decay,
             mass_decay=self.pair.mass_decay,
             mix_ratio=self.pair.mix_ratio,
             compat=self.pair.compat,
+            weight=batch.weight,
         )
 
     def fused_loss(self, *, on_device: bool = False) -> FusedPairLoss | FusedHinge | str:
@@ -142,12 +145,12 @@ class Recommender(nn.Module):
             return None
         return self._split(self.gravity(embedded.user, embedded.items, users, items))
 
-    def _mass_reg(self, users: Tensor, items: Tensor) -> Tensor | float:
+    def _mass_reg(self, users: Tensor, items: Tensor, weight: Tensor | None) -> Tensor | float:
         if self.loss_mode in ("dot", "bpr") or not self.pair.mass_decay:
             return 0.0
         user, item = self.gravity.mass.raw(users, items)
         pos, neg = (None, None) if item is None else self._split(item)
-        return (losses.mass_reg_compat if self.pair.compat else losses.mass_reg)(user, pos, neg)
+        return losses.mass_reg_compat(user, pos, neg) if self.pair.compat else losses.mass_reg(user, pos, neg, weight)
 
     @staticmethod
     def _dot(embedded: Embedded) -> Tensor:

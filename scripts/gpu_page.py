@@ -16,6 +16,7 @@ TITLES = {
     "whole": "Programs from their flags to their results",
     "tests": "Marked tests",
     "waiting": "Waiting for the device",
+    "recorded": "Recorded steps",
     "resume": "Resume",
     "processes": "Several processes",
     "precision": "bfloat16 and TF32",
@@ -30,6 +31,8 @@ TEXTS = {
     "validation figure of the same weights.",
     "waiting": "Where batches or steps make the host wait for the device, found with torch.cuda.set_sync_debug_mode in 20 steps. "
     "none: nowhere. The checks of the loss every 100 steps are apart.",
+    "recorded": "Largest relative difference of a step's loss between recorded and plain steps of the same batches on the card, and why "
+    "steps are not recorded.",
     "resume": "A run of 4 epochs beside one of 2 that was continued for 2 more: relative difference of the weights.",
     "precision": "Test figures of short runs from the same seed. Losses accumulate in float32.",
     "times": "Medians after a warm-up; ms and seconds by device events, epochs by the host's clock between two synchronisations. "
@@ -44,7 +47,7 @@ HIDDEN = ("work", "ok", "largest", "where")
 
 def page(found: dict[str, Any]) -> str:
     """The results as markdown."""
-    machine, parts = found["machine"], found["parts"]
+    machine, parts = found["machine"], [*found["parts"], *missing(found["parts"])]
     card = machine.get("card", "no card: the CPU, for trying the script out")
     software = [f"{name} {machine[name]}" for name in ("torch", "cuda", "triton", "python") if name in machine]
     memory = f" ({machine['memory_gib']} GiB)" if "memory_gib" in machine else ""
@@ -64,6 +67,16 @@ def page(found: dict[str, Any]) -> str:
         for part in members:
             lines += section(part, alone=len(members) == 1)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def missing(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of ``gpu_check.py`` that are not among the results."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from gpu_parts import PARTS
+
+    sys.path.pop(0)
+    there, reason = {part["part"] for part in parts}, "not among these results"
+    return [{"part": name, "status": "not run", "reason": reason, "rows": []} for name in PARTS if name not in there]
 
 
 def bar_row(row: dict[str, Any]) -> dict[str, Any] | None:

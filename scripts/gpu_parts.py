@@ -37,6 +37,8 @@ STEPS = 20
 SMALL = f"--dataset synthetic {probe.SMALL}"
 # One way through each program that is run from its flags to its result.
 WHOLE = ("recsys lgn bpr", "recsys mf gravity", "cml two-stage", "mcl mix ema", "hlrm plus", "contextual 256", "vision published mix", "mirror FREEDOM")  # fmt: skip
+# Programs that go on without recordings.
+UNRECORDED = ("mirror LATTICE", "contextual proxy")
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
 
 
@@ -281,6 +283,37 @@ def marked(args: argparse.Namespace) -> Rows:
     if not row["ok"]:
         row["error"] = "\n".join(lines[-60:])[-5000:]
     yield row
+
+
+# -- recorded steps
+
+
+def recorded(args: argparse.Namespace) -> Rows:
+    """Programs whose steps are recordings, beside plain ones on the same device, or why they are none."""
+    for name in [*probe.PROGRAMS, *probe.KERNELS][: 1 if args.tiny else None]:
+        yield from guarded(name, lambda name=name: _recorded(name, args.device))
+
+
+def _recorded(name: str, device: str) -> dict[str, Any]:
+    from gfml.engine.capture import StepCapture, capture_problem
+
+    ours, plain = (probe.caught(name, device) for _ in range(2))
+    how = ours.model, ours.optimizer, ours.step, ours.loss_fn
+    on_cpu = {"record": lambda call: SimpleNamespace(replay=call)} if device == "cpu" else {}
+    capture = StepCapture(*how, **on_cpu)
+    reason = capture_problem(ours.model, ours.step, ours.optimizer, torch.device("cuda"))
+    batches = list(islice(cycle(list(plain.batches(1))), STEPS))  # the last one of an epoch too
+    next(iter(ours.batches(1)))  # a model may thin its graph for an epoch
+    found = [] if reason else list(probe.steps(ours, batches, device, capture, draws=False))
+    wanted = list(probe.steps(plain, batches, device, draws=False)) if found else []
+    reason = reason or capture.reason
+    loss = max((abs(a - b) / max(abs(b), 1e-2) for a, b in zip(found, wanted, strict=True)), default=0.0)
+    return {
+        "work": name,
+        "loss": loss,
+        "reason": reason or "none",
+        "ok": loss <= LOSS_LIMIT and bool(reason) == (name in UNRECORDED),
+    }
 
 
 # -- (c) waiting
@@ -798,6 +831,7 @@ PARTS: dict[str, Part] = {
     "tests": Part("correct", marked),
     "whole": Part("correct", whole),
     "waiting": Part("correct", waiting),
+    "recorded": Part("correct", recorded),
     "resume": Part("correct", resume),
     "precision": Part("correct", precision),
     "processes": Part("correct", processes),

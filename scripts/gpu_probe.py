@@ -48,6 +48,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "hlrm unpop": ("hlrm.train", f"{HLRM} --hlrm_type plus --history-sampling unpop"),
     "hlrm diagonal": ("hlrm.train", f"{HLRM} --relation-form diagonal"),
     "hlrm transcf": ("hlrm.train", f"{TRANSCF} --model transcf"),
+    "hlrm attcml": ("hlrm.train", f"{TRANSCF} --model attcml"),
     "contextual 256": ("contextual.main", CONTEXTUAL),
     "contextual 224": ("contextual.train", CONTEXTUAL),
     "contextual proxy": ("contextual.main", f"{CONTEXTUAL} --loss proxy-anchor"),
@@ -144,16 +145,23 @@ class DrawsOfTheCPU(TorchDispatchMode):
         return moved(drawn, where)
 
 
-def steps(found: SimpleNamespace, batches: Sequence[Any], device: str) -> Iterator[float]:
-    """The loss of one training step for each batch, as ``fit`` makes them, with the CPU's draws."""
+def steps(
+    found: SimpleNamespace,
+    batches: Sequence[Any],
+    device: str,
+    call: Callable[[Any], Any] | None = None,
+    *,
+    draws: bool = True,
+) -> Iterator[float]:
+    """The loss of one training step for each batch, as ``fit`` makes them, by default with the CPU's draws; or of another ``call``."""
     found.model.train()
     if hasattr(found.step, "new_epoch"):
         found.step.new_epoch()
+    call = call or (lambda batch: found.step(lambda: found.loss_fn(batch), found.optimizer))
     torch.manual_seed(0)
-    with DrawsOfTheCPU():
+    with DrawsOfTheCPU() if draws else contextlib.nullcontext():
         for batch in batches:
-            there = moved(batch, device)
-            terms = found.step(lambda there=there: found.loss_fn(there), found.optimizer)
+            terms = call(moved(batch, device))
             if getattr(found, "ema", None) is not None:
                 found.ema.update()
             yield float(terms["loss"])

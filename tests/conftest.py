@@ -41,6 +41,26 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def recorded() -> Callable[..., tuple[Callable, list]]:
+    """recorded(model, optimizer, step, loss, record=True): a call of a step with a batch, and the recordings it makes."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from stand_in import Replayed
+
+    sys.path.remove(str(Path(__file__).parent))
+    from gfml.engine.capture import StepCapture
+
+    def made_of(model, optimizer, step, loss, *, record: bool = True) -> tuple[Callable, list]:
+        made: list[Replayed] = []
+        capture = StepCapture(
+            model, optimizer, step, loss, record=lambda call: made.append(Replayed(capture, call)) or made[-1]
+        )
+        capture.reason = "" if record else "for comparison"
+        return capture, made
+
+    return made_of
+
+
 def load_tensors(name: str) -> dict[str, Tensor]:
     """Arrays as tensors; texts as (lists of) str."""
     with np.load(GOLDEN / name, allow_pickle=False) as file:

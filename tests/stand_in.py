@@ -8,7 +8,7 @@ that would make a host wait for a GPU.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from gfml.engine.capture import StepCapture
 
 DEVICE = torch.device("meta")
 # Operations whose result is a number on the host, or has a size that only the numbers tell.
@@ -124,3 +126,57 @@ def stand_in_device() -> Iterator[StandIn]:
         mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["cpu", DEVICE.type]),
     ):
         yield StandIn()
+
+
+class Replayed:
+    """What a CUDA graph does, without one: making it runs the program and moves no tensor, replaying moves tensors alone."""
+
+    def __init__(self, owner: StepCapture, call: Callable[[], None]) -> None:
+        self.owner, self.call, self.replays = owner, call, 0
+        self.then, self.rates = _host_state(owner.step), [group["lr"] for group in owner.optimizer.param_groups]
+        before, draws = [tensor.clone() for tensor in self.tensors(there=True)], torch.get_rng_state()
+        call()
+        self._put(self.tensors(there=True), before)
+        torch.set_rng_state(draws)
+
+    def tensors(self, *, there: bool) -> list[Tensor]:
+        """What a step may change on the device, or of the optimizer elsewhere."""
+        model, optimizer = self.owner.model, self.owner.optimizer
+        own = [*model.parameters(), *model.buffers()] if there else []
+        states = [state for part in getattr(optimizer, "parts", (optimizer,)) for state in part.state.values()]
+        found = [*own, *(value for state in states for value in state.values() if isinstance(value, Tensor))]
+        return [tensor for tensor in found if (tensor.device == next(model.parameters()).device) == there]
+
+    def replay(self) -> None:
+        groups = self.owner.optimizer.param_groups
+        now, rates = _host_state(self.owner.step), [group["lr"] for group in groups]
+        counts = [tensor.clone() for tensor in self.tensors(there=False)]
+        _restore(self.then)
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate
+        self.call()
+        _restore(now)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        self._put(self.tensors(there=False), counts)
+        self.replays += 1
+
+    @staticmethod
+    @torch.no_grad()
+    def _put(tensors: list[Tensor], values: list[Tensor]) -> None:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+
+
+def _host_state(step: Any) -> list[tuple[Any, dict[str, Any]]]:
+    found = []
+    while hasattr(step, "graph_key"):
+        found.append((step, dict(vars(step))))
+        step = getattr(step, "inner", None)
+    return found
+
+
+def _restore(state: list[tuple[Any, dict[str, Any]]]) -> None:
+    for part, values in state:
+        vars(part).clear()
+        vars(part).update(values)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
@@ -32,7 +33,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 import gpu_probe as probe  # noqa: E402
-from stand_in import DEVICE, OnDevice, stand_in_device  # noqa: E402
+from stand_in import DEVICE, OnDevice, Replayed, StandIn, stand_in_device  # noqa: E402
 
 del sys.path[:2]
 CUDA = torch.device("cuda", 0)
@@ -86,8 +87,9 @@ def attention_back_on_device(dout: Tensor, out: Tensor, lse: Tensor, *more: Any)
 
 def replace_product(monkeypatch: pytest.MonkeyPatch, product: Callable[..., Tensor]) -> None:
     """Give every module that multiplies by a sparse matrix another function for it."""
-    for module in ("gfml.ranking.graph", "gfml.ranking.sparse", "mcl.pairs"):
-        monkeypatch.setattr(f"{module}.csr_times_dense", product)
+    # All are imported first: one that is imported later would take another's replacement for its own.
+    for module in [*map(import_module, ("mcl.pairs", "gfml.ranking.sparse", "gfml.ranking.graph"))]:
+        monkeypatch.setattr(module, "csr_times_dense", product)
 
 
 @pytest.fixture
@@ -156,12 +158,69 @@ def test_a_step_stays_on_its_device(name: str, faked: None) -> None:
         torch.optim.AdamW(trained, fused=True, capturable=True).step()
 
 
+# Other ways through a step, by program: optimizers, mirror steps, averages, samplers, losses.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "recsys mf bpr": (
+        "--optimizer lazy_adamw", "--optimizer adagrad", "--ema_on 1 --ema_scope all", "--clip_grad 1 --lr_schedule cosine",
+        "--sampler per_user", "--sampler interaction",
+        *(f"--mirror {mode} --mirror_every 2" for mode in ("two_step", "fused", "precond", "sgd_mirror", "backstitch", "repeat")),
+    ),
+    "recsys mf gravity": ("--dist_mode emd", "--dist_mode kl --emb_norm 0", "--compat 1", "--mass_combine product"),
+    "recsys lgn bpr": ("--dropout 1 --keepprob 0.8",),
+    "cml pairs": ("--sampler popularity", "--reduction mean", "--cov-weight 1 --cov-form paper", "--clip-grad 1"),
+    "mcl": ("--mode gfml", "--mode mix --dropout 1", "--ema --ema-scope all", "--mirror two_step"),
+    "hlrm plus": ("--optimizer adagrad", "--optimizer sgd", "--history-sampling last", "--reduction sum --clip_memory"),
+    "contextual 256": (
+        "--warm 1", "--batch-norm train", "--pooling gem", "--mirror two_step", "--loss contextual", "--loss normalized-softmax",
+        "--loss softbin-ap",
+    ),
+    "vision published mix": ("--mixup", "--long-tail logit-adjustment --imb-type exp --imb-factor 0.1", "--rcpaste", "--schedule original"),
+    "mirror BPR": ("--learner sgd", "--learner adagrad", "--learner rmsprop", "--clip_grad_norm 1", "--behaviour published"),
+}  # fmt: skip
+VARIED = [(name, flags) for name, ways in VARIANTS.items() for flags in ways]
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in probe.PROGRAMS]
+    ("name", "flags"),
+    [
+        pytest.param(
+            name, flags, marks=() if name in ("recsys mf bpr", "hlrm plus", "mirror BPR") else pytest.mark.slow
+        )
+        for name, flags in VARIED
+    ],
+    ids=[f"{name} {flags}" for name, flags in VARIED],
 )
-def test_a_step_waits_at_its_checks_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing, loss, backward, update, averages and mirror steps; the loss is read back every second step."""
-    from gfml.engine.train import TermMeans
+def test_no_other_way_through_a_step_waits(name: str, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in(monkeypatch) as device:
+        assert not waits_of(started(name, *flags.split()), device)
+
+
+# Losses of contextual that list pairs or classes, whose number only the device knows.
+LISTING = ("contrastive", "triplet", "ms", "ms+miner", "proxy-anchor", "proxy-nca", "cosface", "nt-xent", "fast-ap", "smooth-ap",
+           "sup-ap")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LISTING)
+def test_losses_that_list_pairs_wait_and_are_said_to(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing_in(monkeypatch) as device:
+        assert waits_of(started("contextual 256", "--loss", loss), device)
+    assert f"`{loss}`" in (ROOT / "docs" / "gpu.md").read_text()
+
+
+def waits_of(found: SimpleNamespace, device: StandIn) -> dict[str, int]:
+    """Of drawing three batches and their steps."""
+    device.waits.clear()
+    for batch in islice(found.batches(1), 3):
+        found.step(lambda batch=batch: found.loss_fn(batch), found.optimizer)
+        if getattr(found, "ema", None) is not None:
+            found.ema.update()
+    return dict(device.waits)
+
+
+@contextmanager
+def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """Inside, the device of stand_in.py is there, and multiplies by sparse matrices."""
     from gfml.ranking.graph import csr_times_dense
 
     def product(*parts: Tensor) -> Tensor:
@@ -170,11 +229,108 @@ def test_a_step_waits_at_its_checks_alone(name: str, monkeypatch: pytest.MonkeyP
 
     replace_product(monkeypatch, product)
     with stand_in_device() as device, device:
-        found = probe.caught(name, "cpu")
+        yield device
+
+
+def started(name: str, *more: str) -> SimpleNamespace:
+    """What a program trains with, at the start of its first epoch."""
+    found = probe.caught(name, "cpu", *more)
+    found.model.train()
+    if hasattr(found.step, "new_epoch"):
+        found.step.new_epoch()
+    return found
+
+
+def steps_of(found: SimpleNamespace, call: Callable[[Any], Any]) -> tuple[list[dict[str, float]], list[int]]:
+    """Terms of five whole batches and of the last one, as a hidden CPU tensor has them, and how long each batch is."""
+    all_batches = list(found.batches(1))
+    batches = [*islice(cycle(all_batches[:-1] or all_batches), 5), all_batches[-1]]
+    torch.manual_seed(0)
+    terms = []
+    for batch in batches:
+        terms.append({name: float(value) for name, value in call(batch).items()})
+        if getattr(found, "ema", None) is not None:
+            found.ema.update()
+    return terms, [len(next(part for part in leaves(batch) if part.dim())) for batch in batches]
+
+
+def counts_of(optimizer: Any) -> list[float]:
+    states = [state for part in getattr(optimizer, "parts", (optimizer,)) for state in part.state.values()]
+    return [float(state["step"]) for state in states]
+
+
+def leaves(batch: Any) -> list[Tensor]:
+    from gfml.engine.capture import _taken_apart
+
+    return _taken_apart(batch)[0]
+
+
+# Programs whose last batch has a form of its own, and why it is not filled up.
+SHORT_LAST = {
+    "vision": "rows meet in mixtures of images and in batch norm",
+    "cml covariance adam": "the covariance is that of the rows of the batch",
+    **dict.fromkeys(
+        ("mirror BM3", "mirror SELFCFED_LGN", "mirror MVGAE"), "the loss draws random numbers for its rows"
+    ),
+    **dict.fromkeys(
+        ("mirror MGCN", "mirror SLMRec", "mirror SMORE", "mirror PGL", "mirror LGMRec", "mirror DAMRS"),
+        "the loss compares rows of the batch",
+    ),
+}
+QUICK = {"recsys mf gravity", "cml two-stage", "mcl mix ema", "hlrm transcf", "contextual 224", "vision published mix", "mirror VBPR",
+         "mirror FREEDOM"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in probe.PROGRAMS
+        if name not in WAITING
+    ],
+)
+def test_recorded_steps_of_batches_of_one_shape_are_plain_ones_of_short_ones(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that a recording must hold of a program: rates, counters, masks; and what rows without weight change."""
+    from gfml.engine.capture import StepCapture, capture_problem
+    from gfml.program.recommender import Recommender
+
+    with standing_in(monkeypatch):
+        found = started(name)
+        assert capture_problem(found.model, found.step, found.optimizer, CUDA) is None
+        made: list[Replayed] = []
+        capture = StepCapture(
+            found.model, found.optimizer, found.step, found.loss_fn,
+            record=lambda call: made.append(Replayed(capture, call)) or made[-1],
+        )  # fmt: skip
+        terms, lengths = steps_of(found, capture)
+        assert not capture.reason and sum(one.replays for one in made) >= 1
+        monkeypatch.setattr(Recommender, "constant_batches", False)
+        other = started(name)
+        wanted, short = steps_of(other, lambda batch: other.step(lambda: other.loss_fn(batch), other.optimizer))
+        program = name.split()[0]
+        if name in SHORT_LAST or program in SHORT_LAST:
+            assert len(set(lengths)) == 2
+        else:
+            assert len(set(lengths)) == 1 and (len(set(short)) == 2 or program in ("contextual", "mcl"))
+        for one, two in zip(terms, wanted, strict=True):
+            assert one == pytest.approx(two, rel=1e-5, abs=1e-7)
+        for one, two in zip(found.model.parameters(), other.model.parameters(), strict=True):
+            torch.testing.assert_close(one.hidden, two.hidden, rtol=1e-4, atol=1e-6)
+        assert counts_of(found.optimizer) == counts_of(other.optimizer)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in probe.PROGRAMS]
+)
+def test_a_step_waits_at_its_checks_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing, loss, backward, update, averages and mirror steps; the loss is read back every second step."""
+    from gfml.engine.train import TermMeans
+
+    with standing_in(monkeypatch) as device:
+        found = started(name)
         assert {parameter.device for parameter in found.model.parameters()} == {DEVICE}
-        found.model.train()
-        if hasattr(found.step, "new_epoch"):
-            found.step.new_epoch()
         device.waits.clear()
         batches = list(islice(cycle(found.batches(1)), 5))
         drawing, means = dict(device.waits), TermMeans(1, check_every=2)

@@ -111,7 +111,8 @@ def _empty_classes(train: ImageSet) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Batch:
-    """images [B, 3, H, W] float; labels, others [B]: each image has ``keep`` of its label and 1 - keep of the other.
+    """images [B, 3, H, W] float; labels, others [B]: each image has ``keep`` of its label and 1 - keep of the other; on other
+    devices than the CPU a tensor of the batches that may be mixed, since a recorded step would hold the number.
 
     share: weight of this process's mean loss, B W / (rows of all W processes), so that means over processes are exact.
     """
@@ -119,7 +120,7 @@ class Batch:
     images: Tensor
     labels: Tensor
     others: Tensor
-    keep: float
+    keep: float | Tensor
     share: float = 1.0
 
 
@@ -235,7 +236,7 @@ class Epoch:
 
     def __iter__(self) -> Iterator[Batch]:
         for chunk in self._chunks():
-            yield from (to_device(batch, self.batches.world.device) for batch in chunk)
+            yield from (to_device(batch, self.batches.world.device, self.batches.how.mix != "none") for batch in chunk)
 
     def _chunks(self) -> Iterator[list[Batch]]:
         if not self.batches.workers:
@@ -261,9 +262,11 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
+def to_device(batch: Batch, device: torch.device, mixed: bool) -> Batch:
+    """The batch with its tensors on the device; mixed: whether ``keep`` may be any number."""
     moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in ("images", "labels", "others")}
+    if mixed and device.type != "cpu":
+        moved["keep"] = torch.full((), batch.keep, device=device)
     return replace(batch, **moved)
 
 

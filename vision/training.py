@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gfml.base.errors import UserError
 from gfml.engine import distributed
+from gfml.engine.capture import graph_key, replayed
 from gfml.engine.train import Closure, Step, Terms
 from gfml.longtail import class_loss, deferred_weights
 from vision.data import Batch
@@ -60,7 +61,8 @@ class Objective(nn.Module):
 
         def both(measure: Callable[[Tensor], Tensor]) -> Tensor:
             own = measure(batch.labels)
-            return own if batch.keep == 1 else batch.keep * own + (1 - batch.keep) * measure(batch.others)
+            mixed = isinstance(batch.keep, Tensor) or batch.keep != 1
+            return batch.keep * own + (1 - batch.keep) * measure(batch.others) if mixed else own
 
         return {
             "loss": self._share(batch) * both(lambda labels: self.loss(logits, labels)),
@@ -112,12 +114,31 @@ class ScheduledStep:
     def __init__(self, inner: Step, schedule: Schedule) -> None:
         self.inner, self.schedule, self.count = inner, schedule, 0
 
-    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
+    def prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the rate of the next step; a recording's tensors are filled by :mod:`gfml.engine.capture`."""
         rate = self.schedule.at(self.count)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = rate
+
+    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
+        self.prepare(optimizer)
         self.count += 1
-        return {**self.inner(closure, optimizer), "lr": rate}
+        return {**self.inner(closure, optimizer), "lr": optimizer.param_groups[0]["lr"]}
+
+    @property
+    def host_state(self) -> str:
+        """That of the inner step."""
+        return getattr(self.inner, "host_state", "")
+
+    def graph_key(self) -> Hashable:
+        """That of the inner step: the rate is read from the optimizer."""
+        return graph_key(self.inner)
+
+    def replayed(self) -> None:
+        """Count a call that was replayed."""
+        self.count += 1
+        replayed(self.inner)
 
     def new_epoch(self) -> None:
         """Pass the start of an epoch on."""

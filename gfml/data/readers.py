@@ -27,7 +27,7 @@ from gfml.data.names import Ids, encode, from_values, merge, spelled
 from gfml.data.tables import (
     Table,
     TextTable,
-    as_strings,
+    cast,
     is_number,
     normal,
     open_table,
@@ -35,6 +35,7 @@ from gfml.data.tables import (
     short,
     suffix,
     utf8_bytes,
+    without_comments,
 )
 from gfml.data.times import read_times
 
@@ -237,7 +238,7 @@ def read_adjacency(path: str | os.PathLike[str]) -> Records:
     """
     path = Path(path)
     notes: dict[str, object] = {}
-    tokens = _tokens(utf8_bytes(read_bytes(path), path, notes), path)
+    tokens = _tokens(without_comments(utf8_bytes(read_bytes(path), path, notes), path, notes), path)
     first = np.ones(len(tokens.line), dtype=bool)
     first[1:] = tokens.line[1:] != tokens.line[:-1]
     owner = np.cumsum(first) - 1
@@ -277,7 +278,8 @@ def is_adjacency(*paths: Path) -> bool:
     for path in paths:
         if suffix(path) != "txt":
             return False
-        lines = [line for line in read_bytes(path)[: 1 << 20].splitlines()[:2000] if line.strip()]
+        text = without_comments(read_bytes(path)[: 1 << 20], path, {})
+        lines = [line for line in text.splitlines()[:2000] if line.strip()]
         if any(mark in line for line in lines[:4] for mark in (b",", b";", b"|", b"::")):
             return False
         widths |= {len(line.split()) for line in lines}
@@ -576,6 +578,8 @@ def read_table(
     pick = roles(table, columns)
     if "time" in uses and columns.time is None and not pick["bare"]:
         _find_clock(table, pick)
+    if not pick["bare"]:
+        _note_others(table, pick, columns, uses)
     used = ("user", "item", "rating", "part", *(("time", "clock") if "time" in uses else ()))
     needed = list(dict.fromkeys(pick[role] for role in used if pick[role] is not None))
     cells = table.read(
@@ -634,9 +638,10 @@ def roles(table: Table, columns: Columns) -> dict[str, Any]:
         else:
             pick[role] = table.find(usual)
         if pick[role] is None and role in ("user", "item"):
+            quoted = " (quotation marks are characters in this table)" if '"' in "".join(table.names) else ""
             raise UserError(
-                f"{table.path} has no {role} column that is recognised: found {', '.join(table.names)}; name it with `{role}_col`, "
-                "or give `header False` if the first line is data"
+                f"{table.path} has no {role} column that is recognised: found {', '.join(table.names)}{quoted}; name it with "
+                f"`{role}_col`, or give `header False` if the first line is data"
             )
     twice = [name for name, count in Counter(name for name in pick.values() if name).items() if count > 1]
     if twice:
@@ -660,6 +665,19 @@ def _find_clock(table: Table, pick: dict[str, Any]) -> None:
         pick["time"], pick["clock"] = date, clock
 
 
+def _note_others(table: Table, pick: dict[str, Any], columns: Columns, uses: Collection[str]) -> None:
+    """Say which columns were passed over: others of a usual name, and lists of items beside the item (sessions)."""
+    taken = {name for name in pick.values() if isinstance(name, str)}
+    for role, usual in _USUAL.items():
+        alike = {normal(name) for name in usual}
+        others = [name for name in table.names if normal(name) in alike and name not in taken]
+        if others and getattr(columns, role) is None and (role != "time" or "time" in uses):
+            table.notes[f"{role} column"] = f"{pick[role]}; not read: {', '.join(others)}"
+    lists = [name for name, kind in table.kinds.items() if kind == "token_seq" and name.startswith(pick["item"])]
+    for name in lists:
+        table.notes[f"lists {name}"] = f"not read: a row counts for its {pick['item']} alone"
+
+
 def is_item_first(users: Ids, items: Ids) -> bool:
     """Whether columns taken for user and item are Amazon's item and user, as in the 2018 rating files."""
     if users.names.dtype.kind != "U" or items.names.dtype.kind != "U":
@@ -676,10 +694,10 @@ def read_ratings(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarra
         raise table.error(int(np.flatnonzero(np.asarray(pc.is_null(cells)))[0]), "", wanted)
     try:
         text = pa.types.is_string(cells.type)
-        values = np.asarray((pc.utf8_trim_whitespace(cells) if text else cells).cast(pa.float64()))
+        values = np.asarray(cast(pc.utf8_trim_whitespace(cells) if text else cells, pa.float64()))
     except pa.ArrowInvalid:
-        texts = as_strings(cells).to_pylist()
-        row = next(row for row, text in enumerate(texts) if not is_number(text))
+        texts = [str(cell) for cell in cells.to_pylist()]
+        row = next((row for row, text in enumerate(texts) if not is_number(text)), 0)
         raise table.error(row, texts[row], wanted) from None
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):

@@ -37,6 +37,12 @@ _BLOCK = 4 << 20
 _HEAD = 1 << 18
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _MARKS = ((b"\xff\xfe\x00\x00", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
+# What is no text, by its first bytes, and what to do about it.
+_OTHERS = {b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or export the sheet as CSV",
+           b"BZh": "packed by bzip2: unpack it", b"\xfd7zXZ": "packed by xz: unpack it", b"7z\xbc\xaf": "a 7z archive: unpack it",
+           b"PAR1": "a Parquet table: let its name end in .parquet", b"\x93NUMPY": "a numpy array: write a table"}  # fmt: skip
+# Lines before a table as graph collections write them; a name may begin with the mark, but not with a blank after it.
+_COMMENTS = re.compile(rb"(?:[#%] [^\r\n]*(?:\r\n|\r|\n))+")
 
 
 # Bytes ------------------------------------------------------------------------------------------
@@ -78,11 +84,24 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
+def without_comments(raw: bytes, path: Path, notes: dict[str, object]) -> bytes:
+    """Text with empty lines in place of the comments (``# ...``, ``% ...``) that it begins with; noted."""
+    found = _COMMENTS.match(raw)
+    if found is None:
+        return raw
+    lines = len(found[0].splitlines())
+    notes[f"comment lines at the beginning of {path.name}, not read"] = lines
+    return b"\n" * lines + raw[found.end() :]
+
+
 def utf8_bytes(raw: bytes, path: Path, notes: dict[str, object], *, header_only: bool = False) -> bytes:
     """``raw`` in UTF-8: UTF-16 and UTF-32 by their mark or their zero bytes, else latin-1 where it is no UTF-8.
 
     header_only: judge by the first line; a column that nobody reads may hold anything. What was found is noted.
     """
+    other = next((what for mark, what in _OTHERS.items() if raw.startswith(mark)), None)
+    if other is not None:
+        raise UserError(f"{path} is {other}")
     found = next((name for mark, name in _MARKS if raw.startswith(mark)), None)
     head = np.frombuffer(raw[: 1 << 12], dtype=np.uint8)
     if found is None and (head == 0).any():
@@ -146,10 +165,13 @@ _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 def _first(text: str, dialect: Dialect, count: int) -> list[list[str]]:
+    rows: list[list[str]] = []
     try:
-        return [row for row, *_ in itertools.islice(_rows(text, dialect), count)]
+        for row, *_ in itertools.islice(_rows(text, dialect), count):
+            rows.append(row)
     except csv.Error:  # told with its line when the whole file is checked
-        return [row for row, *_ in itertools.islice(_rows(text, dialect._replace(quoted=False)), count)]
+        rows += (row for row, *_ in itertools.islice(_rows(text, dialect._replace(quoted=False)), len(rows), count))
+    return rows
 
 
 def normal(name: str) -> str:
@@ -256,10 +278,18 @@ class Table:
 
 
 def as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Any column as strings."""
+    """Any column as strings; ArrowInvalid for one of lists or other structures."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    return column if pa.types.is_string(column.type) else column.cast(pa.string())
+    return column if pa.types.is_string(column.type) else cast(column, pa.string())
+
+
+def cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """The column as another type; ArrowInvalid also where there is no such conversion."""
+    try:
+        return column.cast(kind)
+    except pa.ArrowNotImplementedError as error:
+        raise pa.ArrowInvalid(str(error)) from None
 
 
 def open_table(
@@ -331,6 +361,9 @@ class TextTable(Table):
         notes: dict[str, object] = {}
         raw = _unpacked(path, notes)
         head = _head(path, raw)
+        if _COMMENTS.match(head.encode()):
+            raw = without_comments(raw or read_bytes(path), path, notes)
+            head = _head(path, raw)
         dialect = _sniff(path, head, separator, wanted)
         if dialect.separator == "::":
             raw = (raw or read_bytes(path)).replace(b"::", UNIT.encode())
@@ -593,9 +626,14 @@ class JsonTable(Table):
             except pa.ArrowInvalid:
                 pass  # fields of several types, or no JSON: line by line, which names the line
         found: dict[str, list[str | None]] = {name: [] for name in columns}
-        for _, row in _objects(self.raw, self.path):
+        for place, row in _objects(self.raw, self.path):
             for name, cells in found.items():
                 value = row.get(name)
+                if name in coded and isinstance(value, (dict, list)):
+                    raise UserError(
+                        f"{self.path}, line {place}: found {json.dumps(value)[:40]!r} for {name}, wanted one id: write an object "
+                        "for each interaction (pandas: orient='records', lines=True)"
+                    )
                 cells.append(
                     value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 )

@@ -52,7 +52,9 @@ def read_times(
     if cells.null_count:
         row = int(np.flatnonzero(np.asarray(pc.is_null(cells)))[0])
         raise table.error(row, "", f"a time in column {column}")
-    if pa.types.is_temporal(cells.type):
+    if pa.types.is_duration(cells.type):
+        cells = cells.cast(pa.int64())
+    if pa.types.is_temporal(cells.type) and not pa.types.is_time(cells.type):
         cells = cells.cast(pa.timestamp("us", cells.type.tz if pa.types.is_timestamp(cells.type) else None))
         return _noted(table, column, np.asarray(cells.cast(pa.int64())), UNITS["us"], "dates of the file")
     if (clock is None and time_format is None) or time_format in UNITS:
@@ -61,7 +63,13 @@ def read_times(
             return _epoch(table, column, numbers, time_format)
         if time_format is not None:
             raise _unread(table, column, cells, f"a number, as `time_format {time_format}` says")
-    return _dates(table, column, as_strings(cells), time_format, clock)
+    try:
+        cells = as_strings(cells)
+    except pa.ArrowInvalid:
+        raise table.error(0, str(cells.type), f"a time in column {column}") from None
+    if time_format is None and clock is None and is_number(cells[0].as_py()):
+        raise _unread(table, column, cells, "a number as in the rows before (`time_col none` declines the column)")
+    return _dates(table, column, cells, time_format, clock)
 
 
 def _numbers(table: Table, column: str, cells: pa.ChunkedArray) -> np.ndarray | None:

@@ -5,17 +5,18 @@
         terms = capture(batch)                                      # the same numbers as without
 
 A recording holds forward, backward and update for batches of one form: shapes, numbers beside the tensors, and what
-the step is about to do (a mirrored batch or a plain one). Each form has a recording of its own, so the shorter last batch
-of an epoch needs no padding. The first batches of a form run as they are, on another stream, and one of them is watched
-for anything that makes the host wait for the device, which no recording can hold. The optimizer's settings, such as the
-learning rate, are constants of a recording: when they change, it is made anew. Where a step cannot be recorded training
-goes on without, and ``reason`` says why.
+the step is about to do (a mirrored batch or a plain one). Each form has a recording of its own; batches that a sampler
+fills up (:func:`gfml.ranking.sampling.padded`) have one form. The first batches of a form run as they are, on another stream,
+and one of them is watched for anything that makes the host wait for the device, which no recording can hold. Recordings of
+Adam and AdamW read the learning rates from the device, so that a schedule may change them at every step. Other settings are
+constants of a recording: when they change, it is made anew. Where a step cannot be recorded training goes on without, and
+``reason`` says why.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from gfml.base.errors import UserError
+from gfml.engine.optimizers import LazyAdamW
 
 MODES = ("auto", "0", "1")
 # Batches of a form that run as they are: in the first, optimizers make their state and kernels are compiled.
@@ -49,6 +51,7 @@ class StepCapture:
 
     step: as in :func:`gfml.engine.train.fit`. A class of steps that can be recorded has ``graph_key()``, a hashable that
         says what the next call does, and ``replayed()``, which counts a call that was replayed; a function needs neither.
+        A step that schedules learning rates sets those of the next call in ``prepare(optimizer)``, but for tensors.
     around: a context for the loss, such as autocast. required: UserError instead of going on without.
     record: makes a :class:`Recording` of a function; tests give another than CUDA's.
     """
@@ -71,6 +74,7 @@ class StepCapture:
         self._forms: dict[Hashable, _Form] = {}
         self._seen: dict[Hashable, int] = {}
         self._settings: Hashable = None
+        self._rates = _Rates(optimizer, next(model.parameters()).device)
         self._steps = self._recordings = 0
 
     def __call__(self, batch: Any) -> Mapping[str, Any]:
@@ -96,7 +100,10 @@ class StepCapture:
 
     def _recorded(self, batch: Any) -> Mapping[str, Any]:
         self._steps += 1
-        settings = _settings(self.optimizer)
+        for part in _chain(self.step):
+            if hasattr(part, "prepare"):
+                part.prepare(self.optimizer)
+        settings = _settings(self.optimizer, rates=not self._rates.tensors)
         if settings != self._settings:
             self._settings = settings
             self.forget()
@@ -109,10 +116,14 @@ class StepCapture:
                 raise CannotRecord(f"batches come in more than {MOST_FORMS} forms")
             if self._seen[key] <= WARM_UP:
                 return self._warm(batch, watch=self._seen[key] == WARM_UP)
+            self._rates.fill()
             found = self._forms[key] = self._new_form(batch, tensors)
         else:
+            self._rates.fill()
             torch._foreach_copy_(found.tensors, tensors)
             replayed(self.step)
+            for count, more in found.counts:
+                count += more
         found.recording.replay()
         return found.terms()
 
@@ -136,22 +147,21 @@ class StepCapture:
         own = [tensor.clone() for tensor in tensors]
         form = _Form(own)
         static = _put_together(batch, iter(own))
-        before = _host_state(self.step)
+        before, counts = _host_state(self.step), _host_counts(self.optimizer)
+        counted = [count.clone() for count in counts]
 
         def once() -> None:
             form.keep(self._plain(static))
 
         self.optimizer.zero_grad(set_to_none=True)
-        changed = _capturable(self.optimizer) if self._watch else []
         try:
-            form.recording = self.record(once)
+            with self._rates.used(), _capturable(self.optimizer, self._watch):
+                form.recording = self.record(once)
         except (RuntimeError, AssertionError) as error:
             _put_back(self.step, before)
             self.optimizer.zero_grad(set_to_none=True)
             raise CannotRecord(str(error).strip().splitlines()[0]) from error
-        finally:
-            for group in changed:
-                group["capturable"] = False
+        form.counts = [(count, count - old) for count, old in zip(counts, counted, strict=True)]
         return form
 
     def _give_up(self, reason: str) -> None:
@@ -168,6 +178,7 @@ class _Form:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self.tensors = tensors
+        self.counts: list[tuple[Tensor, Tensor]] = []
         self.names: list[str] = []
         self.numbers: dict[str, float] = {}
         self.values: Tensor | None = None
@@ -192,8 +203,51 @@ def capture_problem(model: nn.Module, step: Any, optimizer: Any, device: torch.d
     for part in (model, step):
         if text := getattr(part, "host_state", None):
             return text
-    kept = isinstance(optimizer, torch.optim.SGD) or all("capturable" in group for group in optimizer.param_groups)
-    return None if kept else f"{type(optimizer).__name__} counts its steps on the host"
+    if isinstance(optimizer, (torch.optim.SGD, LazyAdamW)):
+        return None
+    # Adagrad's count, on the host, does not enter a step whose rate does not decay by it.
+    kept = (
+        group.get("fused") or group.get("capturable") or group.get("lr_decay") == 0 for group in optimizer.param_groups
+    )
+    return None if all(kept) else f"{type(optimizer).__name__} counts its steps on the host"
+
+
+def _host_counts(optimizer: Any) -> list[Tensor]:
+    """Step counters on the host of parameters elsewhere, which no recording can move."""
+    states = (item for part in getattr(optimizer, "parts", (optimizer,)) for item in part.state.items())
+    counts = [(parameter, state["step"]) for parameter, state in states if "step" in state]
+    return [count for parameter, count in counts if count.device != parameter.device]
+
+
+class _Rates:
+    """Learning rates of the groups on the device, where recordings read them; none of optimizers that take numbers alone."""
+
+    def __init__(self, optimizer: Any, device: torch.device) -> None:
+        adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+        self.groups = optimizer.param_groups if adam else []
+        # The fused kernel of CUDA reads float32.
+        kind = torch.float64 if device.type == "cpu" else torch.float32
+        self.tensors = [torch.zeros((), dtype=kind, device=device) for _ in self.groups]
+        self._filled: list[float | None] = [None] * len(self.groups)
+
+    def fill(self) -> None:
+        """Bring over what has changed, without a wait."""
+        for place, (group, tensor) in enumerate(zip(self.groups, self.tensors, strict=True)):
+            if group["lr"] != self._filled[place]:
+                self._filled[place] = group["lr"]
+                tensor.fill_(group["lr"])
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Inside, the groups hold the tensors."""
+        numbers = [group["lr"] for group in self.groups]
+        for group, tensor in zip(self.groups, self.tensors, strict=True):
+            group["lr"] = tensor
+        try:
+            yield
+        finally:
+            for group, number in zip(self.groups, numbers, strict=True):
+                group["lr"] = number
 
 
 def _cuda_graph(call: Callable[[], None]) -> Recording:
@@ -273,11 +327,14 @@ def replayed(step: Any) -> None:
 
 def _host_state(step: Any) -> list[tuple[Any, dict[str, Any]]]:
     """What a failed recording may have changed in a step, and in the step inside it."""
-    found = []
-    while step is not None and hasattr(step, "graph_key"):
-        found.append((step, dict(vars(step))))
+    return [(part, dict(vars(part))) for part in _chain(step) if hasattr(part, "graph_key")]
+
+
+def _chain(step: Any) -> Iterator[Any]:
+    """A step, the step inside it, and so on."""
+    while step is not None:
+        yield step
         step = getattr(step, "inner", None)
-    return found
 
 
 def _put_back(step: Any, state: list[tuple[Any, dict[str, Any]]]) -> None:
@@ -285,19 +342,24 @@ def _put_back(step: Any, state: list[tuple[Any, dict[str, Any]]]) -> None:
         vars(owner).update(values)
 
 
-def _settings(optimizer: Any) -> Hashable:
-    """Numbers of the parameter groups, which a recording holds as constants."""
+def _settings(optimizer: Any, *, rates: bool) -> Hashable:
+    """Numbers of the parameter groups, which a recording holds as constants; learning rates if ``rates``."""
     return tuple(
         (name, value)
         for group in optimizer.param_groups
         for name, value in group.items()
-        if isinstance(value, (int, float, bool, tuple))
+        if isinstance(value, (int, float, bool, tuple)) and (rates or name != "lr")
     )
 
 
-def _capturable(optimizer: Any) -> list[dict[str, Any]]:
-    """Let the optimizer be recorded; the groups that were changed."""
-    groups = [group for group in optimizer.param_groups if group.get("capturable") is False]
+@contextmanager
+def _capturable(optimizer: Any, wanted: bool) -> Iterator[None]:
+    """Inside, the optimizer lets itself be recorded."""
+    groups = [group for group in optimizer.param_groups if wanted and group.get("capturable") is False]
     for group in groups:
         group["capturable"] = True
-    return groups
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False

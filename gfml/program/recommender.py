@@ -109,6 +109,13 @@ class Recommender(Experiment):
         return shared_loss(loss, self.world, reduction=reduction)
 
     @property
+    def constant_batches(self) -> bool:
+        """Whether batches are filled up to one shape by rows without weight: where steps may be recorded and the loss is a
+        sum over rows. On the CPU that would cost time for nothing."""
+        recorded = self.device.type != "cpu" and self.world.size == 1 and self.settings.cuda_graph != "0"
+        return recorded and self.sharing_problem() is None
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch, about: each pair once."""
         return -(-self.interactions.train.nnz // self.settings.batch_size)

@@ -23,7 +23,7 @@ A user for whom no item is left can have no negative and is left out; the number
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -149,25 +149,43 @@ def seeded_generator(device: torch.device | str, *numbers: int) -> torch.Generat
 
 @dataclass(frozen=True)
 class Triples:
-    """One batch: users [B], positives [B], negatives [B] (W = 1) or [B, W], W >= 0; int64 on one device."""
+    """One batch: users [B], positives [B], negatives [B] (W = 1) or [B, W], W >= 0; int64 on one device.
+
+    weight float64 [B]: 1 / number of real rows, 0 for rows that fill the batch up; None: all are real.
+    """
 
     users: Tensor
     pos: Tensor
     neg: Tensor
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return self.users.shape[0]
 
-    def rows(self, chosen: slice) -> Triples:
+    def rows(self, chosen: slice | Tensor) -> Triples:
         """These rows of the batch."""
         return Triples(self.users[chosen], self.pos[chosen], self.neg[chosen])
+
+
+def padded(batch: Any, size: int) -> Any:
+    """A batch with ``users`` and ``rows`` made ``size`` rows long by repeating its first row, with the weights of its rows.
+
+    A repeated row changes nothing in terms of a batch's distinct users and items either.
+    """
+    real, device = len(batch), batch.users.device
+    weight = torch.full((real,), 1 / real, dtype=torch.float64, device=device)
+    if real < size:
+        place = torch.arange(size, device=device)
+        batch = batch.rows(place.where(place < real, 0))
+    return replace(batch, weight=F.pad(weight, (0, size - real)))
 
 
 class TripleSampler:
     """Draws epochs of triples from a binary train matrix; see the module text.
 
     num_negatives: W >= 0; with W = 1 negatives are [B]. With W = 0 only pairs are drawn, also for users who have every
-    item. batch_size: the last batch may be smaller.
+    item. batch_size: the last batch may be smaller. constant: it is filled up, and all batches have weights, so that a step
+    recorded for one serves all (:mod:`gfml.engine.capture`); an epoch of one batch stays as it is.
     negatives: uniform, popularity or train-items.
     Raises :class:`UserError` when no user can give a triple.
     """
@@ -183,6 +201,7 @@ class TripleSampler:
         negatives: str = "uniform",
         device: torch.device | str = "cpu",
         budget_mb: int = 512,
+        constant: bool = False,
     ) -> None:
         if scheme not in SCHEMES:
             raise ValueError(f"unknown sampling scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
@@ -191,6 +210,7 @@ class TripleSampler:
         if batch_size < 1 or num_negatives < 0:
             raise ValueError(f"found batch size {batch_size} and {num_negatives} negatives, wanted at least 1 and 0")
         self.scheme, self.batch_size, self.num_negatives, self.seed = scheme, batch_size, num_negatives, seed
+        self.constant = constant
         self.num_users, self.num_items = train.shape
         self.device = torch.device(device)
         self._user_type, self._item_type = (_smallest_type(count, self.device) for count in train.shape)
@@ -209,8 +229,9 @@ class TripleSampler:
         self._saturated = (degree == drawable) & (num_negatives > 0)
         self.num_saturated = int(self._saturated.sum())
         self._usable = (degree > 0) & ~self._saturated
-        self._all_usable = bool(self._usable.all())
-        if not bool(self._usable.any()):
+        self._usable_ids = self._usable.nonzero().squeeze(1)
+        self._all_usable = len(self._usable_ids) == self.num_users
+        if not len(self._usable_ids):
             raise UserError(
                 f"found no user with both a train item and an item left over ({self.num_users} users, "
                 f"{self.num_items} items, {train.nnz} train pairs): nothing to learn from, check the data"
@@ -297,8 +318,7 @@ class TripleSampler:
 
     def _pairs_per_user(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         each = len(self._items) // self.num_users
-        users = torch.arange(self.num_users, device=self.device)
-        users = users[self._usable].repeat_interleave(max(each, 1))
+        users = self._usable_ids.repeat_interleave(max(each, 1))
         users = users[torch.randperm(len(users), generator=generator, device=self.device)]
         return users, self._random_positive(users, generator)
 
@@ -341,7 +361,9 @@ class TripleBatches:
         return -(-len(self.users) // self._sampler.batch_size)
 
     def __iter__(self) -> Iterator[Triples]:
-        return self._sampler.triples(self.users, self.pos, self._sampler._generator(self._epoch, 1))
+        found = self._sampler.triples(self.users, self.pos, self._sampler._generator(self._epoch, 1))
+        constant, size = self._sampler.constant and len(self) > 1, self._sampler.batch_size
+        return (padded(batch, size) for batch in found) if constant else found
 
 
 class TwoStageSampler(TripleSampler):

@@ -17,7 +17,7 @@ class Entry:
     needs_features: item features of at least one modality. needs_negatives: False for models of (user, item) pairs.
     trains: False for models without parameters. has_published: ``--behaviour published`` differs from fixed.
     rowwise: the loss (fixed) is a mean over the rows of a batch and draws no random numbers, so that several processes
-    can share one.
+    can share one. Those of this folder take ``batch.weight``, by which a batch can be filled up.
     """
 
     module: str

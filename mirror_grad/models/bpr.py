@@ -39,7 +39,8 @@ class BPR(nn.Module):
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         rows = self.encoder(batch.users, torch.stack([batch.pos, batch.neg], 1))
         ego = (rows.ego_user, *rows.ego_items.unbind(1))
-        return ranking_terms(rows.user, *rows.items.unbind(1), ego, self.settings.reg_weight, published=self.published)
+        vectors, weight = (rows.user, *rows.items.unbind(1)), self.settings.reg_weight
+        return ranking_terms(*vectors, ego, weight, published=self.published, rows=batch.weight)
 
     def scorer(self) -> FactorScorer:
         user, item = self.encoder.vectors()

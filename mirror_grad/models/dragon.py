@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gfml import losses
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
 from gfml.ranking.topk import FactorScorer
@@ -62,10 +63,11 @@ class DRAGON(nn.Module):
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         user, item = self.outputs()
-        bpr = dot_bpr(F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item))
+        rows = F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item)
+        bpr = dot_bpr(*rows, batch.weight)
         terms = {"bpr": bpr / math.log(2) if self.published else bpr}
         for name, branch in self.branches.items():
-            terms[f"reg_{name}"] = F.embedding(batch.users, branch.preference).square().mean()
+            terms[f"reg_{name}"] = losses.row_mean(F.embedding(batch.users, branch.preference).square(), batch.weight)
         terms["reg_user"] = self.user_weight.square().mean()
         reg = sum(value for name, value in terms.items() if name.startswith("reg"))
         return {"loss": terms["bpr"] + self.settings.reg_weight * reg, **terms}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gfml import losses
 from gfml.ranking.sampling import Triples
 from gfml.ranking.topk import FactorScorer
 from mirror_grad.models import settings
@@ -58,10 +59,11 @@ class DualGNN(nn.Module):
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         user, item = self.outputs()
-        bpr = dot_bpr(F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item))
+        rows = F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item)
+        bpr = dot_bpr(*rows, batch.weight)
         terms = {"bpr": bpr / math.log(2) if self.published else bpr}
         for name, branch in self.branches.items():
-            terms[f"reg_{name}"] = F.embedding(batch.users, branch.preference).square().mean()
+            terms[f"reg_{name}"] = losses.row_mean(F.embedding(batch.users, branch.preference).square(), batch.weight)
         terms["reg_user"] = self.user_weight.square().mean()
         if self.published:
             terms["reg_item"] = self.item_weight.square().mean()

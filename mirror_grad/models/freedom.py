@@ -62,13 +62,13 @@ class FREEDOM(nn.Module):
         nodes = self.graph().at(ids, self.tables.nodes, self.settings.n_ui_layers)
         user, item = nodes.split([len(batch), len(items)])
         item = item + F.embedding(items, self.smoothed_items())
-        terms = {"bpr": dot_bpr(user, *item.chunk(2))}
+        terms = {"bpr": dot_bpr(user, *item.chunk(2), batch.weight)}
         loss = terms["bpr"]
         if self.settings.reg_weight:
             rows, place = distinct(items)
             for name, features in self.features.items():
                 pos, neg = F.embedding(place, features(rows)).chunk(2)
-                terms[f"bpr_{name}"] = dot_bpr(user, pos, neg)
+                terms[f"bpr_{name}"] = dot_bpr(user, pos, neg, batch.weight)
                 loss = loss + self.settings.reg_weight * terms[f"bpr_{name}"]
         return {"loss": loss, **terms}
 

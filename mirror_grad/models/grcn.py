@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gfml import losses
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
 from gfml.ranking.topk import FactorScorer
@@ -86,13 +87,14 @@ class GRCN(nn.Module):
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         user, item = self.outputs()
-        bpr = dot_bpr(F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item))
+        rows = F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item)
+        bpr = dot_bpr(*rows, batch.weight)
         items = torch.cat([batch.pos, batch.neg]) + self.num_users
         ids = [F.embedding(rows, self.id) for rows in (batch.users, items)]
-        terms = {"bpr": bpr, "reg_id": sum(rows.square().mean() for rows in ids)}
+        terms = {"bpr": bpr, "reg_id": sum(losses.row_mean(rows.square(), batch.weight) for rows in ids)}
         terms["reg_all"] = next(iter(self.preference.values())).square().mean()
         for name, preference in self.preference.items():
-            terms[f"reg_{name}"] = F.embedding(batch.users, preference).square().mean()
+            terms[f"reg_{name}"] = losses.row_mean(F.embedding(batch.users, preference).square(), batch.weight)
         reg = sum(value for name, value in terms.items() if name.startswith("reg"))
         return {"loss": bpr + self.settings.reg_weight * reg, **terms}
 

@@ -60,8 +60,8 @@ class LayerGCN(nn.Module):
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         ids = torch.cat([batch.users, self.tables.num_users + batch.pos, self.tables.num_users + batch.neg])
         final, ego = F.embedding(ids, self.outputs()).chunk(3), F.embedding(ids, self.tables.nodes).chunk(3)
-        bpr = dot_bpr(*final)
-        reg = losses.half_mean_square(*ego)
+        bpr = dot_bpr(*final, batch.weight)
+        reg = losses.half_mean_square(*ego, weight=batch.weight)
         if self.published:
             bpr, reg = bpr * len(batch), half_square_sum(*ego)
         return {"loss": bpr + self.settings.reg_weight * reg, "bpr": bpr, "reg": reg}

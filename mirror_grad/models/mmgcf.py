@@ -74,7 +74,7 @@ class MMGCF(nn.Module):
         light = self.graph()
         ids = torch.cat([batch.users, light.num_users + batch.pos, light.num_users + batch.neg])
         rows = light.at(ids, torch.cat([self.user, self.items()]), self.settings.n_layers).chunk(3)
-        bpr, reg = dot_bpr(*rows), losses.half_mean_square(*rows)
+        bpr, reg = dot_bpr(*rows, batch.weight), losses.half_mean_square(*rows, weight=batch.weight)
         return {"loss": bpr + self.settings.reg_weight * reg, "bpr": bpr, "reg": reg}
 
     @evaluating

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gfml import losses
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
 from gfml.ranking.topk import FactorScorer
@@ -65,10 +66,11 @@ class MMGCN(nn.Module):
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         user, item = self.outputs()
-        bpr = dot_bpr(F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item))
+        rows = F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item)
+        bpr = dot_bpr(*rows, batch.weight)
         items = torch.cat([batch.pos, batch.neg]) + self.num_users
         ids = [F.embedding(rows, self.id) for rows in (batch.users, items)]
-        reg_id = sum(rows.square().mean() for rows in ids)
+        reg_id = sum(losses.row_mean(rows.square(), batch.weight) for rows in ids)
         reg_pref = next(iter(self.branches.values())).preference.square().mean()
         loss = bpr + self.settings.reg_weight * (reg_id + reg_pref)
         return {"loss": loss, "bpr": bpr, "reg_id": reg_id, "reg_pref": reg_pref}

@@ -46,7 +46,8 @@ class VBPR(nn.Module):
         rows, place = distinct(torch.cat([batch.pos, batch.neg]))
         items = torch.cat([F.embedding(rows, self.item), self.features(rows)], 1)
         pos, neg = F.embedding(place, items).chunk(2)
-        return ranking_terms(user, pos, neg, (user, pos, neg), self.settings.reg_weight, published=self.published)
+        vectors, weight = (user, pos, neg), self.settings.reg_weight
+        return ranking_terms(*vectors, vectors, weight, published=self.published, rows=batch.weight)
 
     @evaluating
     def scorer(self) -> FactorScorer:

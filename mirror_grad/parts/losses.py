@@ -23,9 +23,9 @@ def guarded_bpr(pos: Tensor, neg: Tensor) -> Tensor:
     return -(1e-10 + (pos - neg).sigmoid()).log().mean()
 
 
-def dot_bpr(user: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
-    """:func:`gfml.losses.bpr` of dot products. Shape: [B, D] each."""
-    return losses.bpr((user * pos).sum(1), (user * neg).sum(1))
+def dot_bpr(user: Tensor, pos: Tensor, neg: Tensor, weight: Tensor | None = None) -> Tensor:
+    """:func:`gfml.losses.bpr` of dot products. Shape: [B, D] each; weight [B]."""
+    return losses.bpr((user * pos).sum(1), (user * neg).sum(1), weight)
 
 
 def unsquared_norms(*blocks: Tensor) -> Tensor:
@@ -42,16 +42,23 @@ def half_square_sum(*blocks: Tensor) -> Tensor:
 
 
 def ranking_terms(
-    user: Tensor, pos: Tensor, neg: Tensor, regularised: tuple[Tensor, ...], weight: float, *, published: bool
+    user: Tensor,
+    pos: Tensor,
+    neg: Tensor,
+    regularised: tuple[Tensor, ...],
+    weight: float,
+    *,
+    published: bool,
+    rows: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """{"loss", "bpr", "reg"} of dot-product scores.
 
     fixed: BPR + weight * sum |X_j|^2 / (2 B); published: the guarded BPR + weight * sum |X_j|_F / B.
-    Shape: user, pos, neg [B, D]; the regularised blocks [B, any].
+    Shape: user, pos, neg [B, D]; the regularised blocks [B, any]; rows [B]: weights of the rows (fixed alone).
     """
     scores = (user * pos).sum(1), (user * neg).sum(1)
-    bpr = guarded_bpr(*scores) if published else losses.bpr(*scores)
-    reg = unsquared_norms(*regularised) if published else losses.half_mean_square(*regularised)
+    bpr = guarded_bpr(*scores) if published else losses.bpr(*scores, rows)
+    reg = unsquared_norms(*regularised) if published else losses.half_mean_square(*regularised, weight=rows)
     return {"loss": bpr + weight * reg, "bpr": bpr, "reg": reg}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from contextual import data as datasets
 from contextual import main as program_256
@@ -205,6 +206,28 @@ def test_warm_epochs_leave_the_backbone_as_it_was(run: Runs, tmp_path: Path) -> 
     then = load_state(path / "last.pt")["model"]
     moved = {key for key in start if not torch.equal(start[key], then[key])}
     assert moved == {"encoder.0.head.weight", "encoder.0.head.bias"}
+
+
+def test_a_recording_of_the_warm_epochs_ends_with_them(recorded: Callable) -> None:
+    from contextual.experiment import WarmStep
+
+    def trained(record: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        net, images = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(20, 8, 4)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+        step = WarmStep(list(net[0].parameters()), 1)
+        call, made = recorded(net, optimizer, step, lambda batch: {"loss": net(batch).square().mean()}, record=record)
+        held = []
+        for number, batch in enumerate(images):
+            if number % 10 == 0:
+                step.new_epoch()
+            call(batch)
+            held.append(net[0].weight.detach().clone())
+        assert [torch.equal(one, held[0]) for one in held] == [True] * 10 + [False] * 10
+        assert sum(one.replays for one in made) == (16 if record else 0)
+        return list(net.parameters())
+
+    torch.testing.assert_close(trained(True), trained(False), rtol=0, atol=0)
 
 
 def test_rates_fall_as_published(tmp_path: Path) -> None:

@@ -311,6 +311,30 @@ def test_regularisers_do_not_depend_on_repetition(close, missing, width):
     close(losses.embedding_reg(*map(twice, rows)), reg)
 
 
+@pytest.mark.parametrize("width", (None, 3))
+def test_rows_without_weight_change_nothing(close, width):
+    """Four real rows and three that repeat the first: every loss of weighted rows is that of the four."""
+    wide = () if width is None else (width,)
+    where, weight = torch.tensor([0, 1, 2, 3, 0, 0, 0]), torch.tensor([0.25] * 4 + [0.0] * 3, dtype=torch.float64)
+    pos, neg, rows = randn(4), randn(4, *wide, seed=1), (randn(4, 5), randn(4, 5, seed=1), randn(4, *wide, 5, seed=2))
+    cases = [
+        (losses.bpr, (pos, neg)), (losses.bce, (pos, neg)), (losses.embedding_reg, rows),
+        (losses.mass_reg, (pos, pos.neg(), neg)), (losses.row_mean, (neg,)),
+        (lambda p, w=None: losses.reduced(p, "sum", w), (pos,)), (lambda p, w=None: losses.reduced(p, "mean", w), (pos,)),
+        (lambda a, b, w=None: losses.row_mean(torch.cat([a, b]), w), (pos, pos.exp())),
+    ]  # fmt: skip
+    if width:
+        for how in ("sum", "mean"):
+            options = {"margin": 0.5, "num_items": 50, "reduction": how}
+            cases.append((lambda p, n, w=None, o=options: losses.warp_hinge(p, n, weight=w, **o).loss, (pos, neg)))
+    for loss, parts in cases:
+        parts = [part.clone().requires_grad_() for part in parts]
+        wanted, found = loss(*parts), loss(*(part[where] for part in parts), weight)
+        close(found, wanted)
+        for one, two in zip(torch.autograd.grad(found, parts), torch.autograd.grad(wanted, parts), strict=True):
+            close(one, two, grad=True)
+
+
 def test_published_masses_weigh_more_with_the_batch(close):
     masses = (*mass_arguments()[:2], randn(4, seed=2))
     user, pos, neg = masses

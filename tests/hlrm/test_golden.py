@@ -13,7 +13,7 @@ from hlrm.data import History, PairBatch
 from hlrm.metrics import paper_metrics
 from hlrm.model import HingeOptions, RelationModel, clip_rows_
 from hlrm.relations import DiagonalRelation, MemoryRelation, lram, neighbour_attention
-from hlrm.scoring import DiagonalScorer, MemoryScorer
+from hlrm.scoring import BlockScorer, MemoryScorer
 
 PRECISIONS = (torch.float64, torch.float32)
 # name in the file -> kind and settings of the memory relation
@@ -191,7 +191,7 @@ def test_port_inference(golden, close, kind):
     batch = diagonal_batch(golden)
     user, item = (part.detach() for part in model.encoder.vectors())
     history = History(batch.history.ids[:1], batch.history.counts[:1])
-    scorer = DiagonalScorer(user[batch.users[:1]], item, model.relation, history, squared=False, block=4)
+    scorer = BlockScorer(user[batch.users[:1]], item, model.relation, history, squared=False, block=4)
     found = scorer.score(torch.tensor([0]))[0]
     close(-found, golden[f"orig_{kind}__inference_dist"])
     assert torch.equal(found.topk(10).indices, golden[f"orig_{kind}__inference_top10"])

@@ -31,6 +31,7 @@ TYPES = {
     "lrml": ["--model", "lrml"],
     "cml": ["--model", "cml"],
     "transcf": ["--model", "transcf"],
+    "attcml": ["--model", "attcml"],
 }
 
 
@@ -42,7 +43,8 @@ def own_folder(tmp_path, monkeypatch):
 def tiny(*more):
     """The tiny settings without those that a compared model does not take, and with ``more``, which win."""
     given = [*more]
-    drop = {"cml": {"--num_inter", "--num_relations"}, "lrml": {"--num_inter"}, "transcf": {"--num_relations"}}
+    drop = {"cml": {"--num_inter", "--num_relations"}, "lrml": {"--num_inter"}, "transcf": {"--num_relations"},
+            "attcml": {"--num_relations"}}  # fmt: skip
     model = given[given.index("--model") + 1] if "--model" in given else "hlr"
     pairs = [TINY[k : k + 2] for k in range(0, len(TINY) - 1, 2)]
     return [word for pair in pairs if pair[0] not in drop.get(model, ()) for word in pair] + [TINY[-1], *given]

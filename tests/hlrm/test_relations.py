@@ -12,8 +12,8 @@ from gfml.ranking.lists import best_items
 from gfml.ranking.topk import topk_items
 from hlrm.data import History, PairBatch
 from hlrm.model import HingeOptions, RelationModel, TranslatedModel
-from hlrm.relations import DiagonalRelation, MemoryRelation, lram, slot_weights
-from hlrm.scoring import DiagonalScorer, MemoryScorer, neighbour_means
+from hlrm.relations import DiagonalRelation, HistoryAttention, MemoryRelation, lram, slot_weights
+from hlrm.scoring import BlockScorer, MemoryScorer, neighbour_means
 
 FORMS = {
     "memory-base": lambda: MemoryRelation(5, 4),
@@ -25,6 +25,7 @@ FORMS = {
     "diagonal-base": lambda: DiagonalRelation(5, 4),
     "diagonal-base-user": lambda: DiagonalRelation(5, 4, user_slot=True),
     "diagonal-plus": lambda: DiagonalRelation(5, 4, "plus"),
+    "attention": HistoryAttention,
 }
 
 
@@ -206,7 +207,7 @@ def test_scores_of_all_items_equal_training_distances(relation, squared):
     wanted = -model.distances(torch.arange(7), torch.arange(12).expand(7, -1), history).detach()
     for block in (0, 1, 5):
         scorer = model.scorer(history, train=None, block=block)
-        assert isinstance(scorer, (MemoryScorer, DiagonalScorer)) and scorer.factors() is None
+        assert isinstance(scorer, (MemoryScorer, BlockScorer)) and scorer.factors() is None
         torch.testing.assert_close(scorer.score(torch.arange(7)), wanted, rtol=1e-9, atol=1e-10)
         users = torch.tensor([6, 2, 2])
         torch.testing.assert_close(scorer.score(users), wanted[users], rtol=1e-9, atol=1e-10)

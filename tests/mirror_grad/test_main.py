@@ -457,6 +457,16 @@ def test_other_features_are_not_mixed_into_a_run(run, planted, tmp_path, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_learns(model, run):
+    """Planted groups, judged on test: far above popularity, which knows no groups. MVGAE needs the long run."""
+    words = ["--not_mg", "--epochs", 30, "--eval-every", 3, "--baselines", "popularity", "--report", 0]
+    code, [path] = run("-m", model, *words)
+    popularity = result_of(path)["baselines"]["popularity"]["test"]["recall@10"]
+    assert code == 0 and result_of(path)["test"]["recall@10"] > (1.25 if model == "BPR" else 1.7) * popularity
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", TRAINED)
 def test_every_mirror_mode_trains_every_model_about_as_well(model, run):
     """Finite everywhere, and the ranking on planted groups stays within reach of ordinary training's.

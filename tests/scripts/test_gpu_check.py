@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = str(ROOT / "scripts")
 QUICK = (
-    "numbers-mcl", "numbers-fused", "numbers-vision", "numbers-mirror1", "waiting", "times-ceilings", "times-lightgcn", "times-factorisation",
+    "numbers-mcl", "numbers-fused", "numbers-vision", "numbers-mirror1", "waiting", "recorded", "times-ceilings", "times-lightgcn", "times-factorisation",
     "times-fused", "times-mcl", "times-contextual", "times-attention", "times-vit", "times-multimodal2", "vit-distance",
 )  # fmt: skip
 
@@ -86,3 +86,4 @@ def test_the_page_tells_what_was_not_run() -> None:
     ]
     text = gpu_page.page({"machine": {"date": "2026-01-01", "torch": "2", "python": "3"}, "parts": parts})
     assert "| a step | 2 | 1 | <= 3 ms |" in text and "Not run: one card." in text and "no card" in text
+    assert "**times-flex**\n\nNot run: not among these results." in text and "**vit-tail**" in text

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from gfml.base.errors import UserError
+from gfml.engine.train import plain_step
 from gfml.longtail import class_weights, imbalanced_counts
 from vision.data import Batch, load
 from vision.experiment import Vision, groups, metrics
@@ -165,6 +166,26 @@ def test_deferred_weights_begin_late(batch, logits):
 
 
 # -- schedule
+
+
+@pytest.mark.parametrize("schedule", ("natural", "original"))
+def test_recorded_steps_follow_the_schedule(recorded, schedule):
+    """Weights and the reported rate of every step; one recording serves all rates."""
+
+    def trained(record):
+        torch.manual_seed(0)
+        net, images = torch.nn.Linear(4, 2), torch.randn(24, 8, 4)
+        optimizer = torch.optim.AdamW(net.parameters())
+        words = f"--dataset c10 --schedule {schedule} --max-epochs 6 --warmup-epoch 2"
+        step = ScheduledStep(plain_step, Schedule(options_of(words), 4))
+        call, made = recorded(net, optimizer, step, lambda batch: {"loss": net(batch).square().mean()}, record=record)
+        rates = [float(call(batch)["lr"]) for batch in images]
+        assert len(made) == record and step.count == 24
+        return rates, list(net.parameters())
+
+    (found, one), (wanted, two) = trained(True), trained(False)
+    assert found == wanted and len(set(wanted)) > 4
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def rates(words, steps):

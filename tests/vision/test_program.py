@@ -18,6 +18,7 @@ from gfml.program.cli import run_main
 from gfml.report.compare import main as compare
 from vision.main import main
 from vision.report import main as report
+from vision.settings import LONG_TAIL
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED_COMMAND = (
@@ -138,6 +139,28 @@ def test_learning_is_seen(tmp_path):
     assert (
         code == 0 and rows[-1]["train/loss"] < 0.7 * rows[0]["train/loss"] and result_of(path)["test"]["accuracy"] > 0.5
     )
+
+
+LEARNING = {f"{dist}, mass {mass}": f"--model-name vit_gra --dist_mode {dist} {words}"
+            for dist in ("l2", "l1", "emd", "kl")
+            for mass, words in (("none", "--mass_from none"), ("at the tail", "--mass_pos tail"), ("content", "--mass_from content"))}  # fmt: skip
+LEARNING |= {f"mix {mode}": f"--model-name vit_gra --mix_on 1 --mix_mode {mode}" for mode in ("normal", "split")}
+LEARNING |= {
+    f"loss {name}": f"--model-name vit --imb-type exp --imb-factor 0.2 --long-tail {name}" for name in LONG_TAIL
+}
+LEARNING |= {name: f"--model-name vit_gra {words}" for name, words in {
+    "shared mass": "--mass_pos full_fix", "masses of queries": "--query_mass 1 --mass_combine product --mass_param softplus",
+    "learned lambda": "--learn_lamb 1 --mass_share per_head", "averages, clipped": "--ema 0.9 --clip-grad 1",
+    "mirror": "--mirror two_step"}.items()}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNING)
+def test_every_variant_learns(name, tmp_path):
+    """The digits, after 12 epochs of a small network: at least half right, by chance a tenth."""
+    words = "--imb-type balanced --epochs 12 --hidden 32 --mlp-hidden 32 --patch 4 --lr 3e-3 --crop 0"
+    code, (path,) = run(tmp_path, words, LEARNING[name])
+    assert code == 0 and result_of(path)["test"]["accuracy"] > 0.5
 
 
 def test_models_side_by_side(tmp_path, capsys):

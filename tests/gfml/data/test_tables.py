@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from gfml.base.errors import UserError
 from gfml.data import interning
 from gfml.data.names import encode, from_values, merge, places
-from gfml.data.readers import Columns, join_parts, read_adjacency, read_table
+from gfml.data.readers import Columns, is_adjacency, join_parts, read_adjacency, read_table
 from gfml.data.tables import open_table, utf8_bytes
 
 # Spellings that other readers fold together, drop, or take for numbers, dates or nothing.
@@ -235,6 +236,11 @@ def test_cells_are_what_stands_there(tmp_path, text, names, rows, form):
         ("a.inter", "userID\titemID\tx_label\n0\t3\t7\n", "line 2: found 7.0, wanted 0 (train), 1 (valid) or 2 (test)"),
         ("a.jsonl", '{"user":"a","item":1}\nno\n', "line 2: found 'no\\n', wanted one JSON object a line"),
         ("a.jsonl", '{"user":"a","item":1}\n\n{"user":"b"}\n', "line 3: found '', wanted a name in column item"),
+        ("a.jsonl", '{"user":{"0":1,"1":2},"item":{"0":3,"1":4}}', "line 1: found '{\"0\": 1, \"1\": 2}' for user, wanted one id"),
+        ("a.csv", '"user";"item";"t"\n"1";"2";"a \\"b\\""\n', "in the row after line 1: a quotation mark is not closed"),
+        ("a.tsv", '"user"\t"item"\n"1"\t"2"\n', 'found "user", "item" (quotation marks are characters in this table)'),
+        ("a.csv", b"PK\x03\x04\0\0", "is a zip archive or a spreadsheet: unpack it, or export the sheet as CSV"),
+        ("a.csv", b"PAR1\0\0", "is a Parquet table: let its name end in .parquet"),
         ("a.csv", "us\0er,item\n1,2\n", "holds zero bytes and is no text"),
         ("a.csv", b"\xff\xfeu\0s", "starts as utf-16 and is not|found one column"),
     ],
@@ -243,6 +249,43 @@ def test_what_is_wrong_is_named(tmp_path, name, text, said):
     with pytest.raises(UserError) as caught:
         read_table(written(tmp_path, text, name))
     assert any(part in message(caught) for part in said.split("|")) and name in message(caught)
+
+
+def test_comments_before_a_graph_are_no_rows(tmp_path):
+    """Collections of graphs begin with lines such as ``# FromNodeId ToNodeId`` and ``% bip unweighted``."""
+    said = {"comment lines at the beginning of own.txt, not read": 2}
+    edges = written(tmp_path, "# Directed graph\n# FromNodeId\tToNodeId\n4\t5\n4\t6\n", "own.txt")
+    assert not is_adjacency(edges)
+    records = read_table(edges)
+    assert records.ids("users").tolist() == [4, 4] and records.ids("items").tolist() == [5, 6]
+    assert records.notes.items() >= said.items()
+    lists = written(tmp_path, "% a b c\n% d\n0 7 8\n1 9 7 8\n", "own.txt")
+    assert is_adjacency(lists)
+    records = read_adjacency(lists)
+    assert records.users.tolist() == [0, 0, 1, 1, 1] and records.notes == said
+    with pytest.raises(UserError, match="line 3: found .*x,y"):
+        read_adjacency(written(tmp_path, "# a\n# b\n0 x,y\n1 2\n", "own.txt"))
+    marked = read_table(written(tmp_path, "#user,item\n#1,2\n", "own.csv"), Columns(user="#user"))
+    assert marked.ids("users").tolist() == ["#1"]
+
+
+def test_columns_passed_over_are_told(tmp_path):
+    path = written(tmp_path, "user,user_id,asin,parent_asin,date,timestamp\nann,1,a,b,soon,1500000000\n")
+    records = read_table(path)
+    assert records.ids("users").tolist() == [1] and records.ids("items").tolist() == ["b"]
+    assert records.notes["user column"] == "user_id; not read: user"
+    assert records.notes["item column"] == "parent_asin; not read: asin"
+    assert records.notes["time column"] == "timestamp; not read: date"
+    assert not {"user column", "time column"} & set(read_table(path, Columns(user="user"), uses=()).notes)
+    session = "session_id:token\titem_id_list:token_seq\titem_id:token\ns\t1 2\t3\n"
+    notes = read_table(written(tmp_path, session, "a.train.inter")).notes
+    assert notes["lists item_id_list"] == "not read: a row counts for its item_id alone"
+
+
+def test_lists_in_an_id_column_are_named(tmp_path):
+    pq.write_table(pa.table({"user": ["a"], "item": [[1, 2]]}), tmp_path / "own.parquet")
+    with pytest.raises(UserError, match="row 1: found 'list<.*>', wanted text or whole numbers in column item"):
+        read_table(tmp_path / "own.parquet")
 
 
 def test_columns_that_nobody_uses_stop_nothing(tmp_path):

@@ -6,6 +6,8 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,6 +128,8 @@ def test_date_and_clock_in_two_columns(tmp_path):
             "mixes seconds (line 2: 1500000000) and milliseconds (line 3: 1500000000000)",
         ),
         (["1500000000", "nan"], None, "line 3: found"),
+        (["1500000000", ""], None, "line 3: found '', wanted a number as in the rows before (`time_col none` declines"),
+        (["1500000000", "NaT"], None, "line 3: found 'NaT', wanted a number as in the rows before"),
         (["2017-07-14"], "ms", "line 2: found '2017-07-14', wanted a number, as `time_format ms` says"),
         (["2017-07-14", "14.7.2017"], "%Y-%m-%d", "line 3: found '14.7.2017'"),
     ],
@@ -145,6 +149,24 @@ def test_typed_times_of_parquet(tmp_path):
         frame.to_parquet(tmp_path / "own.parquet")
         records = read_table(tmp_path / "own.parquet")
         assert records.times / records.per_second == np.array([1_500_000_000]) * factor
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (pa.array([{"at": 5}]), "row 1: found 'struct<at: int64>', wanted a time in column time"),
+        (pa.array([5]).cast(pa.time64("us")), "a clock alone orders nothing"),
+    ],
+)
+def test_types_of_parquet_that_are_no_time(tmp_path, cells, said):
+    path = tmp_path / "own.parquet"
+    pq.write_table(pa.table({"user": [1], "item": [2], "time": cells}), path)
+    with pytest.raises(UserError) as caught:
+        read_table(path)
+    assert said in str(caught.value)
+    pq.write_table(pa.table({"user": [1], "item": [2], "time": pa.array([5]).cast(pa.duration("s"))}), path)
+    records = read_table(path)
+    assert records.times.tolist() == [5] and records.per_second is None
 
 
 def test_moments_of_flags():

@@ -3,57 +3,26 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gfml.base.errors import UserError
-from gfml.engine.capture import MOST_FORMS, WARM_UP, StepCapture, capture_problem
+from gfml.engine.capture import MOST_FORMS, WARM_UP, StepCapture, capture_problem, graph_key, replayed
 from gfml.engine.train import fit, plain_step
 from gfml.mirror import MirrorGradient
 from gfml.program.steps import ProjectedStep
 from gfml.ranking.sampling import Triples
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from stand_in import Replayed
 
-class Replayed:
-    """What a CUDA graph does, on the CPU: making it runs the program and moves no tensor, replaying moves tensors alone."""
-
-    def __init__(self, owner: StepCapture, call: Callable[[], None]) -> None:
-        self.owner, self.call, self.replays = owner, call, 0
-        self.then = host_state(owner.step)
-        before = [tensor.clone() for tensor in self.tensors()]
-        call()
-        with torch.no_grad():
-            for tensor, value in zip(self.tensors(), before, strict=True):
-                tensor.copy_(value)
-
-    def tensors(self) -> list[Tensor]:
-        states = [value for state in self.owner.optimizer.state.values() for value in state.values()]
-        return [*self.owner.model.parameters(), *(value for value in states if isinstance(value, Tensor))]
-
-    def replay(self) -> None:
-        now = host_state(self.owner.step)
-        put(self.then)
-        self.call()
-        put(now)
-        self.replays += 1
-
-
-def host_state(step):
-    found = []
-    while hasattr(step, "graph_key"):
-        found.append((step, dict(vars(step))))
-        step = getattr(step, "inner", None)
-    return found
-
-
-def put(state) -> None:
-    for part, values in state:
-        vars(part).clear()
-        vars(part).update(values)
+del sys.path[0]
 
 
 class Model(nn.Module):
@@ -84,18 +53,55 @@ def batches(count: int, last: int = 5) -> list[Triples]:
     return [Triples(*torch.randint(20, (3, size), generator=generator).unbind()) for size in sizes]
 
 
-def pair(kind: str, *, lr: float = 0.1) -> tuple[StepCapture, Callable[[Triples], dict], Model, list[Replayed]]:
+class Scheduled:
+    """A step whose rate falls with its count."""
+
+    def __init__(self, inner: Callable) -> None:
+        self.inner, self.count = inner, 0
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = 0.1 / (1 + self.count)
+
+    def __call__(self, closure, optimizer) -> dict:
+        self.prepare(optimizer)
+        self.count += 1
+        return {**self.inner(closure, optimizer), "lr": optimizer.param_groups[0]["lr"]}
+
+    def graph_key(self) -> object:
+        return graph_key(self.inner)
+
+    def replayed(self) -> None:
+        self.count += 1
+        replayed(self.inner)
+
+
+STEPS |= {
+    "scheduled": lambda model, optimizer: Scheduled(partial(plain_step, clip_norm=1.0)),
+    "scheduled mirror": lambda model, optimizer: Scheduled(MirrorGradient(optimizer, mode="sgd_mirror")),
+}
+
+
+def pair(
+    kind: str, *, lr: float = 0.1, make: type = torch.optim.AdamW
+) -> tuple[StepCapture, Callable[[Triples], dict], Model, list[Replayed]]:
     model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = make(model.parameters(), lr=lr)
     made: list[Replayed] = []
     capture = StepCapture(
         model, optimizer, STEPS[kind](model, optimizer), model.loss,
         record=lambda call: made.append(Replayed(capture, call)) or made[-1],
     )  # fmt: skip
     other = copy.deepcopy(model)
-    opt = torch.optim.AdamW(other.parameters(), lr=lr)
+    opt = make(other.parameters(), lr=lr)
     step = STEPS[kind](other, opt)
-    return capture, lambda batch: step(lambda: other.loss(batch), opt), other, made
+
+    def plain(batch: Triples) -> dict:
+        return step(lambda: other.loss(batch), opt)
+
+    plain.optimizer = opt
+    return capture, plain, other, made
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -103,20 +109,27 @@ def test_recorded_steps_are_the_steps(kind: str) -> None:
     capture, plain, other, made = pair(kind)
     for batch in batches(40):
         found, wanted = capture(batch), plain(batch)
+        assert capture.optimizer.param_groups[0]["lr"].__class__ is float  # the tensor is the recording's alone
         assert {name: float(value) for name, value in found.items()} == {n: float(v) for n, v in wanted.items()}
     assert not capture.reason and sum(one.replays for one in made) >= 25
     assert torch.equal(capture.model.table, other.table)
 
 
-def test_a_form_is_recorded_once_and_anew_when_a_setting_changes() -> None:
-    capture, _, _, made = pair("plain")
+@pytest.mark.parametrize(
+    ("make", "setting", "recordings"),
+    [(torch.optim.AdamW, "lr", 2), (torch.optim.AdamW, "weight_decay", 4), (torch.optim.SGD, "lr", 4)],
+    ids=["AdamW reads its rate", "AdamW decay", "SGD rate"],
+)
+def test_a_form_is_recorded_once_and_anew_when_a_setting_changes(make: type, setting: str, recordings: int) -> None:
+    capture, plain, other, made = pair("plain", make=make)
     for number, batch in enumerate(batches(24)):
         if number == 12:
-            for group in (*capture.optimizer.param_groups,):
-                group["lr"] = 0.01
-        capture(batch)
-    assert len(made) == 4 and not capture.reason  # two forms, two learning rates
-    assert capture.optimizer.param_groups[0]["capturable"] is False
+            for optimizer in (capture.optimizer, plain.optimizer):
+                optimizer.param_groups[0][setting] = 0.02
+        capture(batch), plain(batch)
+    assert len(made) == recordings and not capture.reason  # two forms
+    assert torch.equal(capture.model.table, other.table)
+    assert not capture.optimizer.param_groups[0].get("capturable")
 
 
 def test_terms_of_a_step_outlive_the_next() -> None:
@@ -158,11 +171,14 @@ def test_a_recording_that_fails_leaves_a_step_as_it_is(kind: str) -> None:
 
 def test_what_cannot_be_recorded_is_named() -> None:
     model, cuda = Model(), torch.device("cuda")
-    adam, adagrad = torch.optim.Adam(model.parameters()), torch.optim.Adagrad(model.parameters())
+    adam, plain = (torch.optim.Adam(model.parameters(), fused=fused) for fused in (True, False))
+    rmsprop, slowing = torch.optim.RMSprop(model.parameters()), torch.optim.Adagrad(model.parameters(), lr_decay=0.1)
     assert "cpu" in capture_problem(model, plain_step, adam, torch.device("cpu"))
     assert capture_problem(model, plain_step, adam, cuda) is None
     assert capture_problem(model, plain_step, torch.optim.SGD(model.parameters()), cuda) is None
-    assert capture_problem(model, plain_step, adagrad, cuda) == "Adagrad counts its steps on the host"
+    assert capture_problem(model, plain_step, torch.optim.Adagrad(model.parameters()), cuda) is None
+    for optimizer in (plain, rmsprop, slowing):
+        assert "counts its steps on the host" in capture_problem(model, plain_step, optimizer, cuda)
     assert "mirror" in capture_problem(model, ProjectedStep(MirrorGradient(adam, rng="replay"), model), adam, cuda)
     model.host_state = "it counts"
     assert capture_problem(model, plain_step, adam, cuda) == "it counts"

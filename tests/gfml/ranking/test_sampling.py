@@ -146,6 +146,25 @@ def test_epoch_lengths():
     assert sparse.users.tolist() == [0, 3]
 
 
+@pytest.mark.parametrize("num_negatives", (0, 1, 3))
+def test_batches_filled_up_have_one_shape_and_the_same_real_rows(num_negatives):
+    """Epochs of different lengths, which without would be recorded anew again and again."""
+    how = {"batch_size": 4, "num_negatives": num_negatives}
+    lasts = set()
+    for epoch in range(6):
+        plain, filled = (list(make_sampler(constant=constant, **how).epoch(epoch)) for constant in (False, True))
+        lasts.add(len(plain[-1]))
+        for wanted, found in zip(plain, filled, strict=True):
+            real = len(wanted)
+            assert len(found) == 4 and found.neg.shape == (4, *wanted.neg.shape[1:]) and wanted.weight is None
+            assert found.weight.tolist() == [1 / real] * real + [0.0] * (4 - real)
+            for name in ("users", "pos", "neg"):
+                ids = getattr(found, name)
+                assert torch.equal(ids[:real], getattr(wanted, name)) and (ids[real:] == ids[0]).all()
+    assert len(lasts) > 1
+    assert [batch.weight for batch in make_sampler(constant=True, batch_size=100).epoch(0)] == [None]
+
+
 def test_interaction_epochs_hold_every_pair_once_in_random_order():
     sampler = make_sampler(scheme="interaction")
     expected = [(user, item) for user in USABLE for item in ROWS[user]]
