@@ -102,6 +102,17 @@ def touched_on_device(gradient: Tensor) -> tuple[Tensor, tuple[int, int]] | None
     return (kept.nodes, (kept.first, kept.last)) if kept and isinstance(kept.nodes, Tensor) else None
 
 
+class Held(NamedTuple):
+    """The gradient of a table of nodes that whoever steps its rows sums up itself, while they are in the cache: for each
+    of ``rows``, those of this batch, its chain (:class:`gfml.kernels.rows.Chains`) in ``out.rows``, times ``scale``."""
+
+    rows: np.ndarray
+    now: int
+    chains: Any
+    out: Any
+    scale: float
+
+
 class Computed(NamedTuple):
     """The loss of a batch, its weighted parts, its derivative by log lambda, and what the backward pass scatters."""
 
@@ -117,6 +128,7 @@ class _RowLoss:
     def __init__(self, encoder: Tables, user: nn.Parameter | None, item: nn.Parameter | None) -> None:
         self.encoder = encoder
         self.gradients = RowGradients(encoder.nodes, user, item, num_users=encoder.num_users)
+        self._held = RowGradients(encoder.nodes, user, item, num_users=encoder.num_users, held=True)
         self._kernel = _kernels()[0]
         self._free: list[Any] = []
 
@@ -124,9 +136,18 @@ class _RowLoss:
         raise NotImplementedError
 
     def scatter(self, out: Any, scale: Tensor) -> None:
-        """Write ``scale`` times the gradients of :meth:`compute` and take their memory back."""
+        """Write ``scale`` times the gradients of :meth:`compute` and take their memory back.
+
+        Of a table that has a ``taken``, the gradient goes there as :class:`Held`, if it has none yet.
+        """
+        nodes, self._free = self.encoder.nodes, [out]
+        taken: dict[Tensor, Held] | None = getattr(nodes, "taken", None)
+        if taken is not None and nodes not in taken and self.gradients.are_new:
+            taken[nodes] = self._held.hold(out, float(scale))
+            return
+        if taken is not None and nodes in taken:
+            self.gradients.settle(taken.pop(nodes))
         self.gradients.write(out, float(scale))
-        self._free = [out]
 
     def _run(self, pairs: Callable[..., None], batch: Triples, recipe: Any, count: int) -> Any:
         """A loop of :mod:`gfml.kernels.pairs` over a batch, ``count`` rows to a pair, shared out among threads."""
@@ -335,18 +356,29 @@ def _refuse(reason: str | None) -> None:
 
 
 class RowGradients:
-    """Writes ``.grad`` of node vectors [U + I, D] and of raw masses [U] and [I], either or both None, row by row."""
+    """Writes ``.grad`` of node vectors [U + I, D] and of raw masses [U] and [I], either or both None, row by row.
+
+    held: of the masses alone; that of the vectors is handed over as :class:`Held`.
+    """
 
     def __init__(
-        self, nodes: nn.Parameter, user: nn.Parameter | None, item: nn.Parameter | None, *, num_users: int
+        self,
+        nodes: nn.Parameter,
+        user: nn.Parameter | None,
+        item: nn.Parameter | None,
+        *,
+        num_users: int,
+        held: bool = False,
     ) -> None:
         self.parameters, self.num_users = (nodes, user, item), num_users
+        self._written = (None if held else nodes, user, item)
         self._kernel = _kernels()[1]
         from gfml.base.compiled import Team  # not before it is needed: it imports numba
 
         self.team = Team()
         self._kept: list[Tensor] = []
         self._old: Any = None
+        self._chains: Any = None
         self._number = 0
 
     def parameter_arrays(self) -> list[np.ndarray]:
@@ -355,36 +387,64 @@ class RowGradients:
 
     def write(self, out: Any, scale: float) -> None:
         """Gradients become ``scale`` times those of ``out``, or grow by them where a parameter has one already."""
-        there = [parameter for parameter in self.parameters if parameter is not None]
-        content = out.places, out.rows, out.masses, scale
-        if any(parameter.grad is not None for parameter in there):
-            for parameter in there:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            arrays = self._arrays([None if p is None else p.grad for p in self.parameters])
-            self._kernel.add_rows(self.num_users, self._kernel.Tables(*arrays), *content)
-            for parameter in there:
-                parameter.grad.kept = None  # type: ignore[union-attr]
-            return
+        if self.are_new:
+            self._set(out, scale)
+        else:
+            self._add(out, scale, self.parameters)
+
+    @property
+    def are_new(self) -> bool:
+        """Whether no parameter has a gradient yet."""
+        return all(parameter is None or parameter.grad is None for parameter in self.parameters)
+
+    def hold(self, out: Any, scale: float) -> Held:
+        """Write the masses' gradients, and tell that of the vectors."""
+        if self._chains is None or len(self._chains.following) != out.places.size:
+            nodes = np.zeros((len(self.parameters[0]), 2), np.int32) if self._chains is None else self._chains.nodes
+            self._chains = self._kernel.Chains(nodes, np.empty(out.places.size, np.int32))
+        return Held(self._set(out, scale), self._number, self._chains, out, scale)
+
+    def settle(self, held: Held) -> None:
+        """A gradient that was held becomes one like others, so that more can be added."""
+        self._add(held.out, held.scale, (self.parameters[0], None, None))
+
+    def _add(self, out: Any, scale: float, parameters: tuple[nn.Parameter | None, ...]) -> None:
+        there = [parameter for parameter in parameters if parameter is not None]
+        for parameter in there:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        arrays = self._arrays([None if p is None else p.grad for p in parameters])
+        self._kernel.add_rows(self.num_users, self._kernel.Tables(*arrays), out.places, out.rows, out.masses, scale)
+        for parameter in there:
+            parameter.grad.kept = None  # type: ignore[union-attr]
+
+    def _set(self, out: Any, scale: float) -> np.ndarray:
+        """Gradients become those of ``out``; the nodes that have one."""
+        there = [parameter for parameter in self._written if parameter is not None]
         parts = threads_for(out.rows.size)
-        self._prepare(parts)
+        self._prepare(there, parts)
         touched = self._kernel.Touched(
             self._stamps, np.empty((parts, out.places.size), np.int64), np.empty(parts, np.int64)
         )
         kept = iter(self._kept)
-        arrays = self._arrays([None if p is None else next(kept) for p in self.parameters])
+        arrays = self._arrays([None if p is None else next(kept) for p in self._written])
         self._number += 1
-        inputs = (self.num_users, self._kernel.Tables(*arrays), *content, self._old, touched, self._number)
-        self.team(lambda part: self._kernel.set_rows(part, *inputs), parts)
+        known = scale, self._old, touched
+        if self._written[0] is None:
+            kernel = self._kernel.chain_rows
+            content = out.places.reshape(-1), out.masses.reshape(-1), *known, self._chains, self._number
+        else:
+            kernel, content = self._kernel.set_rows, (out.places, out.rows, out.masses, *known, self._number)
+        inputs = (self.num_users, self._kernel.Tables(*arrays), *content)
+        self.team(lambda part: kernel(part, *inputs), parts)
         self._old = touched
-        self._hand_over(there, touched)
+        return self._hand_over(there, touched)
 
-    def _prepare(self, parts: int) -> None:
+    def _prepare(self, there: list[nn.Parameter], parts: int) -> None:
         """Kept gradients that are 0 outside the rows of the last batch: made now, or cleared if others wrote to them."""
-        there = [parameter for parameter in self.parameters if parameter is not None]
         known = self._old is not None and len(self._old.counts) == parts
         if known and all(map(_is_known, self._kept)):
             return
-        if not self._kept:
+        if self._old is None:
             # NumPy asks the system for large pages, which reading scattered rows needs; torch does not.
             self._kept = [torch.from_numpy(np.zeros(p.shape, _kind(p))) for p in there]
             self._stamps = np.zeros(len(self.parameters[0]), np.int32)
@@ -394,18 +454,22 @@ class RowGradients:
         nothing = np.empty((parts, 0), np.int64)
         self._old = self._kernel.Touched(self._stamps, nothing, np.zeros(parts, np.int64))
 
-    def _hand_over(self, there: list[nn.Parameter], touched: Any) -> None:
+    def _hand_over(self, there: list[nn.Parameter], touched: Any) -> np.ndarray:
         rows = np.concatenate([row[:count] for row, count in zip(touched.rows, touched.counts, strict=True)])
         whole, users = len(self.parameters[0]), self.num_users
         spans = ((0, whole), (0, users), (users, whole))
-        shown = [span for parameter, span in zip(self.parameters, spans, strict=True) if parameter is not None]
+        shown = [span for parameter, span in zip(self._written, spans, strict=True) if parameter is not None]
         for parameter, gradient, (first, last) in zip(there, self._kept, shown, strict=True):
             gradient.kept = _Kept(rows, first, last, gradient._version)  # type: ignore[attr-defined]
             parameter.grad = gradient
+        return rows
 
     def _arrays(self, tensors: Any) -> list[np.ndarray]:
-        empty = np.empty(0, _kind(self.parameters[0]))
-        return [empty if tensor is None else tensor.detach().numpy() for tensor in tensors]
+        kind = _kind(self.parameters[0])
+        empty = np.empty((0, self.parameters[0].shape[1]), kind), np.empty(0, kind), np.empty(0, kind)
+        return [
+            there if tensor is None else tensor.detach().numpy() for tensor, there in zip(tensors, empty, strict=True)
+        ]
 
 
 def threads_for(coordinates: int) -> int:

@@ -47,8 +47,10 @@ def time_key(times: np.ndarray | None, count: int, rng: np.random.Generator) -> 
     return late
 
 
-def split_per_user(users: np.ndarray, ratios: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """Cut each user's pairs at random.
+def split_per_user(
+    users: np.ndarray, ratios: tuple[float, float, float], rng: np.random.Generator, times: np.ndarray | None = None
+) -> np.ndarray:
+    """Cut each user's pairs at random, or by time: the latest to test, those before to valid, one moment's at random.
 
     Of n >= 3 pairs a part with share r > 0 gets max(1, round(r n)) and train keeps at least one;
     a user with fewer than three pairs stays in train.
@@ -58,22 +60,11 @@ def split_per_user(users: np.ndarray, ratios: tuple[float, float, float], rng: n
     degree = np.bincount(users)
     take_test = _take(degree, test, spare=2 if valid else 1)
     take_valid = np.minimum(_take(degree, valid, spare=1), np.maximum(degree - take_test - 1, 0))
-    place = place_in_groups(users, len(degree), random_key(len(users), rng))
+    if times is None:
+        place = place_in_groups(users, len(degree), random_key(len(users), rng))
+    else:
+        place = _from_the_end(users, degree, times, rng)
     return _held(place, users, take_test, take_valid)
-
-
-def split_user_time(
-    users: np.ndarray, times: np.ndarray, ratios: tuple[float, float, float], rng: np.random.Generator
-) -> np.ndarray:
-    """Cut each user's pairs by time: as many as :func:`split_per_user` takes, the latest to test, those before to valid.
-
-    Pairs of one moment come in a random order. Shape: as there.
-    """
-    _, valid, test = check_ratios(ratios)
-    degree = np.bincount(users)
-    take_test = _take(degree, test, spare=2 if valid else 1)
-    take_valid = np.minimum(_take(degree, valid, spare=1), np.maximum(degree - take_test - 1, 0))
-    return _held(_from_the_end(users, degree, times, rng), users, take_test, take_valid)
 
 
 def _from_the_end(
@@ -176,7 +167,7 @@ def split_labels(split: Split, records: Records) -> np.ndarray:
             todo = "name it with `time_col` (order: the order of the rows) or use another `split`"
             raise UserError(f"a split by time needs a time column and none was found: {todo}")
         if split.kind == "user-time":
-            return split_user_time(users, times, split.ratios, rng)
+            return split_per_user(users, split.ratios, rng, times)
         return (
             split_at_dates(times, records.per_second, split.dates)
             if split.dates

@@ -16,8 +16,9 @@ kernel for LazyAdamW; of others all rows are looked at. States are those of torc
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gfml.base.optim import light
-from gfml.fused import threads_for, touched_on_device, touched_rows
+from gfml.fused import Held, threads_for, touched_on_device, touched_rows
 
 OPTIMIZERS = ("adamw", "lazy_adamw", "adagrad")
 
@@ -34,11 +35,66 @@ OPTIMIZERS = ("adamw", "lazy_adamw", "adagrad")
 def build_optimizer(name: str, groups: Iterable[dict[str, Any]], lr: float) -> Optimizer:
     """One of OPTIMIZERS for parameter groups with their own ``weight_decay``; adamw is torch's fused AdamW."""
     if name == "adamw":
-        return light(torch.optim.AdamW)(groups, lr=lr, fused=True)
+        return DenseAdamW(groups, lr=lr, fused=True)
     return {"lazy_adamw": LazyAdamW, "adagrad": LazyAdagrad}[name](groups, lr=lr)
 
 
-class LazyAdamW(light(torch.optim.AdamW)):
+class _AdamW(light(torch.optim.AdamW)):
+    """An AdamW that can sum the gradients of rows itself: :func:`gfml.engine.train.plain_step` lets it."""
+
+    def __init__(self, *args: Any, **how: Any) -> None:
+        super().__init__(*args, **how)
+        self._rows = _RowSteps()
+
+    @contextlib.contextmanager
+    def taking(self) -> Iterator[None]:
+        """Inside the block fused losses may hand over gradients as :class:`gfml.fused.Held`, for the next step alone."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._rows.taken = {}
+        for parameter in parameters:
+            parameter.taken = self._rows.taken
+        try:
+            yield
+        except BaseException:
+            self._rows.taken = {}
+            raise
+        finally:
+            for parameter in parameters:
+                del parameter.taken
+
+    def _step_taken(self, *, dense: bool) -> None:
+        """Step the tables whose gradients were handed over."""
+        taken, self._rows.taken = self._rows.taken, {}
+        for group in self.param_groups if taken else ():
+            for parameter in group["params"]:
+                if parameter in taken:
+                    moments, numbers = self._now(group, parameter)
+                    self._rows.sum_and_step(taken[parameter], parameter, moments, numbers, dense=dense)
+
+    def _now(self, group: dict[str, Any], parameter: Tensor) -> tuple[list[Tensor], tuple]:
+        """The moments of a parameter and the numbers of its next step, which is counted; see ``adamw_rows``."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = (_zeros_like(parameter) for _ in range(2))
+        steps, (beta1, beta2) = _count(state, parameter), group["betas"]
+        keep, rate = 1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - beta1**steps)
+        numbers = (keep, rate, beta1, beta2, _inverse_root(1 - beta2**steps), group["eps"])
+        return [state["exp_avg"], state["exp_avg_sq"]], numbers
+
+
+class DenseAdamW(_AdamW):
+    """torch's AdamW, also of gradients that were handed over row by row."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; ``closure`` as in torch."""
+        loss = super().step(closure)
+        self._step_taken(dense=True)
+        return loss
+
+
+class LazyAdamW(_AdamW):
     """AdamW at the rows that have a gradient; see the module text. Settings as AdamW's, without amsgrad."""
 
     def __init__(
@@ -50,27 +106,14 @@ class LazyAdamW(light(torch.optim.AdamW)):
         weight_decay: float = 1e-2,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self._rows = _RowSteps()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` as in torch."""
         loss = _evaluated(closure)
         for group, parameter in _with_gradient(self):
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = (_zeros_like(parameter) for _ in range(2))
-            steps, (beta1, beta2) = _count(state, parameter), group["betas"]
-            numbers = (
-                1 - group["lr"] * group["weight_decay"],
-                group["lr"] / (1 - beta1**steps),
-                beta1,
-                beta2,
-                _inverse_root(1 - beta2**steps),
-                group["eps"],
-            )
-            self._rows("adamw_rows", _adamw, parameter, [state["exp_avg"], state["exp_avg_sq"]], numbers)
+            self._rows("adamw_rows", _adamw, parameter, *self._now(group, parameter))
+        self._step_taken(dense=False)
         return loss
 
 
@@ -107,6 +150,27 @@ class _RowSteps:
 
     def __init__(self) -> None:
         self._team: Any = None
+        self.taken: dict[Tensor, Held] = {}
+
+    def sum_and_step(
+        self, held: Held, parameter: Tensor, moments: list[Tensor], numbers: tuple, *, dense: bool
+    ) -> None:
+        """AdamW at the rows of a gradient that was handed over; dense: at all rows of the table."""
+        from gfml.base.compiled import Team
+        from gfml.kernels.rows import adamw_chains
+
+        self._team = self._team or Team()
+        arrays = [t.detach().numpy() for t in (parameter, *moments)]
+        values, number = held.out.rows.reshape(-1, parameter.shape[1]), len(parameter) if dense else len(held.rows)
+        gradient = held.now, held.rows, held.chains, values, held.scale
+        parts = threads_for(number * parameter.shape[1])
+        self._team(
+            lambda part: adamw_chains(
+                number * part // parts, number * (part + 1) // parts, dense, *gradient, *arrays, *numbers
+            ),
+            parts,
+        )
+        torch.autograd.graph.increment_version([parameter, *moments])
 
     def __call__(
         self, rule: str, anywhere: Callable[..., None], parameter: Tensor, states: list[Tensor], numbers: tuple

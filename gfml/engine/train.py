@@ -66,11 +66,13 @@ class Stateful(Protocol):
 def plain_step(closure: Closure, optimizer: torch.optim.Optimizer, *, clip_norm: float | None = None) -> Terms:
     """One ordinary optimizer step; returns the terms of the closure, detached.
 
-    clip_norm: largest L2 norm of the whole gradient, e.g. ``partial(plain_step, clip_norm=1.0)``.
+    clip_norm: largest L2 norm of the whole gradient, e.g. ``partial(plain_step, clip_norm=1.0)``. Without one an optimizer
+    that can sum gradients itself does (:class:`gfml.engine.optimizers.DenseAdamW`): a table's ``.grad`` then stays None.
     """
     optimizer.zero_grad(set_to_none=True)
     terms = closure()
-    terms["loss"].backward()
+    with optimizer.taking() if clip_norm is None and hasattr(optimizer, "taking") else contextlib.nullcontext():
+        terms["loss"].backward()
     # Copies: a term may be a parameter itself, which is about to move.
     values = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in terms.items()}
     if clip_norm is not None:

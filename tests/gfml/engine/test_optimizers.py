@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from gfml import fused
 from gfml.engine import optimizers
 from gfml.engine.optimizers import LazyAdagrad, LazyAdamW, build_optimizer
+from gfml.engine.train import plain_step
 from gfml.fused import FusedPairLoss, touched_rows
 from gfml.gravity import Gravity
 from gfml.mirror import MODES, MirrorGradient
@@ -220,3 +222,61 @@ def test_a_graph_of_the_old_values_is_refused_after_a_step(name: str) -> None:
     build_optimizer(name, [{"params": [parameter], "weight_decay": 0.0}], 0.1).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("name", ("adamw", "lazy_adamw"))
+def test_gradients_handed_over_give_the_same_steps(name: str) -> None:
+    wanted = Problem(name).train(range(10))
+    problem = Problem(name)
+    found = problem.train(range(10), plain_step)
+    assert problem.encoder.nodes.grad is None and problem.gravity.mass.item.grad is not None
+    exact = name != "adamw"  # torch rounds some products together with their sums
+    torch.testing.assert_close(found, wanted, rtol=0 if exact else 1e-12, atol=0 if exact else 1e-12)
+    mixed = Problem(name)  # a step with a gradient, one without
+    for number in range(10):
+        mixed.train([number], plain_step if number % 3 else partial(plain_step, clip_norm=1e9))
+    torch.testing.assert_close([p.detach() for p in mixed.parameters], wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ("adamw", "lazy_adamw"))
+def test_two_losses_of_a_table_are_added_before_the_step(name: str) -> None:
+    found = []
+    for by_hand in (True, False):
+        problem = Problem(name)
+        for number in range(0, 9, 3):
+            several = [problem.closure(number + more) for more in range(3)]
+
+            def total(several=several):
+                return {"loss": sum(one()["loss"] for one in several)}
+
+            if by_hand:
+                problem.optimizer.zero_grad(set_to_none=True)
+                total()["loss"].backward()
+                problem.optimizer.step()
+            else:
+                plain_step(total, problem.optimizer)
+        found.append([p.detach() for p in problem.parameters])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ("adamw", "lazy_adamw"))
+def test_handed_over_gradients_with_any_number_of_threads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "COORDINATES_PER_THREAD", 1)
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            found.append(Problem(name).train(range(8), plain_step))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_gradient_handed_over_on_the_way_to_an_error_is_dropped() -> None:
+    problem = Problem("lazy_adamw")
+    with pytest.raises(ValueError, match="on the way"), problem.optimizer.taking():
+        problem.closure(0)()["loss"].backward()
+        raise ValueError("on the way")
+    before = problem.encoder.nodes.detach().clone()
+    problem.optimizer.step()
+    assert torch.equal(problem.encoder.nodes, before) and not hasattr(problem.encoder.nodes, "taken")
