@@ -34,6 +34,8 @@ class Interning:
 
     def add(self, texts: pa.Array) -> None:
         """The next rows, strings without nulls."""
+        if not len(texts):  # without buffers, perhaps
+            return
         self._waiting.append(texts)
         self._rows += len(texts)
         if self._rows >= MANY:
