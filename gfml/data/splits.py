@@ -358,15 +358,15 @@ def _without_duplicates(records: Records, which: str, *, own_split: bool, file_o
     first = np.concatenate([[True], ~same])
     again = ~first
     again[:-1] |= same  # every row of a repeated pair
-    ordered, kept = _merged(ordered, np.flatnonzero(again), first, which)
+    kept = _merge(ordered, np.flatnonzero(again), first, which)
     if not file_order:
         return ordered.take(first)
     order[first & again] = order[kept]
     return ordered.take(first).take(np.argsort(order[first], kind="stable"))
 
 
-def _merged(records: Records, rows: np.ndarray, first: np.ndarray, which: str) -> tuple[Records, np.ndarray]:
-    """Time and rating that stand for each repeated pair, written to its first row; and the row that they are from.
+def _merge(records: Records, rows: np.ndarray, first: np.ndarray, which: str) -> np.ndarray:
+    """Write the time and rating that stand for each repeated pair to its first row; the rows that they are from.
 
     rows: of the repeated pairs, pair after pair; first: of all rows, whether a pair begins there.
     """
@@ -381,20 +381,11 @@ def _merged(records: Records, rows: np.ndarray, first: np.ndarray, which: str) -
     ends = np.flatnonzero(np.concatenate([pair[1:] != pair[:-1], [True]]))
     starts = np.concatenate([[0], ends[:-1] + 1])
     kept, head = inner[ends if which == "last" else starts], rows[starts]
-    changed: dict[str, np.ndarray] = {}
     if times is not None:
-        changed["times"] = _with(times, head, times[kept])
+        times[head] = times[kept]
     if ratings is not None:
-        changed["ratings"] = _with(
-            ratings, head, np.add.reduceat(ratings[rows], starts) if which == "sum" else ratings[kept]
-        )
-    return replace(records, **changed), kept
-
-
-def _with(column: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    column = column.copy()
-    column[rows] = values
-    return column
+        ratings[head] = np.add.reduceat(ratings[rows], starts) if which == "sum" else ratings[kept]
+    return kept
 
 
 def _cored(records: Records, k: int) -> Records:
@@ -431,13 +422,12 @@ def assemble(
     notes = dict(notes or {})
     if not len(users):
         raise UserError(f"{name} has no interaction at all: check the file and the filters")
-    keys = users.astype(np.int64)
-    keys *= max(shape[1], 1)
-    keys += items
-    if (keys[1:] > keys[:-1]).all():  # in order and each once: no part can hold a pair of another
-        parts = [csr_in_order(users[labels == label], items[labels == label], *shape) for label in range(len(PARTS))]
+    rising = users[1:] > users[:-1]
+    rising |= (users[1:] == users[:-1]) & (items[1:] > items[:-1])
+    if rising.all():  # in order and each once: no part can hold a pair of another
+        parts = [csr_in_order(users[own], items[own], *shape) for own in (labels == part for part in range(len(PARTS)))]
     else:
-        parts = _disjoint(keys, labels, shape, notes)
+        parts = _disjoint(users.astype(np.int64) * max(shape[1], 1) + items, labels, shape, notes)
     if parts[TRAIN].nnz == 0:
         raise UserError(f"{name} has no training interaction: check the split, `split_ratios` and the filters")
     data = Interactions(name, *parts, user_ids=user_ids, item_ids=item_ids, notes=notes)
