@@ -59,6 +59,11 @@ def why_no_fused_hinge(encoder: Tables, options: MetricOptions, features: ItemFe
     return _why_not_rows(encoder)
 
 
+def path_text(found: object) -> str:
+    """Whence the gradients come, in words: from a loss of this module, or from autograd for the reason that ``found`` is."""
+    return f"gradients by {f'autograd: {found}' if isinstance(found, str) else 'formula, row by row'}"
+
+
 def _why_not_rows(encoder: Tables) -> str | None:
     if type(encoder) is not Tables:
         return "vectors come from a graph"
@@ -420,7 +425,8 @@ class RowGradients:
     def _set(self, out: Any, scale: float) -> np.ndarray:
         """Gradients become those of ``out``; the nodes that have one."""
         there = [parameter for parameter in self._written if parameter is not None]
-        parts = threads_for(out.rows.size)
+        # Chains are told in a tenth of a millisecond: as long as it takes to ask another thread.
+        parts = threads_for(out.rows.size) if self._written[0] is not None else 1
         self._prepare(there, parts)
         touched = self._kernel.Touched(
             self._stamps, np.empty((parts, out.places.size), np.int64), np.empty(parts, np.int64)
