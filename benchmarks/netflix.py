@@ -190,6 +190,7 @@ def page(stored: dict[str, Any]) -> str:
     grown = [f"{stage} {cost[stage, sizes[-1]] / cost[stage, sizes[0]]:.2f}" for stage in dict.fromkeys(row["stage"] for row in rows)
              if {(stage, sizes[0]), (stage, sizes[-1])} <= cost.keys()]  # fmt: skip
     machine = f"{about['threads']} thread, {about['cpus']} processors ({about['machine']}), torch {about['torch']}"
+    machine += f". {about['note']}" if "note" in about else ""
     return (
         f"# As large as Netflix\n\n{' '.join(__doc__.split(chr(10) * 2)[2].split())}\n\n{table(rows)}\n\n"
         f"Cost of an interaction at {sizes[-1]:,} over that at {sizes[0]:,}: {', '.join(grown)}. {machine}.\n"

@@ -6,7 +6,8 @@
 Values and gradients are those of :func:`gfml.losses.pair_loss` on :class:`gfml.ranking.encoders.Tables`, up to rounding.
 The backward pass writes ``.grad`` of the tables itself: a dense tensor that is kept between batches, of which only the
 rows of a batch are written and cleared; see :func:`touched_rows`. So, as with ``zero_grad(set_to_none=False)``, whoever
-wants a gradient after the next backward pass takes a copy. ``torch.autograd.grad`` does not see it.
+wants a gradient after the next backward pass takes a copy. ``torch.autograd.grad`` does not see it. Where an optimizer
+sums the rows itself (:class:`Held`), as the AdamWs of :mod:`gfml.engine.optimizers` do in a plain step, there is none.
 
 Sums are taken in the order of the batch whatever the number of threads (:mod:`gfml.kernels`). The first use after an
 installation compiles for some seconds.

@@ -38,8 +38,8 @@ SCHEMES = ("user", "interaction", "per_user")
 NEGATIVES = ("uniform", "popularity", "train-items")
 NEGATIVES_PER_DRAW = 1 << 21
 LOOKUPS_PER_BLOCK = 1 << 16
-# A key and its share of the hashed bitmap.
-BYTES_OF_A_PAIR = 12
+# A key and its share of the hashed bitmap; while they are built, twice as much is taken.
+BYTES_OF_A_PAIR = 16
 # After so many rejections in a row a slot is filled from the list of all free items.
 ROUNDS = 64
 # Entries of a block of weights, float64.
