@@ -9,6 +9,7 @@ Reads what the run stored and trains nothing. Titles and genres are those the ru
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import sys
@@ -23,16 +24,15 @@ import numpy as np
 
 from cml_baseline.ann import read_arrays
 from gfml.base.errors import UserError
-from gfml.base.files import atomic_open
+from gfml.base.files import write_csv
 from gfml.data.items import by_title
 from gfml.program.cli import number, run_main
-from gfml.report.page import COLORS, GREYS, Cell, Page, legend_below, panels, styled
+from gfml.report.page import COLORS, GREYS, Cell, Page, label_points, legend_below, panels, styled
 from gfml.report.ranking_page import build_parser, write_report
 from gfml.report.sections import slug
 from gfml.report.stored import StoredRun
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from gfml.data.interactions import Interactions
@@ -91,12 +91,10 @@ class Items:
 def write_items(run: Path, data: Interactions, info: ItemInfo | None) -> None:
     """``items.csv``: id, title, genres and train interactions of every item, in the order of the vectors."""
     names = range(data.num_items) if data.item_ids is None else data.item_ids.tolist()
-    with atomic_open(run / "items.csv", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["item", "title", "genres", "train"])
-        for row, name in enumerate(names):
-            title, genres = (info.titles[row], "|".join(info.genres[row])) if info else ("", "")
-            writer.writerow([name, title, genres, data.item_popularity[row]])
+    told = zip(info.titles, map("|".join, info.genres), strict=True) if info else itertools.repeat(("", ""))
+    cells = zip(names, told, data.item_popularity.tolist(), strict=False)
+    write_csv(run / "items.csv", [{"item": name, "title": title, "genres": genres, "train": count}
+                                  for name, (title, genres), count in cells])  # fmt: skip
 
 
 # -- items
@@ -220,6 +218,8 @@ def project(vectors: np.ndarray, projection: str, seed: int) -> tuple[np.ndarray
 
 @styled
 def _draw_map(items: Items, shown: np.ndarray, plane: np.ndarray, chosen: Sequence[int]) -> Figure:
+    from matplotlib.patheffects import withStroke
+
     figure, axes = panels(1, 1, height=7.0)
     axis = axes[0, 0]
     counted = Counter(genre for item in shown for genre in items.genres[item])
@@ -239,23 +239,12 @@ def _draw_map(items: Items, shown: np.ndarray, plane: np.ndarray, chosen: Sequen
         figure.colorbar(dots, ax=axis, label="train interactions", fraction=0.03)
     axis.set_axis_off()
     place = {item: row for row, item in enumerate(shown.tolist())}
-    _name_points(axis, np.array([plane[place[item]] for item in chosen]), [items.titles[item] for item in chosen])
+    x, y = np.array([plane[place[item]] for item in chosen]).T
+    axis.scatter(x, y, s=70, facecolors="none", edgecolors="#343942", linewidths=1.4)
+    readable = [withStroke(linewidth=3, foreground="white")]
+    titles = [items.titles[item] for item in chosen]
+    label_points(axis, x, y, titles, "#343942", fontweight="bold", path_effects=readable)
     return figure
-
-
-def _name_points(axis: Axes, points: np.ndarray, titles: Sequence[str]) -> None:
-    """A ring and a title at each point [n, 2], readable over dots; a title that would cover an earlier one stays away."""
-    from matplotlib.patheffects import withStroke
-
-    axis.scatter(*points.T, s=70, facecolors="none", edgecolors="#343942", linewidths=1.4)
-    axis.figure.draw_without_rendering()
-    taken: list[tuple[float, float, float]] = []
-    for point, (left, y), title in zip(points, axis.transData.transform(points), titles, strict=True):
-        width = 6.5 * len(title)
-        if all(abs(y - other_y) > 15 or left > other + wide or other > left + width for other, other_y, wide in taken):
-            taken.append((left, y, width))
-            axis.annotate(title, point, xytext=(7, 5), textcoords="offset points", color="#343942", fontsize=9, fontweight="bold",
-                          path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
 
 
 def _neighbours(page: Page, items: Items, chosen: Sequence[int], name: str) -> None:

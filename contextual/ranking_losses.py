@@ -113,58 +113,49 @@ def _sigmoid(exponent: Tensor) -> Tensor:
 
 
 class _APLoss(SimilarityLoss):
-    """1 - mean AP of a batch of embeddings [B, D] with labels [B], as a pytorch-metric-learning loss."""
+    """1 - mean AP of a batch of embeddings [B, D] with labels [B], as a pytorch-metric-learning loss.
+
+    average_precision(sim [B, B], labels [B], **settings) -> [B] is the subclass's.
+    """
+
+    average_precision: Callable[..., Tensor]
+
+    def __init__(self, settings: dict[str, float | bool | None], **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.settings = settings
 
     def of_similarities(self, sim: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(sim.device.type, enabled=False):
-            return 1 - self.average_precision(sim, labels).mean()
-
-    def average_precision(self, sim: Tensor, labels: Tensor) -> Tensor:
-        """AP of every query [B], from similarities [B, B] and labels [B]: what a subclass defines."""
-        raise NotImplementedError
+            return 1 - self.average_precision(sim, labels, **self.settings).mean()
 
 
 class SmoothAPLoss(_APLoss):
     """1 - mean :func:`smooth_ap`. Unlike the library's class of that name right for any batch."""
 
+    average_precision = staticmethod(smooth_ap)
+
     def __init__(self, temperature: float = 0.01, **kwargs: object) -> None:
-        super().__init__(**kwargs)
         if temperature <= 0:
             raise ValueError(f"found temperature {temperature}, wanted above 0")
-        self.temperature = temperature
-
-    def average_precision(self, sim: Tensor, labels: Tensor) -> Tensor:
-        return smooth_ap(sim, labels, temperature=self.temperature)
+        super().__init__({"temperature": temperature}, **kwargs)
 
 
 class SupAPLoss(_APLoss):
-    """1 - mean :func:`sup_ap`."""
+    """1 - mean :func:`sup_ap`, whose settings it takes."""
 
-    def __init__(
-        self,
-        temperature: float = 0.01,
-        rho: float = 100.0,
-        offset: float | None = 1.44,
-        delta: float = 0.05,
-        compat: bool = False,
-        **kwargs: object,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.settings = {"temperature": temperature, "rho": rho, "offset": offset, "delta": delta, "compat": compat}
+    average_precision = staticmethod(sup_ap)
 
-    def average_precision(self, sim: Tensor, labels: Tensor) -> Tensor:
-        return sup_ap(sim, labels, **self.settings)
+    def __init__(self, **settings: float | bool | None) -> None:
+        super().__init__(settings)
 
 
 class SoftBinAPLoss(_APLoss):
     """1 - mean :func:`softbin_ap`."""
 
-    def __init__(self, bins: int = 20, **kwargs: object) -> None:
-        super().__init__(**kwargs)
-        self.bins = bins
+    average_precision = staticmethod(softbin_ap)
 
-    def average_precision(self, sim: Tensor, labels: Tensor) -> Tensor:
-        return softbin_ap(sim, labels, bins=self.bins)
+    def __init__(self, bins: int = 20, **kwargs: object) -> None:
+        super().__init__({"bins": bins}, **kwargs)
 
 
 class CalibratedAPLoss(SimilarityLoss):

@@ -61,7 +61,8 @@ def _by_node(nodes: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _dots(queries: Tensor, vectors: Tensor, indptr: Tensor, nodes: Tensor, rows: Tensor) -> Tensor:
-    if vectors.device.type != "cpu":
+    # A compiled loss has no sparse tensors, and gathers without keeping what it gathered.
+    if vectors.device.type != "cpu" or torch.compiler.is_compiling():
         return (queries[rows] * vectors[nodes]).sum(1)
     if len(nodes) > len(queries) * len(vectors):
         # More places than cells: the whole product is smaller, and the library's pattern cannot hold them.

@@ -84,24 +84,27 @@ def checked_features(table: np.ndarray, num_items: int, name: str) -> np.ndarray
 
 def read_item_map(folder: Path, num_items: int) -> np.ndarray | None:
     """The source's id of every item, str [I] ("unmapped-7" where the map has none); None without a map."""
-    for name, (number, source) in ITEM_MAPS.items():
-        path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-        if path is not None:
-            return _mapped(path, number, source, num_items)
-    return None
-
-
-def _mapped(path: Path, number: str, source: str, num_items: int) -> np.ndarray:
-    rows, ids = _map_rows(path, number, source)
+    found = _map_rows(folder)
+    if found is None:
+        return None
     names = [f"unmapped-{row}" for row in range(num_items)]
-    for row, name in zip(rows, ids, strict=True):
+    for row, name in zip(*found, strict=True):
         if row < num_items:
             names[row] = name or names[row]
     return np.array(names)
 
 
-def _map_rows(path: Path, number: str, source: str) -> tuple[list[int], list[str]]:
-    """Row numbers of a map and the source's ids."""
+def _map_rows(folder: Path) -> tuple[list[int], list[str]] | None:
+    """Row numbers of the folder's map and the source's ids; None without a map."""
+    there = (
+        (path, *columns)
+        for name, columns in ITEM_MAPS.items()
+        for path in (folder / name, folder / f"{name}.gz")
+        if path.is_file()
+    )
+    path, number, source = next(there, (None, "", ""))
+    if path is None:
+        return None
     table = open_table(path, wanted=(number, source))
     if not {number, source} <= set(table.names):
         raise UserError(f"{path} lacks the columns {number} and {source}, found {', '.join(table.names)}: mend the map")
@@ -114,11 +117,8 @@ def _map_rows(path: Path, number: str, source: str) -> tuple[list[int], list[str
 
 def rows_in_map(folder: Path) -> int | None:
     """How many items the folder's map numbers; None without a map."""
-    for name, (number, source) in ITEM_MAPS.items():
-        path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-        if path is not None:
-            return max(_map_rows(path, number, source)[0], default=-1) + 1
-    return None
+    found = _map_rows(folder)
+    return None if found is None else max(found[0], default=-1) + 1
 
 
 def shared_items(train: sp.csr_array, limit: int = NEIGHBOURS, block: int = 1024) -> sp.csr_array:

@@ -2,15 +2,16 @@
 
     python scripts/bench.py recsys [--data-root DIR] [--only NAME ...] [--json FILE]
     python scripts/bench.py mcl [--data-root DIR] [--json FILE]
-    python scripts/bench.py contextual [--sizes 128 256 512] [--device cuda] [--json FILE]
+    python scripts/bench.py contextual [--sizes 128 256 512] [--json FILE]
     python scripts/bench.py mirror [--data baby] [--models BPR FREEDOM ...] [--data-root DIR] [--json FILE]
     python scripts/bench.py data [--sizes 1000000 10000000] [--json FILE]
-    python scripts/bench.py vision [--batch N] [--device DEVICE] [--only attention model] [--json FILE]
+    python scripts/bench.py vision [--batch N] [--only attention model] [--json FILE]
 
 Every row times ours and something to hold it against in the same run: the library operations it cannot do without
 (a floor) or the plain loop it replaces (kept in ``tests/*/reference_*.py``). CPU seconds are user + system of
 the process over all threads; each figure is the smallest of several runs after a warm-up. Absolute numbers belong
-to the machine named in the heading; ratios travel.
+to the machine named in the heading; ratios travel. Epochs of matrix factorisation and growth with the data are timed by
+``benchmarks/mf.py`` and ``benchmarks/netflix.py``, everything on a GPU by ``scripts/gpu_check.py``.
 """
 
 from __future__ import annotations
@@ -62,34 +63,15 @@ def measure(call: Callable[[], object], *, runs: int = 5, warm_up: int = 1) -> t
     return min(cpu for cpu, _ in times), min(wall for _, wall in times)
 
 
-def measure_in_turn(
-    calls: dict[str, Callable[[], object]], device: str = "cpu", *, runs: int = 5
-) -> dict[str, tuple[float, float]]:
-    """CPU and wall seconds of several calls that take turns, so that a busy machine slows all alike.
-
-    The smallest of ``runs`` after a warm-up. On a GPU both are the median of the device's own seconds.
-    """
-    import torch
-
+def measure_in_turn(calls: dict[str, Callable[[], object]], *, runs: int = 5) -> dict[str, tuple[float, float]]:
+    """CPU and wall seconds of several calls that take turns, so that a busy machine slows all alike: the smallest of
+    ``runs`` after a warm-up."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for turn in range(runs + (1 if device == "cpu" else 5)):
+    for turn in range(runs + 1):
         for name, call in calls.items():
-            if device == "cpu":
-                cpu, wall = time.process_time(), time.perf_counter()
-                call()
-                seconds = (time.process_time() - cpu, time.perf_counter() - wall)
-            else:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                call()
-                end.record()
-                end.synchronize()
-                seconds = (start.elapsed_time(end) / 1000,) * 2
-            if turn >= (1 if device == "cpu" else 5):
-                times[name].append(seconds)
-    if device == "cpu":
-        return {name: tuple(min(column) for column in zip(*rows, strict=True)) for name, rows in times.items()}
-    return {name: (sorted(rows)[len(rows) // 2][0],) * 2 for name, rows in times.items()}
+            found = measure(call, runs=1, warm_up=0)
+            times[name] += [found] if turn else []
+    return {name: tuple(min(column) for column in zip(*rows, strict=True)) for name, rows in times.items()}
 
 
 def reference(name: str, folder: str = "gfml/ranking") -> ModuleType:
@@ -193,31 +175,6 @@ def bench_evaluation(data: Any) -> Iterable[Row]:
     yield Row("full evaluation, top 20", cpu, wall, "Python loop", slow * data.num_users / len(few), "")
 
 
-def bench_mf_epoch(data: Any) -> Iterable[Row]:
-    """One epoch of matrix factorisation, sampling included, for every loss."""
-    import torch
-
-    from gfml.engine.train import plain_step
-    from gfml.gravity import Gravity
-    from gfml.losses import LOSS_MODES
-    from gfml.ranking.encoders import Tables
-    from gfml.ranking.sampling import TripleSampler
-    from recsys.model import Recommender
-
-    for loss in LOSS_MODES[:-1]:
-        torch.manual_seed(0)
-        model = Recommender(Tables(data.num_users, data.num_items, 64), Gravity(data.num_users, data.num_items), loss)
-        optimizer = torch.optim.AdamW(model.parameter_groups(0.01, False), lr=1e-3, fused=True)
-        sampler = TripleSampler(data.train, batch_size=2048, seed=0)
-
-        def epoch() -> None:
-            for batch in sampler.epoch(1):
-                plain_step(lambda: model.loss(batch), optimizer)
-
-        cpu, wall = measure(epoch, runs=2)
-        yield Row(f"MF epoch, {loss}", cpu, wall, "", 0.0, "<= 5 s")
-
-
 def bench_gravity_scoring(data: Any) -> Iterable[Row]:
     """Ranking by gravity against ranking by the dot product; l1 against torch.cdist over the same blocks."""
     import torch
@@ -245,82 +202,6 @@ def bench_gravity_scoring(data: Any) -> Iterable[Row]:
     cpu, wall = measure(lambda: distance.all_pairs(user[few], item), runs=2)
     other, _ = measure(lambda: torch.cdist(user[few], item, p=1), runs=2)
     yield Row(f"gravity l1 scores of {len(few)} users", cpu, wall, "torch.cdist p=1", other, "<= 1.2 x")
-
-
-# Runs a program and prints its own peak: what a parent is told of its children counts the parent's size too.
-PEAK = """
-import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as end:
-    assert not end.code, end.code
-print("peak KiB", open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-"""
-
-
-def bench_memory(name: str, data_root: str | None) -> Iterable[Row]:
-    """Peak resident memory of a whole training program (one epoch and both evaluations), in a process of its own."""
-    for model in ("mf", "lgn"):
-        flags = ["--dataset", name, "--model", model, "--epochs", "1", "--baselines", "none", "--report", "0"]
-        flags += ["--no-progress", *(["--data-root", data_root] if data_root else [])]
-        with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, "-c", PEAK, str(ROOT / "recsys" / "main.py"), *flags, "--out", out]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peak = int(done.stdout.rpartition("peak KiB ")[2]) / 1024
-        print(f"peak memory of {model} on {name}: {peak:,.0f} MiB (bar 2,048 MiB)", flush=True)
-    return []
-
-
-def bench_scaling(sizes: Iterable[int], num_users: int = 20_000, num_items: int = 10_000) -> Iterable[Row]:
-    """Cost per interaction as the data grows a hundredfold over the same users and items.
-
-    Sampling and an epoch should grow with the interactions, evaluation not at all. An epoch is timed on at most 300
-    of its steps; the tables, and so the optimizer's share of a step, are the same at every size.
-    """
-    import torch
-
-    from gfml.data.synthetic import generate
-    from gfml.engine.train import plain_step
-    from gfml.gravity import Gravity, GravityScorer
-    from gfml.ranking.encoders import Tables
-    from gfml.ranking.evaluation import evaluate
-    from gfml.ranking.sampling import TripleSampler
-    from recsys.model import Recommender
-
-    smallest: dict[str, float] = {}
-    for size in sizes:
-        data = generate(num_users, num_items, size, seed=0)
-        torch.manual_seed(0)
-        sampler = TripleSampler(data.train, batch_size=2048, seed=0)
-        gravity = Gravity(num_users, num_items)
-        model = Recommender(Tables(num_users, num_items, 64), gravity, "gravity")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        batches = [batch for batch, _ in zip(sampler.epoch(1), range(300), strict=False)]
-
-        def some_steps() -> None:
-            for batch in batches:
-                plain_step(lambda: model.loss(batch), optimizer)
-
-        scorer = GravityScorer(gravity, *(part.detach() for part in model.encoder.vectors()))
-        # Epochs differ, as in training: a repeated one would be read from the cache where the data are small.
-        epochs = itertools.count(1)
-        figures = {
-            "sampling, per triple": (lambda: [None for _ in sampler.epoch(next(epochs))], data.train.nnz),
-            "MF epoch, per triple": (some_steps, sum(map(len, batches))),
-            "evaluation, all users and items": (lambda: evaluate(scorer, data, "test", [20]), 1),
-        }
-        for what, (call, units) in figures.items():
-            cpu, wall = measure(call, runs=3)
-            smallest.setdefault(what, cpu / units)
-            yield Row(
-                f"{what}; {size:,} interactions",
-                cpu,
-                wall,
-                "smallest size, scaled",
-                smallest[what] * units,
-                "<= 1.15 x",
-            )
 
 
 def bench_mcl(data: Any) -> Iterable[Row]:
@@ -488,10 +369,10 @@ def bench_multimodal(name: str, model: str, data_root: str | None, steps: int = 
     return row, peak
 
 
-def bench_attention(batch: int, device: str) -> Iterable[Row]:
+def bench_attention(batch: int) -> Iterable[Row]:
     """Forward and backward of one attention layer at the published sizes: 65 tokens, 12 heads, width 384, lambda 3.
 
-    Against the same layer with dot heads alone, which is torch's fused attention. On a GPU under bfloat16 autocast.
+    Against the same layer with dot heads alone, which is torch's fused attention.
     """
     import torch
 
@@ -516,22 +397,14 @@ def bench_attention(batch: int, device: str) -> Iterable[Row]:
     layers |= {name: GravityAttention(*sizes, each) for name, each in settings.items()}
     for kind, p in (("l2", 2.0), ("l1", 1.0)):
         layers[f"cdist and autograd, {kind}"] = plain.PlainGravityAttention(*sizes, lamb, p)
-    x, grad = (torch.randn(batch, 65, 384, device=device) for _ in range(2))
+    x, grad = (torch.randn(batch, 65, 384) for _ in range(2))
     x.requires_grad_()
 
-    def steps(layer: torch.nn.Module) -> Callable[[], None]:
-        layer.to(device)
+    def step(layer: torch.nn.Module) -> None:
+        layer.zero_grad()
+        layer(x).backward(grad)
 
-        def step() -> None:
-            layer.zero_grad()
-            with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-                out = layer(x)
-            out.backward(grad.to(out.dtype))
-
-        return step
-
-    calls = {name: steps(layer) for name, layer in layers.items()}
-    times = measure_in_turn(calls, device, runs=5 if device == "cpu" else 50)
+    times = measure_in_turn({name: functools.partial(step, layer) for name, layer in layers.items()})
     base, *others = times
     for name in others:
         bar = "" if name.startswith("cdist") or "explicit" in name else "<= 1.5 x"
@@ -541,7 +414,7 @@ def bench_attention(batch: int, device: str) -> Iterable[Row]:
         yield Row(f"attention layer, gravity {kind}", *ours, other, times[other][0], "")
 
 
-def bench_vision_model(batch: int, device: str) -> Iterable[Row]:
+def bench_vision_model(batch: int) -> Iterable[Row]:
     """Training step of the published model (7 layers, width 384) with gravity in its layers against plain ``vit``."""
     import torch
     import torch.nn.functional as F
@@ -554,30 +427,28 @@ def bench_vision_model(batch: int, device: str) -> Iterable[Row]:
     cases = {f"vit_gra {place}": (place, {}) for place in ("full", "full_fix", "head", "tail")}
     cases |= {"vit_gra full, normal mix": ("full", {"mix": "normal"})}
     cases |= {f"vit_gra {place}, split 6 blended": (place, split) for place in ("full", "tail")}
-    images, labels = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
+    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
 
     def steps(name: str, place: str = "full", options: dict[str, Any] | None = None) -> Callable[[], None]:
         torch.manual_seed(0)
         settings = AttentionSettings(3.0, **(options or {}))
-        model = build_model(name, num_classes=10, vit=ViTSettings(mass_pos=place), attention=settings).to(device)
+        model = build_model(name, num_classes=10, vit=ViTSettings(mass_pos=place), attention=settings)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
         def step() -> None:
             optimizer.zero_grad()
-            with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
+            F.cross_entropy(model(images), labels).backward()
             optimizer.step()
 
         return step
 
     calls = {"vit": steps("vit")} | {name: steps("vit_gra", *case) for name, case in cases.items()}
-    times = measure_in_turn(calls, device, runs=3 if device == "cpu" else 50)
+    times = measure_in_turn(calls, runs=3)
     for name in cases:
         yield Row(f"training step of {batch}, {name}", *times[name], "vit", times["vit"][0], "<= 1.5 x")
 
 
-def bench_contextual(batch: int, device: str, repeats: int) -> Iterable[Row]:
+def bench_contextual(batch: int, repeats: int) -> Iterable[Row]:
     """Value and gradient by the similarities: closed form against autograd, in turn. Peak memory is printed.
 
     Batches of four pictures per class, 512-d: classes apart (neighbourhoods of 4), no classes (of 10 to 14), and one
@@ -588,8 +459,8 @@ def bench_contextual(batch: int, device: str, repeats: int) -> Iterable[Row]:
     from contextual.losses import Weights, cosine_similarities, hybrid
 
     torch.manual_seed(0)
-    labels = torch.arange(batch, device=device) // 4
-    centres, noise = torch.randn(batch // 4, 512, device=device)[labels], torch.randn(batch, 512, device=device)
+    labels = torch.arange(batch) // 4
+    centres, noise = torch.randn(batch // 4, 512)[labels], torch.randn(batch, 512)
     kinds = {"classes apart": centres + 0.7 * noise, "no classes": noise, "one point": centres[:1] + 0.01 * noise}
     for losses, weights in {"contextual": Weights(1, 0, 0), "hybrid": Weights(0.4, 0.5, 0.1)}.items():
         for kind, rows in kinds.items():
@@ -602,30 +473,19 @@ def bench_contextual(batch: int, device: str, repeats: int) -> Iterable[Row]:
                 for _ in range(repeats):
                     once(backend)
 
-            times = measure_in_turn(
-                {name: functools.partial(many, name) for name in ("fused", "reference")}, device, runs=7
-            )
+            times = measure_in_turn({name: functools.partial(many, name) for name in ("fused", "reference")}, runs=7)
             work = f"{losses} loss, B {batch}, {kind}"
-            peak, other = (peak_memory(functools.partial(once, name), device) for name in ("fused", "reference"))
+            peak, other = (peak_memory(functools.partial(once, name)) for name in ("fused", "reference"))
             found = f"{peak / 2**20:.2f} MiB against {other / 2**20:.2f}, ratio {peak / other:.3f}"
             print(f"peak memory of {work}: {found}{' (bar 0.2)' if kind == 'classes apart' else ''}", flush=True)
             bar = "<= 0.2 x" if kind == "classes apart" else ""
             yield Row(f"{repeats} x {work}", *times["fused"], "autograd", times["reference"][0], bar)
 
 
-def peak_memory(call: Callable[[], object], device: str) -> int:
-    """Largest number of bytes that tensors made by a call hold at a time, after a first call.
-
-    On the CPU from the allocations torch's profiler records, those inside operators included.
-    """
-    import torch
-
+def peak_memory(call: Callable[[], object]) -> int:
+    """Largest number of bytes that tensors made by a call hold at a time, after a first call: from the allocations that
+    torch's profiler records, those inside operators included."""
     call()
-    if device != "cpu":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
     return max(_peak_on_cpu(call) for _ in range(3))  # the profiler loses an event now and then
 
 
@@ -656,15 +516,11 @@ def recsys(arguments: argparse.Namespace) -> list[Row]:
     from gfml.data.options import load_dataset
 
     big = load_dataset(arguments.big, data_root=arguments.data_root)
-    small = load_dataset(arguments.small, data_root=arguments.data_root)
     parts = {
         "sampling": lambda: bench_sampling(big),
         "lightgcn": lambda: bench_lightgcn_step(big),
         "evaluation": lambda: bench_evaluation(big),
-        "mf": lambda: bench_mf_epoch(small),
         "scoring": lambda: bench_gravity_scoring(big),
-        "memory": lambda: bench_memory(arguments.big, arguments.data_root),
-        "scaling": lambda: bench_scaling(arguments.sizes or (100_000, 1_000_000, 10_000_000)),
     }
     rows = []
     for name in arguments.only or parts:
@@ -724,26 +580,16 @@ def _mirror_elsewhere(model: str, arguments: argparse.Namespace) -> list[Row]:
 
 
 def vision(arguments: argparse.Namespace) -> list[Row]:
-    """Attention layer and whole model; on a GPU the columns are the device's seconds."""
-    import torch
-
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = (arguments.batch,) * 2 if arguments.batch else (64, 16) if device == "cpu" else (128, 128)
-    if device != "cpu":
-        print(f"{torch.cuda.get_device_name()}: every column is seconds on the device, medians of 50\n")
-    parts = {"attention": bench_attention, "model": bench_vision_model}
-    chosen = [(part, size) for (name, part), size in zip(parts.items(), sizes, strict=True)
-              if name in (arguments.only or parts)]  # fmt: skip
-    return [row for part, size in chosen for row in part(size, device)]
+    """Attention layer and whole model."""
+    parts = {"attention": (bench_attention, 64), "model": (bench_vision_model, 16)}
+    chosen = [parts[name] for name in arguments.only or parts]
+    return [row for part, size in chosen for row in part(arguments.batch or size)]
 
 
 def contextual(arguments: argparse.Namespace) -> list[Row]:
-    """Batch sizes of the published runs; --sizes for others. On a GPU the columns are the device's seconds."""
-    import torch
-
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Batch sizes of the published runs; --sizes for others."""
     sizes = arguments.sizes or (128, 256, 512)
-    return [row for batch in sizes for row in bench_contextual(batch, device, repeats=max(1, 2560 // batch))]
+    return [row for batch in sizes for row in bench_contextual(batch, repeats=max(1, 2560 // batch))]
 
 
 def data(arguments: argparse.Namespace) -> list[Row]:
@@ -774,25 +620,13 @@ def main(argv: list[str] | None = None) -> int:
         "family", choices=("recsys", "mcl", "cml", "mirror", "vision", "contextual", "data"), help="what to time"
     )
     parser.add_argument("--data-root", help="where the data sets lie")
-    parser.add_argument("--big", default="gowalla", help="data set of the graph, evaluation and memory rows")
-    parser.add_argument("--small", default="ml1m", help="data set of the MF rows")
+    parser.add_argument("--big", default="gowalla", help="data set of the recsys rows")
     parser.add_argument("--data", default="baby", help="data set of the mirror rows")
     parser.add_argument("--models", nargs="+", help="models of the mirror rows; default all that are trained")
-    parser.add_argument(
-        "--sizes",
-        type=int,
-        nargs="+",
-        help="interactions of generated data (default 100,000 to 10 million); batches of contextual",
-    )
-    parser.add_argument(
-        "--batch", type=int, help="images of a vision step; default 64 for a layer, 16 for a model, 128 on a GPU"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="of the vision and contextual rows; default cuda where there is one"
-    )
+    parser.add_argument("--sizes", type=int, nargs="+", help="rows of the data table; batches of contextual")
+    parser.add_argument("--batch", type=int, help="images of a vision step; default 64 for a layer, 16 for a model")
     parser.add_argument("--only", nargs="+", help="parts of the family",
-                        choices=("sampling", "lightgcn", "evaluation", "mf", "scoring", "memory", "scaling",
-                                 "attention", "model"))  # fmt: skip
+                        choices=("sampling", "lightgcn", "evaluation", "scoring", "attention", "model"))  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

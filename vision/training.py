@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from gfml.base.errors import UserError
 from gfml.engine import distributed
-from gfml.engine.capture import graph_key, replayed
 from gfml.engine.train import Closure, Step, Terms
 from gfml.longtail import class_loss, deferred_weights
+from gfml.program.steps import OuterStep
 from vision.data import Batch
 from vision.settings import VisionSettings
 
@@ -108,11 +108,12 @@ class Schedule:
         return self.least + 0.5 * (self.lr - self.least) * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-class ScheduledStep:
+class ScheduledStep(OuterStep):
     """Another step with the learning rate of a :class:`Schedule`; it counts the steps and reports the rate as "lr"."""
 
     def __init__(self, inner: Step, schedule: Schedule) -> None:
-        self.inner, self.schedule, self.count = inner, schedule, 0
+        super().__init__(inner)
+        self.schedule, self.count = schedule, 0
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the rate of the next step; a recording's tensors are filled by :mod:`gfml.engine.capture`."""
@@ -126,31 +127,16 @@ class ScheduledStep:
         self.count += 1
         return {**self.inner(closure, optimizer), "lr": optimizer.param_groups[0]["lr"]}
 
-    @property
-    def host_state(self) -> str:
-        """That of the inner step."""
-        return getattr(self.inner, "host_state", "")
-
-    def graph_key(self) -> Hashable:
-        """That of the inner step: the rate is read from the optimizer."""
-        return graph_key(self.inner)
-
     def replayed(self) -> None:
         """Count a call that was replayed."""
         self.count += 1
-        replayed(self.inner)
-
-    def new_epoch(self) -> None:
-        """Pass the start of an epoch on."""
-        if hasattr(self.inner, "new_epoch"):
-            self.inner.new_epoch()
+        super().replayed()
 
     def state_dict(self) -> dict[str, Any]:
         """The count, and the inner step's state if it has one."""
-        return {"count": self.count, "inner": self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}}
+        return {"count": self.count, "inner": super().state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put :meth:`state_dict` back."""
         self.count = state["count"]
-        if state["inner"]:
-            self.inner.load_state_dict(state["inner"])
+        super().load_state_dict(state["inner"])

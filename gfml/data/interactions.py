@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -31,22 +30,20 @@ def pair_order(users: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.nda
     from gfml.kernels.orders import order_pairs
 
     degree = np.bincount(users)
-    pairs = np.empty(len(users), dtype=np.int64)
-    order_pairs(users.astype(np.int32, copy=False), items.astype(np.int32, copy=False), _starts(degree), pairs)
-    ordered = pairs.view(np.int32).reshape(-1, 2)
-    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
-    by_user = np.repeat(np.arange(len(degree), dtype=np.int32), degree)
-    return np.ascontiguousarray(ordered[:, low]), by_user, np.ascontiguousarray(ordered[:, high])
+    order, by_user, by_item = (np.empty(len(users), dtype=np.int32) for _ in range(3))
+    small = (side.astype(np.int32, copy=False) for side in (users, items))
+    order_pairs(*small, _starts(degree), order, by_user, by_item)
+    return order, by_user, by_item
 
 
 def place_in_groups(groups: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """Position 0, 1, ... of each row within its group by ascending ``key``, equal keys by row; int [N]."""
     starts = _starts(np.bincount(groups, minlength=size))
-    if MANY <= len(groups) < 2**31:
+    if MANY <= len(groups) < 2**31 and (groups[1:] >= groups[:-1]).all():
         from gfml.kernels.orders import rank_rows
 
         place = np.empty(len(groups), dtype=np.int32)
-        rank_rows(groups.astype(np.int32, copy=False), key, starts, place)
+        rank_rows(key, starts, place)
         return place
     place, order = np.empty(len(groups), dtype=np.int64), np.lexsort((key, groups))
     place[order] = np.arange(len(groups)) - starts[groups[order]]

@@ -11,9 +11,9 @@ from gfml.data.interactions import MANY
 
 
 class Coded(NamedTuple):
-    """codes int32 [n] into texts, which are distinct and in the order of their first appearance."""
+    """codes int32, chunk by chunk, into texts, which are distinct and in the order of their first appearance."""
 
-    codes: np.ndarray
+    codes: list[np.ndarray]
     texts: pa.Array
 
 
@@ -34,6 +34,8 @@ class Interning:
 
     def add(self, texts: pa.Array) -> None:
         """The next rows, strings without nulls."""
+        if not len(texts):  # without buffers, perhaps
+            return
         self._waiting.append(texts)
         self._rows += len(texts)
         if self._rows >= MANY:
@@ -45,12 +47,12 @@ class Interning:
         """The codes of all rows and the distinct texts."""
         if self._waiting or not self._codes:
             encoded = pa.chunked_array(self._waiting, pa.string()).combine_chunks().dictionary_encode()
-            return Coded(encoded.indices.to_numpy(), encoded.dictionary)
+            return Coded([encoded.indices.to_numpy()], encoded.dictionary)
         ends = self._ends[: self._known + 1]
         texts = pa.LargeStringArray.from_buffers(
             self._known, pa.py_buffer(ends), pa.py_buffer(self._content[: ends[-1]])
         )
-        return Coded(np.concatenate(self._codes), texts.cast(pa.string()))
+        return Coded(self._codes, texts.cast(pa.string()))
 
     def _look_up(self, texts: pa.Array) -> None:
         from gfml.kernels.texts import grow, hashes, look_up

@@ -109,6 +109,12 @@ def read_item_features(
         raise UserError(
             f"{path} knows none of the {data.num_items} items of {data.name} (its ids begin {some}): check `features`"
         )
+    gone, bare = int((rows < 0).sum()), int((~known).sum())
+    if gone or bare:
+        logger.warning(
+            "note: %s: %s of %s rows are of items that %s does not have, ignored; %s of its %s items have no row, all zeros",
+            path.name, f"{gone:,}", f"{len(rows):,}", data.name, f"{bare:,}", f"{data.num_items:,}",
+        )  # fmt: skip
     return FeatureTable(np.concatenate(parts, 1), known, place)
 
 

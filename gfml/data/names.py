@@ -33,7 +33,8 @@ def encode(table: Table, column: str, cells: pa.ChunkedArray | Coded) -> Ids:
     if pa.types.is_string(names.type):
         bad = np.flatnonzero(_any(pc.equal(pc.utf8_trim_whitespace(names), ""), pc.match_substring(names, "\0")))
         if len(bad):
-            raise table.error(int(np.flatnonzero(np.isin(codes, bad))[0]), names[int(bad[0])].as_py(), wanted)
+            row = int(np.flatnonzero(np.isin(np.concatenate(codes), bad))[0])
+            raise table.error(row, names[int(bad[0])].as_py(), wanted)
         codes, names = _without_shared_blank(table, column, codes, names)
     return _sorted(codes, names)
 
@@ -47,7 +48,7 @@ def _coded(table: Table, column: str, cells: pa.ChunkedArray, wanted: str) -> Co
         cells = _whole(table, column, cells)
     if pa.types.is_integer(cells.type):
         encoded = cells.combine_chunks().dictionary_encode()
-        return Coded(encoded.indices.to_numpy(), encoded.dictionary)
+        return Coded([encoded.indices.to_numpy()], encoded.dictionary)
     try:
         cells = as_strings(cells)
     except pa.ArrowInvalid:
@@ -72,25 +73,26 @@ def _whole(table: Table, column: str, cells: pa.ChunkedArray) -> pa.ChunkedArray
     return pa.chunked_array([pa.array(values.astype(np.int64))])
 
 
-def _without_shared_blank(table: Table, column: str, codes: np.ndarray, names: pa.Array) -> tuple[np.ndarray, pa.Array]:
+def _without_shared_blank(table: Table, column: str, codes: list[np.ndarray], names: pa.Array) -> Coded:
     """A blank before every name belongs to the separator (``a, b``); other blanks belong to their names."""
     if pc.all(pc.starts_with(names, " ")).as_py():
         table.notes[f"column {column}"] = "the blank before every name is taken for the separator's"
         again = pc.utf8_ltrim_whitespace(names).dictionary_encode()
-        return again.indices.to_numpy()[codes], again.dictionary
+        return Coded([again.indices.to_numpy()[part] for part in codes], again.dictionary)
     around = int(pc.sum(pc.not_equal(pc.utf8_trim_whitespace(names), names)).as_py() or 0)
     if around:
         table.notes[f"column {column}"] = f"{around:,} names begin or end with a blank, kept as they are"
-    return codes, names
+    return Coded(codes, names)
 
 
-def _sorted(codes: np.ndarray, names: pa.Array) -> Ids:
+def _sorted(codes: list[np.ndarray], names: pa.Array) -> Ids:
     plain = _numbers(names)
     names = names.cast(pa.string()) if plain is None and not pa.types.is_string(names.type) else names
     order = np.argsort(plain) if plain is not None else np.asarray(pc.array_sort_indices(names)).astype(np.int64)
     rank = np.empty(len(order), dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
-    return Ids(rank[codes], plain[order] if plain is not None else _as_numpy(names.take(pa.array(order))))
+    ranked = np.concatenate([rank[part] for part in codes])
+    return Ids(ranked, plain[order] if plain is not None else _as_numpy(names.take(pa.array(order))))
 
 
 def _as_numpy(names: pa.Array) -> np.ndarray:
@@ -120,14 +122,14 @@ def from_values(values: Any) -> Ids:
         array = np.char.decode(array, "utf-8")
     texts = pa.array(array.tolist() if array.dtype.kind in "iu" else [str(value) for value in array.tolist()])
     encoded = texts.cast(pa.string()).dictionary_encode()
-    return _sorted(encoded.indices.to_numpy(), encoded.dictionary)
+    return _sorted([encoded.indices.to_numpy()], encoded.dictionary)
 
 
 def merge(parts: Sequence[Ids]) -> tuple[list[np.ndarray], np.ndarray]:
     """Codes of several columns into their common names, and these."""
     texts = pa.concat_arrays([spelled(part.names) for part in parts])
     encoded = texts.dictionary_encode()
-    joined = _sorted(encoded.indices.to_numpy(), encoded.dictionary)
+    joined = _sorted([encoded.indices.to_numpy()], encoded.dictionary)
     ends = np.cumsum([len(part.names) for part in parts])[:-1]
     return [place[part.codes] for place, part in zip(np.split(joined.codes, ends), parts, strict=True)], joined.names
 

@@ -47,8 +47,10 @@ def time_key(times: np.ndarray | None, count: int, rng: np.random.Generator) -> 
     return late
 
 
-def split_per_user(users: np.ndarray, ratios: tuple[float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """Cut each user's pairs at random.
+def split_per_user(
+    users: np.ndarray, ratios: tuple[float, float, float], rng: np.random.Generator, times: np.ndarray | None = None
+) -> np.ndarray:
+    """Cut each user's pairs at random, or by time: the latest to test, those before to valid, one moment's at random.
 
     Of n >= 3 pairs a part with share r > 0 gets max(1, round(r n)) and train keeps at least one;
     a user with fewer than three pairs stays in train.
@@ -58,22 +60,11 @@ def split_per_user(users: np.ndarray, ratios: tuple[float, float, float], rng: n
     degree = np.bincount(users)
     take_test = _take(degree, test, spare=2 if valid else 1)
     take_valid = np.minimum(_take(degree, valid, spare=1), np.maximum(degree - take_test - 1, 0))
-    place = place_in_groups(users, len(degree), random_key(len(users), rng))
+    if times is None:
+        place = place_in_groups(users, len(degree), random_key(len(users), rng))
+    else:
+        place = _from_the_end(users, degree, times, rng)
     return _held(place, users, take_test, take_valid)
-
-
-def split_user_time(
-    users: np.ndarray, times: np.ndarray, ratios: tuple[float, float, float], rng: np.random.Generator
-) -> np.ndarray:
-    """Cut each user's pairs by time: as many as :func:`split_per_user` takes, the latest to test, those before to valid.
-
-    Pairs of one moment come in a random order. Shape: as there.
-    """
-    _, valid, test = check_ratios(ratios)
-    degree = np.bincount(users)
-    take_test = _take(degree, test, spare=2 if valid else 1)
-    take_valid = np.minimum(_take(degree, valid, spare=1), np.maximum(degree - take_test - 1, 0))
-    return _held(_from_the_end(users, degree, times, rng), users, take_test, take_valid)
 
 
 def _from_the_end(
@@ -176,7 +167,7 @@ def split_labels(split: Split, records: Records) -> np.ndarray:
             todo = "name it with `time_col` (order: the order of the rows) or use another `split`"
             raise UserError(f"a split by time needs a time column and none was found: {todo}")
         if split.kind == "user-time":
-            return split_user_time(users, times, split.ratios, rng)
+            return split_per_user(users, split.ratios, rng, times)
         return (
             split_at_dates(times, records.per_second, split.dates)
             if split.dates
@@ -367,15 +358,15 @@ def _without_duplicates(records: Records, which: str, *, own_split: bool, file_o
     first = np.concatenate([[True], ~same])
     again = ~first
     again[:-1] |= same  # every row of a repeated pair
-    ordered, kept = _merged(ordered, np.flatnonzero(again), first, which)
+    kept = _merge(ordered, np.flatnonzero(again), first, which)
     if not file_order:
         return ordered.take(first)
     order[first & again] = order[kept]
     return ordered.take(first).take(np.argsort(order[first], kind="stable"))
 
 
-def _merged(records: Records, rows: np.ndarray, first: np.ndarray, which: str) -> tuple[Records, np.ndarray]:
-    """Time and rating that stand for each repeated pair, written to its first row; and the row that they are from.
+def _merge(records: Records, rows: np.ndarray, first: np.ndarray, which: str) -> np.ndarray:
+    """Write the time and rating that stand for each repeated pair to its first row; the rows that they are from.
 
     rows: of the repeated pairs, pair after pair; first: of all rows, whether a pair begins there.
     """
@@ -390,20 +381,11 @@ def _merged(records: Records, rows: np.ndarray, first: np.ndarray, which: str) -
     ends = np.flatnonzero(np.concatenate([pair[1:] != pair[:-1], [True]]))
     starts = np.concatenate([[0], ends[:-1] + 1])
     kept, head = inner[ends if which == "last" else starts], rows[starts]
-    changed: dict[str, np.ndarray] = {}
     if times is not None:
-        changed["times"] = _with(times, head, times[kept])
+        times[head] = times[kept]
     if ratings is not None:
-        changed["ratings"] = _with(
-            ratings, head, np.add.reduceat(ratings[rows], starts) if which == "sum" else ratings[kept]
-        )
-    return replace(records, **changed), kept
-
-
-def _with(column: np.ndarray, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
-    column = column.copy()
-    column[rows] = values
-    return column
+        ratings[head] = np.add.reduceat(ratings[rows], starts) if which == "sum" else ratings[kept]
+    return kept
 
 
 def _cored(records: Records, k: int) -> Records:
@@ -440,13 +422,12 @@ def assemble(
     notes = dict(notes or {})
     if not len(users):
         raise UserError(f"{name} has no interaction at all: check the file and the filters")
-    keys = users.astype(np.int64)
-    keys *= max(shape[1], 1)
-    keys += items
-    if (keys[1:] > keys[:-1]).all():  # in order and each once: no part can hold a pair of another
-        parts = [csr_in_order(users[labels == label], items[labels == label], *shape) for label in range(len(PARTS))]
+    rising = users[1:] > users[:-1]
+    rising |= (users[1:] == users[:-1]) & (items[1:] > items[:-1])
+    if rising.all():  # in order and each once: no part can hold a pair of another
+        parts = [csr_in_order(users[own], items[own], *shape) for own in (labels == part for part in range(len(PARTS)))]
     else:
-        parts = _disjoint(keys, labels, shape, notes)
+        parts = _disjoint(users.astype(np.int64) * max(shape[1], 1) + items, labels, shape, notes)
     if parts[TRAIN].nnz == 0:
         raise UserError(f"{name} has no training interaction: check the split, `split_ratios` and the filters")
     data = Interactions(name, *parts, user_ids=user_ids, item_ids=item_ids, notes=notes)

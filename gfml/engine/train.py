@@ -562,44 +562,30 @@ class _Stepper:
     ) -> None:
         if cuda_graph not in CAPTURE_MODES:
             raise choice_error("cuda_graph", cuda_graph, CAPTURE_MODES)
-        self.model, self.step = model, step
         device = next(model.parameters()).device
-        self._context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=amp)
-        self._parts = optimizer, loss_fn
+        context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=amp)
         problem = problem or ("several processes share each batch" if distributed.world_size() > 1 else "")
         problem = problem or capture_problem(model, step, optimizer, device) or ""
         if cuda_graph == "1" and problem:
             raise UserError(f"found `cuda_graph 1`, but {problem}: give `cuda_graph auto or 0`")
-        self._capture = None
-        if cuda_graph != "0" and not problem:
-            self._capture = StepCapture(
-                model, optimizer, step, loss_fn, around=self._context, required=cuda_graph == "1"
-            )
-        self._problem = problem if cuda_graph == "auto" and device.type == "cuda" else ""
+        self._capture = StepCapture(model, optimizer, step, loss_fn, around=context, required=cuda_graph == "1")
+        self._capture.reason = problem or ("`cuda_graph 0`" if cuda_graph == "0" else "")
+        self._said = cuda_graph == "0" or device.type != "cuda"  # where nobody would expect recordings
 
     def new_epoch(self) -> None:
         """What the step counts by epoch; recordings of a model that changes its tensors then end."""
-        if hasattr(self.step, "new_epoch"):
-            self.step.new_epoch()
-        if self._capture is not None and hasattr(self.model, "new_epoch"):
+        if hasattr(self._capture.step, "new_epoch"):
+            self._capture.step.new_epoch()
+        if hasattr(self._capture.model, "new_epoch"):
             self._capture.forget()
 
     def __call__(self, batch: Any) -> Terms:
-        if self._capture is not None:
-            return self._capture(batch)
-        optimizer, loss_fn = self._parts
-
-        def closure() -> Terms:
-            with self._context():
-                return loss_fn(batch)
-
-        return self.step(closure, optimizer)
+        return self._capture(batch)
 
     def why_not(self) -> str:
         """Why steps are not recorded, once; empty where they are, and where nobody would expect it."""
-        text, self._problem = self._problem or (self._capture.reason if self._capture else ""), ""
-        if self._capture is not None and text:
-            self._capture = None
+        text = "" if self._said else self._capture.reason
+        self._said = self._said or bool(text)
         return text
 
 

@@ -67,8 +67,8 @@ class Parser(argparse.ArgumentParser):
         self._exact: set[str] = set()
         self._origin: dict[str, str] = {}
         super().__init__(*args, exit_on_error=False, **kwargs)
-        # The standard pattern takes -1e-3 for a flag.
-        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^-inf$")
+        # The standard pattern takes -1e-3 and the list -5,-7 for flags.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(,.*)?$|^-inf$")
 
     def one_spelling(self, *flags: str) -> None:
         """Accept these flags only as written: no automatic second spelling with ``-`` or ``_``."""
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         try:
             options, unknown = super().parse_known_args(tokens, Options())
         except argparse.ArgumentError as error:
-            self.error(f"{error}{self._where(error, own)}")
+            self.error(f"{error}{self._where(error, own)}{self._dashed(error, tokens)}")
         if unknown:
             self._unknown(unknown)
         options.explicit = frozenset(self._dests(tokens))
@@ -151,6 +151,15 @@ class Parser(argparse.ArgumentParser):
             return ""
         action = self._option_string_actions[flags[0]]
         return f" (set in {path}{' and on the command line' if action.dest in self._dests(own) else ''})"
+
+    @staticmethod
+    def _dashed(error: argparse.ArgumentError, tokens: list[str]) -> str:
+        """How to give a value that was taken for a flag."""
+        flags = (error.argument_name or "").split("/")
+        place = next((place for place, token in enumerate(tokens[:-1]) if token in flags), None)
+        if place is None or not re.match("-[^-]", tokens[place + 1]) or "expected" not in str(error):
+            return ""
+        return f"; a value that begins with - is written {tokens[place]}={tokens[place + 1]}"
 
     # -- TOML files
 

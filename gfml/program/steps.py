@@ -83,24 +83,19 @@ def shared_loss(loss_fn: Callable[[Triples], Terms], world: World, *, reduction:
     return compute
 
 
-class ProjectedStep:
-    """Another step, then ``model.project()``, which pulls rows back into a ball. Its state is the inner step's."""
+class OuterStep:
+    """A step around another one: what a subclass leaves open is the inner step's."""
 
-    def __init__(self, inner: Step, model: HasProject) -> None:
-        self.inner, self.model = inner, model
-
-    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
-        terms = self.inner(closure, optimizer)
-        self.model.project()
-        return terms
+    def __init__(self, inner: Step) -> None:
+        self.inner = inner
 
     @property
     def host_state(self) -> str:
-        """That of the inner step."""
+        """What cannot be recorded (:mod:`gfml.engine.capture`), if anything."""
         return getattr(self.inner, "host_state", "")
 
     def graph_key(self) -> Hashable:
-        """That of the inner step: the projection is always the same."""
+        """What the next call does."""
         return graph_key(self.inner)
 
     def replayed(self) -> None:
@@ -120,3 +115,16 @@ class ProjectedStep:
         """Put :meth:`state_dict` back."""
         if state:
             self.inner.load_state_dict(state)
+
+
+class ProjectedStep(OuterStep):
+    """Another step, then ``model.project()``, which pulls rows back into a ball."""
+
+    def __init__(self, inner: Step, model: HasProject) -> None:
+        super().__init__(inner)
+        self.model = model
+
+    def __call__(self, closure: Closure, optimizer: torch.optim.Optimizer) -> Terms:
+        terms = self.inner(closure, optimizer)
+        self.model.project()
+        return terms

@@ -84,16 +84,13 @@ def search_space(run: Loaded) -> tuple[np.ndarray, np.ndarray]:
     Keys u . v become squared distances by v' = [v, sqrt(M - |v|^2)], u' = [u, 0], M the largest |v|^2. UserError where
     the ranking is no dot product.
     """
-    import torch
+    from gfml.program.export import augmented
 
     factors = run.experiment.scorer(run.model, "test").factors()
     if factors is None:
         raise UserError(f"the ranking of {run.path} is no dot product of keys, so no index can hold it")
-    user, item = (part.detach().float().cpu() for part in factors)
-    sq_norm = item.square().sum(1)
-    more = (sq_norm.max() - sq_norm).clamp_min(0).sqrt()[:, None]
-    joined = torch.cat([user, torch.zeros_like(user[:, :1])], 1), torch.cat([item, more], 1)
-    return joined[0].numpy(), joined[1].numpy()
+    user, item = (part.detach().float().cpu().numpy() for part in factors)
+    return augmented(user, item)
 
 
 def _parquet(folder: Path, sides: dict[str, dict[str, np.ndarray]]) -> list[Path]:

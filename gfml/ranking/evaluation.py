@@ -184,20 +184,3 @@ def check_cutoffs(ks: Sequence[int]) -> tuple[int, ...]:
     if not found or found[0] < 1:
         raise ValueError(f"cut-offs must be positive integers, at least one, not {list(ks)}")
     return found
-
-
-@torch.no_grad()
-def mean_item_scores(
-    scorer: Scorer, users: np.ndarray, *, memory_mb: float = 256, device: torch.device | str = "cpu"
-) -> np.ndarray:
-    """Mean of score() for every item over ``users``, float64 [I].
-
-    Not from factors(): a ranking key is only some increasing image of the score.
-    """
-    if len(users) == 0:
-        raise ValueError("a mean over users needs at least one user")
-    ids = torch.as_tensor(users, dtype=torch.int64, device=device)
-    rows = rows_per_block(len(ids), scorer.num_items, memory_mb)
-    with full_precision():
-        total = sum(scorer.score(chunk).sum(dim=0, dtype=torch.float64) for chunk in ids.split(rows))
-    return (total / len(users)).cpu().numpy()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 TWO_QUESTIONS = (
-    "The interval is of the mean difference; Wilcoxon's test asks whether more users gain than lose, by rank. They ask different "
+    "The interval is of the mean difference; Wilcoxon's test asks whether more gain than lose, by rank. They ask different "
     "things, so one may be sure where the other is not."
 )
 
@@ -203,7 +203,7 @@ HEAD = (
     "Holm",
     "dz",
     "rank-biserial",
-    "better/same/worse",
+    "higher/same/lower",
 )
 
 
@@ -229,7 +229,7 @@ def store(
 ) -> None:
     """Write the CSV, the JSON, the plot and the page."""
     write_csv(out / "comparison.csv", rows)
-    how = {"interval": "95 % percentile bootstrap of the mean over users", "resamples": resamples, "test": "two-sided Wilcoxon signed-rank",
+    how = {"interval": f"95 % percentile bootstrap of the mean over {runs[0].unit}s", "resamples": resamples, "test": "two-sided Wilcoxon signed-rank",
            "correction": f"Holm over {len(rows)} tests"}  # fmt: skip
     write_json(
         out / "comparison.json",

@@ -451,20 +451,21 @@ def scatter_with_trend(axis: Axes, x: np.ndarray, y: np.ndarray, color: str, *, 
 
 
 def label_points(
-    axis: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str], colors: str | Sequence[str]
+    axis: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str], colors: str | Sequence[str], **how: Any
 ) -> None:
-    """Texts beside points, where there is room: one that would cover an earlier one is left out.
+    """Texts beside points, where there is room: one that would cover an earlier one is left out. how: of the text.
 
     Call when everything else is drawn: limits and layout must be final.
     """
     axis.figure.draw_without_rendering()
     colors = [colors] * len(texts) if isinstance(colors, str) else colors
     pixels = axis.transData.transform(np.column_stack([x, y]))
-    taken: list[np.ndarray] = []
-    for place, value, text, color, pixel in zip(x, y, texts, colors, pixels, strict=True):
-        if not np.isfinite(pixel).all() or any(
-            abs(pixel[0] - other[0]) < 50 and abs(pixel[1] - other[1]) < 16 for other in taken
-        ):
-            continue
-        taken.append(pixel)
-        axis.annotate(text, (place, value), xytext=(7, 5), textcoords="offset points", color=color, fontsize=9)
+    taken: list[tuple[float, float, float]] = []
+    for place, value, text, color, (left, height) in zip(x, y, texts, colors, pixels, strict=True):
+        width = 6.5 * len(text)
+        clear = all(abs(height - h) > 15 or left > at + wide or at > left + width for at, h, wide in taken)
+        if clear and np.isfinite(left + height):
+            taken.append((left, height, width))
+            axis.annotate(
+                text, (place, value), xytext=(7, 5), textcoords="offset points", color=color, fontsize=9, **how
+            )

@@ -233,16 +233,6 @@ def list_names(data: Interactions, users: np.ndarray) -> dict[str, np.ndarray]:
     return {name: ids for name, ids in named.items() if ids is not None}
 
 
-def markdown_table(rows: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
-    """The same as a Markdown table."""
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [
-        "| " + " | ".join([name, *(_figure(row.get(column)) for column in columns)]) + " |"
-        for name, row in rows.items()
-    ]
-    return "\n".join(lines)
-
-
 def _figure(value: float | None) -> str:
     if value is None:
         return "-"

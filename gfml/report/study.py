@@ -20,6 +20,9 @@ from gfml.base.files import atomic_open, write_json
 from gfml.report.results_table import PAIRED, paired_markdown, paired_name, rows_of_runs, store_rows, stored_rows
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from gfml.metrics.compare import Friedman
     from gfml.report.reproduce import Known
 
 Row = dict[str, str]
@@ -64,12 +67,17 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known], out: Pa
         points = {key: _points(path, gammas, out, data_root) for key, path in done.items()}
         _store_frontiers(folder, name, points, {row["method"] for row in rows if row["n"]})
     store_rows(folder, name, rows, FIRST)
-    pairs = list(dict.fromkeys((one.cell.label, other) for one in known for other in one.cell.against))
+    pairs: dict[tuple[str, str], None] = {}
+    for one in known:
+        # Two rows of one entry that both name each other are compared once.
+        pairs |= {(one.cell.label, other): None for other in one.cell.against if (other, one.cell.label) not in pairs}
     if pairs:
-        tests = paired_rows(pairs, done, table["main"], stored_rows(folder, paired_name(name)))
+        tests = paired_rows(list(pairs), done, table["main"], stored_rows(folder, paired_name(name)))
         store_rows(folder, paired_name(name), tests, PAIRED)
     if gammas:
         _draw(folder, name)
+    if table.get("main"):
+        _draw_ranks(folder, name, rows, table["main"][0])
     write_page(folder, name, table)
 
 
@@ -237,9 +245,11 @@ def block(folder: Path, name: str, table: Mapping[str, Any]) -> str:
     if (folder / "results" / f"{name}.png").exists():
         parts.append(f"![frontiers](results/{name}.png)")
         parts.append(_area_tests(folder, name, table))
-    parts.append(_across(rows, table["main"][0]) if table.get("main") else "")
+    parts.append(_across(rows, table["main"][0], name) if table.get("main") else "")
     if paired := stored_rows(folder, paired_name(name)):
-        parts.append(f"### Paired tests at gamma 0\n\n{paired_markdown(paired)}")
+        parts.append(
+            f"### Paired tests{' at gamma 0' if table['search'].get('gammas') else ''}\n\n{paired_markdown(paired)}"
+        )
     return "\n\n".join(filter(None, parts))
 
 
@@ -347,34 +357,91 @@ def _area_tests(folder: Path, name: str, table: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _across(rows: Sequence[Row], metric: str) -> str:
-    """Friedman's test over the data sets that all of the compared methods have."""
+def _ranked(rows: Sequence[Row], metric: str) -> tuple[int, list[str], Friedman] | None:
+    """Number of data sets, the methods that all of them have, best first, and Friedman's test of these in that order."""
     import numpy as np
 
     from gfml.metrics.compare import friedman
+
+    by_data = [{_method(row): float(row[metric]) for row in own if row.get(metric)} for own in _by_data(rows).values()]
+    by_data = [own for own in by_data if own]
+    methods = [method for method in next(iter(by_data), {}) if all(method in own for own in by_data)]
+    if len(by_data) < 2 or len(methods) < 3:
+        return None
+    found = friedman(np.array([[own[method] for method in methods] for own in by_data]))
+    order = np.argsort(found.ranks, kind="stable")
+    return len(by_data), [methods[place] for place in order], found._replace(ranks=found.ranks[order])
+
+
+def _across(rows: Sequence[Row], metric: str, name: str) -> str:
+    """Friedman's test over the data sets that all of the compared methods have."""
     from gfml.report.page import p_value
 
-    by_data = {
-        data: {_method(row): float(row[metric]) for row in own if row.get(metric)}
-        for data, own in _by_data(rows).items()
-    }
-    by_data = {data: own for data, own in by_data.items() if own}
-    methods = [method for method in next(iter(by_data.values()), {}) if all(method in own for own in by_data.values())]
-    if len(by_data) < 2 or len(methods) < 3:
+    if (ranked := _ranked(rows, metric)) is None:
         return ""
-    found = friedman(np.array([[own[method] for method in methods] for own in by_data.values()]))
-    order = sorted(zip(found.ranks.tolist(), methods, strict=True))
-    ranks = ", ".join(f"{method} {rank:.2f}" for rank, method in order)
+    number, methods, found = ranked
+    order = ", ".join(f"{method} {rank:.2f}" for rank, method in zip(found.ranks.tolist(), methods, strict=True))
     return (
-        f"### Over {len(by_data)} data sets\n\nMean ranks by {metric}, 1 the best: {ranks}. Friedman's test: p {p_value(found.pvalue)}; two methods"
-        f" differ where their ranks do by {found.cd:.2f} or more (Nemenyi, level .05)."
+        f"### Over {number} data sets\n\nMean ranks by {metric} of the methods that all have, 1 the best: {order}. Friedman's test:"
+        f" p {p_value(found.pvalue)}; two methods differ where their ranks do by {found.cd:.2f} or more (Nemenyi, level .05); bars join those"
+        f" that do not.\n\n![mean ranks](results/{name}-ranks.png)"
     )
+
+
+def _draw_ranks(folder: Path, name: str, rows: Sequence[Row], metric: str) -> None:
+    """The critical-difference picture: methods at their mean ranks, bars over those that do not differ."""
+    from gfml.report.page import png, styled
+
+    if (ranked := _ranked(rows, metric)) is None:
+        return
+    picture = png(styled(rank_figure)(ranked[1], ranked[2].ranks.tolist(), ranked[2].cd), 100)
+    with atomic_open(folder / "results" / f"{name}-ranks.png", "wb") as stream:
+        stream.write(picture)
+
+
+def cliques(ranks: Sequence[float], cd: float) -> list[tuple[int, int]]:
+    """First and last place of every largest group of neighbours, in ascending ``ranks``, that differ by less than ``cd``."""
+    found: list[tuple[int, int]] = []
+    for first, low in enumerate(ranks):
+        last = max(place for place, rank in enumerate(ranks) if rank - low < cd or place == first)
+        if last > first and (not found or last > found[-1][1]):
+            found.append((first, last))
+    return found
+
+
+def rank_figure(methods: Sequence[str], ranks: Sequence[float], cd: float) -> Figure:
+    """A critical-difference diagram (Demsar, JMLR 2006). methods, ranks: best first."""
+    from gfml.report.page import COLORS, TEXT, panels
+
+    groups = cliques(ranks, cd)
+    half = -(-len(methods) // 2)
+    figure, axes = panels(1, 1, height=1.6 + 0.24 * half + 0.12 * len(groups))
+    axis = axes.flat[0]
+    top, below = 0.0, -0.5 - 0.35 * len(groups)
+    low, high = 1.0, float(len(methods))
+    axis.plot([low, high], [top, top], color=TEXT, linewidth=1)
+    for rank in range(1, len(methods) + 1):
+        axis.plot([rank, rank], [top, top + 0.12], color=TEXT, linewidth=1)
+        axis.text(rank, top + 0.2, str(rank), ha="center", va="bottom")
+    for place, (method, rank) in enumerate(zip(methods, ranks, strict=True)):
+        left = place < half
+        height = below - 0.6 * (place if left else len(methods) - 1 - place)
+        edge = low - 0.1 if left else high + 0.1
+        axis.plot([rank, rank, edge], [top, height, height], color=TEXT, linewidth=0.8)
+        axis.text(edge, height, f" {method}  {rank:.2f} ", ha="right" if left else "left", va="center", color=TEXT)
+    for number, (first, last) in enumerate(groups):
+        height = top - 0.35 - 0.35 * number
+        axis.plot([ranks[first] - 0.04, ranks[last] + 0.04], [height, height], color=COLORS[0], linewidth=4)
+    axis.plot([low, min(low + cd, high)], [top + 1.1, top + 1.1], color=COLORS[1], linewidth=2)
+    axis.text(low, top + 1.2, f"critical difference {cd:.2f}", ha="left", va="bottom", color=COLORS[1])
+    room = 0.45 * (high - low) + 0.5
+    axis.set(xlim=(low - room, high + room), ylim=(below - 0.6 * half, top + 1.9))
+    axis.axis("off")
+    return figure
 
 
 def _draw(folder: Path, name: str) -> None:
     """A panel per data set: head against tail recall on test, a curve per method, a ring where nothing is damped."""
-    from matplotlib.figure import Figure
-
     from gfml.report.page import COLORS, GREYS, legend_below, panels, png, styled
 
     by_data = _by_data(row for row in stored_rows(folder, f"{name}-frontier") if row["split"] == "test")

@@ -56,8 +56,9 @@ class _ProjectRows(torch.autograd.Function):
     def forward(ctx: Any, table: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(table, weight, rows)
         output = table.new_empty(len(rows), len(weight))
-        # oneDNN uses the widest vector units of any CPU; the library behind torch.mm does not on all.
-        one_dnn = table.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+        # oneDNN uses the widest vector units of any CPU; the library behind torch.mm does not on all. Its tensors cannot be compiled.
+        plain = torch.compiler.is_compiling() or table.dtype != torch.float32
+        one_dnn = not plain and torch.backends.mkldnn.is_available()
         factor = weight.to_mkldnn() if one_dnn else weight
         for part, block in _blocks(table, rows):
             output[part] = F.linear(block.to_mkldnn(), factor).to_dense() if one_dnn else F.linear(block, factor)

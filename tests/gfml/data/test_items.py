@@ -48,10 +48,16 @@ def test_rows_without_ids_are_the_items_in_order(tmp_path):
             assert np.array_equal(table.values, rows) and table.known.all()
 
 
-def test_ids_may_be_words(tmp_path):
+def test_ids_may_be_words(tmp_path, caplog):
     file = save(tmp_path / "f.npz", id=np.array(["b", "x", "a"]), v=np.eye(3))
-    table = read_item_features(file, data_of(np.array(["a", "b", "c"])))
-    assert table.values.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0]]
+    table = read_item_features(file, data_of(np.array(["a", "b", "c", "d"])))
+    assert table.values.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    said = (
+        "note: f.npz: 1 of 3 rows are of items that toy does not have, ignored; 2 of its 4 items have no row, all zeros"
+    )
+    assert caplog.messages == [said]
+    read_item_features(save(tmp_path / "all.npz", id=IDS, v=np.eye(4)), data_of())
+    assert caplog.messages == [said]
 
 
 def test_columns_of_text_tables(tmp_path):

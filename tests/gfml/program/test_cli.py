@@ -153,6 +153,16 @@ def test_negative_numbers_are_values():
     assert parse("--mirror-alpha1", "-2").mirror_alpha1 == -2
 
 
+def test_names_that_begin_with_a_dash(capsys):
+    parser = cli.Parser(prog="test")
+    parser.add_argument("--items")
+    assert parser.parse_args(["--items", "-5,7,-8"]).items == "-5,7,-8"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--items", "-ann"])
+    assert capsys.readouterr().err.endswith("; a value that begins with - is written --items=-ann\n")
+    assert parser.parse_args(["--items=-ann"]).items == "-ann"
+
+
 @pytest.mark.parametrize("text", ["[10, 20]", "10,20", "10 20", "(20, 10)", "20,10,20", " [10,20,] "])
 def test_topks_forms(text):
     assert kinds.topks(text) == (10, 20)

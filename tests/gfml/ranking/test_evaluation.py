@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gfml.base.errors import UserError
 from gfml.data.interactions import Interactions, csr_from_pairs
-from gfml.ranking.evaluation import evaluate, mean_item_scores
+from gfml.ranking.evaluation import evaluate
 from gfml.ranking.topk import DenseScorer, FactorScorer
 
 HERE = Path(__file__).resolve().parent
@@ -149,15 +149,6 @@ def test_requests_that_cannot_be_served():
         evaluate(scorer, data.refit(), "valid", (5,))
     with pytest.raises(ValueError, match="unknown split"):
         evaluate(scorer, data, "tests", (5,))
-
-
-def test_mean_item_scores():
-    scores = torch.randn(9, 6, generator=torch.Generator().manual_seed(3))
-    users = np.array([1, 4, 5, 8])
-    found = mean_item_scores(DenseScorer(scores), users, memory_mb=0.0003)
-    np.testing.assert_allclose(found, scores[users].double().mean(0), rtol=1e-6)
-    with pytest.raises(ValueError, match="at least one user"):
-        mean_item_scores(DenseScorer(scores), np.array([], dtype=np.int64))
 
 
 def test_known_items_may_be_left_in():

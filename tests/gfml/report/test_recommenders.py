@@ -164,4 +164,3 @@ def test_tables_align_and_show_what_is_missing() -> None:
     assert text[1].split() == ["ours", "0.1000", "0.2500", "123.4"]
     assert text[2].split() == ["popularity", "0.0500", "-", "-"]
     assert len({len(line) for line in text}) == 1
-    assert reporting.markdown_table(rows, columns).splitlines()[2] == "| ours | 0.1000 | 0.2500 | 123.4 |"
