@@ -63,12 +63,9 @@ def export(run: str | os.PathLike[str], kind: str = "auto", top: int = 100) -> d
 def read_arrays(run: Path) -> dict[str, np.ndarray]:
     """The content of a finished run's ``analysis.npz``; UserError when there is none."""
     from gfml.base.files import read_arrays as read
-    from gfml.base.runs import run_state, train_anew
+    from gfml.base.runs import require_done, train_anew
 
-    state = run_state(run)
-    if state != "done":
-        what = "there is no run at" if state == "not launched" else f"not finished ({state}):"
-        raise UserError(f"{what} {run}: train it first with cml_baseline/main.py")
+    require_done(run)
     arrays = read(run / "analysis.npz", train_anew(run))
     if not {"user", "item"} <= arrays.keys():
         raise UserError(f"{run} is no run of cml_baseline/main.py: give the directory of one")

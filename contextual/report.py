@@ -104,7 +104,7 @@ def neighbour_figure(
 ) -> Figure:
     """A row per query: the query, then its nearest references framed green (its class) or red (another)."""
     columns = min(most, found.neighbours.shape[1]) + 1
-    figure, axes = panels(len(chosen), columns, width=1.15 * columns, height=1.35)
+    figure, axes = panels(len(chosen), columns, width=1.15 * columns, height=1.45)
     for row, query in enumerate(chosen.tolist()):
         _picture(axes[row, 0], queries, query, QUERY, queries.classes[queries.labels[query]])
         for column in range(1, columns):
@@ -121,7 +121,7 @@ def _picture(axis: Axes, images: ImageSet, index: int, color: str, label: str) -
     axis.grid(False)
     axis.set_title(
         label if len(label) <= 16 else f"{label[:15]}…",
-        fontsize=6.5,
+        fontsize=8,
         color=color,
         loc="center",
         pad=3,

@@ -16,13 +16,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from gfml.base.errors import UserError
 from gfml.program.cli import Options, Parser, number, run_main
-
-if TYPE_CHECKING:
-    import numpy as np
 
 SPLITS = ("random", "user-time", "global-time", "leave-last")
 
@@ -173,7 +172,6 @@ def read_reviews(path: Path) -> Reviews:
 
     JSON lines of the 2014, 2018 and 2023 releases, their rating files with or without a header, or any table.
     """
-    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -262,8 +260,6 @@ def item_text(row: dict[str, Any]) -> str:
 
 def k_core_rows(rows: Reviews, k: int) -> np.ndarray:
     """Mask of the rows left when users and items with fewer than k rows are removed together until none is left."""
-    import numpy as np
-
     from gfml.data.splits import k_core
 
     return k_core(np.unique(rows.users, return_inverse=True)[1], np.unique(rows.items, return_inverse=True)[1], k)
@@ -271,8 +267,6 @@ def k_core_rows(rows: Reviews, k: int) -> np.ndarray:
 
 def by_appearance(names: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Numbers 0, 1, ... in order of first appearance, and the name of each number."""
-    import numpy as np
-
     ordered, first, rows = np.unique(names, return_index=True, return_inverse=True)
     rank = np.empty(len(ordered), dtype=np.int64)
     order = np.argsort(first)
@@ -295,8 +289,6 @@ def split_sizes(count: int) -> tuple[int, int, int]:
 
 def split_rows(how: str, users: np.ndarray, times: np.ndarray, ratios: Sequence[float], seed: int) -> np.ndarray:
     """Labels int8 of every row: 0 train, 1 validation, 2 test."""
-    import numpy as np
-
     if how == "global-time":
         return _by_quantiles(times, ratios)
     key = np.random.default_rng(seed).random(len(users)) if how == "random" else times
@@ -315,8 +307,6 @@ def _last_two(count: int) -> tuple[int, int, int]:
 
 def _by_quantiles(times: np.ndarray, ratios: Sequence[float]) -> np.ndarray:
     """Rows before the first cut train, before the second validate; the cuts are quantiles of all times."""
-    import numpy as np
-
     share = np.cumsum(np.asarray(ratios) / np.sum(ratios))
     first, second = np.quantile(times, [share[0], share[1]])
     return ((times >= first).astype(np.int8) + (times >= second)).astype(np.int8)
@@ -340,8 +330,6 @@ def write(
     folder = Path(options.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     # Rows of a user stand together, parts in order, as in the released files.
-    import numpy as np
-
     order = np.lexsort((rows.times, labels, users))
     columns = (column[order] for column in (users, items, labels, rows.ratings, rows.times))
     layout.write_inter(folder / f"{folder.resolve().name}.inter", *columns)
@@ -358,8 +346,6 @@ def write(
 
 def _features(options: Options, folder: Path, names: list[str], notes: dict[str, object]) -> dict[str, Any]:
     """Write the feature files; what they are, for the manifest. Items without own features are listed there."""
-    import numpy as np
-
     from mirror_grad import features, layout
 
     made: dict[str, Any] = {}

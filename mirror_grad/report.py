@@ -36,6 +36,8 @@ def features(page: Page, runs: Sequence[StoredRun]) -> None:
     """Where features came from, and what ``mirror_grad/robustness.py`` measured when they change."""
     if len(names := sorted({run.data["name"] for run in runs})) > 1:
         raise UserError(f"found runs on {', '.join(names)}, wanted one data set a report: give the runs of one")
+    if not any(run.result["features"]["widths"] for run in runs):
+        return
     page.section("Features")
     for run in runs:
         source = run.result["features"]["source"]

@@ -1,8 +1,8 @@
 """A device that stands in for a GPU: its tensors say another device than the CPU, hold numbers, and count what comes back.
 
 Tensors of the device "meta" with a hidden tensor on the CPU each: programs take the ways they take on CUDA, autograd
-walks back through them, and every operation passes :class:`StandIn`, which does it on the hidden tensors and notes those
-that would make a host wait for a GPU.
+walks back through them, and every operation passes :class:`StandIn`, which does it on the hidden tensors, refuses those of
+two devices, forward and backward, and notes those that would make a host wait for a GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,18 @@ DEVICE = torch.device("meta")
 # Operations whose result is a number on the host, or has a size that only the numbers tell.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive",
          "bincount", "equal", "is_nonzero")  # fmt: skip
+
+
+# Operations that may take tensors of two devices.
+BETWEEN = (
+    "_to_copy",
+    "copy_",
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "_has_compatible_shallow_copy_type",
+)
 
 
 class OnDevice(Tensor):
@@ -75,6 +87,8 @@ class StandIn(TorchDispatchMode):
         there = torch.device(wanted).type == DEVICE.type if wanted is not None else bool(here)
         if not here and not there:
             return func(*args, **kwargs)
+        if here and any(leaf.dim() for leaf in _strays((args, kwargs))) and _name(func) not in BETWEEN:
+            raise RuntimeError(f"{func} of tensors on two devices")
         if wait := _wait(func, args, kwargs, here, there):
             self.waits[wait] += 1
         if wanted is not None:
@@ -96,14 +110,22 @@ def _wrapped(part: Any, known: dict[int, OnDevice]) -> Any:
     return known[id(part)] if id(part) in known else OnDevice(part)
 
 
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
+
+
+def _strays(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not isinstance(leaf, OnDevice)]
+
+
 def _wait(func: Any, args: Any, kwargs: dict[str, Any], here: list[OnDevice], there: bool) -> str:
     """The name of an operation that would make the host wait for a GPU; empty for others."""
-    name = func._schema.name.removeprefix("aten::")
+    name = _name(func)
     if name in WAITS or (name == "repeat_interleave" and len(args) < 2 and kwargs.get("output_size") is None):
         return name
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         masks = [part for part in args[1] if part is not None and part.dtype in (torch.bool, torch.uint8)]
-        return f"{name} by a mask" if masks else ""
+        return f"{name} by a mask" if masks else "copy from the host" if _strays(args) else ""
     if name in ("_to_copy", "copy_") and not kwargs.get("non_blocking", len(args) > 2 and args[2]):
         if not there or (name == "copy_" and len(here) < 2):
             return "copy to the host" if here and not (name == "copy_" and args[0] is here[0]) else "copy from the host"

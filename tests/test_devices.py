@@ -4,7 +4,8 @@ A fake tensor has a shape, a type and a device and no numbers. Operations refuse
 needs numbers on the host (``item``, ``nonzero``, boolean indexing, ``unique``) raises: one forward pass shows both. What
 fake tensors cannot do: autograd's engine wants a real CUDA context, so backward passes that are written by hand are
 called by themselves, and sparse CSR tensors cannot be made, so the one product that uses them is stood in for. Whole
-steps, from the drawing of batches to the update, run on a device that counts what a GPU would wait for (stand_in.py).
+steps, from the drawing of batches to the update, and whole judgings run on a device that holds numbers, refuses tensors of
+two devices too and counts what a GPU would wait for (stand_in.py).
 """
 
 from __future__ import annotations
@@ -355,6 +356,11 @@ def test_the_stand_in_counts_what_waits() -> None:
             before = device.waits.total()
             call()
             assert device.waits.total() > before
+        with pytest.raises(RuntimeError, match="two devices"):
+            x + torch.ones(6)
+        assert (x + torch.tensor(1.0)).device == DEVICE  # a number may come from the host
+        before = device.waits.total()
+        assert x[torch.tensor([1, 2])].device == DEVICE and device.waits.total() == before + 1
         assert x.grad.hidden.tolist() == [0, 2, 4, 6, 8, 10]
 
 
@@ -374,6 +380,38 @@ def test_a_block_of_scores_stays_on_its_device(name: str, faked: None) -> None:
         scores = scorer.score(users)
         ids, broken = select(scores, 7)
     assert scores.device == ids.device == broken.device == CUDA and ids.shape == (5, 7)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=() if name in QUICK and not name.startswith(("contextual", "vision")) else pytest.mark.slow
+        )
+        for name in probe.PROGRAMS
+    ],
+)
+def test_judging_on_the_device_gives_the_numbers_of_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validation figures of the untrained model; how often the host waits does not grow with users or items."""
+    more = {"vision": "--val-fraction 0.1", "hlrm": "--select_metric ndcg@5"}.get(name.split()[0], "").split()
+
+    from vision.experiment import Vision
+
+    # Tensors of inference mode have no version, which those of the stand-in need.
+    monkeypatch.setattr(Vision, "predict", torch.no_grad()(Vision.predict.__wrapped__))
+
+    def judged(device: StandIn | None = None) -> dict[str, float]:
+        found = probe.caught(name, "cpu", *more)
+        found.model.eval()
+        if device is not None:
+            device.waits.clear()
+        with torch.no_grad():
+            return found.evaluate("test" if found.select.startswith("test") else "valid")
+
+    wanted = judged()
+    with standing_in(monkeypatch) as device:
+        assert judged(device) == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+    assert device.waits.total() <= 60
 
 
 def toy() -> sp.csr_array:

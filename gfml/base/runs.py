@@ -84,6 +84,13 @@ def require_run(path: Path) -> None:
         raise UserError(f"there is no run at {path}: check the directory, or train it first")
 
 
+def require_done(path: Path) -> None:
+    """UserError where no run is, or one that is not finished."""
+    require_run(path)
+    if (state := run_state(path)) != "done":
+        raise UserError(f"the run {path} is not finished ({state}): continue it with `resume {path}`")
+
+
 def is_done(path: Path) -> bool:
     """Both of its last two files stand. Without its result a run is finished again, from its last checkpoint."""
     return (path / "done").exists() and (path / "result.json").exists()

@@ -32,7 +32,6 @@ from gfml.base.settings import nonnegative as nonnegative
 from gfml.base.settings import number as number
 from gfml.base.settings import positive as positive
 from gfml.base.settings import share as share
-from gfml.program.flags import CONVENTIONS, GAINS, GRADED
 
 if TYPE_CHECKING:
     import torch
@@ -310,24 +309,6 @@ def _how(default: Any, told: Setting) -> dict[str, Any]:
 
 
 # -- common flags
-
-
-def add_definition_flags(group: argparse._ArgumentGroup) -> None:
-    """Which definitions of the metrics are used."""
-    group.add_argument(
-        "--metrics-as",
-        nargs="+",
-        choices=CONVENTIONS,
-        metavar="NAME",
-        help=f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
-    )
-    group.add_argument(
-        "--map-denominator",
-        choices=("min", "k", "n"),
-        default="min",
-        help="what map divides by: min(T, K), K, or T, the number of a user's held-out items",
-    )
-    group.add_argument("--graded", choices=GAINS, help=GRADED)
 
 
 def resolve_device(options: Any) -> torch.device:

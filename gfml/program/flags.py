@@ -95,7 +95,27 @@ class MirrorSettings(Settings):
 
 
 @dataclass(frozen=True)
-class JudgingSettings(Settings):
+class DefinitionSettings(Settings):
+    """definitions of the metrics"""
+
+    metrics_as: tuple[str, ...] | None = setting(
+        None,
+        f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
+        nargs="+",
+        choices=CONVENTIONS,
+        beside=True,
+    )
+    map_denominator: str = setting(
+        "min",
+        "what map divides by: min(T, K), K, or T, the number of a user's held-out items",
+        choices=("min", "k", "n"),
+        beside=True,
+    )
+    graded: str | None = setting(None, GRADED, choices=GAINS, beside=True)
+
+
+@dataclass(frozen=True)
+class JudgingSettings(DefinitionSettings):
     """evaluation and selection"""
 
     topks: tuple[int, ...] = setting((20,), "list lengths, such as 10 20", nargs="+", action=TopksAction, unit="K")
@@ -131,20 +151,6 @@ class JudgingSettings(Settings):
         unit="NAME.SETTING=V,...",
         beside=True,
     )
-    metrics_as: tuple[str, ...] | None = setting(
-        None,
-        f"add figures as another framework defines them: {', '.join(CONVENTIONS)}; see docs/metrics.md",
-        nargs="+",
-        choices=CONVENTIONS,
-        beside=True,
-    )
-    map_denominator: str = setting(
-        "min",
-        "what map divides by: min(T, K), K, or T, the number of a user's held-out items",
-        choices=("min", "k", "n"),
-        beside=True,
-    )
-    graded: str | None = setting(None, GRADED, choices=GAINS, beside=True)
 
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:

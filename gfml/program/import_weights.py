@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError, choice_error
 from gfml.data.options import DataSettings, DemoSettings, load_from_args
-from gfml.program.cli import Options, Parser, TopksAction, add_definition_flags, add_settings, number, run_main
+from gfml.program.cli import Options, Parser, TopksAction, add_settings, number, run_main
 from gfml.program.console import papers
+from gfml.program.flags import DefinitionSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,7 @@ def build_parser(sources: Sequence[str]) -> Parser:
         "--from", dest="source", required=True, metavar="NAME", help=f"whose it is: {', '.join(sources)}"
     )
     parser.add_argument("--out", metavar="FILE", help="where the safetensors go (default: FILE's name, here)")
-    for part in (DataSettings, DemoSettings):
+    for part in (DataSettings, DemoSettings, DefinitionSettings):
         add_settings(parser, part)
     parser.set_defaults(dataset="none")
     group = parser.add_argument_group("judging tables of users and items, with --dataset")
@@ -63,7 +64,6 @@ def build_parser(sources: Sequence[str]) -> Parser:
     group.add_argument("--lamb", type=number(above=0), default=1.0, metavar="X", help="lambda of the gravity score")
     group.add_argument("--mask", choices=("train", "seen"), default="train", help="seen: validation items too")
     group.add_argument("--topks", nargs="+", action=TopksAction, default=(5, 10, 20), metavar="K", help="list lengths")
-    add_definition_flags(group)
     return parser
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from gfml.base.errors import UserError
-from gfml.base.runs import read_result, run_state
+from gfml.base.runs import read_result, require_done
 from gfml.data.interactions import Interactions
 from gfml.engine.distributed import World
 from gfml.program.cli import resolve_device, set_threads
@@ -77,13 +77,9 @@ def load(path: str | os.PathLike[str], *, device: str = "auto", threads: int = 0
     return Loaded(path, program, this, this.restore(path))
 
 
-def program_of_run(path: Path, *, finished: bool = True) -> Program:
-    """The program that made a run. UserError where there is no (finished) run."""
-    state = run_state(path)
-    if state == "not launched":
-        raise UserError(f"there is no run at {path}: check the directory, or train it first")
-    if finished and state != "done":
-        raise UserError(f"the run {path} is not finished ({state}): continue it with --resume {path}")
+def program_of_run(path: Path) -> Program:
+    """The program that made a finished run. UserError where there is none."""
+    require_done(path)
     try:
         facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -41,8 +41,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gfml.base.errors import UserError, choice_error, suggest
 from gfml.program.commands import Command, Launched, last_line, launch, read_command, stop
 
@@ -283,6 +281,8 @@ def _number(what: str, value: Any, *, least: float, whole: bool = False) -> Any:
 
 def random_point(space: Sequence[Dimension], seed: int, index: int) -> Point:
     """A point as a function of seed and index, so that a longer search starts as a shorter one."""
+    import numpy as np
+
     shares = np.random.default_rng([seed, index]).random(len(space))
     return {one.name: one.at(float(share)) for one, share in zip(space, shares, strict=True)}
 

@@ -16,6 +16,7 @@ Exit code 1 when a trial failed, 130 after Ctrl-C.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -31,19 +32,27 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, write_csv, write_json
 from gfml.base.home import find_config, home
+from gfml.base.runs import read_config, read_result
 from gfml.base.toml import LOCATION_FLAGS, toml_text
 from gfml.program.cli import Parser, number
 from gfml.program.commands import last_line, read_command
 from gfml.program.program import program_of
-from gfml.program.search import random_point
-
-if TYPE_CHECKING:
-    from gfml.program.search import Dimension, Follower, Spec
+from gfml.program.search import (
+    Dimension,
+    Follower,
+    Spec,
+    check_points,
+    evaluations,
+    grid_points,
+    load_spec,
+    planned_points,
+    random_point,
+)
 
 ROOT = home()
 FACTS = ("method", "protocol", "n", "epoch", "train_seconds")
@@ -51,7 +60,7 @@ FACTS = ("method", "protocol", "n", "epoch", "train_seconds")
 
 def build_parser() -> Parser:
     """The command line of ``scripts/sweep.py``."""
-    parser = Parser(prog="gfml sweep", description=__doc__, formatter_class=_plain_help())
+    parser = Parser(prog="gfml sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="TOML file of the search")
     parser.add_argument(
         "--workers", type=number(int, least=1), metavar="N", help="trials at once (default: as many as fit)"
@@ -67,17 +76,10 @@ def build_parser() -> Parser:
     return parser
 
 
-def _plain_help() -> type:
-    import argparse
-
-    return argparse.RawDescriptionHelpFormatter
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     place = words.index("--") if "--" in words else len(words)
     options = build_parser().parse_args(words[:place])
-    from gfml.program.search import check_points, load_spec
 
     out = ROOT / "runs" if options.out is None else Path(options.out).absolute()
     spec = load_spec(find_config(options.file), words[place + 1 :] + (["--out", str(out)] if options.out else []))
@@ -362,8 +364,6 @@ def _trainable_class(spec: Spec) -> type:
     """A trial as Tune drives it: each step waits for the next evaluation of the program."""
     from ray import tune
 
-    from gfml.program.search import Follower
-
     class Program(tune.Trainable):
         follower: Follower | None = None
 
@@ -456,7 +456,6 @@ def _points_class() -> type:
 
 def settle(spec: Spec, trials: Trials) -> None:
     """A trial whose program was done before the decision to stop it arrived counts as done, with all that it found."""
-    from gfml.program.search import evaluations
 
     for trial in trials.all:
         [run] = read_command(spec.words(trial["point"]), ROOT).runs
@@ -468,7 +467,6 @@ def settle(spec: Spec, trials: Trials) -> None:
 
 def show_states(spec: Spec, folder: Path) -> int:
     """Print the trials known so far and those to come, as far as they are known before the search."""
-    from gfml.program.search import planned_points
 
     known = Trials(folder).all
     points = [trial["point"] for trial in known]
@@ -503,7 +501,6 @@ def table_rows(spec: Spec, trials: Trials) -> list[dict[str, Any]]:
 
 
 def _row(spec: Spec, trial: Mapping[str, Any], out: Path, *, is_best: bool) -> dict[str, Any]:
-    from gfml.base.runs import read_result
     from gfml.report.sections import headline
 
     result = read_result(run_of(trial, out)) if trial["state"] == "done" else {}
@@ -530,7 +527,6 @@ def _varied(spec: Spec, trial: Mapping[str, Any]) -> list[tuple[Any, Any]]:
 
 def write_table(spec: Spec, trials: Trials) -> None:
     """Write ``table.csv`` and, once a trial is done, ``best.toml``."""
-    from gfml.base.runs import read_config
 
     write_csv(trials.folder / "table.csv", table_rows(spec, trials), FACTS)
     if best := best_of(spec, trials.all):
@@ -555,7 +551,6 @@ def keep_grid(
 
     found: result and run directory of each point. The folder is the same for the same runs.
     """
-    from gfml.program.search import Spec, grid_points
     from gfml.report.recommenders import table_columns, text_table
 
     spec = Spec(name, program, tuple(flags), tuple(space), metric, "max", "grid", len(found), 0, None, 1, 0)

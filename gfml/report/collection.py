@@ -19,17 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open
+from gfml.base.runs import read_config
 from gfml.base.toml import toml_text
 from gfml.program.cli import Parser
+from gfml.report.page import COLORS, TEXT, Cell, Curves, Page, best_rows, figure_of, panels, styled
+from gfml.report.sections import colors_of, draw_learning, duration, headline, intervals_of, metric_cells, record
+from gfml.report.stored import BESIDE, StoredRun, flag_value, read_runs, varied
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
-
-    from gfml.report.page import Page
-    from gfml.report.stored import StoredRun
 
 SHOWN_CURVES = 8
 LEAST_TRIALS = 6
@@ -111,7 +113,6 @@ class Collection:
 
 def collect(paths: Sequence[Path], metric: str | None, mode: str | None) -> Collection:
     """Read a sweep or runs. UserError when there is nothing, or when the runs are of several programs or data sets."""
-    from gfml.report.stored import read_runs, varied
 
     sweep = (
         json.loads((paths[0] / "trials.json").read_text(encoding="utf-8"))
@@ -190,7 +191,6 @@ def _trial(run: StoredRun, entry: Mapping[str, Any] | None, names: Sequence[str]
 
 def write_report(found: Collection, out: Path) -> Path:
     """Write the page, its plots and best.toml; the path of the page."""
-    from gfml.report.page import Page
 
     best = found.best
     lead = f"{found.metric} ranks, {'more' if found.mode == 'max' else 'less'} is better."
@@ -211,9 +211,6 @@ def write_report(found: Collection, out: Path) -> Path:
 
 
 def _overview(page: Page, found: Collection) -> None:
-    from gfml.report.page import Cell, best_rows, figure_of
-    from gfml.report.sections import duration
-    from gfml.report.stored import flag_value
 
     page.section("Runs")
     states = Counter(trial.state for trial in found.trials)
@@ -237,8 +234,8 @@ def _overview(page: Page, found: Collection) -> None:
 
 
 def _best(page: Page, found: Collection, best: Trial, out: Path) -> None:
+
     from gfml.report.recommenders import table_columns
-    from gfml.report.sections import colors_of, headline, intervals_of, metric_cells, record
 
     page.section("The best run")
     write_best(found, best, out / "best.toml")
@@ -254,8 +251,6 @@ def _best(page: Page, found: Collection, best: Trial, out: Path) -> None:
 
 def write_best(found: Collection, best: Trial, file: Path) -> None:
     """The best run's settings as a ``--config``."""
-    from gfml.base.runs import read_config
-    from gfml.report.stored import BESIDE
 
     config = {key: value for key, value in read_config(best.run.path).items() if key.replace("-", "_") not in BESIDE}
     with atomic_open(file) as stream:
@@ -279,7 +274,6 @@ class Scale:
 def scale_of(values: Sequence[Any], *, log: bool | None = None) -> Scale:
     """Numbers linearly, or by logarithm where ``log`` says so or, without its word, they span a factor of 20; anything else
     evenly spaced by name."""
-    from gfml.report.stored import flag_value
 
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     kinds = sorted({flag_value(value) for value in values})
@@ -301,8 +295,6 @@ def parallel_coordinates(found: Collection) -> Figure:
     """A line per run through its flags to its value."""
     from matplotlib import colormaps
     from matplotlib.patheffects import withStroke
-
-    from gfml.report.page import TEXT, panels, styled
 
     trials = found.ranked[::-1]
     scales = {
@@ -355,7 +347,6 @@ def importance_of(found: Collection) -> Importance | None:
     Each of REPEATS times the runs are cut into folds. A forest fitted to the others predicts a fold; the mean squared error
     it gains when one flag's values are shuffled among the fold's runs, over the variance of all values, is the importance.
     """
-    import numpy as np
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
     from sklearn.model_selection import KFold
@@ -407,9 +398,6 @@ def _importance(page: Page, found: Collection) -> None:
 
 def draw_importance(result: Importance) -> Figure:
     """A bar per flag, the largest on top."""
-    import numpy as np
-
-    from gfml.report.page import COLORS, panels, styled
 
     @styled
     def draw() -> Figure:
@@ -436,8 +424,6 @@ def draw_importance(result: Importance) -> Figure:
 
 
 def _curves(page: Page, found: Collection) -> None:
-    from gfml.report.page import COLORS, Curves
-    from gfml.report.sections import draw_learning
 
     shown = found.ranked[:SHOWN_CURVES]
     curves = [

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError, choice_error
 from gfml.base.files import write_csv, write_json
-from gfml.program.cli import CONVENTIONS, Parser, number
+from gfml.program.cli import Parser, number
+from gfml.program.flags import CONVENTIONS
 from gfml.report.page import COLORS, TEXT, Page, legend_below, p_value, panels, styled
 from gfml.report.sections import what_ran
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, write_json
-from gfml.program.cli import Parser, TopksAction, add_definition_flags, number, run_main
+from gfml.program.cli import Parser, TopksAction, add_settings, number, run_main
+from gfml.program.flags import DefinitionSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +61,7 @@ def build_parser() -> Parser:
         "--test", required=True, metavar="FILE", help="the truth; its ratings count only where asked for"
     )
     parser.add_argument("--topks", nargs="+", action=TopksAction, default=(5, 10, 20), metavar="K", help="list lengths")
-    add_definition_flags(parser.add_argument_group("definitions"))
+    add_settings(parser, DefinitionSettings)
     parser.add_argument("--metrics", nargs="+", metavar="NAME@K", help="what to compare (default: recall and ndcg)")
     parser.add_argument(
         "--resamples", type=number(int, least=100), default=2000, metavar="N", help="draws of the bootstrap"

@@ -33,7 +33,7 @@ FORMATS = ("html", "md")
 # Characters of a table's figures that fit beside one another.
 PAGE_WIDTH = 132.0
 # What is logged beside the terms of the loss.
-NO_TERMS = ("train/loss", "train/lr", "train/accuracy")
+NO_TERMS = tuple(f"train/{name}" for name in ("loss", "lr", "accuracy", "neighbours", "mutual", "covering"))
 IS_FIGURE = re.compile(r"[−+-]?[.,\d]*\d|–$|p [<=]")
 # Middle tones: about the same contrast on white and on near-black.
 COLORS = ("#3f86d8", "#dd7f21", "#2f9e68", "#9a6bd0", "#d4574a", "#2a9fa8", "#cf5f9f", "#99902a")

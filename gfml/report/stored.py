@@ -16,7 +16,7 @@ import numpy as np
 
 from gfml.base import files
 from gfml.base.errors import UserError
-from gfml.base.runs import identity, read_config, read_metrics, read_result, run_state, train_anew
+from gfml.base.runs import identity, read_config, read_metrics, read_result, require_done, run_state, train_anew
 from gfml.base.toml import LOCATION_FLAGS
 from gfml.report.page import COLORS
 
@@ -138,8 +138,7 @@ def finished_runs(paths: Sequence[str | os.PathLike[str]], holds: Collection[str
     """The same for a page, named after their models. UserError for a run that is not done or whose result lacks ``holds``."""
     runs = read_runs(paths)
     for run in runs:
-        if run.state != "done":
-            raise UserError(f"the run {run.path} is not finished ({run.state}): continue it with --resume {run.path}")
+        require_done(run.path)
         if not set(holds) <= run.result.keys():
             raise UserError(f"{run.path} is no run of {what}: give the directory of one")
     named = labels([kind_of(run) for run in runs], [run.config for run in runs])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -212,6 +213,17 @@ def test_a_small_table_from_nothing_to_numbers(
     assert rows["from lambda 1"]["n"] == "1" and "theirs" in rows and "popularity" in rows
     assert min(from_seed) <= float(rows["lambda 1"]["recall@5"]) <= max(from_seed)
 
+    # Where only the clock went otherwise, the file stays as it is.
+    stored = toy / "paper" / "results" / "toy.csv"
+    kept = stored.read_bytes()
+    for path in (toy / "runs").glob("recsys-*/result.json"):
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"seconds": {"train": 1e6}}))
+    assert run_main(script.main, ["toy", *out, "--collect"]) == 0 and stored.read_bytes() == kept
+    capsys.readouterr()
+    assert run_main(script.main, ["--list", *out]) == 0
+    assert "3 runs in 2 rows stored" in capsys.readouterr().out
+
     # What is done is not run again, and a row whose runs are gone keeps its figures.
     before = {path: path.stat().st_mtime_ns for path in (toy / "runs").glob("*/done")}
     assert run_main(script.main, ["toy", *out, "--launch", "--only", "lambda 1"]) == 0
@@ -227,7 +239,11 @@ def test_a_small_table_from_nothing_to_numbers(
         f"paper 0.5000  ours {ours:.4f}  difference {ours - 0.5:+.4f}" in said and "n 2, selected on validation" in said
     )
     (toy / "paper" / "README.md").write_text("<!-- results:toy -->\nsomething else\n<!-- end:toy -->\n")
+    capsys.readouterr()
     assert run_main(script.main, ["toy", "--check"]) == 2
+    # Its advice works.
+    advised = shlex.split(capsys.readouterr().err.partition("gfml results-table ")[2].partition(" writes")[0])
+    assert run_main(results_table.main, advised) == 0 and run_main(script.main, ["toy", "--check"]) == 0
 
 
 def test_the_list_names_every_table(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,6 +280,7 @@ def test_mistakes_in_a_table_are_one_line(
         (["tyo"], "did you mean 'toy'"),
         (["toy", "--only", "nothing"], "no row of toy"),
         (["toy", "--collect", "--only", "1"], "whole table"),
+        (["toy", "--check", "--only", "1"], "without --only"),
     ),
 )
 def test_wrong_calls_are_one_line(

@@ -170,6 +170,16 @@ def test_learning_curves_draw_every_term_and_the_best_epoch():
     np.testing.assert_allclose(stars[0].get_xydata(), [[4, 0.4]])
 
 
+def test_terms_are_parts_of_the_loss():
+    """A term may be below zero; what never differs from the loss, is always zero or is no part of it is not drawn."""
+    rows = [
+        {"epoch": e, "train/loss": 0.5 - e / 10, "train/pull": 1.0, "train/push": -0.5 - e / 10, "train/off": 0.0,
+         "train/only": 0.5 - e / 10, "train/lr": 1e-3, "train/neighbours": 4.0, "val/x": 1.0}
+        for e in (1, 2)
+    ]  # fmt: skip
+    assert Curves("a", rows, "val/x", 1, "#000000").terms() == ["train/pull", "train/push"]
+
+
 def test_several_runs_share_a_plot_for_each_metric_that_selects():
     rows = [{**row, "test/m": 0.5} for row in ROWS]
     runs = [Curves("one", ROWS, "val/m", 2, "#3f86d8"), Curves("two", rows, "test/m", 2, "#dd7f21")]
