@@ -223,12 +223,16 @@ class _Rates:
     """Learning rates of the groups on the device, where recordings read them; none of optimizers that take numbers alone."""
 
     def __init__(self, optimizer: Any, device: torch.device) -> None:
-        adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
-        self.groups = optimizer.param_groups if adam else []
+        self._optimizer, self._held = optimizer, isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
         # The fused kernel of CUDA reads float32.
         kind = torch.float64 if device.type == "cpu" else torch.float32
         self.tensors = [torch.zeros((), dtype=kind, device=device) for _ in self.groups]
         self._filled: list[float | None] = [None] * len(self.groups)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Those of now: loading a state makes others."""
+        return self._optimizer.param_groups if self._held else []
 
     def fill(self) -> None:
         """Bring over what has changed, without a wait."""
@@ -240,13 +244,14 @@ class _Rates:
     @contextmanager
     def used(self) -> Iterator[None]:
         """Inside, the groups hold the tensors."""
-        numbers = [group["lr"] for group in self.groups]
-        for group, tensor in zip(self.groups, self.tensors, strict=True):
+        groups = self.groups
+        numbers = [group["lr"] for group in groups]
+        for group, tensor in zip(groups, self.tensors, strict=True):
             group["lr"] = tensor
         try:
             yield
         finally:
-            for group, number in zip(self.groups, numbers, strict=True):
+            for group, number in zip(groups, numbers, strict=True):
                 group["lr"] = number
 
 

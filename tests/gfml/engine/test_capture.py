@@ -132,6 +132,19 @@ def test_a_form_is_recorded_once_and_anew_when_a_setting_changes(make: type, set
     assert not capture.optimizer.param_groups[0].get("capturable")
 
 
+def test_a_state_that_is_loaded_brings_its_rate() -> None:
+    capture, plain, other, _ = pair("plain")
+    for number, batch in enumerate(batches(12, last=8)):
+        if number == 6:
+            for optimizer in (capture.optimizer, plain.optimizer):
+                state = copy.deepcopy(optimizer.state_dict())
+                state["param_groups"][0]["lr"] = 0.03
+                optimizer.load_state_dict(state)
+                capture.forget()  # the moments are other tensors
+        capture(batch), plain(batch)
+    assert not capture.reason and torch.equal(capture.model.table, other.table)
+
+
 def test_terms_of_a_step_outlive_the_next() -> None:
     capture, *_ = pair("plain")
     kept = [capture(batch)["loss"] for batch in batches(20, last=8)]
