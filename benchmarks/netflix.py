@@ -5,13 +5,15 @@
 
 Generated data: 20,000 x 2,000 with a million interactions, 200,000 x 20,000 with ten, 480,189 x 17,770 with a hundred.
 Every stage runs in a process of its own and tells CPU seconds (user + system, imports and compilation left out) and the
-peak of its resident memory; data pass from stage to stage as files in the folder. The epoch is timed on at most --steps
-batches and scaled to the whole; all other stages do all of their work.
+peak of its resident memory; data pass from stage to stage as files in the folder. Of the epoch at most
+--steps batches are done and timed, and the others taken to cost as much; the sampler, the draw of the epoch's pairs and
+all other stages do all of their work.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -66,7 +68,7 @@ def write_parquet(data: Any, path: Path) -> None:
 
 
 def epoch(data: Any, steps: int) -> float:
-    """Share of an epoch of MF gravity that was done; the stage's seconds are divided by it."""
+    """An epoch of MF gravity, of which the first ``steps`` batches are done: the seconds that the others would take."""
     import torch
 
     from gfml.engine.optimizers import LazyAdamW
@@ -81,11 +83,10 @@ def epoch(data: Any, steps: int) -> float:
     loss = FusedPairLoss(tables, gravity, "gravity", decay=1e-4, mass_decay=1e-2)
     optimizer = LazyAdamW([*tables.parameters(), *gravity.parameters()], lr=1e-3)
     batches = TripleSampler(data.train, batch_size=2048, seed=0).epoch(1)
-    for number, batch in enumerate(batches):
-        if number == steps:
-            return steps / len(batches)
+    begin = time.process_time()
+    for batch in itertools.islice(batches, steps):
         plain_step(lambda: loss(batch), optimizer)
-    return 1.0
+    return (time.process_time() - begin) * max(0, len(batches) / steps - 1)
 
 
 def evaluate(data: Any) -> None:
@@ -147,7 +148,7 @@ def run_stage(stage: str, size: int, folder: Path, steps: int) -> dict[str, floa
     call, after = work(stage, size, folder, steps)
     begin = time.process_time()
     found = call()
-    seconds = (time.process_time() - begin) / (found if stage == "MF epoch" else 1)
+    seconds = time.process_time() - begin + (found if stage == "MF epoch" else 0)
     status = Path("/proc/self/status").read_text()
     after(found)
     return {"cpu_s": seconds, "peak_gib": int(status.split("VmHWM:")[1].split()[0]) / 2**20}
@@ -189,6 +190,7 @@ def page(stored: dict[str, Any]) -> str:
     grown = [f"{stage} {cost[stage, sizes[-1]] / cost[stage, sizes[0]]:.2f}" for stage in dict.fromkeys(row["stage"] for row in rows)
              if {(stage, sizes[0]), (stage, sizes[-1])} <= cost.keys()]  # fmt: skip
     machine = f"{about['threads']} thread, {about['cpus']} processors ({about['machine']}), torch {about['torch']}"
+    machine += f". {about['note']}" if "note" in about else ""
     return (
         f"# As large as Netflix\n\n{' '.join(__doc__.split(chr(10) * 2)[2].split())}\n\n{table(rows)}\n\n"
         f"Cost of an interaction at {sizes[-1]:,} over that at {sizes[0]:,}: {', '.join(grown)}. {machine}.\n"

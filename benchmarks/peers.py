@@ -35,6 +35,12 @@ WORKS = {
 }
 # Small tables fit into caches, so there the bars are lower.
 BARS = {("top 20 of all users, D 64", "ml1m"): 0.4, ("MF bpr epoch, D 64, AdamW", "ml1m"): 2.0}
+# Forward and backward of an attention layer as timm's small vision transformer has it; both sides run on our torch.
+ATTENTION = {
+    "gravity attention l2, batch 64": (1.0, "timm Attention"),
+    "gravity attention l2, batch 8": (1.15, "timm Attention"),
+    "gravity attention l1, batch 64": (1.4, "timm Attention"),
+}
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 EPOCHS = 3  # of those works that are counted by epochs
 
@@ -98,6 +104,33 @@ def train_bpr(data: Any, lazy: bool) -> None:
             plain_step(lambda: loss(batch), optimizer)
 
 
+def attend(side: str, work: str) -> tuple[Callable[[], object], float]:
+    """One layer of 65 tokens, width 384 and 12 heads, seven times forward and backward."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if side == "ours":
+        from gfml.attention import AttentionSettings, GravityAttention
+
+        layer: torch.nn.Module = GravityAttention(
+            384, 12, 65, AttentionSettings(3.0, distance=work.split()[2].strip(","))
+        )
+    else:
+        from timm.layers.attention import Attention
+
+        layer = Attention(384, 12, qkv_bias=True)
+    tokens, upstream = torch.randn(2, int(work.split()[-1]), 65, 384)
+    tokens.requires_grad_()
+
+    def steps() -> None:
+        for _ in range(7):
+            layer.zero_grad()
+            layer(tokens).backward(upstream)
+
+    return steps, 7
+
+
 def peer(work: str, train: Any) -> tuple[Callable[[], object], float]:
     """The same by implicit, with its defaults but for sizes."""
     import numpy as np
@@ -125,10 +158,13 @@ def peer(work: str, train: Any) -> tuple[Callable[[], object], float]:
 
 def one_turn(side: str, work: str, path: str) -> dict[str, float]:
     """CPU seconds of one unit of work in this process."""
-    whole = matrix(path)
-    make = ours if side == "ours" else peer
-    make(work, whole[: max(200, whole.shape[0] // 50)])[0]()  # imports, compilation, threads
-    call, units = make(work, whole)
+    if work in ATTENTION:
+        call, units = attend(side, work)
+        call()
+    else:
+        whole, make = matrix(path), ours if side == "ours" else peer
+        make(work, whole[: max(200, whole.shape[0] // 50)])[0]()  # imports, compilation, threads
+        call, units = make(work, whole)
     begin = time.process_time()
     call()
     return {"cpu_s": (time.process_time() - begin) / units}
@@ -146,7 +182,7 @@ def environment(folder: Path) -> Path:
 def versions(python: str) -> dict[str, str]:
     """Versions of what each side runs on."""
     code = ("import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in "
-            "('implicit', 'numpy', 'scipy', 'torch', 'numba') if any(d.name == n for d in m.distributions())}))")  # fmt: skip
+            "('implicit', 'numpy', 'scipy', 'torch', 'numba', 'timm') if any(d.name == n for d in m.distributions())}))")  # fmt: skip
     return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
@@ -163,18 +199,27 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             train, path = load_dataset(name, data_root=arguments.data_root).train, f"{folder}/{name}.npz"
             np.savez(path, data=train.data, indices=train.indices, indptr=train.indptr, shape=train.shape)
             for work, (bar, against) in WORKS.items():
-                turns: dict[str, list[float]] = {"ours": [], "peer": []}
-                for side in ("ours", "peer") * arguments.turns:
-                    command = [python[side], __file__, "--turn", side, work, path]
-                    environ = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-                    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
-                    turns[side].append(json.loads(done.stdout.splitlines()[-1])["cpu_s"])
-                medians = {side: statistics.median(seconds) for side, seconds in turns.items()}
-                rows.append({"work": f"{work}, {name}", "against": against, "bar": BARS.get((work, name), bar), **medians, "turns": turns,
-                             "ratio": medians["ours"] / medians["peer"]})  # fmt: skip
+                facts = {"work": f"{work}, {name}", "against": against, "bar": BARS.get((work, name), bar)}
+                rows.append(facts | in_turns(python, work, path, arguments.turns))
                 print(line(rows[-1]), flush=True)
+    for work, (bar, against) in ATTENTION.items():
+        found = in_turns(dict.fromkeys(python, sys.executable), work, "", arguments.turns)
+        rows.append({"work": work, "against": against, "bar": bar} | found)
+        print(line(rows[-1]), flush=True)
     return {"versions": {side: versions(path) for side, path in python.items()}, "machine": platform.machine(),
             "cpus": os.cpu_count(), "rows": rows}  # fmt: skip
+
+
+def in_turns(python: dict[str, str], work: str, path: str, number: int) -> dict[str, Any]:
+    """Medians of both sides, all turns, and the ratio."""
+    turns: dict[str, list[float]] = {"ours": [], "peer": []}
+    for side in ("ours", "peer") * number:
+        command = [python[side], __file__, "--turn", side, work, path]
+        environ = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
+        turns[side].append(json.loads(done.stdout.splitlines()[-1])["cpu_s"])
+    medians = {side: statistics.median(seconds) for side, seconds in turns.items()}
+    return {**medians, "turns": turns, "ratio": medians["ours"] / medians["peer"]}
 
 
 def line(row: dict[str, Any]) -> str:

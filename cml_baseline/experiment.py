@@ -19,6 +19,7 @@ from gfml.data.interactions import Interactions
 from gfml.distances import SquaredDistance
 from gfml.engine.runs import Run
 from gfml.engine.train import FitResult, Optimizers
+from gfml.fused import FusedHinge, path_text, why_no_fused_hinge
 from gfml.program.experiment import Judged, Training
 from gfml.program.recommender import Recommender
 from gfml.program.steps import ProjectedStep, build_step, check_judgeable, cut_offs
@@ -83,8 +84,16 @@ class CML(Recommender):
         s = self.settings
         optimizer = self._optimizer(model)
         step = ProjectedStep(build_step(s, optimizer, s.clip_grad), model)
-        loss = self.shared(model.loss, model, reduction=s.reduction)
+        fused = self.fused_or_reason(model)
+        loss = self.shared(model.loss if isinstance(fused, str) else fused, model, reduction=s.reduction)
         return Training(optimizer, self._sampler(model).epoch, loss, step=step)
+
+    def fused_or_reason(self, model: MetricLearner) -> FusedHinge | str:
+        """The loss with gradients by formula, or why autograd makes them."""
+        if self.settings.compile or self.world.size > 1:
+            return "--compile" if self.settings.compile else "several processes"
+        reason = why_no_fused_hinge(model.encoder, model.options, model.features)
+        return reason or FusedHinge(model.encoder, model.options)
 
     def _optimizer(self, model: MetricLearner) -> torch.optim.Optimizer | Optimizers:
         s, points = self.settings, list(model.encoder.parameters())
@@ -177,6 +186,7 @@ class CML(Recommender):
             *lines,
             f"CML: D {s.embedding_dim}, margin {s.margin:g}, ball {s.clip_norm:g}, rank weight {weight}, "
             f"covariance {s.cov_weight:g}; {s.num_neg} {s.sampler} negatives, {s.optimizer} {s.lr:g}, batch {s.batch_size:,}",
+            path_text(self.fused_or_reason(model)),
         ]
 
     @classmethod

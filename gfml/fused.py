@@ -6,7 +6,8 @@
 Values and gradients are those of :func:`gfml.losses.pair_loss` on :class:`gfml.ranking.encoders.Tables`, up to rounding.
 The backward pass writes ``.grad`` of the tables itself: a dense tensor that is kept between batches, of which only the
 rows of a batch are written and cleared; see :func:`touched_rows`. So, as with ``zero_grad(set_to_none=False)``, whoever
-wants a gradient after the next backward pass takes a copy. ``torch.autograd.grad`` does not see it.
+wants a gradient after the next backward pass takes a copy. ``torch.autograd.grad`` does not see it. Where an optimizer
+sums the rows itself (:class:`Held`), as the AdamWs of :mod:`gfml.engine.optimizers` do in a plain step, there is none.
 
 Sums are taken in the order of the batch whatever the number of threads (:mod:`gfml.kernels`). The first use after an
 installation compiles for some seconds.
@@ -57,6 +58,11 @@ def why_no_fused_hinge(encoder: Tables, options: MetricOptions, features: ItemFe
     if options.cov_weight or (features is not None and options.feature_weight):
         return "a covariance penalty" if options.cov_weight else "item features"
     return _why_not_rows(encoder)
+
+
+def path_text(found: object) -> str:
+    """Whence the gradients come, in words: from a loss of this module, or from autograd for the reason that ``found`` is."""
+    return f"gradients by {f'autograd: {found}' if isinstance(found, str) else 'formula, row by row'}"
 
 
 def _why_not_rows(encoder: Tables) -> str | None:
@@ -420,7 +426,8 @@ class RowGradients:
     def _set(self, out: Any, scale: float) -> np.ndarray:
         """Gradients become those of ``out``; the nodes that have one."""
         there = [parameter for parameter in self._written if parameter is not None]
-        parts = threads_for(out.rows.size)
+        # Chains are told in a tenth of a millisecond: as long as it takes to ask another thread.
+        parts = threads_for(out.rows.size) if self._written[0] is not None else 1
         self._prepare(there, parts)
         touched = self._kernel.Touched(
             self._stamps, np.empty((parts, out.places.size), np.int64), np.empty(parts, np.int64)

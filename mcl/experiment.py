@@ -10,6 +10,7 @@ from torch import nn
 
 from gfml.base.optim import light
 from gfml.engine.train import WeightAverage
+from gfml.fused import path_text
 from gfml.gravity import Gravity, Mass
 from gfml.program.experiment import Training
 from gfml.program.recommender import Recommender, mass_text
@@ -115,7 +116,13 @@ class MCL(Recommender):
         )
         gravity = f"gravity lambda {s.grav_lambda:g}, weights {s.grav_weight_pos:g} / {s.grav_weight_neg:g}"
         terms = {"mcl": mixed, "gfml": gravity, "mix": f"{mixed}; {gravity}, share {s.mix_ratio:g}"}[s.mode]
-        return [f"{s.encoder}, mode {s.mode}: {terms}; ranking by {s.score}"]
+        reason = (
+            "a batch has all items of its users" if s.mode == "gfml" else "one log-sum-exp over all pairs of a batch"
+        )
+        return [
+            f"{s.encoder}, mode {s.mode}: {terms}; ranking by {s.score}",
+            path_text(f"{reason}; distances by formula"),
+        ]
 
     @classmethod
     def result_text(cls, result: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from gfml.distances import SquaredDistance
 from gfml.engine.optimizers import build_optimizer
 from gfml.engine.runs import Run
 from gfml.engine.train import WeightAverage
-from gfml.fused import FusedHinge, FusedPairLoss
+from gfml.fused import FusedHinge, FusedPairLoss, path_text
 from gfml.gravity import Gravity, GravityScorer, Mass, unit_rows
 from gfml.program.experiment import Training
 from gfml.program.flags import baseline_grids
@@ -229,10 +229,9 @@ class Recsys(Recommender):
         gravity = f", {s.dist_mode} distance, {s.mass_mode} mass, lambda {s.lamb:g}"
         if s.model == "ials":
             return [f"ials, weight {s.ials_alpha0:g} of what is not in train, l2 {s.ials_l2:g}, rows solved in turns"]
-        fused = self.fused_or_reason(model)
         return [
             f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}",
-            f"gradients by {f'autograd: {fused}' if isinstance(fused, str) else 'formula, row by row'}",
+            path_text(self.fused_or_reason(model)),
         ]
 
 

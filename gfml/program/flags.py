@@ -35,7 +35,11 @@ class RunSettings(Settings):
         beside=True,
     )
     threads: int = setting(
-        0, "CPU threads; 0 leaves the choice to PyTorch", kinds.number(int, least=0, most=1024), unit="N", beside=True
+        0,
+        "most CPU threads, of which small work takes fewer; 0: as many as PyTorch finds",
+        kinds.number(int, least=0, most=1024),
+        unit="N",
+        beside=True,
     )
     tf32: str = setting(
         "auto",

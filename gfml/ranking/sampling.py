@@ -38,6 +38,8 @@ SCHEMES = ("user", "interaction", "per_user")
 NEGATIVES = ("uniform", "popularity", "train-items")
 NEGATIVES_PER_DRAW = 1 << 21
 LOOKUPS_PER_BLOCK = 1 << 16
+# A key and its share of the hashed bitmap; while they are built, twice as much is taken.
+BYTES_OF_A_PAIR = 16
 # After so many rejections in a row a slot is filled from the list of all free items.
 ROUNDS = 64
 # Entries of a block of weights, float64.
@@ -47,18 +49,26 @@ WEIGHTS_PER_BLOCK = 1 << 22
 class PairSet:
     """Exact membership of (user, item) pairs, for rejecting false negatives, on one device.
 
-    A bitmap of U x I bits when it fits the budget (one gather per query), else a binary search in the sorted
-    int64 keys user * I + item behind a small hashed bitmap that settles most queries at once.
+    A bitmap of U x I bits when it fits the budget, or on a CPU is no larger than the rest would be (one gather per
+    query), else a binary search in the sorted int64 keys user * I + item behind a small hashed bitmap that settles most
+    queries at once.
     """
 
     def __init__(self, matrix: sp.csr_array, device: torch.device | str = "cpu", budget_mb: int = 512) -> None:
         self.num_users, self.num_items = matrix.shape
+        cells, on_cpu = self.num_users * self.num_items, torch.device(device).type == "cpu"
+        self._exact = cells // 8 <= max(budget_mb << 20, BYTES_OF_A_PAIR * matrix.nnz if budget_mb and on_cpu else 0)
+        if self._exact and on_cpu:
+            from gfml.kernels.bits import set_bits  # not before it is needed: it imports numba
+
+            found = np.zeros(cells // 8 + 1, np.uint8)
+            set_bits(matrix.indptr, matrix.indices, self.num_items, found)
+            self._map = torch.from_numpy(found)
+            return
         users = np.repeat(np.arange(self.num_users, dtype=np.int64), np.diff(matrix.indptr))
         keys = users * self.num_items + matrix.indices.astype(np.int64)
         # Rows need not list their items in order; the binary search needs sorted keys.
         self._keys = torch.from_numpy(keys if matrix.has_sorted_indices else np.sort(keys)).to(device)
-        cells = self.num_users * self.num_items
-        self._exact = cells // 8 <= budget_mb << 20
         # Sixteen times as many bits as pairs leave about 6 % of the queries to the binary search.
         self._bits = cells if self._exact else 1 << max(20, int(np.ceil(np.log2(16 * max(1, len(users))))))
         slots = torch.unique(self._slot(self._keys))

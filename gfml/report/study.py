@@ -121,7 +121,7 @@ def _row(label: str, known: Sequence[Known], table: Mapping[str, Any]) -> Row:
     row |= rows_of_runs([(label, path) for path in paths], table["metrics"])[0]
     caps = [read_config(path).get("epochs") for path in paths]
     chosen = [read_result(path)["selection"]["epoch"] for path in paths]
-    row["at_cap"] = str(sum(cap is not None and epoch >= cap for cap, epoch in zip(caps, chosen, strict=True)))
+    row["at_cap"] = str(sum(bool(cap) and epoch >= cap for cap, epoch in zip(caps, chosen, strict=True)))
     settings = read_result(paths[0]).get("settings")
     row["chosen"] = (
         _point(seeds, trials) if trials else " ".join(f"{key} {value:g}" for key, value in (settings or {}).items())

@@ -53,6 +53,14 @@ def test_both_sides_are_timed_on_the_same_work(tmp_path: Path) -> None:
         assert peers.one_turn("ours", work, str(path))["cpu_s"] > 0
 
 
+@pytest.mark.slow
+def test_attention_is_timed_on_both_sides() -> None:
+    pytest.importorskip("timm")
+    peers = module("peers")
+    for work in peers.ATTENTION:
+        assert all(peers.one_turn(side, work, "")["cpu_s"] > 0 for side in ("ours", "peer"))
+
+
 def test_the_page_is_filled_from_one_run(tmp_path: Path) -> None:
     peers = module("peers")
     row = {"work": "w, d", "against": "p", "bar": 1.2, "ours": 1.0, "peer": 4.0, "ratio": 0.25}

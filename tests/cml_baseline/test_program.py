@@ -12,6 +12,7 @@ import torch
 
 from cml_baseline import ann, report
 from cml_baseline.data import hide_items
+from cml_baseline.experiment import CML
 from cml_baseline.main import PROGRAM, main
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
@@ -36,6 +37,20 @@ def run(tmp_path):
         return tmp_path / name
 
     return start
+
+
+def test_gradients_by_formula_train_as_those_of_autograd_and_both_say_so(run, monkeypatch, capsys):
+    found = []
+    for name, reason in (("formula", None), ("autograd", "as asked")):
+        if reason:
+            monkeypatch.setattr(CML, "fused_or_reason", lambda *_: reason)
+        path = run("--optimizer", "adam", name=name)
+        assert f"gradients by {name}" in capsys.readouterr().err
+        found.append(load_state(path / "final.pt")["model"]["encoder.nodes"])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    run("--cov-weight", "0.1", name="covariance")
+    assert "gradients by autograd: a covariance penalty" in capsys.readouterr().err
 
 
 def items_file(tmp_path, num_items=80, name="items.csv"):

@@ -74,6 +74,20 @@ def test_membership_equals_a_python_set(budget_mb, case, order):
     assert torch.equal(flat, expected.flatten())
 
 
+def test_a_bitmap_that_is_no_larger_than_the_keys_is_taken():
+    rng = np.random.default_rng(0)
+    users, items = rng.integers(3000, size=200_000), rng.integers(4000, size=200_000)
+    known, searched = (
+        PairSet(csr_from_pairs(users[:count], items[:count], 3000, 4000), budget_mb=1) for count in (200_000, 20_000)
+    )
+    assert not hasattr(known, "_keys") and len(known._map) == 3000 * 4000 // 8 + 1 and hasattr(searched, "_keys")
+    for pairs, count in ((known, 200_000), (searched, 20_000)):
+        there = set(zip(users[:count].tolist(), items[:count].tolist(), strict=True))
+        others, more = rng.integers(3000, size=30_000), rng.integers(4000, size=30_000)
+        expected = [pair in there for pair in zip(others.tolist(), more.tolist(), strict=True)]
+        assert pairs.contains(torch.from_numpy(others), torch.from_numpy(more)).tolist() == expected
+
+
 # The bitmap of 50,000 x 50,000 fits the default budget, the second matrix needs the search.
 @pytest.mark.parametrize("num_users,num_items", ((50_000, 50_000), (3_000_000, 2_000_000)))
 def test_more_cells_than_32_bits_count(num_users, num_items):
