@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import FunctionType
@@ -52,7 +52,7 @@ class StepCapture:
     step: as in :func:`gfml.engine.train.fit`. A class of steps that can be recorded has ``graph_key()``, a hashable that
         says what the next call does, and ``replayed()``, which counts a call that was replayed; a function needs neither.
         A step that schedules learning rates sets those of the next call in ``prepare(optimizer)``, but for tensors.
-    around: a context for the loss, such as autocast. required: UserError instead of going on without.
+    required: UserError instead of going on without.
     record: makes a :class:`Recording` of a function; tests give another than CUDA's.
     """
 
@@ -63,11 +63,10 @@ class StepCapture:
         step: Callable[..., Mapping[str, Any]],
         loss_fn: Callable[[Any], Mapping[str, Any]],
         *,
-        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
         required: bool = False,
         record: Callable[[Callable[[], None]], Recording] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.step, self.loss_fn, self.around = model, optimizer, step, loss_fn, around
+        self.model, self.optimizer, self.step, self.loss_fn = model, optimizer, step, loss_fn
         self.required, self.record = required, record or _cuda_graph
         self.reason = ""
         self._watch = record is None
@@ -92,11 +91,7 @@ class StepCapture:
         self._forms.clear()
 
     def _plain(self, batch: Any) -> Mapping[str, Any]:
-        def closure() -> Mapping[str, Any]:
-            with self.around():
-                return self.loss_fn(batch)
-
-        return self.step(closure, self.optimizer)
+        return self.step(lambda: self.loss_fn(batch), self.optimizer)
 
     def _recorded(self, batch: Any) -> Mapping[str, Any]:
         self._steps += 1

@@ -563,12 +563,12 @@ class _Stepper:
         if cuda_graph not in CAPTURE_MODES:
             raise choice_error("cuda_graph", cuda_graph, CAPTURE_MODES)
         device = next(model.parameters()).device
-        context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=amp)
+        self._loss_fn, self._context = loss_fn, partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=amp)
         problem = problem or ("several processes share each batch" if distributed.world_size() > 1 else "")
         problem = problem or capture_problem(model, step, optimizer, device) or ""
         if cuda_graph == "1" and problem:
             raise UserError(f"found `cuda_graph 1`, but {problem}: give `cuda_graph auto or 0`")
-        self._capture = StepCapture(model, optimizer, step, loss_fn, around=context, required=cuda_graph == "1")
+        self._capture = StepCapture(model, optimizer, step, self._loss, required=cuda_graph == "1")
         self._capture.reason = problem or ("`cuda_graph 0`" if cuda_graph == "0" else "")
         self._said = cuda_graph == "0" or device.type != "cuda"  # where nobody would expect recordings
 
@@ -580,7 +580,13 @@ class _Stepper:
             self._capture.forget()
 
     def __call__(self, batch: Any) -> Terms:
+        if self._capture.reason:
+            return self._capture.step(partial(self._loss, batch), self._capture.optimizer)
         return self._capture(batch)
+
+    def _loss(self, batch: Any) -> Terms:
+        with self._context():
+            return self._loss_fn(batch)
 
     def why_not(self) -> str:
         """Why steps are not recorded, once; empty where they are, and where nobody would expect it."""

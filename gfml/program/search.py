@@ -355,12 +355,14 @@ def evaluations(path: Path | None, metric: str) -> list[tuple[int, float]]:
 
 @dataclass(frozen=True)
 class Report:
-    """One evaluation of a trial, or its end. value: the best so far. finished: the run is done. stored: known before this session."""
+    """One evaluation of a trial, or its end. value: the best so far. finished: the run is done. stored: known before this
+    session. last: every epoch is trained."""
 
     epoch: int
     value: float | None
     finished: bool = False
     stored: bool = False
+    last: bool = False
 
 
 class Follower:
@@ -386,7 +388,8 @@ class Follower:
             for epoch, value in evaluations(run.path(), self.spec.metric):
                 if epoch > self._last.epoch and (self._until is None or epoch <= self._until):
                     best = value if self.spec.better(value, self._last.value) else self._last.value
-                    self._last = Report(epoch, best, stored=epoch <= self._stored)
+                    last = epoch >= getattr(run.options, "epochs", math.inf)
+                    self._last = Report(epoch, best, stored=epoch <= self._stored, last=last)
                     return self._last
             if self._until is not None:
                 return None

@@ -350,11 +350,14 @@ def _scheduler(spec: Spec) -> Any:
         return FIFOScheduler()
 
     class Scheduler(ASHAScheduler):
-        """What earlier sessions let pass goes on: told again, in whatever order, it counts but is not judged anew."""
+        """What earlier sessions let pass goes on: told again, in whatever order, it counts but is not judged anew.
+
+        So does what has only its end to write: stopping it would save nothing and lose its test figures.
+        """
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             decision = super().on_trial_result(tune_controller, trial, result)
-            return self.CONTINUE if result["stored"] else decision
+            return self.CONTINUE if result["stored"] or result["last"] else decision
 
     # No trial reaches max_t: one that trained to its end must also judge and store what it found.
     return Scheduler(time_attr="epoch", max_t=10**6, grace_period=spec.asha.grace, reduction_factor=spec.asha.reduction)
@@ -376,7 +379,7 @@ def _trainable_class(spec: Spec) -> type:
             if report is None:
                 return {"done": True, "finished": False}
             return {"epoch": report.epoch, "value": report.value, "finished": report.finished, "done": report.finished,
-                    "stored": report.stored}  # fmt: skip
+                    "stored": report.stored, "last": report.last}  # fmt: skip
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.cleanup()

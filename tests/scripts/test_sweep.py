@@ -183,6 +183,8 @@ def test_every_evaluation_is_reported_once_with_the_best_so_far(toy: Path) -> No
     assert reports(follower(toy)) == wanted
     # A finished run is read, not started.
     assert reports(follower(toy)) == wanted and starts_of(toy) == 1
+    one = follower(toy)
+    assert [one.next().last for _ in range(4)] == [False, False, True, True], "what ends is not to be stopped"
     less = follower(toy)
     less.spec = replace(less.spec, mode="min")
     assert [report[1] for report in reports(less)] == [0.5] * 4
