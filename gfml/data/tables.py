@@ -236,7 +236,7 @@ class Table:
     notes: dict[str, object] = field(default_factory=dict)
 
     def read(self, columns: Sequence[str], whole: Sequence[str] = (), coded: Sequence[str] = ()) -> dict[str, Any]:
-        """The ``columns``, one entry a row: strings, or the file's own types, as :class:`pyarrow.ChunkedArray`.
+        """The ``columns``, one entry a row: strings, or the file's own types, as ``pyarrow.ChunkedArray``.
 
         whole: try these as int64 on the way. coded: a table of text gives these as :class:`~gfml.data.interning.Coded`.
         """
