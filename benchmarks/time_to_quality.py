@@ -239,17 +239,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     store = DOCS / "time-to-quality.json"
     found = json.loads(store.read_text(encoding="utf-8"))["curves"] if store.exists() else {}
-    for name in given.data:
-        kept = found.get(name, {})
-        for method in given.methods:
-            if "peer" not in METHODS[method] or given.peer_python:
-                kept[method] = curve_alone(name, method, given)
-                print(f"{name}, {method}: {kept[method][-1]}", flush=True)
-        found[name] = {method: kept[method] for method in METHODS if method in kept}
-    write_json(store, {"methods": METHODS, "curves": found})
-    figure(found, DOCS / "time-to-quality.png")
-    with atomic_open(DOCS / "time-to-quality.md") as file:
-        file.write(page(found))
+    for name, method in ((name, method) for name in given.data for method in given.methods):
+        if "peer" in METHODS[method] and not given.peer_python:
+            continue
+        curves = found.get(name, {}) | {method: curve_alone(name, method, given)}
+        print(f"{name}, {method}: {curves[method][-1]}", flush=True)
+        # After every curve: what was drawn stays when the rest is stopped.
+        found[name] = {method: curves[method] for method in METHODS if method in curves}
+        write_json(store, {"methods": METHODS, "curves": found})
+        figure(found, DOCS / "time-to-quality.png")
+        with atomic_open(DOCS / "time-to-quality.md") as file:
+            file.write(page(found))
     return 0
 
 
