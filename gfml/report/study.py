@@ -454,6 +454,8 @@ def _draw(folder: Path, name: str) -> None:
     def draw() -> Figure:
         lines = -(-len(by_data) // 2)
         figure, axes = panels(lines, min(2, len(by_data)), height=4.2)
+        for axis in axes.flat[len(by_data) :]:
+            axis.set_visible(False)
         for axis, (data, own) in zip(axes.flat, by_data.items(), strict=False):
             for method in methods:
                 mine = [row for row in own if _method(row) == method]
