@@ -195,6 +195,13 @@ def adamw_row(table, first, second, r, gradient, n, numbers):
         table[r, d] = keep * table[r, d] - rate * m / (np.sqrt(v) * root + eps)
 
 
+@scalar
+def adamw_numbers(table, keep, rate, beta1, beta2, root, eps):
+    """What :func:`adamw_row` multiplies by, in the table's own precision."""
+    kind = table.dtype.type
+    return (kind(keep), kind(rate), kind(beta1), kind(1 - beta1), kind(beta2), kind(1 - beta2), kind(root), kind(eps))
+
+
 @compiled
 def adamw_chains(
     begin, end, dense, now, rows, chains, values, scale, table, first, second, keep, rate, beta1, beta2, root, eps
@@ -203,18 +210,8 @@ def adamw_chains(
 
     At rows[begin:end], or at all rows begin .. end - 1 of the table, those without a chain too, if ``dense``.
     """
-    kind = table.dtype.type
-    numbers = (
-        kind(keep),
-        kind(rate),
-        kind(beta1),
-        kind(1 - beta1),
-        kind(beta2),
-        kind(1 - beta2),
-        kind(root),
-        kind(eps),
-    )
-    factor, total = kind(scale), np.zeros((2, table.shape[1]), table.dtype)
+    numbers = adamw_numbers(table, keep, rate, beta1, beta2, root, eps)
+    factor, total = table.dtype.type(scale), np.zeros((2, table.shape[1]), table.dtype)
     for n in range(begin, end):
         r, soon = (n, n + SOON) if dense else (rows[n], rows[min(n + SOON, end - 1)])
         if not dense:
@@ -251,17 +248,7 @@ def adamw_rows(rows, table, gradient, first, second, keep, rate, beta1, beta2, r
 
     keep = 1 - lr decay; rate = lr / (1 - beta1^t); root = 1 / sqrt(1 - beta2^t).
     """
-    kind = table.dtype.type
-    numbers = (
-        kind(keep),
-        kind(rate),
-        kind(beta1),
-        kind(1 - beta1),
-        kind(beta2),
-        kind(1 - beta2),
-        kind(root),
-        kind(eps),
-    )
+    numbers = adamw_numbers(table, keep, rate, beta1, beta2, root, eps)
     for n in range(len(rows)):
         fetch_soon((table, gradient, first, second), rows, n)
         if not is_zero(gradient, rows[n]):
