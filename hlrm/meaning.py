@@ -13,12 +13,12 @@ one random match a pair; here all couples stand for chance.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gfml.base.errors import UserError
@@ -94,17 +94,14 @@ def _relations(this: HLRM, model: RelationModel, pairs: Tensor, split: str) -> T
 @torch.no_grad()
 def _shares(pairs: Tensor, common: Tensor, vectors: dict[str, Tensor]) -> dict[str, float]:
     """Share of pairs whose nearest neighbour agrees, for every kind of vector, and of all couples; see the module text."""
-    cosine: dict[str, Callable[[slice], Tensor]] = {}
-    for name, table in vectors.items():
-        unit = torch.nn.functional.normalize(table, dim=1)
-        cosine[name] = lambda rows, unit=unit: unit[rows] @ unit.T
+    unit = {name: F.normalize(table, dim=1) for name, table in vectors.items()}
     hits, couples, agreeing = dict.fromkeys(vectors, 0.0), 0.0, 0.0
     for start in range(0, len(pairs), ROWS):
         rows = slice(start, start + ROWS)
         other = (pairs[rows, None] != pairs).all(2)
         agree = (common[rows] @ common.T > 0) & other
         couples, agreeing = couples + float(other.sum()), agreeing + float(agree.sum())
-        for name, of in cosine.items():
-            nearest = of(rows).masked_fill(~other, -torch.inf).argmax(1)
+        for name, table in unit.items():
+            nearest = (table[rows] @ table.T).masked_fill(~other, -torch.inf).argmax(1)
             hits[name] += float(agree.gather(1, nearest[:, None]).sum())
     return {name: hit / len(pairs) for name, hit in hits.items()} | {"chance": agreeing / max(couples, 1.0)}
