@@ -213,8 +213,9 @@ def lacking(needs: Sequence[str], data_root: str | None) -> str | None:
             raise choice_error("data set", what, registry.known_names())
         if kind == "data" and registry.locate(known, roots) is None:
             return f"the data of {what} are not below {', '.join(map(str, roots))}"
-        if kind == "files" and not any((root / what).exists() for root in roots):
-            return f"{what} is not below {', '.join(map(str, roots))}"
+        # What is made beforehand, such as features, lies where the runs do, below the folder that commands run in.
+        if kind == "files" and not any((root / what).exists() for root in (*roots, ROOT)):
+            return f"{what} is not below {', '.join(map(str, (*roots, ROOT)))}"
         if kind == "gpu" and not _has_gpu():
             return "it needs a CUDA device"
         if kind not in ("data", "files", "gpu"):
