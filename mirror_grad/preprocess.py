@@ -169,7 +169,10 @@ def encode_known(options: Options) -> int:
         )
     texts, pictures = (
         Path(given) if given else beside(name, root, usual)
-        for given, usual in ((options.meta, ("movies_extrainfos.dat", *TEXT_FILES)), (options.image_folder, PICTURES_BESIDE))
+        for given, usual in (
+            (options.meta, ("movies_extrainfos.dat", *TEXT_FILES)),
+            (options.image_folder, PICTURES_BESIDE),
+        )
     )
     if texts is None and pictures is None:
         raise UserError(f"{name} has neither texts nor pictures beside it: give --meta or --image-folder")

@@ -10,7 +10,8 @@ A table is ``configs/tables/NAME.toml``:
 
     folder, title, metrics, columns, seeds     where the results go, what is kept and shown, default seeds
     main = ["recall@5"]                        metrics that are tested and drawn (scripts/table_pairs.py, table_figure.py)
-    needs = ["data:lastfm", "files:DIR", "gpu"]    without one of these a cell cannot run here, and says so
+    needs = ["data:lastfm", "files:DIR", "gpu"]    without one of these a cell cannot run here, and says so (DIR: below the data
+                                               root or this project)
     [[cell]] label, command, seeds, needs, paper    a row; "paper" names the published row beside it
     against = ["FREEDOM"]                      rows that a cell's row is compared with, by paired tests
     over = { lamb = [1, 3], ... }              one cell per combination; {lamb} in the texts of a cell is replaced
