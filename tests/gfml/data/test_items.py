@@ -87,8 +87,8 @@ def test_movies_with_plots(tmp_path):
     info = read_item_info(tmp_path / "extra.dat", data_of())
     assert info.titles == ["B", "", "", "A: b"] and info.genres == [(), (), (), ("War", "Drama")]
     assert info.about == ["", "", "", 'It "ends", 1;2.']
-    (tmp_path / "own.csv").write_text("item_id,title,description\n7,B,N/A\n9,C,a thing\n")
-    assert read_item_info(tmp_path / "own.csv", data_of()).about == ["N/A", "", "a thing", ""]
+    (tmp_path / "own.csv").write_text("item_id,title,description\n7,B,N/A\n3,C,a thing\n")
+    assert read_item_info(tmp_path / "own.csv", data_of()).about == ["N/A", "a thing", "", ""]
 
 
 def test_standardised_tables_have_no_mean_and_unit_deviation(tmp_path):
