@@ -27,13 +27,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open
 from gfml.program.cli import Parser, number
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from gfml.data.interactions import Interactions
     from gfml.program.loading import Loaded
     from gfml.ranking.topk import Scorer
@@ -87,8 +87,6 @@ def export(run: Loaded, folder: Path, form: str = "parquet") -> list[Path]:
 
 def tables(run: Loaded) -> dict[str, dict[str, np.ndarray]]:
     """{"user": {"id" [U], "vector" [U, D], "log_mass" [U] where there are masses}, "item": ...}."""
-    import numpy as np
-
     vectors, data = run.experiment.vectors(run.model), run.interactions
     if vectors is None:
         raise UserError(f"{run.path} is a run of {run.experiment.name}, which has no vectors of users and items")
@@ -132,7 +130,6 @@ def _parquet(folder: Path, sides: dict[str, dict[str, np.ndarray]]) -> list[Path
 
 
 def _npz(folder: Path, sides: dict[str, dict[str, np.ndarray]]) -> list[Path]:
-    import numpy as np
     from safetensors.numpy import save
 
     flat = {f"{side}_{name}": values for side, columns in sides.items() for name, values in columns.items()}
@@ -146,7 +143,6 @@ def _npz(folder: Path, sides: dict[str, dict[str, np.ndarray]]) -> list[Path]:
 
 def for_tools(scorer: Scorer, data: Interactions, out: Path) -> list[Path]:
     """Write every file for other tools into ``out``; what was written. UserError for a scorer that is no inner product."""
-    import numpy as np
     import scipy.sparse as sp
 
     factors = scorer.factors()
@@ -180,8 +176,6 @@ def augmented(user: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
     Reference: Bachrach et al., Speeding Up the Xbox Recommender System, RecSys 2014.
     """
-    import numpy as np
-
     length = np.square(item.astype(np.float64)).sum(axis=1)
     last = np.sqrt(np.maximum(length.max(initial=0.0) - length, 0.0))
     return np.pad(user, ((0, 0), (0, 1))), np.column_stack([item, last]).astype(np.float32)
