@@ -1,28 +1,23 @@
 """What an epoch of matrix factorisation costs: losses, optimizers, kernels, threads, and the number of interactions.
 
-    python benchmarks/mf.py epochs [--data ml1m gowalla] [--data-root DIR] [--peer-python PYTHON] [--json FILE]
+    python benchmarks/mf.py epochs [--data ml1m gowalla] [--data-root DIR] [--json FILE]
     python benchmarks/mf.py threads [--data ml1m]
     python benchmarks/mf.py scale [--sizes 1000000 10000000 100000000]
 
 CPU seconds (user + system) of this process, the smallest of several turns in which all calls take part, so that a busy
-machine slows all alike; ratios are within one run. ``--peer-python``: an interpreter that has implicit; its BPR then takes
-its turns in a process of its own.
+machine slows all alike; ratios are within one run. Against other libraries: ``benchmarks/peers.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import scipy.sparse as sp
 import torch
 
 from gfml.data.interactions import Interactions
@@ -36,20 +31,6 @@ from recsys.model import Recommender
 
 # Users and items that go with a number of interactions.
 SIZES = {10**6: (20_000, 2_000), 10**7: (200_000, 20_000), 10**8: (480_189, 17_770)}
-PEER = """
-import sys, time
-import numpy as np, scipy.sparse as sp
-from implicit.bpr import BayesianPersonalizedRanking
-matrix = sp.csr_matrix(sp.load_npz(sys.argv[1]), dtype=np.float32)
-for _ in sys.stdin:
-    seconds = []
-    for epochs in (1, 4):
-        model = BayesianPersonalizedRanking(factors=64, iterations=epochs, num_threads=1, random_state=1)
-        start = time.process_time()
-        model.fit(matrix, show_progress=False)
-        seconds.append(time.process_time() - start)
-    print((seconds[1] - seconds[0]) / 3, flush=True)
-"""
 
 
 class MatrixFactorisation:
@@ -94,7 +75,7 @@ def in_turn(calls: dict[str, Callable[[], Any]], runs: int, clock: Callable[[], 
     return best
 
 
-def epochs(data: Interactions, peer: str | None, runs: int) -> Iterator[dict[str, Any]]:
+def epochs(data: Interactions, runs: int) -> Iterator[dict[str, Any]]:
     """Every loss, optimizer and kernel on one data set."""
     cells = {f"{loss}, adamw": {"loss": loss} for loss in ("bpr", "gravity", "mix_bpr")}
     cells |= {f"bpr, {name}": {"optimizer": name} for name in OPTIMIZERS[1:]}
@@ -103,28 +84,9 @@ def epochs(data: Interactions, peer: str | None, runs: int) -> Iterator[dict[str
         f"{loss}, adamw, autograd": {"loss": loss, "kernel": "autograd"} for loss in ("bpr", "gravity", "mix_bpr")
     }
     calls = {name: MatrixFactorisation(data, **cell).epoch for name, cell in cells.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        if peer is not None:
-            matrix = Path(folder) / "train.npz"
-            sp.save_npz(matrix, sp.csr_matrix(data.train))
-            process = subprocess.Popen(
-                [peer, "-c", PEER, str(matrix)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=os.environ | {"PYTHONPATH": ""},
-            )  # fmt: skip
-
-            def turn() -> float:
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                return float(process.stdout.readline())
-
-            calls["implicit BPR"] = turn
-        seconds = in_turn(calls, runs, time.process_time)
-        if peer is not None:
-            process.stdin.close()
-            process.wait()
+    seconds = in_turn(calls, runs, time.process_time)
     for name, value in seconds.items():
-        row = {"data": data.name, "work": name, "cpu_s": value, "over_bpr": value / seconds["bpr, adamw"]}
-        yield row | ({"over_implicit": value / seconds["implicit BPR"]} if peer else {})
+        yield {"data": data.name, "work": name, "cpu_s": value, "over_bpr": value / seconds["bpr, adamw"]}
 
 
 def threads(data: Interactions, runs: int) -> Iterator[dict[str, Any]]:
@@ -181,7 +143,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", default=None, help="data sets; default ml1m and gowalla, for threads ml1m")
     parser.add_argument("--data-root", help="where the data sets lie")
     parser.add_argument("--sizes", type=int, nargs="+", choices=tuple(SIZES), default=list(SIZES)[:2])
-    parser.add_argument("--peer-python", help="an interpreter that has implicit")
     parser.add_argument("--runs", type=int, default=3, help="turns of each call")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     given = parser.parse_args(argv)
@@ -193,10 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         names = given.data or (["ml1m", "gowalla"] if given.part == "epochs" else ["ml1m"])
         sets = (load_dataset(name, data_root=given.data_root) for name in names)
-        parts = [
-            epochs(data, given.peer_python, given.runs) if given.part == "epochs" else threads(data, given.runs)
-            for data in sets
-        ]
+        parts = [(epochs if given.part == "epochs" else threads)(data, given.runs) for data in sets]
     for part in parts:
         for row in part:
             rows.append(row)

@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SHAPES = {10**6: (20_000, 2_000), 10**7: (200_000, 20_000), 10**8: (480_189, 17_770)}
 STAGES = ("generate", "write Parquet", "load and cut", "popularity", "item-knn", "ease", "ials epoch", "MF epoch",
           "evaluate")  # fmt: skip
@@ -32,8 +34,6 @@ JUDGED = 20_000
 
 
 def save(data: Any, folder: Path) -> None:
-    import numpy as np
-
     for part in ("train", "test"):
         matrix = data.split(part)
         np.save(folder / f"{part}-indices.npy", matrix.indices)
@@ -42,7 +42,6 @@ def save(data: Any, folder: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-    import numpy as np
 
     from gfml.data.interactions import Interactions, csr_from_parts
 
@@ -55,7 +54,6 @@ def load(folder: Path) -> Any:
 
 def write_parquet(data: Any, path: Path) -> None:
     """All pairs as two columns, users in blocks."""
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 

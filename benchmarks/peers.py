@@ -1,46 +1,79 @@
 """Time ours against what a user would pick instead, side by side, and fill the README's table from the same run.
 
-    python benchmarks/peers.py --data-root DIR [--data ml1m gowalla] [--turns 3] [--env DIR] [--json FILE]
+    python benchmarks/peers.py --data-root DIR [--data ml1m gowalla] [--turns 3] [--only TEXT ...] [--env DIR] [--json FILE]
     python benchmarks/peers.py --table FILE README.md
 
-An environment with the pinned peers is made in --env where there is none. Ours and the peer take turns (A B A B ...), each
-in a process of its own on one thread; CPU seconds are user + system of the work alone, after the same work on a small
-part, and a figure is the median of the turns. A ratio is always of two figures of one run: the file holds versions,
-every turn, and nothing from elsewhere. --table writes the rows of a file between the markers of a Markdown page.
+Environments with the pinned peers are made in --env where there are none (0.7 GB). Ours and the peer take turns
+(A B A B ...), each in a process of its own on one thread; CPU seconds are user + system of the work alone, after the same
+work on a small part, and a figure is the median of the turns. A ratio is always of two figures of one run: the file holds
+versions, every turn, and nothing from elsewhere; --only measures rows whose name has one of the texts and leaves the others
+of the file. A peer that cannot be installed or fails has a row with the reason as it was printed. --table writes the rows
+of a file between the markers of a Markdown page. All rows take about 25 minutes of one quiet processor.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-PINNED = ("implicit==0.7.3", "scipy==1.17.1", "numpy==2.4.6", "threadpoolctl==3.8.0")
-# Work, the largest ratio wanted of most data sets, and who does it on the other side.
-WORKS = {
-    "item-knn fit, K 100": (1.2, "implicit CosineRecommender"),
-    "iALS epoch, D 64": (1.2, "implicit AlternatingLeastSquares"),
-    "top 20 of all users, D 64": (0.5, "implicit recommend"),
-    "MF bpr epoch, D 64, lazy AdamW": (3.0, "implicit BayesianPersonalizedRanking"),
-    "MF bpr epoch, D 64, AdamW": (8.0, "implicit BayesianPersonalizedRanking"),
+# What is installed in the environment of each peer. What needs torch takes ours, so that both sides have the same.
+PINNED = {
+    "implicit": ("implicit==0.7.3", "scipy==1.17.1", "numpy==2.4.6", "threadpoolctl==3.8.0"),
+    "recbole": ("recbole==1.2.1", "scipy==1.11.4", "numpy==1.26.4", "pandas==2.2.3"),
+    "warprec": ("warprec==2.2.8",),
 }
+ON_OUR_TORCH = ("recbole", "warprec")
+
+
+class Row(NamedTuple):
+    """A line of the table: who does the work on the other side, the largest ratio wanted, and the peer's environment, of
+    PINNED, or "" for this one."""
+
+    work: str
+    against: str
+    bar: float | None = None
+    env: str = ""
+
+
+BPR_PEER = "implicit BayesianPersonalizedRanking"
+SPARSE = (
+    Row("item-knn fit, K 100", "implicit CosineRecommender", 1.2, "implicit"),
+    Row("iALS epoch, D 64", "implicit AlternatingLeastSquares", 1.2, "implicit"),
+    Row("top 20 of all users, D 64", "implicit recommend", 0.5, "implicit"),
+    Row("MF bpr epoch, D 64, lazy AdamW", BPR_PEER, 3.0, "implicit"),
+    Row("MF bpr epoch, D 64, AdamW", BPR_PEER, 8.0, "implicit"),
+)
 # Small tables fit into caches, so there the bars are lower.
 BARS = {("top 20 of all users, D 64", "ml1m"): 0.4, ("MF bpr epoch, D 64, AdamW", "ml1m"): 2.0}
+FRAMEWORKS = {
+    "ml1m": (Row("BPR epoch, D 64, Adam", "RecBole BPR", None, "recbole"),
+             Row("BPR epoch, D 64, Adam", "WarpRec BPR", None, "warprec")),
+    "lastfm": (Row("LightGCN epoch, 2 layers, Adam", "RecBole LightGCN", None, "recbole"),),
+}  # fmt: skip
+# MMRec's step and validation, rebuilt in mmrec.py; features are noise of the published widths.
+BABY = tuple(
+    Row(work, "MMRec's step, rebuilt", bar)
+    for work, bar in {"BPR epoch": 0.15, "VBPR epoch": 0.35, "LightGCN epoch, 2 layers": 0.15, "BM3 epoch": 0.25,
+                      "FREEDOM epoch": 0.25, "BPR validation": 0.15}.items()
+)  # fmt: skip
 # Forward and backward of an attention layer as timm's small vision transformer has it; both sides run on our torch.
-ATTENTION = {
-    "gravity attention l2, batch 64": (1.0, "timm Attention"),
-    "gravity attention l2, batch 8": (1.15, "timm Attention"),
-    "gravity attention l1, batch 64": (1.4, "timm Attention"),
-}
+ATTENTION = (
+    Row("gravity attention l2, batch 64", "timm Attention", 1.0),
+    Row("gravity attention l2, batch 8", "timm Attention", 1.15),
+    Row("gravity attention l1, batch 64", "timm Attention", 1.4),
+)
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 EPOCHS = 3  # of those works that are counted by epochs
 
@@ -55,7 +88,7 @@ def matrix(path: str) -> Any:
         return sp.csr_matrix(parts, shape=tuple(stored["shape"]))
 
 
-def ours(work: str, train: Any) -> tuple[Callable[[], object], float]:
+def sparse_work(work: str, train: Any) -> tuple[Callable[[], object], float]:
     """The work as a function, and how many units it does."""
     import numpy as np
     import scipy.sparse as sp
@@ -131,7 +164,7 @@ def attend(side: str, work: str) -> tuple[Callable[[], object], float]:
     return steps, 7
 
 
-def peer(work: str, train: Any) -> tuple[Callable[[], object], float]:
+def implicit_work(work: str, train: Any) -> tuple[Callable[[], object], float]:
     """The same by implicit, with its defaults but for sizes."""
     import numpy as np
     import threadpoolctl
@@ -156,65 +189,193 @@ def peer(work: str, train: Any) -> tuple[Callable[[], object], float]:
     return lambda: model.fit(train, **quiet), EPOCHS
 
 
-def one_turn(side: str, work: str, path: str) -> dict[str, float]:
+def program_work(program: str, *tokens: str, validation: bool = False) -> tuple[Callable[[], object], float]:
+    """An epoch, or a validation, of one of our programs, after two batches; what its flags say, sampling included."""
+    import importlib
+
+    import torch
+
+    torch.set_num_threads(1)
+    experiment = importlib.import_module(f"{program}.experiment")
+    kind = experiment.MirrorGrad if program == "mirror_grad" else experiment.Recsys
+    settings = importlib.import_module(f"{program}.main").PROGRAM.parse(tokens)
+    this = kind(settings, kind.load(settings))
+    model = this.build().train()
+    training = this.training(model)
+
+    def train(number: int, most: int | None = None) -> None:
+        for batch in itertools.islice(training.batches(number), most):
+            training.step(lambda: training.loss(batch), training.optimizer)
+
+    train(1, 2)
+    if validation:
+        return lambda: this.evaluate(model.eval(), "valid"), 1
+    return lambda: train(2), 1
+
+
+def mmrec_work(work: str, data_root: str) -> tuple[Callable[[], object], float]:
+    """The same by the rebuilt steps of ``mmrec.py``, on the same interactions and features."""
+    import mmrec
+    import torch
+
+    from gfml.data.options import load_dataset
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    data = load_dataset("amazon-baby", data_root=data_root)
+    train = data.train.astype(float)
+    features = {name: torch.randn(data.num_items, width) for name, width in (("image", 4096), ("text", 384))}
+    model = mmrec.MODELS[work.split()[0]](train, features)
+    batches, optimizer = mmrec.Batches(train), torch.optim.Adam(model.parameters(), lr=1e-3)
+    mmrec.train_epoch(model, batches, optimizer, most=2)
+    if "validation" in work:
+        return lambda: mmrec.validate(model, data.train, data.valid), 1
+    return lambda: mmrec.train_epoch(model, batches, optimizer), 1
+
+
+def recbole_work(work: str, train: Any) -> tuple[Callable[[], object], float]:
+    """An epoch of RecBole, sampling included, on files that it reads itself; two users with one pair are left to judge."""
+    import logging
+
+    import torch
+    from recbole.config import Config
+    from recbole.data import create_dataset, data_preparation
+    from recbole.utils import get_model, get_trainer, init_seed
+
+    torch.set_num_threads(1)
+    sys.argv[1:] = []
+    logging.disable()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "peers"
+        place.mkdir()
+        users, items = train.nonzero()
+        for part, number in (("train", len(users)), ("valid", 2), ("test", 2)):
+            rows = "".join(f"{user}\t{item}\n" for user, item in zip(users[:number], items[:number]))
+            (place / f"peers.{part}.inter").write_text(f"user_id:token\titem_id:token\n{rows}")
+        settings = {"data_path": folder, "checkpoint_dir": folder, "benchmark_filename": ["train", "valid", "test"],
+                    "load_col": {"inter": ["user_id", "item_id"]}, "use_gpu": False, "show_progress": False,
+                    "embedding_size": 64, "n_layers": 2, "train_batch_size": 2048, "learning_rate": 1e-3}  # fmt: skip
+        config = Config(model=work.split()[0], dataset="peers", config_dict=settings)
+        init_seed(0, True)
+        data = create_dataset(config)
+        batches, _, _ = data_preparation(config, data)
+        model = get_model(config["model"])(config, batches.dataset).to("cpu")
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    return lambda: trainer._train_epoch(batches, 0, show_progress=False), 1
+
+
+def prepare(side: str, work: str, path: str, data_root: str) -> tuple[Callable[[], object], float]:
+    """The work of a row as a function, and how many units it does."""
+    name, _, data = work.rpartition(", ")
+    root = ("--data-root", data_root)
+    if any(row.work == work for row in ATTENTION):
+        return attend(side, work)
+    if data == "amazon-baby":
+        if side == "peer":
+            return mmrec_work(name, data_root)
+        flags = ("--model", name.split()[0], "--dataset", "baby", "--not_mg", "--features", "random", *root)
+        return program_work("mirror_grad", *flags, validation="validation" in name)
+    if any(row.work == name for rows in FRAMEWORKS.values() for row in rows):
+        if side == "peer":
+            recbole_work(name, matrix(path)[:200])[0]()
+            return recbole_work(name, matrix(path))
+        how = ("--model", "lgn", "--layer", "2") if "LightGCN" in name else ("--model", "mf")
+        return program_work("recsys", *how, "--loss_mode", "bpr", "--sampler", "interaction", "--dataset", data, *root)
+    whole, make = matrix(path), sparse_work if side == "ours" else implicit_work
+    make(name, whole[: max(200, whole.shape[0] // 50)])[0]()  # imports, compilation, threads
+    return make(name, whole)
+
+
+def one_turn(side: str, work: str, path: str, data_root: str) -> dict[str, float]:
     """CPU seconds of one unit of work in this process."""
-    if work in ATTENTION:
-        call, units = attend(side, work)
-        call()
-    else:
-        whole, make = matrix(path), ours if side == "ours" else peer
-        make(work, whole[: max(200, whole.shape[0] // 50)])[0]()  # imports, compilation, threads
-        call, units = make(work, whole)
+    call, units = prepare(side, work, path, data_root)
     begin = time.process_time()
     call()
     return {"cpu_s": (time.process_time() - begin) / units}
 
 
-def environment(folder: Path) -> Path:
-    """The Python of the peers' environment, made where there is none."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *PINNED], check=True)
-    return python
+def environment(name: str, folder: Path) -> str:
+    """The Python of a peer's environment, made where there is none; this one for ""."""
+    if not name:
+        return sys.executable
+    home = folder / name
+    python = home / "bin" / "python"
+    if not (home / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+        if name in ON_OUR_TORCH:
+            code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+            own = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+            Path(own, "torch.pth").write_text(sysconfig.get_path("purelib"))
+        command = [str(python), "-m", "pip", "install", "-q", *PINNED[name]]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        (home / "complete").touch()
+    return str(python)
 
 
 def versions(python: str) -> dict[str, str]:
     """Versions of what each side runs on."""
-    code = ("import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in "
-            "('implicit', 'numpy', 'scipy', 'torch', 'numba', 'timm') if any(d.name == n for d in m.distributions())}))")  # fmt: skip
-    return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+    code = ("import importlib.metadata as m, json, sys; print(json.dumps({n: next((d.version for d in m.distributions(name=n)),"
+            " None) for n in ('implicit', 'recbole', 'numpy', 'scipy', 'torch', 'numba', 'timm')}))")  # fmt: skip
+    found = json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return {name: number for name, number in found.items() if number}
+
+
+def plan(names: list[str]) -> list[tuple[Row, str]]:
+    """Rows with the data set that each needs a file of, "" for none; their works are named after it."""
+    rows = [(row._replace(bar=BARS.get((row.work, name), row.bar)), name) for name in names for row in SPARSE]
+    rows += [(row, name) for name, some in FRAMEWORKS.items() for row in some]
+    named = [(row._replace(work=f"{row.work}, {name}"), name) for row, name in rows]
+    named += [(row._replace(work=f"{row.work}, amazon-baby"), "") for row in BABY]
+    return named + [(row, "") for row in ATTENTION]
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All works on all data, in turns."""
+    """All rows, or those that --only names, in turns; after each of them the file is written anew."""
     import numpy as np
 
     from gfml.data.options import load_dataset
 
-    python = {"ours": sys.executable, "peer": str(environment(arguments.env))}
-    rows = []
+    chosen = [(row, data) for row, data in plan(arguments.data)
+              if not arguments.only or any(text in f"{row.work} {row.against}" for text in arguments.only)]  # fmt: skip
+    found = {"versions": {"ours": versions(sys.executable)}, "machine": platform.machine(), "cpus": os.cpu_count(),
+             "rows": {}}  # fmt: skip
+    if arguments.only and arguments.json and arguments.json.exists():
+        found = json.loads(arguments.json.read_text())
+        found["rows"] = {(row["work"], row["against"]): row for row in found["rows"]}
     with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.data:
-            train, path = load_dataset(name, data_root=arguments.data_root).train, f"{folder}/{name}.npz"
-            np.savez(path, data=train.data, indices=train.indices, indptr=train.indptr, shape=train.shape)
-            for work, (bar, against) in WORKS.items():
-                facts = {"work": f"{work}, {name}", "against": against, "bar": BARS.get((work, name), bar)}
-                rows.append(facts | in_turns(python, work, path, arguments.turns))
-                print(line(rows[-1]), flush=True)
-    for work, (bar, against) in ATTENTION.items():
-        found = in_turns(dict.fromkeys(python, sys.executable), work, "", arguments.turns)
-        rows.append({"work": work, "against": against, "bar": bar} | found)
-        print(line(rows[-1]), flush=True)
-    return {"versions": {side: versions(path) for side, path in python.items()}, "machine": platform.machine(),
-            "cpus": os.cpu_count(), "rows": rows}  # fmt: skip
+        for row, data in chosen:
+            path = Path(folder) / f"{data}.npz"
+            if data and not path.exists():
+                train = load_dataset(data, data_root=arguments.data_root).train
+                np.savez(path, data=train.data, indices=train.indices, indptr=train.indptr, shape=train.shape)
+            facts = {"work": row.work, "against": row.against, "bar": row.bar, "load": os.getloadavg()[0]}
+            try:
+                python = {"ours": sys.executable, "peer": environment(row.env, arguments.env)}
+                facts |= in_turns(python, row.work, str(path), arguments)
+                if row.env:
+                    found["versions"][row.env] = versions(python["peer"])
+            except subprocess.CalledProcessError as error:
+                facts["failed"] = reason(error.stderr)
+            found["rows"][row.work, row.against] = facts
+            print(line(facts), flush=True)
+            if arguments.json:
+                stored = found | {"rows": list(found["rows"].values())}
+                arguments.json.write_text(json.dumps(stored, indent=1))
+    return found
 
 
-def in_turns(python: dict[str, str], work: str, path: str, number: int) -> dict[str, Any]:
+def reason(text: str) -> str:
+    """What a failed program printed: the end of its lines of errors, or of all."""
+    lines = text.strip().splitlines() or ["no message"]
+    said = " ".join([line for line in lines if line.startswith("ERROR:")] or lines[-1:])
+    return said if len(said) < 200 else f"... {said[-190:]}"
+
+
+def in_turns(python: dict[str, str], work: str, path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians of both sides, all turns, and the ratio."""
     turns: dict[str, list[float]] = {"ours": [], "peer": []}
-    for side in ("ours", "peer") * number:
-        command = [python[side], __file__, "--turn", side, work, path]
+    for side in ("ours", "peer") * arguments.turns:
+        command = [python[side], __file__, "--data-root", str(arguments.data_root), "--turn", side, work, path]
         environ = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
         turns[side].append(json.loads(done.stdout.splitlines()[-1])["cpu_s"])
@@ -224,7 +385,11 @@ def in_turns(python: dict[str, str], work: str, path: str, number: int) -> dict[
 
 def line(row: dict[str, Any]) -> str:
     """A row of the Markdown table."""
-    figures = f"{row['ours']:.3f} | {row['peer']:.3f} | {row['ratio']:.2f} | {row['bar']:g}"
+    if "failed" in row:
+        return f"| {row['work']} | {row['against']} | | | {row['failed'].replace('|', '/')} | |"
+    figures = (
+        f"{row['ours']:.3f} | {row['peer']:.3f} | {row['ratio']:.2f} | {format(row['bar'], 'g') if row['bar'] else ''}"
+    )
     return f"| {row['work']} | {row['against']} | {figures} |"
 
 
@@ -235,7 +400,10 @@ def fill(found: dict[str, Any], page: Path) -> None:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"{page} has no line {BEGIN} and {END} to write between")
-    told = ", ".join(f"{name} {number}" for side in found["versions"].values() for name, number in side.items())
+    told = "; ".join(
+        f"{side}: {', '.join(f'{name} {number}' for name, number in those.items())}"
+        for side, those in found["versions"].items()
+    )
     lines = [
         "| work | against | ours, CPU s | theirs, CPU s | ratio | bar |",
         "|---" * 6 + "|",
@@ -249,9 +417,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", nargs="+", default=["ml1m", "gowalla"], help="data sets")
     parser.add_argument("--data-root", help="where the data sets lie")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", help="rows whose work or peer has one of these in its name"
+    )
     parser.add_argument("--turns", type=int, default=3, help="turns of each side")
     parser.add_argument(
-        "--env", type=Path, default=Path(tempfile.gettempdir()) / "gfml-peers", help="environment of the peers"
+        "--env", type=Path, default=Path(tempfile.gettempdir()) / "gfml-peers", help="folder of the peers' environments"
     )
     parser.add_argument("--json", type=Path, help="also write rows, turns and versions here")
     parser.add_argument(
@@ -260,13 +431,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turn", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.turn:
-        print(json.dumps(one_turn(*arguments.turn)))
+        print(json.dumps(one_turn(*arguments.turn, arguments.data_root)))
     elif arguments.table:
         fill(json.loads(arguments.table[0].read_text()), arguments.table[1])
     else:
-        found = compare(arguments)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(found, indent=1))
+        compare(arguments)
     return 0
 
 

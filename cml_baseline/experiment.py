@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from cml_baseline import data as sources
-from cml_baseline.ann import export
 from cml_baseline.report import draw, write_items
 from cml_baseline.table import EpochTable, read_epochs
+from gfml.base.files import atomic_open
 from gfml.base.optim import light
 from gfml.cml import FeatureProjection, ItemFeatures, MetricLearner, MetricOptions
 from gfml.data.interactions import Interactions
@@ -21,11 +21,13 @@ from gfml.engine.runs import Run
 from gfml.engine.train import FitResult, Optimizers
 from gfml.fused import FusedHinge, path_text, why_no_fused_hinge
 from gfml.program.experiment import Judged, Training
+from gfml.program.index import measure_index
 from gfml.program.recommender import Recommender
 from gfml.program.steps import ProjectedStep, build_step, check_judgeable, cut_offs
 from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleSampler, TwoStageSampler
 from gfml.report.recommenders import USUAL_METRICS, other_conventions, table_columns, text_table
+from gfml.report.stored import read_arrays
 
 # Recall of item groups, by popularity in train: the most popular fifth, the other 80 %, and items train never shows.
 GROUPS = ("q1", "tail", "cold")
@@ -166,7 +168,7 @@ class CML(Recommender):
 
     def again(self, run: Run) -> None:
         if self.settings.ann != "off" and self.world.is_main:
-            export(run.path, self.settings.ann)
+            index_vectors(run.path, self.settings.ann)
 
     def page(self, run: Run, judged: Judged) -> Path:
         return draw([run.path])
@@ -210,3 +212,22 @@ class CML(Recommender):
             *other_conventions(rows),
             *skipped,
         ])  # fmt: skip
+
+
+def index_vectors(path: Path, kind: str, top: int = 100) -> dict[str, Any]:
+    """Write what ranks (``vectors.npz``), an index of it and how that does into the run's folder ``ann``; the last."""
+    arrays = read_arrays(path)
+    user, item = search_vectors(arrays)
+    kept = {"user": user, "item": item} | {name: arrays[name] for name in ("item_ids",) if name in arrays}
+    with atomic_open(path / "ann" / "vectors.npz", "wb") as stream:
+        np.savez_compressed(stream, **kept)
+    return measure_index(path / "ann", user, item, kind, top)
+
+
+def search_vectors(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """User and item vectors whose squared distance is what ranks: one coordinate more where cold items have an offset."""
+    user, item = arrays["user"], arrays["item"]
+    if not arrays.get("item_offset", np.zeros(1)).any():
+        return user, item
+    more = np.sqrt(arrays["item_offset"], dtype=np.float32)[:, None]
+    return np.concatenate([user, np.zeros_like(user[:, :1])], 1), np.concatenate([item, more], 1)

@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cml_baseline.ann import read_arrays
 from gfml.base.errors import UserError
 from gfml.base.files import write_csv
 from gfml.data.items import by_title
 from gfml.program.cli import number, run_main
 from gfml.report.page import COLORS, GREYS, Cell, Page, label_points, legend_below, panels, styled
-from gfml.report.ranking_page import build_parser, write_report
+from gfml.report.ranking_page import HOLDS, build_parser, write_report
 from gfml.report.sections import slug
 from gfml.report.stored import StoredRun
 
@@ -66,11 +65,8 @@ def draw(
     seed: int = 0,
 ) -> Path:
     """Write report.html, report.md and the plots; the path of the first. UserError for a run without a result."""
-    for path in paths:
-        read_arrays(Path(path))
-    return write_report(
-        paths, out, formats, more=[_training, partial(_items, projection=projection, of=of, seed=seed), _search]
-    )
+    sections = [_training, partial(_items, projection=projection, of=of, seed=seed), _search]
+    return write_report(paths, out, formats, holds=[*HOLDS, "epochs"], what="cml_baseline/main.py", more=sections)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class LossOptions:
     reg_sim: float | None = None
     alpha: float = 32.0
     mrg: float = 0.1
-    backend: str = "fused"
+    loss_backend: str = "fused"
     ablation: str = "none"
 
 
@@ -173,7 +173,7 @@ def _contextual(name: str, options: LossOptions) -> tuple[ContextualHybridLoss, 
         weights, meaning = Weights(1.0, 0.0, 0.0), ""
     else:
         weights, meaning = _weights(options), f" ({describe_lam(options.lam_convention)})"
-    backend = options.backend if options.ablation == "none" else "reference"
+    backend = options.loss_backend if options.ablation == "none" else "reference"
     steps = ABLATED[options.ablation]
     loss = ContextualHybridLoss(
         *weights, k=options.k, eps=options.eps, slope=options.slope,
@@ -204,18 +204,16 @@ def _margins(options: LossOptions) -> dict[str, float]:
     return {"pos_margin": 0.9 if options.pos_margin is None else options.pos_margin, "neg_margin": options.neg_margin}
 
 
-def _contrastive(options: LossOptions) -> nn.Module:
-    return losses.ContrastiveLoss(**_margins(options), distance=distances.CosineSimilarity())
-
-
-def _triplet() -> Made:
-    return losses.TripletMarginLoss(margin=0.05), miners.DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4)
-
-
 # name -> (num_classes c, embedding_dim d, pipeline p, options o) -> (loss, miner)
 _MAKERS: dict[str, Callable[[int, int, str, LossOptions], Made]] = {
-    "contrastive": lambda c, d, p, o: (_contrastive(o), None),
-    "triplet": lambda c, d, p, o: _triplet(),
+    "contrastive": lambda c, d, p, o: (
+        losses.ContrastiveLoss(**_margins(o), distance=distances.CosineSimilarity()),
+        None,
+    ),
+    "triplet": lambda c, d, p, o: (
+        losses.TripletMarginLoss(margin=0.05),
+        miners.DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4),
+    ),
     "ms": lambda c, d, p, o: (losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5), None),
     "ms+miner": lambda c, d, p, o: (
         losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5),

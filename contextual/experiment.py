@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -125,8 +125,9 @@ class Retrieve(Experiment):
         linear = s.bottleneck == "linear"
         projector = Projector(s.embedding_size, s.train_embedding) if linear else None
         width = s.train_embedding if linear else s.embedding_size
+        options = LossOptions(**{one.name: getattr(s, one.name) for one in fields(LossOptions)})
         criterion = build_loss(
-            s.loss, num_classes=num_classes, embedding_dim=width, pipeline=s.pipeline, options=loss_options(s)
+            s.loss, num_classes=num_classes, embedding_dim=width, pipeline=s.pipeline, options=options
         )
         model = Retriever(net, projector, criterion)
         if s.checkpoint is not None and start:
@@ -310,26 +311,6 @@ class Retrieve(Experiment):
         if missed:
             lines.append(f"{missed} queries have no match; they count as misses in recall and are left out of the rest")
         return "\n".join(lines)
-
-
-def loss_options(settings: ContextualSettings) -> LossOptions:
-    """The flags of the loss."""
-    return LossOptions(
-        lam=settings.lam,
-        gamma=settings.gamma,
-        lam_convention=settings.lam_convention,
-        regularise=settings.regularise,
-        k=settings.k,
-        eps=settings.eps,
-        slope=settings.slope,
-        pos_margin=settings.pos_margin,
-        neg_margin=settings.neg_margin,
-        reg_sim=settings.reg_sim,
-        alpha=settings.alpha,
-        mrg=settings.mrg,
-        backend=settings.loss_backend,
-        ablation=settings.ablation,
-    )
 
 
 def _start_from(model: Retriever, path: Path) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gfml.base.files import atomic_open
 from gfml.program.cli import Parser, run_main
 
@@ -49,8 +51,6 @@ def page() -> str:
 def our_values() -> dict[str, float]:
     """Our figures on the stored lists, now."""
     from dataclasses import replace
-
-    import numpy as np
 
     from gfml.data.lists import read_lists, read_pairs
     from gfml.ranking.judged import case_of, ground_of, ours

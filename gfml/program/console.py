@@ -37,8 +37,9 @@ COMMANDS = {
     "results-table": "gfml.report.results_table",
     "judge": "gfml.report.judge",
     "import": "gfml.program.import_weights",
-    "export": "gfml.program.export",
 }
+# Commands under another name, with flags of their own.
+ALIASES = {"export": ("vectors", "--form", "tools", "--output", "vectors")}
 FIRST = ("main", "train")
 IS_PROGRAM = re.compile(r'^if __name__ == "__main__":', re.MULTILINE)
 USES_CORE = re.compile(r"^(from|import) gfml\b", re.MULTILINE)
@@ -53,11 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gfml {__version__}")
         return 0
     name, rest = words[0].replace("_", "-"), words[1:]
-    if name in commands():
+    if name in ALIASES:
+        name, *more = ALIASES[name]
+        rest = [*more, *rest]
+    if name in COMMANDS:
         return importlib.import_module(COMMANDS[name]).main(rest) or 0
     programs = programs_of(words[0].replace("-", "_"))
     if not programs:
-        raise choice_error("command or paper", words[0], [*commands(), *papers()])
+        raise choice_error("command or paper", words[0], [*COMMANDS, *ALIASES, *papers()])
     chosen = rest[0].replace("-", "_") if rest else ""
     if chosen in programs:
         rest = rest[1:]
@@ -67,11 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = [str(programs[chosen]), *rest]
     runpy.run_module(f"{words[0].replace('-', '_')}.{chosen}", run_name="__main__", alter_sys=True)
     return 0
-
-
-def commands() -> list[str]:
-    """The commands that are there."""
-    return [name for name, module in COMMANDS.items() if importlib.util.find_spec(module)]
 
 
 def papers() -> list[str]:
@@ -106,9 +105,8 @@ def overview() -> str:
         lines.append(f"  {paper:14} {_first_line(programs[first])}")
         lines += [f"  {'':14} also: {', '.join(others)}"] if others else []
     lines += ["", "commands: gfml COMMAND --help"]
-    for name in commands():
-        origin = importlib.util.find_spec(COMMANDS[name])
-        lines.append(f"  {name:14} {_first_line(Path(origin.origin)) if origin and origin.origin else ''}")
+    for name, module in COMMANDS.items():
+        lines.append(f"  {name:14} {_first_line(PACKAGE.parent.joinpath(*module.split('.')).with_suffix('.py'))}")
     return "\n".join(lines)
 
 

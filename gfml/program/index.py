@@ -6,12 +6,11 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from gfml.base.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 KINDS = ("auto", "faiss", "sklearn")
 # Neighbours a node of the graph keeps, how widely it is built, and how widely it is searched, in lengths of the list:
@@ -29,7 +28,6 @@ def measure_index(
     user [U, D]: whose neighbours are looked up. kind: faiss, sklearn, or auto, the one that is installed. UserError for
     kind faiss without faiss.
     """
-    import numpy as np
 
     from gfml.base.files import write_json
 
@@ -66,8 +64,6 @@ def distance_recall(queries: np.ndarray, items: np.ndarray, found: np.ndarray, e
 
     Shape: queries [n, D]; items [I, D]; found, exact int64 [n, K], found with -1 where nothing was. Repeats count once.
     """
-    import numpy as np
-
     good = 0
     for query, own, best in zip(queries.astype(np.float64), found, exact, strict=True):
         own = np.unique(own[own >= 0])

@@ -21,11 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from gfml.base.errors import UserError, suggest
 from gfml.program.cli import Parser, number
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from gfml.data.interactions import Interactions
@@ -156,7 +157,6 @@ class Lists:
 
 def allowed_items(run: Loaded, only: str | None, without: str | None) -> np.ndarray | None:
     """bool [I] of the items that may be recommended, None for all. Ids that the data does not have are counted on stderr."""
-    import numpy as np
 
     from gfml.ranking.lists import item_rows, read_ids
 
@@ -207,7 +207,6 @@ def recommend_new(
     run: Loaded, items: Sequence[int], top: int, *, include_seen: bool = False, allowed: np.ndarray | None = None
 ) -> Lists:
     """As :func:`recommend` for a user who is not in the data and has ``items`` (columns of the data)."""
-    import numpy as np
     import torch
 
     from gfml.data.interactions import csr_from_pairs
@@ -223,7 +222,6 @@ def recommend_new(
 def _lists(
     run: Loaded, scorer: Scorer, keys: list[Any], rows: torch.Tensor, top: int, seen: Any, allowed: np.ndarray | None
 ) -> Lists:
-    import numpy as np
 
     from gfml.ranking.lists import best_items
 
@@ -297,8 +295,6 @@ def write_csv(lists: Lists, stream: IO[str], titles: Sequence[str] | None, *, ra
 
 def _columns(lists: Lists, titles: Sequence[str] | None) -> dict[str, Any]:
     """The entries of all lists, column by column."""
-    import numpy as np
-
     rows, places = np.nonzero(lists.items >= 0)
     items = lists.items[rows, places].tolist()
     columns: dict[str, Any] = {_key(lists): [lists.keys[row] for row in rows.tolist()], "rank": (places + 1).tolist()}

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gfml.base.errors import UserError, choice_error
 from gfml.base.files import write_csv, write_json
 from gfml.program.cli import Parser, number
@@ -172,7 +174,6 @@ def compare(
 
 
 def _row(first: StoredRun, second: StoredRun, metric: str, resamples: int) -> dict[str, Any]:
-    import numpy as np
 
     from gfml.metrics.compare import bootstrap_difference, effect_sizes, paired_tests
 

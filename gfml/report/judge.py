@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, write_json
 from gfml.program.cli import Parser, TopksAction, add_settings, number, run_main
 from gfml.program.flags import DefinitionSettings
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from gfml.data.lists import ListTable
     from gfml.metrics.conventions import Figures
     from gfml.ranking.judged import Ground
@@ -100,7 +100,6 @@ def read_source(path: str) -> ListTable:
 
 def run_lists(path: Path) -> ListTable:
     """The test lists of a run under the names that its data gave users and items (their numbers where it gave none)."""
-    import numpy as np
 
     from gfml.data.lists import ListTable
     from gfml.report.stored import read_arrays
@@ -116,7 +115,6 @@ def run_lists(path: Path) -> ListTable:
 
 def judge(label: str, table: ListTable, ground: Ground, options: Any) -> Judged:
     """Everything about one source."""
-    import numpy as np
 
     from gfml.metrics.conventions import judge_as
     from gfml.ranking.judged import case_of, ours
@@ -135,8 +133,6 @@ def judge(label: str, table: ListTable, ground: Ground, options: Any) -> Judged:
 
 def text_of(found: Sequence[Judged], ground: Ground, options: Any) -> str:
     """Notes and tables; every table names its convention."""
-    import numpy as np
-
     users = int(np.count_nonzero(np.diff(ground.truth.indptr)))
     lines = [f"{users:,} users judged, {ground.truth.nnz:,} pairs of truth, {ground.train.nnz:,} of train"]
     for one in found:
@@ -216,8 +212,6 @@ def _write(form_and_file: str, table: ListTable) -> None:
 
 
 def _store(out: Path, found: Sequence[Judged], rows: Sequence[Mapping[str, Any]], options: Any) -> None:
-    import numpy as np
-
     sources = {
         one.label: {
             "figures": one.figures.means,

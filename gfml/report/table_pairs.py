@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from gfml.report.compare import check_comparable, metrics_of
 from gfml.report.compare import compare as compare_runs
 from gfml.report.stored import read_runs
@@ -66,7 +68,6 @@ def _users(
 
 def _seeds(users: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The row over seeds of one pair and metric."""
-    import numpy as np
 
     from gfml.metrics.compare import paired_tests
 
@@ -81,7 +82,6 @@ def _seeds(users: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 def _corrected(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """The rows with ``p_holm``, over all tests of the same level."""
-    import numpy as np
 
     from gfml.metrics.compare import holm
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import scipy.sparse as sp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml.ranking.encoders import Tables
 from gfml.ranking.sampling import Triples
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import distinct, projected
 from mirror_grad.parts.graphs import LightPropagation
 from mirror_grad.parts.losses import cosine_gap, half_square_sum, unsquared_norms
 from mirror_grad.parts.modes import evaluating
 
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
-
-class BM3(nn.Module):
+class BM3(MultimodalModel):
     """Each side predicts a dropped-out copy of the other, features that of the item and of themselves; no negatives.
 
         u, i = LightGCN rows, i with its free vector added; x_m = W_m f_m + b_m; x' = dropout(stop(x)), Q linear
@@ -33,23 +28,17 @@ class BM3(nn.Module):
     An item that occurs twice in a batch has one mask, as published (on the CPU).
     """
 
-    Settings = settings.BM3
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.BM3, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings, self.published = settings, behaviour == "published"
-        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.tables = Tables(self.num_users, self.num_items, dim)
         self.light = LightPropagation(data.interactions.train)
-        self.features = projected(data.features, embedding_dim, trained=settings.train_features)
-        self.predictor = nn.Linear(embedding_dim, embedding_dim)
+        self.features = projected(data.features, dim, trained=self.settings.train_features)
+        self.predictor = nn.Linear(dim, dim)
         for layer in (self.predictor, *(part.linear for part in self.features.values())):
             nn.init.xavier_normal_(layer.weight)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Propagated vectors of all users and, with their free vectors added, of all items."""
-        user, item = self.light.split(self.light(self.tables.nodes, self.settings.n_layers))
+        user, item = self.split(self.light(self.tables.nodes, self.settings.n_layers))
         return user, item + self.tables.vectors()[1]
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
@@ -73,10 +62,9 @@ class BM3(nn.Module):
             terms["reg"] = half_square_sum(all_users, all_items) / len(all_items)
         return {"loss": loss + self.settings.reg_weight * terms["reg"], **terms}
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
+    def factors(self) -> tuple[Tensor, Tensor]:
         user, item = self.outputs()
-        return FactorScorer(self.predictor(user), self.predictor(item))
+        return self.predictor(user), self.predictor(item)
 
     @evaluating
     def new_users(self, histories: sp.csr_array) -> Tensor:

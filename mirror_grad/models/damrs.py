@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -13,22 +11,19 @@ from torch import Tensor, nn
 from gfml.ranking.encoders import Tables
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
+from mirror_grad.data import MultimodalData
 from mirror_grad.layout import shared_items
-from mirror_grad.models import settings
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.blocks import sum_in_blocks
 from mirror_grad.parts.features import distinct
 from mirror_grad.parts.graphs import LightPropagation, symmetric, with_itself
 from mirror_grad.parts.modes import evaluating
 
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
-
 # Similarities of one block of items to all: float32 numbers.
 NUMBERS_PER_BLOCK = 1 << 23
 
 
-class DAMRS(nn.Module):
+class DAMRS(MultimodalModel):
     """LightGCN ids plus the mean of their views h on item graphs: by image, by text, by shared users.
 
         a feature graph keeps neighbours whose similarity is above average in every modality
@@ -39,28 +34,22 @@ class DAMRS(nn.Module):
     the doubting BPR are masked, and that they carry no gradient, is our reading.
     """
 
-    Settings = settings.DAMRS
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.DAMRS, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.tables = Tables(self.num_users, self.num_items, dim)
         train = data.interactions.train
         self.light = LightPropagation(train)
-        graphs = agreeing_graphs(dict(data.features), settings.knn_k)
-        graphs["session"] = session_graph(train, settings.knn_k, settings.session_min)
+        graphs = agreeing_graphs(dict(data.features), self.settings.knn_k)
+        graphs["session"] = session_graph(train, self.settings.knn_k, self.settings.session_min)
         self.item_graphs = nn.ModuleDict({name: SparseMatrix.from_scipy(graph) for name, graph in graphs.items()})
 
-    def outputs(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def views(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Users, propagated item ids, and the views of the items on every graph."""
-        user, item = self.light.split(self.light(self.tables.nodes, self.settings.n_ui_layers))
-        ids = self.tables.nodes[self.tables.num_users :]
+        user, item = self.split(self.light(self.tables.nodes, self.settings.n_ui_layers))
+        ids = self.tables.nodes[self.num_users :]
         return user, item, [graph(ids) for graph in self.item_graphs.values()]
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        user, item, views = self.outputs()
+        user, item, views = self.views()
         mean, user = sum(views) / len(views), F.embedding(batch.users, user)
         pos, neg = (F.embedding(ids, item + mean) for ids in (batch.pos, batch.neg))
         chances = [preferences(user, [F.embedding(ids, view) for view in views]) for ids in (batch.pos, batch.neg)]
@@ -73,10 +62,9 @@ class DAMRS(nn.Module):
         loss = terms["bpr"] + options.nd_weight * terms["neighbours"] + options.kl_weight * terms["divergence"]
         return {"loss": loss, **terms}
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        user, item, views = self.outputs()
-        return FactorScorer(user, item + sum(views) / len(views))
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        user, item, views = self.views()
+        return user, item + sum(views) / len(views)
 
     @evaluating
     def new_users(self, histories: sp.csr_array) -> Tensor:

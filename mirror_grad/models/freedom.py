@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gfml.ranking.encoders import Tables
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import distinct, projected
 from mirror_grad.parts.graphs import ThinnedGraph, mixed_item_graph
 from mirror_grad.parts.losses import dot_bpr
 from mirror_grad.parts.modes import evaluating
 
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
-
-class FREEDOM(nn.Module):
+class FREEDOM(MultimodalModel):
     """LightGCN on a user-item graph thinned by degree, plus item vectors smoothed over a frozen item graph.
 
         item = propagated item + S^L item,   S = mean over the k nearest items, images and texts mixed
@@ -32,33 +27,27 @@ class FREEDOM(nn.Module):
     Evaluation uses the whole user-item graph. published: the number of kept edges is a truncated float product.
     """
 
-    Settings = settings.FREEDOM
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.FREEDOM, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.tables = Tables(self.num_users, self.num_items, dim)
         train = data.interactions.train
-        self.graph = ThinnedGraph(train, settings.dropout, seed, truncate=behaviour == "published")
-        mixed = mixed_item_graph(data.features, settings.knn_k, settings.mm_image_weight, data.cache_dir)
+        self.graph = ThinnedGraph(train, self.settings.dropout, self.seed, truncate=self.published)
+        mixed = mixed_item_graph(data.features, self.settings.knn_k, self.settings.mm_image_weight, data.cache_dir)
         self.item_graph = SparseMatrix.from_scipy(mixed)
-        self.features = projected(data.features, embedding_dim, trained=settings.train_features)
+        self.features = projected(data.features, dim, trained=self.settings.train_features)
 
     def new_epoch(self, epoch: int) -> None:
         self.graph.new_epoch(epoch)
 
     def smoothed_items(self) -> Tensor:
         """S^L times the free item vectors: [I, D]."""
-        items = self.tables.nodes[self.tables.num_users :]
+        items = self.tables.nodes[self.num_users :]
         for _ in range(self.settings.n_mm_layers):
             items = self.item_graph(items)
         return items
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         items = torch.cat([batch.pos, batch.neg])
-        ids = torch.cat([batch.users, self.tables.num_users + items])
+        ids = torch.cat([batch.users, self.num_users + items])
         nodes = self.graph().at(ids, self.tables.nodes, self.settings.n_ui_layers)
         user, item = nodes.split([len(batch), len(items)])
         item = item + F.embedding(items, self.smoothed_items())
@@ -72,11 +61,9 @@ class FREEDOM(nn.Module):
                 loss = loss + self.settings.reg_weight * terms[f"bpr_{name}"]
         return {"loss": loss, **terms}
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        light = self.graph.whole
-        user, item = light.split(light(self.tables.nodes, self.settings.n_ui_layers))
-        return FactorScorer(user, item + self.smoothed_items())
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        user, item = self.split(self.graph()(self.tables.nodes, self.settings.n_ui_layers))
+        return user, item + self.smoothed_items()
 
     @evaluating
     def new_users(self, histories: sp.csr_array) -> Tensor:

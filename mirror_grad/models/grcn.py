@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,18 +9,14 @@ from torch import Tensor, nn
 from gfml import losses
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import bipartite
 from mirror_grad.parts.losses import dot_bpr
-from mirror_grad.parts.modes import evaluating
-
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
 
-class GRCN(nn.Module):
+class GRCN(MultimodalModel):
     """Preferences routed to by a user's items weight the edges on which id vectors are propagated.
 
     Per modality X = n(lrelu(W F + b)) and P = n(P), n: rows of length 1. Routing, ``n_layers`` times:
@@ -35,21 +29,14 @@ class GRCN(nn.Module):
     published: routing sends messages to items alone, so that it leaves P = n(P).
     """
 
-    Settings = settings.GRCN
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.GRCN, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings, self.published = settings, behaviour == "published"
-        self.num_users, self.num_items = data.num_users, data.num_items
-        nodes, train = data.num_users + data.num_items, data.interactions.train
+    def build(self, data: MultimodalData, dim: int) -> None:
+        nodes, train = self.num_users + self.num_items, data.interactions.train
         self.to_users = SparseMatrix.from_scipy(train)
         self.edges = SparseMatrix.from_scipy(bipartite(train))
-        self.id = nn.Parameter(nn.init.xavier_normal_(torch.empty(nodes, embedding_dim)))
+        self.id = nn.Parameter(nn.init.xavier_normal_(torch.empty(nodes, dim)))
         self.confidence = nn.Parameter(nn.init.xavier_normal_(torch.empty(nodes, len(data.features))))
-        self.features = projected(data.features, settings.latent_embedding, trained=False)
-        shape = data.num_users, settings.latent_embedding
+        self.features = projected(data.features, self.settings.latent_embedding, trained=False)
+        shape = self.num_users, self.settings.latent_embedding
         self.preference = nn.ParameterDict(
             {name: nn.Parameter(nn.init.xavier_normal_(torch.empty(shape))) for name in self.features}
         )
@@ -82,12 +69,10 @@ class GRCN(nn.Module):
         weights = self.edge_weights(list(shares))
         first = F.normalize(self.id, dim=1)
         second = self.edges(first, weights)
-        nodes = torch.cat([first + second + self.edges(second, weights), *views], 1)
-        return nodes[: self.num_users], nodes[self.num_users :]
+        return self.split(torch.cat([first + second + self.edges(second, weights), *views], 1))
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        user, item = self.outputs()
-        rows = F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item)
+        rows = self.final_rows(batch)
         bpr = dot_bpr(*rows, batch.weight)
         items = torch.cat([batch.pos, batch.neg]) + self.num_users
         ids = [F.embedding(rows, self.id) for rows in (batch.users, items)]
@@ -97,7 +82,3 @@ class GRCN(nn.Module):
             terms[f"reg_{name}"] = losses.row_mean(F.embedding(batch.users, preference).square(), batch.weight)
         reg = sum(value for name, value in terms.items() if name.startswith("reg"))
         return {"loss": bpr + self.settings.reg_weight * reg, **terms}
-
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        return FactorScorer(*self.outputs())

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import nn
 
 from gfml.ranking.baselines import NeighbourScorer
 from gfml.ranking.neighbours import nearest_rows
-from mirror_grad.models import settings
-
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 
 
-class ItemKNNCBF(nn.Module):
+class ItemKNNCBF(MultimodalModel):
     """score(u, j) = sum over i in the history of u of s(i, j), for j among the k nearest of i; nothing is trained.
 
     s(i, j) = f_i . f_j / (|f_i| |f_j| + shrink) with f = [image ; text]. An item is its own neighbour.
     """
 
-    Settings = settings.ItemKNNCBF
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.ItemKNNCBF, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
+    def build(self, data: MultimodalData, dim: int) -> None:
         features = torch.cat([data.features[name] for name in ("image", "text") if name in data.features], 1)
-        weights = nearest_rows(features, settings.knn_k, shrink=settings.shrink, cache_dir=data.cache_dir)
+        weights = nearest_rows(features, self.settings.knn_k, shrink=self.settings.shrink, cache_dir=data.cache_dir)
         self.neighbours = NeighbourScorer(data.interactions.train, weights)
 
     def scorer(self) -> NeighbourScorer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,22 +11,17 @@ from gfml.ranking.encoders import Tables
 from gfml.ranking.neighbours import nearest_ids
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import bipartite, row_mean, weighted_item_graph, with_itself
 from mirror_grad.parts.losses import dot_bpr
-from mirror_grad.parts.modes import evaluating
-
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
-
 
 # A sum of sparse matrices, each with the values it has at the moment.
 ItemGraph = list[tuple[SparseMatrix, Tensor]]
 
 
-class LATTICE(nn.Module):
+class LATTICE(MultimodalModel):
     """Item vectors smoothed over a graph that is learned from the features, added to a collaborative backbone.
 
         learned_m = cosines of the k nearest items by W_m f_m + b_m;  a = softmax(modal weights)
@@ -43,25 +36,18 @@ class LATTICE(nn.Module):
     Difference from the published code: the L2 term is divided by the rows of the batch.
     """
 
-    Settings = settings.LATTICE
     # See gfml.engine.capture.
     host_state = "LATTICE counts batches to know when to rebuild its item graph"
 
-    def __init__(
-        self, data: MultimodalData, settings: settings.LATTICE, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings, self.published = settings, behaviour == "published"
-        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.tables = Tables(self.num_users, self.num_items, dim)
         self.adjacency = SparseMatrix.from_scipy(row_mean(with_itself(bipartite(data.interactions.train))))
-        self.features = projected(data.features, settings.feat_embed_dim, trained=settings.train_features)
-        frozen = {n: weighted_item_graph(f, settings.knn_k, data.cache_dir) for n, f in data.features.items()}
+        self.features = projected(data.features, self.settings.feat_embed_dim, trained=self.settings.train_features)
+        frozen = {n: weighted_item_graph(f, self.settings.knn_k, data.cache_dir) for n, f in data.features.items()}
         self.frozen = nn.ModuleDict({name: SparseMatrix.from_scipy(graph) for name, graph in frozen.items()})
         self.modal_weight = nn.Parameter(torch.full((len(data.features),), 0.5))
-        layers = settings.n_ui_layers if settings.cf_model == "ngcf" else 0
-        self.sums, self.products = (
-            nn.ModuleList(nn.Linear(embedding_dim, embedding_dim) for _ in range(layers)) for _ in range(2)
-        )
+        layers = self.settings.n_ui_layers if self.settings.cf_model == "ngcf" else 0
+        self.sums, self.products = (nn.ModuleList(nn.Linear(dim, dim) for _ in range(layers)) for _ in range(2))
         self.new_epoch(0)
 
     def new_epoch(self, epoch: int) -> None:
@@ -111,10 +97,11 @@ class LATTICE(nn.Module):
             total = total + F.normalize(layer, dim=1)
         return total / (self.settings.n_ui_layers + 1)
 
-    def outputs(self, item_graph: ItemGraph) -> tuple[Tensor, Tensor]:
-        """Final vectors of all users and all items."""
-        user, item = self.backbone().split([self.tables.num_users, self.tables.num_items])
-        smooth = self.tables.nodes[self.tables.num_users :]
+    def outputs(self, item_graph: ItemGraph | None = None) -> tuple[Tensor, Tensor]:
+        """Final vectors of all users and all items; without an item graph, by that of the live parameters."""
+        item_graph = self.item_graph() if item_graph is None else item_graph
+        user, item = self.split(self.backbone())
+        smooth = self.tables.nodes[self.num_users :]
         for _ in range(self.settings.n_layers):
             smooth = sum(graph(smooth, values) for graph, values in item_graph)
         return user, item + F.normalize(smooth, dim=1)
@@ -138,7 +125,3 @@ class LATTICE(nn.Module):
         if self.published:
             return self._number == 0 and not again
         return self._number % self.settings.rebuild_every == 0
-
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        return FactorScorer(*self.outputs(self.item_graph()))

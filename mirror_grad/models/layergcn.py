@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gfml import losses
 from gfml.ranking.encoders import Tables
 from gfml.ranking.graph import sum_of_items
 from gfml.ranking.sampling import Triples
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.graphs import ThinnedGraph
 from mirror_grad.parts.losses import dot_bpr, half_square_sum
 from mirror_grad.parts.modes import evaluating
 
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
-
-class LayerGCN(nn.Module):
+class LayerGCN(MultimodalModel):
     """E_l = cos(A_hat E_{l-1}, E_0) * A_hat E_{l-1} row by row; output E_1 + ... + E_L, without the free vectors E_0.
 
     Training leaves out a share ``dropout`` of the edges, drawn anew every epoch: by degree in odd epochs, alike in
     even ones. fixed: BPR and L2 are means over the batch; published: sums, so that the step depends on its size.
     """
 
-    Settings = settings.LayerGCN
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.LayerGCN, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings, self.published = settings, behaviour == "published"
-        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.tables = Tables(self.num_users, self.num_items, dim)
         train = data.interactions.train
-        self.graph = ThinnedGraph(train, settings.dropout, seed, alternate=True, truncate=self.published)
+        self.graph = ThinnedGraph(train, self.settings.dropout, self.seed, alternate=True, truncate=self.published)
 
     def new_epoch(self, epoch: int) -> None:
         self.graph.new_epoch(epoch)
 
-    def outputs(self) -> Tensor:
+    def nodes(self) -> Tensor:
         """Final vectors of users, then items: [U + I, D]."""
         light, layer = self.graph(), self.tables.nodes
         total = torch.zeros_like(layer)
@@ -58,17 +47,15 @@ class LayerGCN(nn.Module):
         return F.cosine_similarity(layer, self.tables.nodes, dim=1)[:, None] * layer
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        ids = torch.cat([batch.users, self.tables.num_users + batch.pos, self.tables.num_users + batch.neg])
-        final, ego = F.embedding(ids, self.outputs()).chunk(3), F.embedding(ids, self.tables.nodes).chunk(3)
+        final, ego = self.node_rows(batch, self.nodes()), self.node_rows(batch, self.tables.nodes)
         bpr = dot_bpr(*final, batch.weight)
         reg = losses.half_mean_square(*ego, weight=batch.weight)
         if self.published:
             bpr, reg = bpr * len(batch), half_square_sum(*ego)
         return {"loss": bpr + self.settings.reg_weight * reg, "bpr": bpr, "reg": reg}
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        return FactorScorer(*self.graph.whole.split(self.outputs()))
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        return self.split(self.nodes())
 
     @evaluating
     def new_users(self, histories: sp.csr_array) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,21 +10,17 @@ from gfml import losses
 from gfml.ranking.encoders import Tables
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.blocks import log_sum_exps
 from mirror_grad.parts.features import distinct
 from mirror_grad.parts.graphs import LightPropagation, row_mean
 from mirror_grad.parts.losses import dot_bpr, unsquared_norms
-from mirror_grad.parts.modes import evaluating
-
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
 TEMPERATURE = 0.2
 
 
-class LGMRec(nn.Module):
+class LGMRec(MultimodalModel):
     """Ids and modalities on the user-item graph, and hyperedges learned from the features.
 
         C = LightGCN rows of the ids
@@ -41,14 +35,8 @@ class LGMRec(nn.Module):
     there is no contrast. Written from a description of the method, without numbers of the published code to compare.
     """
 
-    Settings = settings.LGMRec
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.LGMRec, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings, self.published = settings, behaviour == "published"
-        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.tables = Tables(self.num_users, self.num_items, dim)
         train = data.interactions.train
         self.light = LightPropagation(train)
         self.history, self.history_mean = SparseMatrix.from_scipy(train), SparseMatrix.from_scipy(row_mean(train))
@@ -58,7 +46,7 @@ class LGMRec(nn.Module):
         widths = {name: table.shape[1] for name, table in data.features.items()}
         self.project, self.hyper = (
             nn.ModuleDict({name: nn.Linear(width, size, bias=False) for name, width in widths.items()})
-            for size in (embedding_dim, settings.hyper_num)
+            for size in (dim, self.settings.hyper_num)
         )
         for layer in (*self.project.values(), *self.hyper.values()):
             nn.init.xavier_uniform_(layer.weight)
@@ -81,25 +69,24 @@ class LGMRec(nn.Module):
         """G_m of users and items."""
         drop = 1.0 - self.settings.keep_rate
         of_user, of_item = (F.dropout(part, drop, self.training) for part in self.memberships(name))
-        users = items.new_zeros(self.tables.num_users, items.shape[1])
+        users = items.new_zeros(self.num_users, items.shape[1])
         for _ in range(self.settings.n_hyper_layer):
             edges = of_item.T @ items
             items, users = of_item @ edges, of_user @ edges
         return users, items
 
-    def outputs(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def views(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Final vectors of all nodes [U + I, D], and G of each modality."""
         content = self.light(self.tables.nodes, self.settings.n_ui_layers)
-        items = self.light.split(content)[1]
+        items = self.split(content)[1]
         hyper = [self.hyperedges(name, items) for name in self.names]
         together = torch.cat([sum(users for users, _ in hyper), sum(items for _, items in hyper)])
         local = sum(F.normalize(self.modality(name), dim=1) for name in self.names)
         return content + local + self.settings.alpha * F.normalize(together, dim=1), hyper
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        nodes, hyper = self.outputs()
-        first = self.tables.num_users
-        rows = F.embedding(torch.cat([batch.users, first + batch.pos, first + batch.neg]), nodes).chunk(3)
+        nodes, hyper = self.views()
+        rows = self.node_rows(batch, nodes)
         reg = unsquared_norms(*rows) if self.published else losses.half_mean_square(*rows)
         terms = {"bpr": dot_bpr(*rows), "reg": reg}
         loss = terms["bpr"] + self.settings.reg_weight * reg
@@ -109,9 +96,8 @@ class LGMRec(nn.Module):
             loss = loss + self.settings.cl_weight * terms["contrast"]
         return {"loss": loss, **terms}
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        return FactorScorer(*self.light.split(self.outputs()[0]))
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        return self.split(self.views()[0])
 
 
 def contrast(first: Tensor, second: Tensor, ids: Tensor) -> Tensor:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from gfml.ranking import encoders
 from gfml.ranking.graph import build_graph
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
 from mirror_grad.models.bpr import BPR
-
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
 
 class LightGCN(BPR):
     """BPR on vectors propagated over the train graph (mean of layers 0..n_layers); regularised are the free vectors."""
 
-    Settings = settings.LightGCN
-
-    def build_encoder(self, data: MultimodalData, embedding_dim: int) -> encoders.LightGCN:
+    def build_encoder(self, data: MultimodalData, dim: int) -> encoders.LightGCN:
         graph = build_graph(data.interactions.train, dtype=torch.get_default_dtype())
-        return encoders.LightGCN(graph, embedding_dim, self.settings.n_layers, init="xavier_uniform")
+        return encoders.LightGCN(graph, dim, self.settings.n_layers, init="xavier_uniform")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import scipy.sparse as sp
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml import losses
@@ -14,21 +11,18 @@ from gfml.ranking.encoders import Tables
 from gfml.ranking.graph import sum_of_items
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.fusion import AttentionFusion
 from mirror_grad.parts.graphs import LightPropagation, user_block, weighted_item_graph
 from mirror_grad.parts.losses import dot_bpr, info_nce
 from mirror_grad.parts.modes import evaluating
 
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
-
 TEMPERATURE = 0.2
 
 
-class MGCN(nn.Module):
+class MGCN(MultimodalModel):
     """Item vectors purified by their features, smoothed over item graphs, and fused with the user-item view.
 
         x_m  = e * sigmoid(gate_m(W_m f_m + b_m)) for the items, smoothed over the graph of m; users: R_hat x_m
@@ -41,67 +35,70 @@ class MGCN(nn.Module):
     size, which differs on the last, shorter batch.
     """
 
-    Settings = settings.MGCN
+    def build(self, data: MultimodalData, dim: int) -> None:
+        k = self.settings.knn_k
+        self.build_views(data, dim, {n: weighted_item_graph(f, k, data.cache_dir) for n, f in data.features.items()})
+        self.build_gates(dim)
+        self.fusion = AttentionFusion(dim)
 
-    def __init__(
-        self, data: MultimodalData, settings: settings.MGCN, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+    def build_views(self, data: MultimodalData, dim: int, graphs: dict[str, sp.csr_array]) -> None:
+        """Tables, projected features, the user-item graph, and an item graph for each view."""
+        self.tables = Tables(self.num_users, self.num_items, dim)
         train = data.interactions.train
         self.light = LightPropagation(train)
         self.to_users = SparseMatrix.from_scipy(user_block(train))
-        self.features = projected(data.features, embedding_dim, trained=settings.train_features)
-        graphs = {n: weighted_item_graph(f, settings.knn_k, data.cache_dir) for n, f in data.features.items()}
+        self.features = projected(data.features, dim, trained=self.settings.train_features)
         self.item_graphs = nn.ModuleDict({name: SparseMatrix.from_scipy(graph) for name, graph in graphs.items()})
-        self.gate = nn.ModuleDict({name: nn.Linear(embedding_dim, embedding_dim) for name in graphs})
-        self.prefer = nn.ModuleDict({name: nn.Linear(embedding_dim, embedding_dim) for name in graphs})
-        self.fusion = AttentionFusion(embedding_dim)
 
-    def of_items(self, name: str) -> Tensor:
-        """Items as one modality sees them: [I, D]."""
-        items = self.tables.nodes[self.tables.num_users :]
-        items = items * self.gate[name](self.features[name]()).sigmoid()
-        for _ in range(self.settings.n_layers):
-            items = self.item_graphs[name](items)
-        return items
+    def build_gates(self, dim: int) -> None:
+        """What purifies the items of each view, and what is preferred of it."""
+        self.gate = nn.ModuleDict({name: nn.Linear(dim, dim) for name in self.item_graphs})
+        self.prefer = nn.ModuleDict({name: nn.Linear(dim, dim) for name in self.item_graphs})
 
-    def view(self, name: str) -> Tensor:
-        """The same of users and items: [U + I, D]."""
-        items = self.of_items(name)
-        return torch.cat([self.to_users(items), items])
+    def content(self) -> dict[str, Tensor]:
+        """The features of each view: [I, D] each."""
+        return {name: part() for name, part in self.features.items()}
 
-    def side(self, content: Tensor, views: dict[str, Tensor]) -> Tensor:
-        """What the modalities say of nodes, by their content."""
+    def of_items(self) -> dict[str, Tensor]:
+        """Items as each view sees them: [I, D] each."""
+        ids, views = self.tables.nodes[self.num_users :], {}
+        for name, rows in self.content().items():
+            items = ids * self.gate[name](rows).sigmoid()
+            for _ in range(self.settings.n_layers):
+                items = self.item_graphs[name](items)
+            views[name] = items
+        return views
+
+    def views(self) -> dict[str, Tensor]:
+        """The same of users and items: [U + I, D] each."""
+        return {name: torch.cat([self.to_users(items), items]) for name, items in self.of_items().items()}
+
+    def side(self, ids: Tensor, views: dict[str, Tensor]) -> Tensor:
+        """What the modalities say of nodes, by their propagated ids."""
         common, _ = self.fusion(*views.values())
-        own = sum(self.prefer[name](content).sigmoid() * (view - common) for name, view in views.items())
+        own = sum(self.prefer[name](ids).sigmoid() * (view - common) for name, view in views.items())
         return (own + common) / (len(views) + 1)
 
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """(what the modalities say, propagated ids) of all nodes, [U + I, D] each."""
+        ids = self.light(self.tables.nodes, self.settings.n_ui_layers)
+        return self.side(ids, self.views()), ids
+
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """(side, content) of all nodes, [U + I, D] each."""
-        content = self.light(self.tables.nodes, self.settings.n_ui_layers)
-        return self.side(content, {name: self.view(name) for name in self.features}), content
+        return self.split(sum(self.sides()))
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        side, content = self.outputs()
-        first = self.tables.num_users
-        ids = torch.cat([batch.users, first + batch.pos, first + batch.neg])
-        final = F.embedding(ids, side + content).chunk(3)
-        at = {"user": batch.users, "item": first + batch.pos}
+        side, ids = self.sides()
+        final = self.node_rows(batch, side + ids)
         terms = {"bpr": dot_bpr(*final), "reg": losses.half_mean_square(*final)}
-        for name, rows in at.items():
-            terms[f"nce_{name}"] = info_nce(side, content, TEMPERATURE, rows)
+        for name, rows in {"user": batch.users, "item": self.num_users + batch.pos}.items():
+            terms[f"nce_{name}"] = info_nce(side, ids, TEMPERATURE, rows)
         contrast = self.settings.cl_loss * (terms["nce_item"] + terms["nce_user"])
         return {"loss": terms["bpr"] + self.settings.reg_weight * terms["reg"] + contrast, **terms}
 
     @evaluating
-    def scorer(self) -> FactorScorer:
-        return FactorScorer(*self.light.split(sum(self.outputs())))
-
-    @evaluating
     def new_users(self, histories: sp.csr_array) -> Tensor:
         """Vectors of users with these histories (binary CSR [n, I]), from their items: [n, D]."""
-        views = {name: sum_of_items(self.light.graph, self.of_items(name), histories) for name in self.features}
-        content = self.light.of_new_users(self.tables.nodes, self.settings.n_ui_layers, histories)
-        return self.side(content, views) + content
+        views = {name: sum_of_items(self.light.graph, items, histories) for name, items in self.of_items().items()}
+        ids = self.light.of_new_users(self.tables.nodes, self.settings.n_ui_layers, histories)
+        return self.side(ids, views) + ids

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
@@ -11,18 +9,15 @@ from torch import Tensor, nn
 
 from gfml import losses
 from gfml.ranking.sampling import Triples
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import ThinnedGraph
 from mirror_grad.parts.losses import dot_bpr
 from mirror_grad.parts.modes import evaluating
 
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
-
-class MMGCF(nn.Module):
+class MMGCF(MultimodalModel):
     """Item inputs join the free vector and the projected features; LightGCN over a graph thinned by degree every epoch.
 
         equal       x = join(e, join_m(W_m f_m + b_m))
@@ -35,19 +30,13 @@ class MMGCF(nn.Module):
     users under concatenation is our reading.
     """
 
-    Settings = settings.MMGCF
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.MMGCF, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.graph = ThinnedGraph(data.interactions.train, settings.dropout, seed)
-        self.features = projected(data.features, embedding_dim, trained=False)
-        wide = embedding_dim * (1 + len(self.features)) if settings.fusion == "concat" else embedding_dim
-        self.user = nn.Parameter(nn.init.xavier_uniform_(torch.empty(data.num_users, wide)))
-        self.item = nn.Parameter(nn.init.xavier_uniform_(torch.empty(data.num_items, embedding_dim)))
-        if settings.weighting == "alpha":
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.graph = ThinnedGraph(data.interactions.train, self.settings.dropout, self.seed)
+        self.features = projected(data.features, dim, trained=False)
+        wide = dim * (1 + len(self.features)) if self.settings.fusion == "concat" else dim
+        self.user = nn.Parameter(nn.init.xavier_uniform_(torch.empty(self.num_users, wide)))
+        self.item = nn.Parameter(nn.init.xavier_uniform_(torch.empty(self.num_items, dim)))
+        if self.settings.weighting == "alpha":
             self.share = nn.Parameter(torch.zeros(()))
 
     def new_epoch(self, epoch: int) -> None:
@@ -71,16 +60,13 @@ class MMGCF(nn.Module):
         return self.join(self.item, self.join(*modal))
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        light = self.graph()
-        ids = torch.cat([batch.users, light.num_users + batch.pos, light.num_users + batch.neg])
-        rows = light.at(ids, torch.cat([self.user, self.items()]), self.settings.n_layers).chunk(3)
+        ids = torch.cat([batch.users, self.num_users + batch.pos, self.num_users + batch.neg])
+        rows = self.graph().at(ids, torch.cat([self.user, self.items()]), self.settings.n_layers).chunk(3)
         bpr, reg = dot_bpr(*rows, batch.weight), losses.half_mean_square(*rows, weight=batch.weight)
         return {"loss": bpr + self.settings.reg_weight * reg, "bpr": bpr, "reg": reg}
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        light = self.graph.whole
-        return FactorScorer(*light.split(light(torch.cat([self.user, self.items()]), self.settings.n_layers)))
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        return self.split(self.graph()(torch.cat([self.user, self.items()]), self.settings.n_layers))
 
     @evaluating
     def new_users(self, histories: sp.csr_array) -> Tensor:

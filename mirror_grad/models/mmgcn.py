@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,20 +9,16 @@ from torch import Tensor, nn
 from gfml import losses
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import keep
 from mirror_grad.parts.graphs import bipartite, row_mean
 from mirror_grad.parts.losses import dot_bpr
-from mirror_grad.parts.modes import evaluating
-
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
 PUBLISHED_LAYERS = 3
 
 
-class MMGCN(nn.Module):
+class MMGCN(MultimodalModel):
     """The mean over modalities of graph networks that share an id table.
 
     loss = BPR + reg_weight * [mean(ID_u^2 + ID_i^2 over the batch) + mean P_first^2].
@@ -32,41 +26,24 @@ class MMGCN(nn.Module):
     layers, concatenation. fixed: they are trained.
     """
 
-    Settings = settings.MMGCN
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.MMGCN, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        published = behaviour == "published"
-        self.settings, self.num_users = settings, data.num_users
+    def build(self, data: MultimodalData, dim: int) -> None:
+        published = self.published
         self.mean = SparseMatrix.from_scipy(row_mean(bipartite(data.interactions.train)))
-        start = nn.init.xavier_normal_(torch.empty(data.num_users + data.num_items, embedding_dim))
+        start = nn.init.xavier_normal_(torch.empty(self.num_users + self.num_items, dim))
         keep(self, "id", start, frozen=published)
-        layers, concat = (PUBLISHED_LAYERS, True) if published else (settings.n_layers, settings.concat)
-        self.branches = nn.ModuleDict(
-            {
-                name: Branch(
-                    features,
-                    data.num_users,
-                    embedding_dim,
-                    settings.image_latent if name == "image" else None,
-                    layers=layers,
-                    concat=concat,
-                    frozen=published,
-                )
-                for name, features in data.features.items()
-            }
-        )
+        layers, concat = (PUBLISHED_LAYERS, True) if published else (self.settings.n_layers, self.settings.concat)
+        self.branches = nn.ModuleDict()
+        for name, features in data.features.items():
+            latent = self.settings.image_latent if name == "image" else None
+            how = {"layers": layers, "concat": concat, "frozen": published}
+            self.branches[name] = Branch(features, self.num_users, dim, latent, **how)
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Final vectors of all users and all items."""
-        nodes = sum(branch(self.mean, self.id) for branch in self.branches.values()) / len(self.branches)
-        return nodes[: self.num_users], nodes[self.num_users :]
+        return self.split(sum(branch(self.mean, self.id) for branch in self.branches.values()) / len(self.branches))
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        user, item = self.outputs()
-        rows = F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item)
+        rows = self.final_rows(batch)
         bpr = dot_bpr(*rows, batch.weight)
         items = torch.cat([batch.pos, batch.neg]) + self.num_users
         ids = [F.embedding(rows, self.id) for rows in (batch.users, items)]
@@ -74,10 +51,6 @@ class MMGCN(nn.Module):
         reg_pref = next(iter(self.branches.values())).preference.square().mean()
         loss = bpr + self.settings.reg_weight * (reg_id + reg_pref)
         return {"loss": loss, "bpr": bpr, "reg_id": reg_id, "reg_pref": reg_pref}
-
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        return FactorScorer(*self.outputs())
 
 
 class Branch(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +11,17 @@ from torch import Tensor, nn
 from gfml import losses
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import keep
 from mirror_grad.parts.gaussian import kl_to_standard, product_of_experts, sample
 from mirror_grad.parts.graphs import bipartite, row_mean, with_itself
-from mirror_grad.parts.modes import evaluating
-
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
 NOISE = 0.1
 Gaussian = tuple[Tensor, Tensor]
 
 
-class MVGAE(nn.Module):
+class MVGAE(MultimodalModel):
     """Gaussian node vectors from each modality and from a free item table ("collab"), joined by products of experts.
 
         z ~ N(mu, 0.1^2 var), y = sigmoid(z), score = y_u . y_i of the means
@@ -39,21 +34,14 @@ class MVGAE(nn.Module):
     fixed: items are items, q is the triple's negative, one sigmoid, means, natural logarithm, trained tables.
     """
 
-    Settings = settings.MVGAE
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.MVGAE, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings, self.published = settings, behaviour == "published"
-        self.num_users = data.num_users
+    def build(self, data: MultimodalData, dim: int) -> None:
         self.mean = SparseMatrix.from_scipy(row_mean(with_itself(bipartite(data.interactions.train))))
-        keep(self, "collab", nn.init.xavier_normal_(torch.empty(data.num_items, embedding_dim)), frozen=self.published)
-        widths = {name: table.shape[1] for name, table in data.features.items()} | {"collab": embedding_dim}
+        keep(self, "collab", nn.init.xavier_normal_(torch.empty(self.num_items, dim)), frozen=self.published)
+        widths = {name: table.shape[1] for name, table in data.features.items()} | {"collab": dim}
         self.experts = nn.ModuleDict(
             {
                 name: Expert(
-                    width, data.num_users, settings.latent, embedding_dim, settings.dropout, frozen=self.published
+                    width, self.num_users, self.settings.latent, dim, self.settings.dropout, frozen=self.published
                 )
                 for name, width in widths.items()
             }
@@ -89,10 +77,8 @@ class MVGAE(nn.Module):
             return losses.bpr(pos.sigmoid(), neg.sigmoid()) * len(batch) / math.log(2)
         return losses.bpr(pos, neg)
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        nodes = self.distributions()["fused"][0].sigmoid()
-        return FactorScorer(nodes[: self.num_users], nodes[self.num_users :])
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        return self.split(self.distributions()["fused"][0].sigmoid())
 
 
 class Expert(nn.Module):

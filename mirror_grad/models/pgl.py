@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from scipy.sparse.linalg import svds
@@ -12,22 +11,17 @@ from torch import Tensor, nn
 
 from gfml.ranking.sampling import Triples, seeded_generator
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import projected
 from mirror_grad.parts.graphs import ThinnedGraph, bipartite, mixed_item_graph, symmetric
 from mirror_grad.parts.losses import dot_bpr, info_nce
 from mirror_grad.parts.modes import evaluating
 
-if TYPE_CHECKING:
-    import scipy.sparse as sp
-
-    from mirror_grad.data import MultimodalData
-
 TEMPERATURE = 0.2
 
 
-class PGL(nn.Module):
+class PGL(MultimodalModel):
     """Items are their projected features side by side, n(W_m f_m + b_m); users have a table per modality.
 
         item = propagated item + S^L item,  S = mean over the k nearest items, images and texts mixed
@@ -39,22 +33,16 @@ class PGL(nn.Module):
     Written from a description of the method, without numbers of the published code to compare with.
     """
 
-    Settings = settings.PGL
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.PGL, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings, train = settings, data.interactions.train
-        local = settings.mode == "local"
-        self.graph = ThinnedGraph(train, settings.dropout if local else 0.0, seed)
+    def build(self, data: MultimodalData, dim: int) -> None:
+        train, local = data.interactions.train, self.settings.mode == "local"
+        self.graph = ThinnedGraph(train, self.settings.dropout if local else 0.0, self.seed)
         if not local:
-            for name, factor in zip(("left", "right"), principal_factors(train, settings.rank)):
+            for name, factor in zip(("left", "right"), principal_factors(train, self.settings.rank)):
                 self.register_buffer(name, factor, persistent=False)
-        self.features = projected(data.features, embedding_dim, trained=settings.train_features)
-        width = embedding_dim * len(self.features)
-        self.user = nn.Parameter(nn.init.xavier_uniform_(torch.empty(data.num_users, width)))
-        mixed = mixed_item_graph(data.features, settings.knn_k, settings.mm_image_weight, data.cache_dir)
+        self.features = projected(data.features, dim, trained=self.settings.train_features)
+        width = dim * len(self.features)
+        self.user = nn.Parameter(nn.init.xavier_uniform_(torch.empty(self.num_users, width)))
+        mixed = mixed_item_graph(data.features, self.settings.knn_k, self.settings.mm_image_weight, data.cache_dir)
         self.item_graph = SparseMatrix.from_scipy(mixed)
 
     def new_epoch(self, epoch: int) -> None:
@@ -69,11 +57,11 @@ class PGL(nn.Module):
         items = smooth = self.items()
         for _ in range(self.settings.n_mm_layers):
             smooth = self.item_graph(smooth)
-        light, layers = self.graph(), self.settings.n_ui_layers
         if self.training and self.settings.mode == "global":
             user, item = self.low_rank(self.user, items)
         else:
-            user, item = light.split(light(torch.cat([self.user, items]), layers))
+            nodes = torch.cat([self.user, items])
+            user, item = self.split(self.graph()(nodes, self.settings.n_ui_layers))
         return user, item + smooth
 
     def low_rank(self, user: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +73,7 @@ class PGL(nn.Module):
         return users / (self.settings.n_ui_layers + 1), items / (self.settings.n_ui_layers + 1)
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        user, item = self.outputs()
-        rows = F.embedding(batch.users, user), F.embedding(batch.pos, item), F.embedding(batch.neg, item)
+        rows = self.final_rows(batch)
         terms = {"bpr": dot_bpr(*rows)}
         loss = terms["bpr"]
         if self.settings.reg_weight:
@@ -95,10 +82,6 @@ class PGL(nn.Module):
             terms["nce"] = sum(info_nce(*pair, TEMPERATURE) for pair in pairs) / 2
             loss = loss + self.settings.reg_weight * terms["nce"]
         return {"loss": loss, **terms}
-
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        return FactorScorer(*self.outputs())
 
     @evaluating
     def new_users(self, histories: sp.csr_array) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
@@ -12,17 +10,14 @@ from torch import Tensor, nn
 from gfml import losses
 from gfml.ranking.encoders import Tables
 from gfml.ranking.sampling import Triples
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.graphs import LightPropagation
 from mirror_grad.parts.losses import cosine_gap, half_square_sum
 from mirror_grad.parts.modes import evaluating
 
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
-
-class SELFCFED_LGN(nn.Module):
+class SELFCFED_LGN(MultimodalModel):
     """Predicts a dropped-out copy of the other side's vector: no negatives.
 
         loss = -mean cos(Q u, stop(i'))/2 - mean cos(Q i, stop(u'))/2 + reg_weight * R(u, i),   x' = dropout(x)
@@ -32,16 +27,10 @@ class SELFCFED_LGN(nn.Module):
     fixed: R is half the mean square over the batch; published: half the sum, which outweighs the rest.
     """
 
-    Settings = settings.SELFCFED_LGN
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.SELFCFED_LGN, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings, self.published = settings, behaviour == "published"
-        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.tables = Tables(self.num_users, self.num_items, dim)
         self.light = LightPropagation(data.interactions.train)
-        self.predictor = nn.Linear(embedding_dim, embedding_dim)
+        self.predictor = nn.Linear(dim, dim)
 
     def edge_values(self) -> Tensor:
         """Entries of A_hat, each kept with probability 1 - r and divided by it; r ~ U(0, 1) anew for every call."""
@@ -51,7 +40,7 @@ class SELFCFED_LGN(nn.Module):
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         nodes = self.light(self.tables.nodes, self.settings.n_layers, values=self.edge_values())
-        user, item = F.embedding(torch.cat([batch.users, self.tables.num_users + batch.pos]), nodes).chunk(2)
+        user, item = F.embedding(torch.cat([batch.users, self.num_users + batch.pos]), nodes).chunk(2)
         user_target, item_target = (F.dropout(x.detach(), self.settings.dropout) for x in (user, item))
         cos_ui = 0.5 * (cosine_gap(self.predictor(user), item_target) - 1.0)
         cos_iu = 0.5 * (cosine_gap(self.predictor(item), user_target) - 1.0)
@@ -59,10 +48,9 @@ class SELFCFED_LGN(nn.Module):
         loss = cos_ui + cos_iu + self.settings.reg_weight * reg
         return {"loss": loss, "cos_ui": cos_ui, "cos_iu": cos_iu, "reg": reg}
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        user, item = self.light.split(self.light(self.tables.nodes, self.settings.n_layers))
-        return FactorScorer(torch.cat([self.predictor(user), user], 1), torch.cat([item, self.predictor(item)], 1))
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        user, item = self.split(self.light(self.tables.nodes, self.settings.n_layers))
+        return torch.cat([self.predictor(user), user], 1), torch.cat([item, self.predictor(item)], 1)
 
     @evaluating
     def new_users(self, histories: sp.csr_array) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,15 +9,11 @@ from torch import Tensor, nn
 from gfml.ranking.encoders import Tables
 from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.blocks import batch_cross_entropy
 from mirror_grad.parts.features import distinct, projected
 from mirror_grad.parts.graphs import bipartite, row_mean, symmetric, with_itself
-from mirror_grad.parts.modes import evaluating
-
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
 NORMALISATIONS = {
     "pre": symmetric,
@@ -30,7 +24,7 @@ NORMALISATIONS = {
 }
 
 
-class SLMRec(nn.Module):
+class SLMRec(MultimodalModel):
     """One LightGCN for ids and one per modality, all with the same user table; joined by a linear layer per side.
 
         user = Lin[u_id ; u_v ; u_t], item = Lin'[i_id ; i_v ; i_t], item inputs e_i and W_m n(f_m) + b_m
@@ -41,25 +35,19 @@ class SLMRec(nn.Module):
     1e-4, and with a weight ``reg`` that nothing reads, which does not exist here.
     """
 
-    Settings = settings.SLMRec
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.SLMRec, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.tables = Tables(data.num_users, data.num_items, embedding_dim)
-        self.graph = SparseMatrix.from_scipy(NORMALISATIONS[settings.adj_type](bipartite(data.interactions.train)))
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.tables = Tables(self.num_users, self.num_items, dim)
+        self.graph = SparseMatrix.from_scipy(NORMALISATIONS[self.settings.adj_type](bipartite(data.interactions.train)))
         features = {name: F.normalize(table, dim=1) for name, table in data.features.items()}
-        self.features = projected(features, embedding_dim, trained=False)
-        width = (1 + len(features)) * embedding_dim
-        self.fuse = nn.ModuleDict({side: nn.Linear(width, embedding_dim) for side in ("user", "item")})
-        sizes = {"g1": embedding_dim}
+        self.features = projected(features, dim, trained=False)
+        width = (1 + len(features)) * dim
+        self.fuse = nn.ModuleDict({side: nn.Linear(width, dim) for side in ("user", "item")})
+        sizes = {"g1": dim}
         if "image" in features:
-            sizes |= {"g2": embedding_dim}
+            sizes |= {"g2": dim}
         if "text" in features:
-            sizes |= {"g3": embedding_dim, "g4": embedding_dim // 2, "g5": embedding_dim // 2}
-        self.heads = nn.ModuleDict({name: nn.Linear(embedding_dim, size) for name, size in sizes.items()})
+            sizes |= {"g3": dim, "g4": dim // 2, "g5": dim // 2}
+        self.heads = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
         for layer in (*self.fuse.values(), *self.heads.values(), *(part.linear for part in self.features.values())):
             nn.init.xavier_uniform_(layer.weight)
 
@@ -71,8 +59,7 @@ class SLMRec(nn.Module):
         for _ in range(self.settings.layer_num):
             layer = self.graph(layer)
             total = total + layer
-        user, item = (total / (self.settings.layer_num + 1)).split([self.tables.num_users, self.tables.num_items])
-        return user, item
+        return self.split(total / (self.settings.layer_num + 1))
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         users, items = self.outputs()
@@ -92,7 +79,6 @@ class SLMRec(nn.Module):
         contrasts = {name: batch_cross_entropy(*pair, of_item, of_item, scale) for name, pair in pairs.items()}
         return {"loss": terms["main"] + self.settings.ssl_alpha * sum(contrasts.values()), **terms, **contrasts}
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
+    def factors(self) -> tuple[Tensor, Tensor]:
         user, item = self.outputs()
-        return FactorScorer(self.fuse["user"](user), self.fuse["item"](item))
+        return self.fuse["user"](user), self.fuse["item"](item)

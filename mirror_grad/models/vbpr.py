@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml.ranking.sampling import Triples
-from gfml.ranking.topk import FactorScorer
-from mirror_grad.models import settings
+from mirror_grad.data import MultimodalData
+from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.features import ProjectedFeatures, distinct
 from mirror_grad.parts.losses import ranking_terms
-from mirror_grad.parts.modes import evaluating
-
-if TYPE_CHECKING:
-    from mirror_grad.data import MultimodalData
 
 
-class VBPR(nn.Module):
+class VBPR(MultimodalModel):
     """score(u, i) = user_u . [item_i ; W f_i + b] with the features f = [text ; image] as they are.
 
     loss = BPR + reg_weight * R over the batch's users [2D] and whole items [2D], projected part included; R squared
@@ -27,17 +21,11 @@ class VBPR(nn.Module):
     Differences from the paper: no biases, no second, low-rank set of vectors.
     """
 
-    Settings = settings.VBPR
-
-    def __init__(
-        self, data: MultimodalData, settings: settings.VBPR, *, behaviour: str, embedding_dim: int, seed: int
-    ) -> None:
-        super().__init__()
-        self.settings, self.published = settings, behaviour == "published"
-        self.user = nn.Parameter(nn.init.xavier_uniform_(torch.empty(data.num_users, 2 * embedding_dim)))
-        self.item = nn.Parameter(nn.init.xavier_uniform_(torch.empty(data.num_items, embedding_dim)))
+    def build(self, data: MultimodalData, dim: int) -> None:
+        self.user = nn.Parameter(nn.init.xavier_uniform_(torch.empty(self.num_users, 2 * dim)))
+        self.item = nn.Parameter(nn.init.xavier_uniform_(torch.empty(self.num_items, dim)))
         features = torch.cat([data.features[name] for name in ("text", "image") if name in data.features], 1)
-        self.features = ProjectedFeatures(features, embedding_dim, trained=False)
+        self.features = ProjectedFeatures(features, dim, trained=False)
         nn.init.xavier_normal_(self.features.linear.weight)
         nn.init.zeros_(self.features.linear.bias)
 
@@ -49,6 +37,5 @@ class VBPR(nn.Module):
         vectors, weight = (user, pos, neg), self.settings.reg_weight
         return ranking_terms(*vectors, vectors, weight, published=self.published, rows=batch.weight)
 
-    @evaluating
-    def scorer(self) -> FactorScorer:
-        return FactorScorer(self.user.detach(), torch.cat([self.item, self.features()], 1))
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        return self.user, torch.cat([self.item, self.features()], 1)

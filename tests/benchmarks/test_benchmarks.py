@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -49,23 +50,49 @@ def test_both_sides_are_timed_on_the_same_work(tmp_path: Path) -> None:
     peers, train = module("peers"), generate(300, 100, 5000).train
     path = tmp_path / "train.npz"
     np.savez(path, data=train.data, indices=train.indices, indptr=train.indptr, shape=train.shape)
-    for work in peers.WORKS:
-        assert peers.one_turn("ours", work, str(path))["cpu_s"] > 0
+    for row in peers.SPARSE:
+        assert peers.one_turn("ours", f"{row.work}, demo", str(path), "")["cpu_s"] > 0
 
 
 @pytest.mark.slow
 def test_attention_is_timed_on_both_sides() -> None:
     pytest.importorskip("timm")
     peers = module("peers")
-    for work in peers.ATTENTION:
-        assert all(peers.one_turn(side, work, "")["cpu_s"] > 0 for side in ("ours", "peer"))
+    for row in peers.ATTENTION:
+        assert all(peers.one_turn(side, row.work, "", "")["cpu_s"] > 0 for side in ("ours", "peer"))
+
+
+def test_rows_that_are_asked_for_are_measured_and_the_others_of_the_file_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers, file = module("peers"), tmp_path / "run.json"
+    old = {"work": "gravity attention l1, batch 64", "against": "timm Attention", "bar": 1.4, "ours": 2.0, "peer": 2.0,
+           "ratio": 1.0, "turns": {}}  # fmt: skip
+    file.write_text(json.dumps({"versions": {"ours": {}}, "machine": "m", "cpus": 2, "rows": [old]}))
+
+    def one(command: list[str], **how: object) -> subprocess.CompletedProcess:
+        if "-c" in command:
+            return subprocess.CompletedProcess(command, 0, '{"torch": "2"}', "")
+        side, work, _ = command[-3:]
+        if "batch 8" in work and side == "peer":
+            said = "Traceback\nERROR: needs Python 4\nERROR: no such version\n"
+            raise subprocess.CalledProcessError(1, command, stderr=said)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"cpu_s": 1.0 if side == "ours" else 4.0}), "")
+
+    monkeypatch.setattr(peers.subprocess, "run", one)
+    assert peers.main(["--only", "attention l2", "--json", str(file), "--env", str(tmp_path)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert rows[0] == old and [row["work"] for row in rows[1:]] == [row.work for row in peers.ATTENTION[:2]]
+    assert rows[1]["ratio"] == 0.25 and rows[1]["turns"] == {"ours": [1.0] * 3, "peer": [4.0] * 3}
+    assert rows[2]["failed"] == "ERROR: needs Python 4 ERROR: no such version" and "ratio" not in rows[2]
+    assert peers.line(rows[2]).count("|") == 7
 
 
 def test_the_page_is_filled_from_one_run(tmp_path: Path) -> None:
     peers = module("peers")
     row = {"work": "w, d", "against": "p", "bar": 1.2, "ours": 1.0, "peer": 4.0, "ratio": 0.25}
     found = {
-        "versions": {"ours": {"torch": "2"}, "peer": {"implicit": "0.7.3"}},
+        "versions": {"ours": {"torch": "2"}, "implicit": {"implicit": "0.7.3", "numpy": "1"}},
         "cpus": 2,
         "machine": "m",
         "rows": [row],
@@ -76,7 +103,9 @@ def test_the_page_is_filled_from_one_run(tmp_path: Path) -> None:
     assert peers.main(["--table", str(tmp_path / "run.json"), str(page)]) == 0
     text = page.read_text()
     assert (
-        "| w, d | p | 1.000 | 4.000 | 0.25 | 1.2 |" in text and "old" not in text and "torch 2, implicit 0.7.3" in text
+        "| w, d | p | 1.000 | 4.000 | 0.25 | 1.2 |" in text
+        and "old" not in text
+        and "ours: torch 2; implicit: implicit 0.7.3, numpy 1" in text
     )
     assert text.startswith("before\n") and text.endswith("after\n")
     page.write_text("no markers")

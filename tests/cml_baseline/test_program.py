@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cml_baseline import ann, report
+from cml_baseline import experiment, report
 from cml_baseline.data import hide_items
 from cml_baseline.experiment import CML
 from cml_baseline.main import PROGRAM, main
@@ -197,8 +197,8 @@ def test_features_place_items_that_train_never_shows(run, tmp_path, capsys):
     assert (moved == ((stored["item_popularity"] == 0) & (np.arange(80) < 79))).all()
     assert ((stored["item_offset"] > 0) == moved).all()
     # The exported vectors rank as the evaluation did.
-    assert max(row["recall"] for row in ann.export(path, "sklearn", top=20)["searches"]) == 1
-    user, item = ann.search_vectors(stored)
+    assert max(row["recall"] for row in experiment.index_vectors(path, "sklearn", top=20)["searches"]) == 1
+    user, item = experiment.search_vectors(stored)
     assert user.shape[1] == item.shape[1] == 9
     seen = load_dataset("demo", demo_users=60, demo_items=80, demo_interactions=1500)
     near = index.exact_search(user, item, 10)
@@ -251,7 +251,7 @@ def test_export_finds_the_exact_neighbours(run, kind, capsys):
     assert max(row["recall"] for row in found["searches"]) > 0.99
     stored, analysis = np.load(path / "ann" / "vectors.npz"), np.load(path / "analysis.npz")
     assert np.array_equal(stored["item"], analysis["item"]) and stored["user"].shape == (60, 8)
-    assert ann.export(path, kind, top=5)["top"] == 5
+    assert experiment.index_vectors(path, kind, top=5)["top"] == 5
     if kind == "faiss":
         import faiss
 
@@ -442,13 +442,12 @@ def test_another_run_s_checkpoint_is_refused(run, capsys):
     assert "of another model" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", (ann.main, report.main))
-def test_companions_want_a_finished_run(run, tmp_path, program, capsys):
-    assert run_main(program, [str(tmp_path / "none")]) == 2
+def test_the_report_wants_a_finished_run(run, tmp_path, capsys):
+    assert run_main(report.main, [str(tmp_path / "none")]) == 2
     assert "there is no run at" in capsys.readouterr().err
     path = run()
     (path / "done").unlink()
-    assert run_main(program, [str(path)]) == 2
+    assert run_main(report.main, [str(path)]) == 2
     assert "not finished" in capsys.readouterr().err
 
 

@@ -214,12 +214,10 @@ def test_mgcn(stored, toy, data, check):
     parts = {"bpr": "bpr", "nce_item": "nce_item", "nce_user": "nce_user"}
     check(model, kit.toy_batch(toy), golden, "orig_", parts, grads_of(golden, "orig_", MGCN_NAMES))
     torch.testing.assert_close(model.loss(kit.toy_batch(toy))["reg"] * L2_SHARE, golden["orig_part_batchl2"], **GUARD)
-    side, content = model.outputs()
+    side, content = model.sides()
     torch.testing.assert_close(side, golden["orig_mid_side"], **GUARD)
     torch.testing.assert_close(content, golden["orig_mid_content"], **GUARD)
-    torch.testing.assert_close(
-        model.fusion(model.view("image"), model.view("text"))[1], golden["orig_mid_attention"], **GUARD
-    )
+    torch.testing.assert_close(model.fusion(*model.views().values())[1], golden["orig_mid_attention"], **GUARD)
     torch.testing.assert_close(model.to_users(torch.eye(24)), golden["graph_R_hat"], **GUARD)
     for name in ("image", "text"):
         torch.testing.assert_close(model.item_graphs[name](torch.eye(24)), golden[f"graph_{name}"], **GUARD)

@@ -157,8 +157,8 @@ def test_layergcn_by_dense_loop(data):
         assert weight.abs().max() <= 1 + 1e-12
         layer = weight[:, None] * layer
         total = total + layer
-    torch.testing.assert_close(model.outputs(), total)
-    assert not kit.build("LayerGCN", data, n_layers=0).outputs().any()
+    torch.testing.assert_close(model.nodes(), total)
+    assert not kit.build("LayerGCN", data, n_layers=0).nodes().any()
 
 
 def test_lattice_sparse_and_dense_graphs_agree(data):
@@ -194,11 +194,11 @@ def test_mgcn_with_equal_views_has_nothing_specific(data, batch):
     model = kit.build("MGCN", same, knn_k=4)
     for group in (model.features, model.gate):
         group["text"].load_state_dict(group["image"].state_dict())
-    view = model.view("image")
-    common, weights = model.fusion(view, model.view("text"))
+    view, other = model.views().values()
+    common, weights = model.fusion(view, other)
     torch.testing.assert_close(weights.sum(1), torch.ones(54))
     torch.testing.assert_close(common, view)
-    torch.testing.assert_close(model.outputs()[0], common / 3)
+    torch.testing.assert_close(model.sides()[0], common / 3)
     terms = kit.build("MGCN", data, knn_k=4, cl_loss=0.0, reg_weight=0.0).loss(batch)
     assert torch.equal(terms["loss"], terms["bpr"])
 
@@ -275,7 +275,7 @@ def test_smore_unit_weights_filter_nothing_and_the_fused_graph_takes_the_larger_
     with torch.no_grad():
         for weight in model.filter.values():
             weight.copy_(torch.tensor([1.0, 0.0]))
-    found = model.filtered()
+    found = model.content()
     for name, part in model.features.items():
         torch.testing.assert_close(found[name], part())
     image, text = (dense(model.item_graphs[name], 24) for name in ("image", "text"))
@@ -292,7 +292,7 @@ def test_smore_fused_spectrum_is_a_convolution_over_the_channels(data):
     image, text = (part() for part in model.features.values())
     shift = (torch.arange(8)[:, None] - torch.arange(8)) % 8
     wanted = torch.einsum("ic,ikc->ik", image, text[:, shift]) / 8**0.5
-    torch.testing.assert_close(model.filtered()["fusion"], wanted)
+    torch.testing.assert_close(model.content()["fusion"], wanted)
 
 
 @pytest.mark.parametrize("fusion", ["mean", "sum", "concat"])

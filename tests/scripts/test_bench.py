@@ -50,7 +50,9 @@ def test_the_plain_lightgcn_step_is_the_same_step(bench: dict) -> None:
     model = Recommender(
         LightGCN(build_graph(train), 8, 3), Gravity(12, 9, mass="none"), "bpr", pair=PairOptions(decay=1e-2)
     )
-    plain = bench["reference"]("lightgcn")
+    from benchmarks import costs
+
+    plain = costs.reference("lightgcn")
     nodes = torch.nn.Parameter(model.encoder.nodes.detach().clone())
     triple = tuple(torch.from_numpy(rng.integers(0, n, 16)) for n in (12, 9, 9))
     mine = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -84,13 +86,15 @@ def test_contextual_rows(bench: dict, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_peak_memory_counts_what_is_held_at_once(bench: dict) -> None:
     import torch
 
+    from benchmarks import costs
+
     def call() -> None:
         first = torch.ones(1000)
         second = first + 1  # two of 4,000 bytes
         del first
         second.exp_()
 
-    assert 8000 <= bench["peak_memory"](call) < 8100
+    assert 8000 <= costs.peak_memory(call) < 8100
 
 
 def test_rows_of_the_multimodal_models(bench: dict, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def test_a_wrong_name_is_one_line(words: list[str], message: str, capsys: pytest
 def test_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.main([]) == 0 and console.main(["--version"]) == 0
     said = capsys.readouterr().out
-    for name in [*console.papers(), *console.commands()]:
+    for name in [*console.papers(), *console.COMMANDS]:
         assert f"\n  {name} " in said
-    assert {"recsys", "hlrm"} <= set(console.papers()) and {"compare", "reproduce"} <= set(console.commands())
+    assert {"recsys", "hlrm"} <= set(console.papers()) and {"compare", "reproduce"} <= set(console.COMMANDS)
     assert "gfml 0." in said

@@ -12,7 +12,7 @@ import torch
 from gfml.base.errors import UserError
 from gfml.data.options import load_dataset
 from gfml.gravity import Gravity, GravityScorer
-from gfml.program.export import export
+from gfml.program.vectors import for_tools
 from gfml.ranking.topk import DenseScorer, topk_items
 
 TOP = 20
@@ -27,7 +27,7 @@ def case(tmp_path_factory):
     torch.nn.init.normal_(gravity.mass.item)
     scorer = GravityScorer(gravity, torch.randn(data.num_users, 8), torch.randn(data.num_items, 8))
     out = tmp_path_factory.mktemp("export")
-    export(scorer, data, out)
+    for_tools(scorer, data, out)
     users = torch.arange(data.num_users)
     unseen = topk_items(scorer, users, TOP, seen=data.train_and_valid).numpy()
     return SimpleNamespace(out=out, data=data, all=topk_items(scorer, users, TOP, seen=None).numpy(), unseen=unseen)
@@ -100,4 +100,4 @@ def test_annoy(case):
 
 def test_scores_without_vectors(case, tmp_path):
     with pytest.raises(UserError, match="no inner product"):
-        export(DenseScorer(torch.zeros(3, 3)), case.data, tmp_path)
+        for_tools(DenseScorer(torch.zeros(3, 3)), case.data, tmp_path)
