@@ -331,10 +331,10 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     # Rows of a user stand together, parts in order, as in the released files.
     order = np.lexsort((rows.times, labels, users))
-    columns = (column[order] for column in (users, items, labels, rows.ratings, rows.times))
-    layout.write_inter(folder / f"{folder.resolve().name}.inter", *columns)
-    layout.write_map(folder / "u_id_mapping.csv", ("user_id", "userID"), user_names)
-    layout.write_map(folder / "i_id_mapping.csv", ("asin", "itemID"), item_names)
+    columns = (column[order] for column in (users, items, rows.ratings, rows.times, labels))
+    layout.write_rows(folder / f"{folder.resolve().name}.inter", layout.INTER_HEAD, *columns)
+    layout.write_rows(folder / "u_id_mapping.csv", ("user_id", "userID"), user_names, range(len(user_names)))
+    layout.write_rows(folder / "i_id_mapping.csv", ("asin", "itemID"), item_names, range(len(item_names)))
     made = _features(options, folder, item_names, rows.notes)
     layout.write_manifest(folder, {
         "users": len(user_names), "items": len(item_names), "rows": len(rows), "parts": np.bincount(labels, minlength=3).tolist(),
@@ -351,7 +351,7 @@ def _features(options: Options, folder: Path, names: list[str], notes: dict[str,
     made: dict[str, Any] = {}
     if options.meta:
         texts = read_metadata(Path(options.meta), names, notes)
-        layout.write_texts(folder / "item_text.csv", names, texts)
+        layout.write_rows(folder / "item_text.csv", ("item_id", "title"), names, texts)
         # A text without words is one blank for a sentence model, a row of zeros for the others.
         table = features.encode_texts(
             [text or " " for text in texts], options.text_encoder, options.text_width, options.seed
