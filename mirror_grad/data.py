@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,6 +37,7 @@ from mirror_grad.layout import (
 )
 from mirror_grad.settings import DATASETS, FEATURES, MirrorGradSettings
 
+logger = logging.getLogger("gfml.data")
 TEXT_FILES = ("item_text.csv", "movies.dat", "ml-100k.item")
 ID_MODELS = ("BPR", "LightGCN", "LayerGCN", "SELFCFED_LGN")
 
@@ -241,13 +243,26 @@ def item_texts(options: MirrorGradSettings, data: MultimodalData) -> list[str]:
         raise UserError(
             f"{data.interactions.name} has no item titles ({', '.join(TEXT_FILES)} in {data.folder}): give --item-text FILE"
         )
+    return read_texts(file, data)
+
+
+def read_texts(file: Path, data: MultimodalData) -> list[str]:
+    """One text an item from a table (title, genres, description) or from metadata as JSON; empty where the file says nothing."""
     if {".json", ".jsonl"} & set(file.suffixes):
         from mirror_grad.preprocess import read_metadata
 
-        ids = np.arange(data.num_items) if data.interactions.item_ids is None else data.interactions.item_ids
-        return read_metadata(file, [str(name) for name in ids.tolist()])
+        return read_metadata(file, item_names(data))
     info = read_item_info(file, data.interactions)
-    return encoders.words_of(info.titles, info.genres)
+    bare = sum(bool(title) and not text for title, text in zip(info.titles, info.about, strict=True))
+    if bare and any(info.about):
+        logger.warning("note: %s has no description of %s items, only title and genres", file.name, f"{bare:,}")
+    return encoders.words_of(*info)
+
+
+def item_names(data: MultimodalData) -> list[str]:
+    """The source's id of every item; its number where the data have numbers alone."""
+    ids = data.interactions.item_ids
+    return [str(name) for name in (np.arange(data.num_items) if ids is None else ids).tolist()]
 
 
 def _no_features(options: MirrorGradSettings, data: MultimodalData) -> UserError:

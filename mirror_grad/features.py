@@ -2,7 +2,7 @@
 
 Text encoders: ``tfidf-svd`` (TF-IDF of words, reduced by a truncated SVD), ``hashing`` (hashed words, no fitting) and any
 sentence-transformers model by its name. Image encoders: the binary feature files of the Amazon 2014 release, or a timm
-backbone over a folder of pictures.
+backbone over a folder or zip archive of pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gfml.base.errors import UserError
+from gfml.data.images import FilePictures, open_zip
 
 LOCAL_ENCODERS = ("tfidf-svd", "hashing")
 AMAZON_WIDTH = 4096
@@ -94,10 +95,22 @@ def read_amazon_images(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np
     return values, rows >= 0
 
 
+def find_pictures(place: Path, names: Sequence[str]) -> list[str | None]:
+    """Where ``NAME.jpg`` (or .png, ...) of each item lies in a folder or anywhere in a zip archive; None where it does not."""
+    if place.is_dir():
+        ends = ([place / f"{name}{end}" for end in PICTURES] for name in names)
+        return [next((str(path) for path in paths if path.is_file()), None) for paths in ends]
+    if not place.is_file():
+        raise UserError(f"there is no folder or archive {place}: check --image-folder")
+    with open_zip(place) as archive:
+        inside = {name.rpartition("/")[2]: name for name in archive.namelist()}
+    return [next((inside[name + end] for end in PICTURES if name + end in inside), None) for name in names]
+
+
 def encode_pictures(
-    folder: Path, names: Sequence[str], backbone: str, weights: Path | None = None, batch_size: int = 32
+    place: Path, names: Sequence[str], backbone: str, weights: Path | None = None, batch_size: int = 32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(features [n, F] float32, known bool [n]) of ``folder/NAME.jpg`` (or .png, ...) by a timm backbone.
+    """(features [n, F] float32, known bool [n]) of the pictures of :func:`find_pictures` by a timm backbone.
 
     weights: a state file for the backbone; None takes the pretrained ones of that name, which timm downloads.
     """
@@ -107,8 +120,7 @@ def encode_pictures(
 
     from gfml.program.weights import pretrained
 
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: check --image-folder")
+    paths = find_pictures(place, names)
     if not backbone.startswith("packaged:") and not timm.is_model(backbone):
         raise UserError(
             f"timm has no backbone {backbone!r}: check --image-encoder (python -c 'import timm; print(timm.list_models())')"
@@ -120,35 +132,34 @@ def encode_pictures(
         _load_weights(model, backbone, weights)
     model.eval()
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    paths = [next((p for end in PICTURES if (p := folder / f"{name}{end}").is_file()), None) for name in names]
     known = np.array([path is not None for path in paths])
     if not known.any():
         raise UserError(
-            f"{folder} has no picture of the {len(names)} items, wanted names such as {names[0]}.jpg: check --image-folder"
+            f"{place} has no picture of the {len(names)} items, wanted names such as {names[0]}.jpg: check --image-folder"
         )
     values = np.zeros((len(names), model.num_features), dtype=np.float32)
     rows = np.flatnonzero(known)
+    # A user's own pictures are turned as they say.
+    files = FilePictures(paths, place if place.is_file() else None, upright=True)
     for start in range(0, len(rows), batch_size):
         some = rows[start : start + batch_size]
-        pictures = {row: picture for row in some.tolist() if (picture := _picture(paths[row])) is not None}
+        pictures = {row: picture for row in some.tolist() if (picture := _picture(files, row)) is not None}
         known[some] = [row in pictures for row in some.tolist()]
         if pictures:
             with torch.inference_mode():
                 values[list(pictures)] = model(torch.stack([transform(one) for one in pictures.values()])).numpy()
     if not known.any():
-        raise UserError(f"none of the {len(rows)} pictures in {folder} can be opened: check --image-folder")
+        raise UserError(f"none of the {len(rows)} pictures in {place} can be opened: check --image-folder")
     return values, known
 
 
-def _picture(path: Path) -> Any:
+def _picture(files: FilePictures, row: int) -> Any:
     """The picture as RGB, None where it cannot be opened."""
     from PIL import Image
 
-    from gfml.data.images import decode
-
     try:
-        return Image.fromarray(decode(path.read_bytes(), str(path), upright=True))
-    except (UserError, OSError):
+        return Image.fromarray(files[row])
+    except UserError:
         return None
 
 
@@ -179,6 +190,6 @@ def fill_missing(values: np.ndarray, known: np.ndarray, how: str) -> np.ndarray:
     return filled
 
 
-def words_of(titles: Iterable[str], genres: Iterable[Sequence[str]]) -> list[str]:
-    """One text an item: its title and genres."""
-    return [" ".join([title, *kinds]).strip() for title, kinds in zip(titles, genres, strict=True)]
+def words_of(titles: Iterable[str], genres: Iterable[Sequence[str]], about: Iterable[str]) -> list[str]:
+    """One text an item: its title, genres and description."""
+    return [" ".join([title, *kinds, text]).strip() for title, kinds, text in zip(titles, genres, about, strict=True)]

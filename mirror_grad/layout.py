@@ -177,6 +177,16 @@ def write_feature_file(path: Path, table: np.ndarray) -> None:
         np.save(stream, np.ascontiguousarray(table, dtype=np.float32), allow_pickle=False)
 
 
+def write_feature_archive(
+    path: Path, names: Sequence[str], tables: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Feature tables (values, known) by modality with the items' source ids, as ``--features`` reads them; zeros where not known."""
+    arrays = {name: np.where(known[:, None], values, 0).astype(np.float32) for name, (values, known) in tables.items()}
+    flags = {f"has_{name}": known for name, (_, known) in tables.items()}
+    with atomic_open(path, "wb") as stream:
+        np.savez_compressed(stream, item_id=np.array(names), **arrays, **flags)
+
+
 def write_manifest(folder: Path, facts: Mapping[str, object]) -> None:
     """manifest.json: the facts and the sha256 of every file beside it."""
     hashes = {}

@@ -1,8 +1,11 @@
-"""From raw Amazon reviews and metadata to a data folder that ``mirror_grad/main.py --dataset FOLDER`` reads.
+"""From raw Amazon reviews and metadata to a data folder that ``mirror_grad/main.py --dataset FOLDER`` reads; or the texts and
+pictures of a data set that is there already to features that ``mirror_grad/main.py --features FOLDER`` reads.
 
     python mirror_grad/preprocess.py --reviews reviews_Baby.json.gz --meta meta_Baby.json.gz --out data/baby2
     python mirror_grad/preprocess.py --reviews ratings_Baby.csv --meta meta_Baby.json.gz --images image_features_Baby.b \
         --text-encoder sentence-transformers/all-MiniLM-L6-v2 --out data/baby2
+    python mirror_grad/preprocess.py --features-of ml1m-ge3 --text-encoder packaged:all-MiniLM-L6-v2 \
+        --image-encoder packaged:efficientnet_lite0 --out runs/ml1m-ge3-encoders
 
 Steps: drop incomplete rows and exact repeats, k-core, number users and items by first appearance, split, text and image
 features, a manifest with hashes. Text of an item: title, brand, categories and description.
@@ -24,6 +27,8 @@ from gfml.base.errors import UserError
 from gfml.program.cli import Options, Parser, number, run_main
 
 SPLITS = ("random", "user-time", "global-time", "leave-last")
+# The pictures that --features-of finds beside the data, the first that is there.
+PICTURES_BESIDE = ("posters_64x96.zip", "posters.zip", "images.zip")
 
 
 def build_parser() -> Parser:
@@ -31,8 +36,14 @@ def build_parser() -> Parser:
     parser = Parser(prog="mirror_grad/preprocess.py", description="Raw Amazon reviews and metadata to a data folder.")
     add = parser.add_argument
     add(
+        "--features-of",
+        metavar="DATASET",
+        help="encode the texts and pictures of a data set as main.py knows it (default: those beside the data; else --meta, "
+        "--image-folder)",
+    )
+    add("--data-root", metavar="DIR", help="where known data sets lie, for --features-of")
+    add(
         "--reviews",
-        required=True,
         metavar="FILE",
         help="reviews as JSON lines (2014, 2018 or 2023 release) or ratings as a table, with a header or as user, item, rating, "
         "time (2018: item, user); packed or not",
@@ -40,9 +51,10 @@ def build_parser() -> Parser:
     add(
         "--meta",
         metavar="FILE",
-        help="metadata, a JSON or Python-literal object a line (asin, title, brand, categories, description)",
+        help="metadata, a JSON or Python-literal object a line (asin, title, brand, categories, description); with --features-of "
+        "also a table with titles, genres, descriptions",
     )
-    add("--out", required=True, metavar="DIR", help="the data folder; its name is the data set's")
+    add("--out", required=True, metavar="DIR", help="the folder to write; with --reviews its name is the data set's")
     add(
         "--kcore",
         type=number(int, least=1),
@@ -92,7 +104,7 @@ def _add_features(add: Callable[..., Any]) -> None:
         help="width of tfidf-svd and hashing features",
     )
     add("--images", metavar="FILE", help="binary image features of the 2014 release (.b)")
-    add("--image-folder", metavar="DIR", help="pictures ASIN.jpg, encoded by --image-encoder")
+    add("--image-folder", metavar="DIR", help="folder or zip archive of pictures ASIN.jpg, encoded by --image-encoder")
     add(
         "--image-encoder",
         default="resnet50",
@@ -106,6 +118,15 @@ def _add_features(add: Callable[..., Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(None if argv is None else list(argv))
+    if bool(options.reviews) == bool(options.features_of):
+        raise UserError("wanted either --reviews, raw data, or --features-of, data that are there: give one of them")
+    others = {"kcore", "duplicates", "split", "ratios", "images"} if options.features_of else {"data_root"}
+    if wrong := sorted(others & options.explicit):
+        raise UserError(
+            f"--{wrong[0].replace('_', '-')} says nothing of --{'features-of' if options.features_of else 'reviews'}: drop it"
+        )
+    if options.features_of:
+        return encode_known(options)
     if options.images and options.image_folder:
         raise UserError("found --images and --image-folder: give the one whose features are wanted")
     if not options.meta and not options.images and not options.image_folder:
@@ -129,6 +150,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         print(f"note: {line}")
     print(f"{folder}: {len(user_names):,} users, {len(item_names):,} items, {len(rows):,} rows")
+    return 0
+
+
+def encode_known(options: Options) -> int:
+    """Features of the items of a data set that ``mirror_grad/main.py`` reads, as ``OUT/features.npz`` by the items' source ids."""
+    from gfml.data.items import beside
+    from mirror_grad import layout
+    from mirror_grad.data import TEXT_FILES, item_names, load, read_texts
+    from mirror_grad.main import PROGRAM
+
+    settings = PROGRAM.of(model="BPR", dataset=options.features_of, data_root=options.data_root)
+    data, name, root = load(settings, needs_features=False), settings.dataset, settings.data_root
+    folder = Path(options.out).expanduser()
+    if data.folder is not None and folder.resolve() == data.folder.resolve():
+        raise UserError(
+            f"--out {options.out} is the folder of {name} itself, whose files would be replaced: give another"
+        )
+    texts, pictures = (
+        Path(given) if given else beside(name, root, usual)
+        for given, usual in (
+            (options.meta, ("movies_extrainfos.dat", *TEXT_FILES)),
+            (options.image_folder, PICTURES_BESIDE),
+        )
+    )
+    if texts is None and pictures is None:
+        raise UserError(f"{name} has neither texts nor pictures beside it: give --meta or --image-folder")
+    names, notes = item_names(data), dict[str, object]()
+    tables = _tables(options, names, None if texts is None else read_texts(texts, data), pictures, notes)
+    folder.mkdir(parents=True, exist_ok=True)
+    layout.write_feature_archive(folder / "features.npz", names, {kind: table[:2] for kind, table in tables.items()})
+    _manifest(options, folder, names, tables, {"items": len(names), "notes": notes})
+    for line in (f"{key}: {value}" for key, value in notes.items()):
+        print(f"note: {line}")
+    for kind, (values, known, encoder) in tables.items():
+        without = f"{int((~known).sum()):,} of {len(names):,} items have none"
+        print(f"{kind}: {values.shape[1]} wide by {encoder} from {pictures if kind == 'image' else texts}; {without}")
+    print(f"{folder}: python mirror_grad/main.py --dataset {name} --features {options.out}")
     return 0
 
 
@@ -325,7 +383,7 @@ def write(
     labels: np.ndarray,
 ) -> Path:
     """The whole folder; the path."""
-    from mirror_grad import layout
+    from mirror_grad import features, layout
 
     folder = Path(options.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -335,51 +393,64 @@ def write(
     layout.write_rows(folder / f"{folder.resolve().name}.inter", layout.INTER_HEAD, *columns)
     layout.write_rows(folder / "u_id_mapping.csv", ("user_id", "userID"), user_names, range(len(user_names)))
     layout.write_rows(folder / "i_id_mapping.csv", ("asin", "itemID"), item_names, range(len(item_names)))
-    made = _features(options, folder, item_names, rows.notes)
-    layout.write_manifest(folder, {
+    texts = read_metadata(Path(options.meta), item_names, rows.notes) if options.meta else None
+    pictures = Path(options.image_folder) if options.image_folder else None
+    tables = _tables(options, item_names, texts, pictures, rows.notes)
+    if texts is not None:
+        layout.write_rows(folder / "item_text.csv", ("item_id", "title"), item_names, texts)
+    for kind, (values, known, _) in tables.items():
+        filled = features.fill_missing(values, known, "mean") if kind == "image" else values
+        layout.write_feature_file(folder / f"{kind}_feat.npy", filled)
+    _manifest(options, folder, item_names, tables, {
         "users": len(user_names), "items": len(item_names), "rows": len(rows), "parts": np.bincount(labels, minlength=3).tolist(),
         "dropped": rows.dropped, "notes": {key: str(value) for key, value in rows.notes.items()},
-        "settings": {key: value for key, value in vars(options).items() if value is not None}, "features": made,
     })  # fmt: skip
     return folder
 
 
-def _features(options: Options, folder: Path, names: list[str], notes: dict[str, object]) -> dict[str, Any]:
-    """Write the feature files; what they are, for the manifest. Items without own features are listed there."""
-    from mirror_grad import features, layout
+# Features [I, F], which items have own ones, and the encoder.
+Encoded = tuple[np.ndarray, np.ndarray, str]
 
-    made: dict[str, Any] = {}
-    if options.meta:
-        texts = read_metadata(Path(options.meta), names, notes)
-        layout.write_rows(folder / "item_text.csv", ("item_id", "title"), names, texts)
+
+def _tables(
+    options: Options, names: list[str], texts: list[str] | None, pictures: Path | None, notes: dict[str, object]
+) -> dict[str, Encoded]:
+    """The features by modality. texts: one an item, "" where it has none; pictures: a folder or an archive of them."""
+    from mirror_grad import features
+
+    made: dict[str, Encoded] = {}
+    if texts is not None:
         # A text without words is one blank for a sentence model, a row of zeros for the others.
         table = features.encode_texts(
             [text or " " for text in texts], options.text_encoder, options.text_width, options.seed
         )
-        layout.write_feature_file(folder / "text_feat.npy", table)
-        made["text"] = {
-            "encoder": options.text_encoder,
-            "width": table.shape[1],
-            "missing": [n for n, text in zip(names, texts) if not text],
-        }
-    if options.images or options.image_folder:
-        if options.images:
-            values, known, encoder = *features.read_amazon_images(Path(options.images), names), "amazon 2014"
-        else:
-            weights = Path(options.image_weights) if options.image_weights else None
-            values, known = features.encode_pictures(Path(options.image_folder), names, options.image_encoder, weights)
-            encoder = options.image_encoder
-            there = sum(
-                any((Path(options.image_folder) / f"{name}{end}").is_file() for end in features.PICTURES)
-                for name in names
+        made["text"] = table, np.array([bool(text) for text in texts]), options.text_encoder
+    if options.images:
+        made["image"] = *features.read_amazon_images(Path(options.images), names), "amazon 2014"
+    if pictures is not None:
+        weights = Path(options.image_weights) if options.image_weights else None
+        values, known = features.encode_pictures(pictures, names, options.image_encoder, weights)
+        made["image"] = values, known, options.image_encoder
+        there = sum(path is not None for path in features.find_pictures(pictures, names))
+        if there > known.sum():
+            notes["pictures that cannot be opened"] = (
+                f"{there - int(known.sum()):,} of {there:,}, their items have no own features"
             )
-            if there > known.sum():
-                notes["pictures that cannot be opened"] = (
-                    f"{there - int(known.sum()):,} of {there:,}, their items have no own features"
-                )
-        layout.write_feature_file(folder / "image_feat.npy", features.fill_missing(values, known, "mean"))
-        made["image"] = {"encoder": encoder, "width": values.shape[1], "missing": np.asarray(names)[~known].tolist()}
     return made
+
+
+def _manifest(
+    options: Options, folder: Path, names: list[str], tables: dict[str, Encoded], facts: dict[str, object]
+) -> None:
+    """What the folder holds and how it was made. Items without own features are listed."""
+    from mirror_grad import layout
+
+    made = {
+        kind: {"encoder": encoder, "width": values.shape[1], "missing": np.asarray(names)[~known].tolist()}
+        for kind, (values, known, encoder) in tables.items()
+    }
+    settings = {key: value for key, value in vars(options).items() if value is not None}
+    layout.write_manifest(folder, facts | {"settings": settings, "features": made})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Files, each plain, gzip or Zstandard:
     .csv, .tsv      a header; one id column; numeric columns are features, and so are lists of words called genres,
                     class, categories, tags or subjects (separated by ``|``, ``,`` or blanks), one 0/1 column a word
     .item           the same, RecBole's typed header (``class:token_seq``); plain tokens count only when asked for
-    .dat            MovieLens' ``id::title::genres`` without a header
+    .dat            MovieLens' ``id::title::genres`` without a header, or the eleven columns of ``movies_extrainfos.dat``
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ logger = logging.getLogger("gfml.data")
 
 ID_NAMES = ("movie_id", "item_id", "item", "iid", "id", "ids", "item_ids", "product_id", "parent_asin", "asin", "book_id",
             "artist_id")  # fmt: skip
+# MovieLens-1M with what OMDb says of the movies, which writes N/A for what it does not know.
+MOVIE_NAMES = ["id", "title", "year", "rated", "released", "genres", "director", "writers", "actors", "plot", "poster"]
 TITLE_NAMES = ("title", "movie_title", "name")
 GENRE_NAMES = ("genres", "genre", "class", "categories", "category", "tags", "subjects")
+ABOUT_NAMES = ("plot", "description", "overview", "synopsis")
 
 
 class FeatureTable(NamedTuple):
@@ -49,10 +52,11 @@ class FeatureTable(NamedTuple):
 
 
 class ItemInfo(NamedTuple):
-    """Titles and genres of the data's items, in its order; empty where the file says nothing."""
+    """Titles, genres and descriptions of the data's items, in its order; empty where the file says nothing."""
 
     titles: list[str]
     genres: list[tuple[str, ...]]
+    about: list[str]
 
 
 def beside(dataset: str, data_root: str | os.PathLike[str] | None, names: Iterable[str]) -> Path | None:
@@ -130,20 +134,21 @@ def standardised(table: FeatureTable) -> FeatureTable:
 
 
 def read_item_info(file: str | os.PathLike[str], data: Interactions) -> ItemInfo:
-    """Titles and genres, as far as the file has such columns; UserError when it has neither."""
+    """Titles, genres and descriptions, as far as the file has such columns; UserError when it has neither title nor genres."""
     path = _existing(file, "`item_info`")
     table = _Table.read(path)
-    title, genre = table.find(TITLE_NAMES), table.find(GENRE_NAMES)
+    title, genre, about = (table.find(names) for names in (TITLE_NAMES, GENRE_NAMES, ABOUT_NAMES))
     if title is None and genre is None:
         raise UserError(f"{path} has no title and no genres, found {', '.join(table.cells)}: check `item_info`")
     rows = _rows(path, table.ids(), data, table.num_rows)
     words = table.words(genre) if genre else [[]] * table.num_rows
-    titles, genres = [""] * data.num_items, [()] * data.num_items
+    titles, genres, texts = [""] * data.num_items, [()] * data.num_items, [""] * data.num_items
     for row, item in enumerate(rows):
         if item >= 0:
             titles[item] = table.cells[title][row] if title else ""
             genres[item] = tuple(words[row])
-    return ItemInfo(titles, genres)
+            texts[item] = table.cells[about][row] if about else ""
+    return ItemInfo(titles, genres, texts)
 
 
 def info_beside(
@@ -257,11 +262,13 @@ class _Table:
     @classmethod
     def read(cls, path: Path) -> _Table:
         table = open_table(path, wanted=(*ID_NAMES, *TITLE_NAMES, *GENRE_NAMES))
-        names = table.names
+        names, movies = table.names, suffix(path) == "dat" and len(table.names) == len(MOVIE_NAMES)
         if suffix(path) == "dat" and names[0] == "1":
-            names = ["id", "title", "genres", *names[3:]]
+            names = MOVIE_NAMES if movies else ["id", "title", "genres", *names[3:]]
         columns = table.read(table.names)
         cells = {new: _texts(columns[old]) for new, old in zip(names, table.names, strict=False)}
+        if movies:
+            cells = {name: ["" if cell == "N/A" else cell for cell in column] for name, column in cells.items()}
         return cls(path, cells, table.kinds)
 
     @property

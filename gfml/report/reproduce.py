@@ -10,7 +10,8 @@ A table is ``configs/tables/NAME.toml``:
 
     folder, title, metrics, columns, seeds     where the results go, what is kept and shown, default seeds
     main = ["recall@5"]                        metrics that are tested and drawn (scripts/table_pairs.py, table_figure.py)
-    needs = ["data:lastfm", "files:DIR", "gpu"]    without one of these a cell cannot run here, and says so
+    needs = ["data:lastfm", "files:DIR", "gpu"]    without one of these a cell cannot run here, and says so (DIR: below the data
+                                               root or this project)
     [[cell]] label, command, seeds, needs, paper    a row; "paper" names the published row beside it
     against = ["FREEDOM"]                      rows that a cell's row is compared with, by paired tests
     over = { lamb = [1, 3], ... }              one cell per combination; {lamb} in the texts of a cell is replaced
@@ -213,8 +214,9 @@ def lacking(needs: Sequence[str], data_root: str | None) -> str | None:
             raise choice_error("data set", what, registry.known_names())
         if kind == "data" and registry.locate(known, roots) is None:
             return f"the data of {what} are not below {', '.join(map(str, roots))}"
-        if kind == "files" and not any((root / what).exists() for root in roots):
-            return f"{what} is not below {', '.join(map(str, roots))}"
+        # What is made beforehand, such as features, lies where the runs do, below the folder that commands run in.
+        if kind == "files" and not any((root / what).exists() for root in (*roots, ROOT)):
+            return f"{what} is not below {', '.join(map(str, (*roots, ROOT)))}"
         if kind == "gpu" and not _has_gpu():
             return "it needs a CUDA device"
         if kind not in ("data", "files", "gpu"):

