@@ -78,7 +78,11 @@ class GravitySettings(Settings):
     lamb: float = setting(1.0, "lambda, the weight of the distance", kinds.positive, unit="L")
     learn_lamb: bool = setting(False, "learn lambda too")
     eps: float = setting(0.01, "softening of the logarithm", kinds.positive, unit="E")
-    dist_mode: str = setting("l2", "kind of squared distance", choices=("l1", "l2", "kl", "emd"))
+    dist_mode: str = setting(
+        "l2",
+        "kind of squared distance; the others want a lambda of their own, kl --mass_param exp; emd ranks by one or two directions",
+        choices=("l1", "l2", "kl", "emd"),
+    )
     emd_input: str = setting("raw", "rows of emd as they are or as distributions", choices=("raw", "softmax"))
     emd_power: int = setting(1, "2 squares emd once more, as published", choices=(1, 2))
     kl_kind: str = setting(

@@ -226,3 +226,16 @@ def test_vectors_of_two_widths_are_refused(kinds, name):
         kinds[name].paired(rows(3), rows(3, 1))
     with pytest.raises((ValueError, RuntimeError)):
         kinds[name].all_pairs(rows(3), rows(3, 5))
+
+
+@pytest.mark.parametrize("width", (8, 64, 256))
+def test_emd_sees_one_direction_and_a_half(width: int) -> None:
+    """The quadratic form behind emd, read off unit vectors: <d, C d'> = (Q(d + d') - Q(d) - Q(d')) D / 2."""
+    units, zero = torch.eye(width, dtype=torch.float64), torch.zeros(1, width, dtype=torch.float64)
+    emd = SquaredDistance("emd")
+    alone = emd.paired(units, zero)
+    sums = emd.paired(units[:, None] + units[None], zero)
+    form = (sums - alone[:, None] - alone[None]) * width / 2
+    values = torch.linalg.eigvalsh(form)
+    assert float(values[-1] / values.sum()) == pytest.approx(0.81, abs=0.01)
+    assert float(values.sum() ** 2 / values.square().sum()) == pytest.approx(1.5, abs=0.03)
