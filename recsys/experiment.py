@@ -231,7 +231,7 @@ class Recsys(Recommender):
             return [f"ials, weight {s.ials_alpha0:g} of what is not in train, l2 {s.ials_l2:g}, rows solved in turns"]
         return [
             f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}",
-            path_text(self.fused_or_reason(model)),
+            path_text(self.fused_or_reason(model), s.batch_size * (3 if s.loss_mode == "cml" else 2 + s.num_neg)),
         ]
 
 

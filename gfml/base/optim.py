@@ -24,7 +24,12 @@ class _Light:
         inspect.unwrap(Optimizer.load_state_dict)(self, state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        inspect.unwrap(Optimizer.zero_grad)(self, set_to_none)
+        if not set_to_none:
+            inspect.unwrap(Optimizer.zero_grad)(self, set_to_none)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

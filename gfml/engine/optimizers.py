@@ -89,7 +89,9 @@ class DenseAdamW(_AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` as in torch."""
-        loss = super().step(closure)
+        loss = _evaluated(closure)
+        if _with_gradient(self):
+            super().step()
         self._step_taken(dense=True)
         return loss
 
@@ -225,8 +227,9 @@ def _adagrad(p: Tensor, g: Tensor, total: Tensor, keep: float, rate: float, eps:
 def _count(state: dict[str, Any], parameter: Tensor) -> Tensor | float:
     """The number of this step. Elsewhere than on the CPU it stays on the device: recorded steps go on counting there."""
     if parameter.device.type == "cpu":
-        state["step"] += 1
-        return float(state["step"])
+        steps = state["step"].numpy()
+        steps += 1
+        return float(steps)
     state["step"] = state["step"].to(parameter.device)
     state["step"] += 1
     return state["step"].double()  # in float32 1 - beta2^steps would lose four digits
