@@ -189,16 +189,6 @@ def read_list(path: Path) -> Rows:
     return _rows(path, rows, label=1, super_label=2, name=3)
 
 
-def write_list(path: Path, rows: Rows) -> None:
-    """The format that :func:`read_list` reads."""
-    from gfml.base.files import atomic_open
-
-    with atomic_open(path) as stream:
-        stream.write("image_id class_id super_class_id path\n")
-        for number, (name, label, above) in enumerate(zip(rows.paths, rows.classes, rows.supers, strict=True)):
-            stream.write(f"{number} {label} {above} {name}\n")
-
-
 def _rows(path: Path, rows: Sequence[Sequence[str]], *, label: int, super_label: int | None, name: int) -> Rows:
     wanted = max(label, super_label or 0, name) + 1
     for number, row in enumerate(rows, start=2):

@@ -213,14 +213,12 @@ class BlockScorer(_RelationScorer):
         rows = self._user_block(step * (dim + slots) + slots * dim)
         for first in range(0, len(users), rows):
             part = users[first : first + rows]
+            user, history = self.user[part], History(*(own[part] for own in self.history))
             for start in range(0, self.num_items, step):
                 item = self.item[start : start + step]
-                result[first : first + rows, start : start + step] = self._block_scores(part, item)
+                every = item.expand(len(part), *item.shape)
+                result[first : first + rows, start : start + step] = self._related_scores(user, every, history)
         return result
-
-    def _block_scores(self, users: Tensor, item: Tensor) -> Tensor:
-        history = History(*(part[users] for part in self.history))
-        return self._related_scores(self.user[users], item.expand(len(users), *item.shape), history)
 
 
 class TranslatedScorer:

@@ -26,6 +26,7 @@ from gfml.base.files import atomic_open, read_arrays, write_json
 from gfml.data.tables import open_table
 
 MODALITIES = ("image", "text")
+INTER_HEAD = ("userID", "itemID", "rating", "timestamp", "x_label")
 # Neighbours that the published script keeps of each user.
 NEIGHBOURS = 200
 # id map of a folder: file -> (column of the row number, column of the source's id)
@@ -162,32 +163,12 @@ def read_user_graph(path: Path, num_users: int) -> sp.csr_array:
     return sp.csr_array((counts, indices, indptr), shape=(num_users, num_users))
 
 
-def write_inter(
-    path: Path, users: np.ndarray, items: np.ndarray, labels: np.ndarray, ratings: np.ndarray, times: np.ndarray
-) -> None:
-    """The interaction file, rows in the order given."""
-    with atomic_open(path, newline="") as stream:
-        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow(["userID", "itemID", "rating", "timestamp", "x_label"])
-        writer.writerows(
-            zip(users.tolist(), items.tolist(), ratings.tolist(), times.tolist(), labels.tolist(), strict=True)
-        )
-
-
-def write_map(path: Path, head: tuple[str, str], names: Sequence[str]) -> None:
-    """An id map: the source's id and the row number, TAB separated."""
+def write_rows(path: Path, head: Sequence[str], *columns: Sequence[object] | np.ndarray) -> None:
+    """A table with a header, TAB separated, of columns of one length."""
     with atomic_open(path, newline="") as stream:
         writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
         writer.writerow(head)
-        writer.writerows(zip(names, range(len(names)), strict=True))
-
-
-def write_texts(path: Path, names: Sequence[str], texts: Sequence[str]) -> None:
-    """The items' texts by their source ids."""
-    with atomic_open(path, newline="") as stream:
-        writer = csv.writer(stream, delimiter="\t", lineterminator="\n")
-        writer.writerow(["item_id", "title"])
-        writer.writerows(zip(names, texts, strict=True))
+        writer.writerows(zip(*(c.tolist() if isinstance(c, np.ndarray) else c for c in columns), strict=True))
 
 
 def write_feature_file(path: Path, table: np.ndarray) -> None:

@@ -389,15 +389,15 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     # Rows of a user stand together, parts in order, as in the released files.
     order = np.lexsort((rows.times, labels, users))
-    columns = (column[order] for column in (users, items, labels, rows.ratings, rows.times))
-    layout.write_inter(folder / f"{folder.resolve().name}.inter", *columns)
-    layout.write_map(folder / "u_id_mapping.csv", ("user_id", "userID"), user_names)
-    layout.write_map(folder / "i_id_mapping.csv", ("asin", "itemID"), item_names)
+    columns = (column[order] for column in (users, items, rows.ratings, rows.times, labels))
+    layout.write_rows(folder / f"{folder.resolve().name}.inter", layout.INTER_HEAD, *columns)
+    layout.write_rows(folder / "u_id_mapping.csv", ("user_id", "userID"), user_names, range(len(user_names)))
+    layout.write_rows(folder / "i_id_mapping.csv", ("asin", "itemID"), item_names, range(len(item_names)))
     texts = read_metadata(Path(options.meta), item_names, rows.notes) if options.meta else None
     pictures = Path(options.image_folder) if options.image_folder else None
     tables = _tables(options, item_names, texts, pictures, rows.notes)
     if texts is not None:
-        layout.write_texts(folder / "item_text.csv", item_names, texts)
+        layout.write_rows(folder / "item_text.csv", ("item_id", "title"), item_names, texts)
     for kind, (values, known, _) in tables.items():
         filled = features.fill_missing(values, known, "mean") if kind == "image" else values
         layout.write_feature_file(folder / f"{kind}_feat.npy", filled)

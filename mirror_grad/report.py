@@ -45,7 +45,9 @@ def features(page: Page, runs: Sequence[StoredRun]) -> None:
             page.note(
                 "warning", f"{run.label}: features are random noise, as asked; its figures say nothing about the model."
             )
-    page.facts({run.label: _widths(run) for run in runs})
+    tables = {run.label: run.result["features"]["widths"].items() for run in runs}
+    said = {label: ", ".join(f"{name} {width} wide" for name, width in known) for label, known in tables.items()}
+    page.facts({run.label: f"{said[run.label] or 'none'} ({run.result['features']['source']})" for run in runs})
     files = [(run, run.path / "robustness.json") for run in runs]
     found = [(run, json.loads(file.read_text(encoding="utf-8"))) for run, file in files if file.exists()]
     if not found:
@@ -79,12 +81,6 @@ def features(page: Page, runs: Sequence[StoredRun]) -> None:
         "norm of the loss, its cosine with the gradient after a descent step (1: no change of direction), and the Hessian's largest "
         "eigenvalue, over some train batches.",
     )  # fmt: skip
-
-
-def _widths(run: StoredRun) -> str:
-    found = run.result["features"]
-    tables = ", ".join(f"{name} {width} wide" for name, width in found["widths"].items())
-    return f"{tables or 'none'} ({found['source']})"
 
 
 if __name__ == "__main__":

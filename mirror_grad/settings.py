@@ -210,8 +210,22 @@ class MirrorGradSettings(
 
     @classmethod
     def translate(cls, tokens: list[str]) -> list[str]:
-        """``--resume FILE`` names weights to judge."""
-        return _weights_file(tokens)
+        """``--resume FILE`` names weights to judge; a config beside them is the base of the flags."""
+        for place, token in enumerate(tokens):
+            name, equals, value = token.partition("=")
+            if name == "--resume" and (equals or place + 1 < len(tokens)):
+                value = value if equals else tokens[place + 1]
+                if not Path(value).exists():
+                    found = f"there is no {value}"
+                    raise UserError(
+                        f"{found}: give --resume a run directory to continue, or a file of weights to judge"
+                    )
+                if not Path(value).is_file():
+                    return tokens
+                rest = tokens[:place] + tokens[place + (1 if equals else 2) :]
+                beside = Path(value).resolve().parent / "config.toml"
+                return [*([f"--config={beside}"] if beside.is_file() else []), *rest, f"--weights={value}"]
+        return tokens
 
     @classmethod
     def choose(cls, tokens: Sequence[str]) -> type:
@@ -302,24 +316,6 @@ def arm_of(options: Any) -> str:
     if options.mirror_arm == "mg":
         return "plain" if options.mirror == "off" else "mg"
     return options.mirror_arm
-
-
-def _weights_file(tokens: list[str]) -> list[str]:
-    """``--resume FILE`` names weights to judge; a config beside them is the base of the flags."""
-    for place, token in enumerate(tokens):
-        name, equals, value = token.partition("=")
-        if name == "--resume" and (equals or place + 1 < len(tokens)):
-            value = value if equals else tokens[place + 1]
-            if not Path(value).exists():
-                raise UserError(
-                    f"there is no {value}: give --resume a run directory to continue, or a file of weights to judge"
-                )
-            if not Path(value).is_file():
-                return tokens
-            rest = tokens[:place] + tokens[place + (1 if equals else 2) :]
-            beside = Path(value).resolve().parent / "config.toml"
-            return [*([f"--config={beside}"] if beside.is_file() else []), *rest, f"--weights={value}"]
-    return tokens
 
 
 def _scan(tokens: Sequence[str]) -> _Chosen:

@@ -51,8 +51,11 @@ def column(program: Program) -> dict[str, str]:
     kind, settings = program.load_experiment(), program.settings.choose([])
     known = about(settings)
     found = {what: "yes" if name in known else _no(kind, name) for what, name in BY_SETTING.items()}
-    found["several processes (`torchrun`)"] = _processes(kind)
-    found["report page"] = "yes" if _draws(kind) else _no(kind, "report")
+    flags = ", ".join(f"`{flag}`" for flag in kind.unshared)
+    but = f", but not with {flags}: losses that are no sum over rows" if flags else ""
+    found["several processes (`torchrun`)"] = f"yes{but}"
+    drawn = kind.page is not Experiment.page or kind.joint_page.__func__ is not Experiment.joint_page.__func__
+    found["report page"] = "yes" if drawn else _no(kind, "report")
     lists = issubclass(kind, Recommender)
     for what in (
         "lists for users, neighbours of items (`gfml recommend`)",
@@ -67,15 +70,6 @@ def _no(kind: type[Experiment], name: str) -> str:
     if name not in kind.without:
         raise UserError(f"{kind.__name__} has no {name} and no reason for it: give one in its without")
     return f"no: {kind.without[name]}"
-
-
-def _draws(kind: type[Experiment]) -> bool:
-    return kind.page is not Experiment.page or kind.joint_page.__func__ is not Experiment.joint_page.__func__
-
-
-def _processes(kind: type[Experiment]) -> str:
-    flags = ", ".join(f"`{flag}`" for flag in kind.unshared)
-    return f"yes, but not with {flags}: losses that are no sum over rows" if flags else "yes"
 
 
 def page(columns: dict[str, dict[str, str]]) -> str:

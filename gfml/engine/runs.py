@@ -205,7 +205,8 @@ class Run:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. ``row`` has an "epoch"; numbers that are not finite become null."""
         self._writable()
-        line = json.dumps({key: _json_number(value) for key, value in row.items()}, allow_nan=False)
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        line = json.dumps(known, allow_nan=False)
         path = self.path / "metrics.jsonl"
         with os_errors(path), open(path, "a", encoding="utf-8") as stream:
             stream.write(line + "\n")
@@ -313,10 +314,6 @@ def _ended_as(error: BaseException | None, done: bool) -> State:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _json_number(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _versions() -> dict[str, str]:

@@ -21,12 +21,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
 from gfml.base.errors import UserError, suggest
 from gfml.program.cli import Parser, number
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from gfml.data.interactions import Interactions
@@ -152,11 +151,13 @@ class Lists:
             entry: dict[str, Any] = {"rank": rank + 1, "item": self.names[item]}
             if titles is not None:
                 entry["title"] = titles[item]
-            yield entry | {name: float(values[row, rank]) for name, values in self.columns.items()}
+            # Six significant digits: about what float32 holds.
+            yield entry | {name: float(f"{values[row, rank]:.6g}") for name, values in self.columns.items()}
 
 
 def allowed_items(run: Loaded, only: str | None, without: str | None) -> np.ndarray | None:
     """bool [I] of the items that may be recommended, None for all. Ids that the data does not have are counted on stderr."""
+    import numpy as np
 
     from gfml.ranking.lists import item_rows, read_ids
 
@@ -207,6 +208,7 @@ def recommend_new(
     run: Loaded, items: Sequence[int], top: int, *, include_seen: bool = False, allowed: np.ndarray | None = None
 ) -> Lists:
     """As :func:`recommend` for a user who is not in the data and has ``items`` (columns of the data)."""
+    import numpy as np
     import torch
 
     from gfml.data.interactions import csr_from_pairs
@@ -222,6 +224,7 @@ def recommend_new(
 def _lists(
     run: Loaded, scorer: Scorer, keys: list[Any], rows: torch.Tensor, top: int, seen: Any, allowed: np.ndarray | None
 ) -> Lists:
+    import numpy as np
 
     from gfml.ranking.lists import best_items
 
@@ -295,6 +298,8 @@ def write_csv(lists: Lists, stream: IO[str], titles: Sequence[str] | None, *, ra
 
 def _columns(lists: Lists, titles: Sequence[str] | None) -> dict[str, Any]:
     """The entries of all lists, column by column."""
+    import numpy as np
+
     rows, places = np.nonzero(lists.items >= 0)
     items = lists.items[rows, places].tolist()
     columns: dict[str, Any] = {_key(lists): [lists.keys[row] for row in rows.tolist()], "rank": (places + 1).tolist()}
@@ -320,9 +325,7 @@ def write_json(lists: Lists, stream: IO[str], titles: Sequence[str] | None) -> N
     """A list with an object for each user (or item), one a line."""
     stream.write("[\n")
     for row, name in enumerate(lists.keys):
-        line = json.dumps(
-            {_key(lists): name, "items": [_rounded(entry) for entry in lists.rows(row, titles)]}, ensure_ascii=False
-        )
+        line = json.dumps({_key(lists): name, "items": list(lists.rows(row, titles))}, ensure_ascii=False)
         stream.write(line + (",\n" if row + 1 < len(lists.keys) else "\n"))
     stream.write("]\n")
 
@@ -339,11 +342,6 @@ def find_titles(file: str | None, run: Loaded) -> list[str] | None:
     if not any(titles):
         raise UserError(f"{file} has no title for any of the {data.num_items} items of {data.name}: check --item-info")
     return titles
-
-
-def _rounded(entry: dict[str, Any]) -> dict[str, Any]:
-    """Numbers to six significant digits, about what float32 holds."""
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in entry.items()}
 
 
 @contextmanager

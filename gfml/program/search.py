@@ -28,7 +28,6 @@ Nothing here knows what carries the trials out; ``scripts/sweep.py`` does that w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -36,7 +35,7 @@ import math
 import shlex
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,14 +146,8 @@ def load_spec(path: Path, more: Sequence[str] = ()) -> Spec:
         raise UserError(f"cannot read {path} ({error.strerror}): give the TOML file of a sweep") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
-    with _naming(path):
-        return spec_of(path.stem, content, more)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
     try:
-        yield
+        return spec_of(path.stem, content, more)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

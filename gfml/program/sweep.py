@@ -184,8 +184,6 @@ class Source:
     """The points of a search, those of earlier sessions first, and what became of them for a search that learns."""
 
     def __init__(self, spec: Spec, trials: Trials) -> None:
-        from gfml.program.search import planned_points
-
         self.spec, self.trials = spec, trials
         self._known = iter(list(trials.all))
         self._planned = [] if spec.search == "optuna" else planned_points(spec)
@@ -508,9 +506,8 @@ def _row(spec: Spec, trial: Mapping[str, Any], out: Path, *, is_best: bool) -> d
 
     result = read_result(run_of(trial, out)) if trial["state"] == "done" else {}
     protocols = {"stopped": f"stopped early after epoch {trial['epoch']}", "failed": f"failed: {trial.get('why', '')}"}
-    said = ", ".join(
-        str(value) if one.kind == "flags" else f"{one.name} {value}" for one, value in _varied(spec, trial)
-    )
+    varied = [(one, trial["point"][one.name]) for one in spec.space if trial["point"][one.name] != ""]
+    said = ", ".join(str(value) if one.kind == "flags" else f"{one.name} {value}" for one, value in varied)
     selection = result.get("selection", {})
     row = {
         "method": f"trial {trial['trial']}: {said}", "protocol": selection.get("protocol") or protocols.get(trial["state"], trial["state"]),
@@ -522,10 +519,6 @@ def _row(spec: Spec, trial: Mapping[str, Any], out: Path, *, is_best: bool) -> d
         "run": trial["run"],
     }
     return row | (headline(result["test"]) if is_best else {})
-
-
-def _varied(spec: Spec, trial: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    return [(one, trial["point"][one.name]) for one in spec.space if trial["point"][one.name] != ""]
 
 
 def write_table(spec: Spec, trials: Trials) -> None:

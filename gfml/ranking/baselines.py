@@ -43,35 +43,11 @@ def popularity(data: Interactions) -> FactorScorer:
 
 
 @dataclass(frozen=True)
-class NeighbourScorer:
-    """score(u, j) = sum over i in history[u] of weights[i, j]; history CSR [U, I], weights CSR [I, I]."""
-
-    history: sp.csr_array
-    weights: sp.csr_array
-
-    @property
-    def num_users(self) -> int:
-        return self.history.shape[0]
-
-    @property
-    def num_items(self) -> int:
-        return self.history.shape[1]
-
-    def score(self, users: Tensor) -> Tensor:
-        """Users int64 [B] to float32 [B, I], on the device of ``users``; computed on the CPU."""
-        scores = (self.history[users.cpu().numpy()] @ self.weights).toarray()
-        return torch.from_numpy(scores).to(users.device)
-
-    def factors(self) -> None:
-        return None
-
-
-@dataclass(frozen=True)
 class LinearScorer:
     """score(u, j) = sum over i in history[u] of weights[i, j]; history CSR [U, I], weights a tensor [I, I]."""
 
     history: sp.csr_array
-    weights: Tensor
+    weights: Any
 
     @property
     def num_users(self) -> int:
@@ -90,6 +66,15 @@ class LinearScorer:
 
     def factors(self) -> None:
         return None
+
+
+class NeighbourScorer(LinearScorer):
+    """The same with sparse weights, CSR [I, I]."""
+
+    def score(self, users: Tensor) -> Tensor:
+        """Users int64 [B] to float32 [B, I], on the device of ``users``; computed on the CPU."""
+        scores = (self.history[users.cpu().numpy()] @ self.weights).toarray()
+        return torch.from_numpy(scores).to(users.device)
 
 
 def item_knn(data: Interactions, k: int = 100, shrink: float = 0.0, similarity: str = "cosine") -> NeighbourScorer:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gfml.base.errors import UserError
 from gfml.base.optim import light
-from gfml.ranking.baselines import LinearScorer, NeighbourScorer
+from gfml.ranking.baselines import LinearScorer
 from gfml.ranking.topk import FactorScorer, Scorer, full_precision
 
 STEPS, RATE, DECAY = 20, 0.3, 0.05
@@ -81,7 +81,7 @@ def fold_in(scorer: Scorer, histories: sp.csr_array, encoder: Any = None) -> Sco
     empty = np.flatnonzero(np.diff(histories.indptr) == 0)
     if len(empty):
         raise UserError(f"new user {int(empty[0]) + 1} has no item that the model knows: give some of its items")
-    if isinstance(scorer, LinearScorer | NeighbourScorer):
+    if isinstance(scorer, LinearScorer):
         return replace(scorer, history=histories)
     if isinstance(scorer, FactorScorer) and bool((scorer.user == scorer.user[:1]).all()):
         return FactorScorer(scorer.user[:1].expand(histories.shape[0], -1), scorer.item)  # popularity: one for all

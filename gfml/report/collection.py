@@ -291,6 +291,7 @@ def scale_of(values: Sequence[Any], *, log: bool | None = None) -> Scale:
     return Scale([(shape(value) - shape(low)) / span for value in values], ticks, log)
 
 
+@styled
 def parallel_coordinates(found: Collection) -> Figure:
     """A line per run through its flags to its value."""
     from matplotlib import colormaps
@@ -305,27 +306,23 @@ def parallel_coordinates(found: Collection) -> Figure:
         scales[found.metric].places if found.mode == "max" else [1 - place for place in scales[found.metric].places]
     )
 
-    @styled
-    def draw() -> Figure:
-        figure, axes = panels(1, 1, width=max(7.0, 1.9 * len(scales)), height=4.4)
-        axis = axes[0, 0]
-        for n, (trial, shade) in enumerate(zip(trials, shades, strict=True)):
-            best = trial is found.best
-            axis.plot(range(len(scales)), [scale.places[n] for scale in scales.values()], color=colormaps["viridis"](0.08 + 0.8 * shade),
-                      linewidth=3.4 if best else 1.8, linestyle="-" if trial.state == "done" else (0, (4, 2)), alpha=1 if best else 0.85)  # fmt: skip
-        for place, scale in enumerate(scales.values()):
-            axis.axvline(place, color=TEXT, linewidth=0.9)
-            for height, text in scale.ticks:
-                axis.annotate(text, (place, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, color="#343942",
-                              path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
-        axis.set_xticks(range(len(scales)), [f"{name} (log)" if one.log else name for name, one in scales.items()])
-        axis.set_yticks([])
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
-        axis.set_xlim(-0.1, len(scales) - 0.55)
-        return figure
-
-    return draw()
+    figure, axes = panels(1, 1, width=max(7.0, 1.9 * len(scales)), height=4.4)
+    axis = axes[0, 0]
+    for n, (trial, shade) in enumerate(zip(trials, shades, strict=True)):
+        best = trial is found.best
+        axis.plot(range(len(scales)), [scale.places[n] for scale in scales.values()], color=colormaps["viridis"](0.08 + 0.8 * shade),
+                  linewidth=3.4 if best else 1.8, linestyle="-" if trial.state == "done" else (0, (4, 2)), alpha=1 if best else 0.85)  # fmt: skip
+    for place, scale in enumerate(scales.values()):
+        axis.axvline(place, color=TEXT, linewidth=0.9)
+        for height, text in scale.ticks:
+            axis.annotate(text, (place, height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9, color="#343942",
+                          path_effects=[withStroke(linewidth=3, foreground="white")])  # fmt: skip
+    axis.set_xticks(range(len(scales)), [f"{name} (log)" if one.log else name for name, one in scales.items()])
+    axis.set_yticks([])
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+    axis.set_xlim(-0.1, len(scales) - 0.55)
+    return figure
 
 
 # -- importance
@@ -396,28 +393,24 @@ def _importance(page: Page, found: Collection) -> None:
         page.text("Runs that were stopped early count with the best value they had reached.")
 
 
+@styled
 def draw_importance(result: Importance) -> Figure:
     """A bar per flag, the largest on top."""
-
-    @styled
-    def draw() -> Figure:
-        figure, axes = panels(1, 1, width=7.5, height=max(1.6, 0.42 * len(result.names) + 0.9))
-        order = np.argsort(result.means)
-        axes[0, 0].barh(
-            range(len(order)),
-            result.means[order],
-            xerr=result.deviations[order],
-            color=COLORS[0],
-            height=0.6,
-            ecolor="#7a7f88",
-        )
-        axes[0, 0].set_yticks(range(len(order)), [result.names[n] for n in order])
-        axes[0, 0].set_xlabel("growth of the squared error / variance")
-        axes[0, 0].axvline(0, color="#8d929b", linewidth=1)
-        axes[0, 0].grid(False, axis="y")
-        return figure
-
-    return draw()
+    figure, axes = panels(1, 1, width=7.5, height=max(1.6, 0.42 * len(result.names) + 0.9))
+    order = np.argsort(result.means)
+    axes[0, 0].barh(
+        range(len(order)),
+        result.means[order],
+        xerr=result.deviations[order],
+        color=COLORS[0],
+        height=0.6,
+        ecolor="#7a7f88",
+    )
+    axes[0, 0].set_yticks(range(len(order)), [result.names[n] for n in order])
+    axes[0, 0].set_xlabel("growth of the squared error / variance")
+    axes[0, 0].axvline(0, color="#8d929b", linewidth=1)
+    axes[0, 0].grid(False, axis="y")
+    return figure
 
 
 # -- learning curves

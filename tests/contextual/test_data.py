@@ -11,7 +11,7 @@ import scipy.io
 from PIL import Image
 
 from contextual import data as datasets
-from contextual.data import Counts, Rows, hold_out, load, read_list, write_list
+from contextual.data import Counts, Rows, hold_out, load, read_list
 from gfml.base.errors import UserError
 
 
@@ -155,6 +155,13 @@ def test_lists_of_the_authors_split_inaturalist(tmp_path: Path) -> None:
         )
     found = load("inat", folder, split_lists=(str(folder / "train.csv"), str(folder / "test.csv")), check_counts=False)
     assert (len(found.train), len(found.test), found.supers.tolist()) == (8, 6, [0, 1, 0, 1])
+
+
+def write_list(path: Path, rows: Rows) -> None:
+    """A list as the authors keep it."""
+    lines = zip(rows.classes, rows.supers, rows.paths, strict=True)
+    text = "".join(f"{number} {label} {above} {name}\n" for number, (label, above, name) in enumerate(lines))
+    path.write_text("image_id class_id super_class_id path\n" + text)
 
 
 def test_lists_keep_what_was_written(tmp_path: Path) -> None:

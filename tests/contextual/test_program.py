@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from contextual import data as datasets
 from contextual import main as program_256
 from contextual import train as program_224
 from gfml.base.checkpoints import load_state
@@ -382,11 +381,8 @@ def miniature(name: str, root: Path) -> Path:
     elif name == "cars":
         for part, labels in (("train", range(1, trained + 1)), ("test", (150, 151))):
             paths = [(label, picture(f"car_ims/{label}_{i}.png")) for label in labels for i in range(each)]
-            labels_of = np.array([label for label, _ in paths])
-            datasets.write_list(
-                root / f"cars196_{part}.txt",
-                datasets.Rows([path for _, path in paths], labels_of, np.ones(len(paths), dtype=int)),
-            )
+            lines = [f"{number} {label} 1 {path}" for number, (label, path) in enumerate(paths)]
+            write(root / f"cars196_{part}.txt", ["image_id class_id super_class_id path", *lines])
     elif name == "sop":
         for part, labels in (("train", range(1, trained + 1)), ("test", (90, 91))):
             lines = [

@@ -26,7 +26,7 @@ def write_planted(folder: Path, seed: int = 0) -> Path:
             rows.append((user, item, 5, 1000 + place, 2 if place >= 10 else 1 if place >= 8 else 0))
     users, items, ratings, times, labels = (np.array(column) for column in zip(*rows, strict=True))
     folder.mkdir(parents=True)
-    layout.write_inter(folder / f"{folder.name}.inter", users, items, labels, ratings, times)
+    layout.write_rows(folder / f"{folder.name}.inter", layout.INTER_HEAD, users, items, ratings, times, labels)
     for name, width in (("image", 24), ("text", 10)):
         centres = rng.standard_normal((GROUPS, width))
         layout.write_feature_file(

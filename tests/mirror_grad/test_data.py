@@ -56,7 +56,7 @@ def test_stored_vectors_of_the_loader(tmp_path, numbers):
     golden = numbers("mm_dataset")
     folder = tmp_path / "small"
     folder.mkdir()
-    layout.write_inter(folder / "small.inter", *golden["inter"][:, [0, 1, 4, 2, 3]].T)
+    layout.write_rows(folder / "small.inter", layout.INTER_HEAD, *golden["inter"][:, :5].T)
     for keep, prefix in ((False, "filter"), (True, "nofilter")):
         data = read("-d", folder, model="BPR", needs=False, *(["--keep-cold-users"] if keep else []))
         inter = data.interactions
@@ -122,7 +122,7 @@ def test_titles_become_features(folder, encoder):
         "blue steel kettle",
         *(f"item number {n}" for n in range(56)),
     ]
-    layout.write_texts(folder / "item_text.csv", [str(n) for n in range(60)], texts)
+    layout.write_rows(folder / "item_text.csv", ("item_id", "title"), [str(n) for n in range(60)], texts)
     data = read("-d", folder, "--features", encoder, "--text-width", 16)
     [(name, table)] = data.features.items()
     unit = torch.nn.functional.normalize(table, dim=1)
@@ -132,8 +132,10 @@ def test_titles_become_features(folder, encoder):
 
 def test_titles_are_matched_by_the_sources_ids(folder):
     """With an id map the file lists raw ids, in any order; items it does not know are empty."""
-    layout.write_map(folder / "i_id_mapping.csv", ("asin", "itemID"), [f"B{n:03d}" for n in range(60)])
-    layout.write_texts(folder / "item_text.csv", ["B004", "B001", "B000"], ["kettle kettle", "ball", "ball"])
+    layout.write_rows(folder / "i_id_mapping.csv", ("asin", "itemID"), [f"B{n:03d}" for n in range(60)], range(60))
+    layout.write_rows(
+        folder / "item_text.csv", ("item_id", "title"), ["B004", "B001", "B000"], ["kettle kettle", "ball", "ball"]
+    )
     data = read("-d", folder, "--features", "hashing", "--text-width", 32, "--fill-missing", "zero")
     assert torch.equal(data.features["text"][0], data.features["text"][1]) and torch.nonzero(data.known["text"])[
         :, 0
@@ -142,7 +144,7 @@ def test_titles_are_matched_by_the_sources_ids(folder):
 
 
 def test_raw_metadata_is_a_source_of_titles(folder):
-    layout.write_map(folder / "i_id_mapping.csv", ("asin", "itemID"), [f"B{n:03d}" for n in range(60)])
+    layout.write_rows(folder / "i_id_mapping.csv", ("asin", "itemID"), [f"B{n:03d}" for n in range(60)], range(60))
     (folder / "meta.json").write_text(
         "{'asin': 'B002', 'title': 'kettle', 'categories': [['Home', 'Kitchen']]}\n{\"asin\": \"B003\", \"title\": \"ball\"}\n"
     )
