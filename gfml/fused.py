@@ -328,7 +328,7 @@ class DevicePairLoss(FusedPairLoss):
         total = recipe.dot_weight * parts[0] + recipe.gravity_weight * parts[1] + values[2] + values[3]
         return Computed(total, values, by_log_lamb, out)
 
-    def scatter(self, out: Any, scale: Tensor | float) -> None:
+    def scatter(self, out: Any, scale: Any) -> None:
         """As in :class:`FusedPairLoss`; the gradients are new tensors, in which only the rows of the batch are written."""
         from gfml.kernels import triples
 
@@ -359,9 +359,9 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.loss, ctx.out = loss, found.out
         ctx.by_log_lamb = None if log_lamb is None else found.by_log_lamb
-        total, parts = found.total, found.parts
-        if not isinstance(parts, Tensor):  # an array of the right type costs less than torch's conversion
-            total, parts = (torch.from_numpy(np.array(value, _kind(nodes))) for value in (total, parts))
+        # An array of the right type costs less than torch's conversion.
+        total, parts = (value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, _kind(nodes)))
+                        for value in (found.total, found.parts))  # fmt: skip
         ctx.mark_non_differentiable(parts)
         return total, parts
 
