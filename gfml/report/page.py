@@ -311,18 +311,15 @@ def png(figure: Figure, dpi: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int | None = None) -> None:
-    """The legend of some axes under the whole figure, where it covers nothing; bars first, then lines.
-
-    columns None: as many as the longest label leaves room for, at most 5.
-    """
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """The legend of some axes under the whole figure, where it covers nothing; bars first, then lines, at most 5 a row."""
     entries = sorted(
         zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: not isinstance(entry[0], tuple)
     )
     if entries:
         handles, labels = zip(*entries, strict=True)
         fitting = min(max(110 // (max(map(len, labels)) + 8), 1), 5)
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns or fitting)
+        figure.legend(handles, labels, loc="outside lower left", ncols=fitting)
 
 
 @dataclass(frozen=True)
