@@ -181,12 +181,12 @@ def _timm_backbone(name: str, pretrained: bool, image_size: int, own_pooling: bo
         model = packaged_network(name, load=False, **pooled)
     else:
         model = timm.create_model(name, pretrained=False, num_classes=0, **pooled)
-    _check_maps(model, name, image_size, own_pooling)
-    return model, model.num_features
+    return model, _width(model, name, image_size, own_pooling)
 
 
 @torch.no_grad()
-def _check_maps(model: nn.Module, name: str, image_size: int, own_pooling: bool) -> None:
+def _width(model: nn.Module, name: str, image_size: int, own_pooling: bool) -> int:
+    """The number of channels that come out; UserError where no maps do."""
     training = model.training
     try:
         shape = tuple(model.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
@@ -197,8 +197,11 @@ def _check_maps(model: nn.Module, name: str, image_size: int, own_pooling: bool)
     finally:
         model.train(training)
     wanted = 2 if own_pooling else 4
-    if len(shape) != wanted or shape[1] != model.num_features:
+    # timm 1.0: num_features is the width before a head with a convolution or hidden layer of its own, as MobileNetV3's.
+    widths = (model.num_features, getattr(model, "head_hidden_size", None))
+    if len(shape) != wanted or shape[1] not in widths:
         kind = "[B, C]" if own_pooling else "maps [B, C, H, W]"
         raise UserError(
             f"{name} gives features of shape {shape}, wanted {kind}: give --pooling backbone, or another --backbone"
         )
+    return shape[1]

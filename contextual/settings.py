@@ -139,7 +139,8 @@ class NetworkSettings(Settings):
     embedding_size: int | None = setting(None, "width of the embedding", kinds.count, unit="D")
     pooling: str | None = setting(
         None,
-        "over positions; maxavg is the sum of both, backbone the network's own",
+        "over positions; maxavg is the sum of both, backbone the network's own, by which the features of networks with layers "
+        "behind their pooling (ConvNeXt, MobileNetV3) are the published ones",
         choices=("max", "avg", "maxavg", "gem", "backbone"),
     )
     gem: int | None = setting(None, "old name: 1 is --pooling gem, 0 is --pooling maxavg", int, choices=(0, 1))

@@ -137,7 +137,8 @@ def encode_pictures(
         raise UserError(
             f"{place} has no picture of the {len(names)} items, wanted names such as {names[0]}.jpg: check --image-folder"
         )
-    values = np.zeros((len(names), model.num_features), dtype=np.float32)
+    # timm 1.0: num_features is the width before a head with a layer of its own, head_hidden_size that of what comes out.
+    values = np.zeros((len(names), model.head_hidden_size), dtype=np.float32)
     rows = np.flatnonzero(known)
     # A user's own pictures are turned as they say.
     files = FilePictures(paths, place if place.is_file() else None, upright=True)

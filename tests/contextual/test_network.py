@@ -89,6 +89,10 @@ def test_timm_backbones_give_maps() -> None:
     assert channels == 512 and net(torch.zeros(1, 3, 64, 64)).shape == (1, 512, 2, 2)
     net, channels = build_backbone("resnet18", pretrained=False, image_size=64, own_pooling=True)
     assert net(torch.zeros(1, 3, 64, 64)).shape == (1, 512)
+    # Its num_features, 288, is the width before the layer that stands behind its pooling.
+    for own, shape in ((False, (1, 1024, 2, 2)), (True, (1, 1024))):
+        net, channels = build_backbone("mobilenetv3_small_050", pretrained=False, image_size=64, own_pooling=own)
+        assert channels == 1024 and net(torch.zeros(1, 3, 64, 64)).shape == shape
 
 
 def test_networks_without_maps_ask_for_their_own_pooling() -> None:

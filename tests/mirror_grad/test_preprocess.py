@@ -189,12 +189,13 @@ def test_one_command_from_raw_files_to_a_run(tmp_path, capsys):
     assert manifest["sha256"] == json.loads((tmp_path / "again/toys/manifest.json").read_text())["sha256"]
 
 
-def test_pictures_are_encoded_by_a_timm_backbone(tmp_path):
+@pytest.mark.parametrize(("backbone", "width"), [("test_resnet", 96), ("mobilenetv3_small_050", 1024)])
+def test_pictures_are_encoded_by_a_timm_backbone(tmp_path, backbone, width):
+    """MobileNetV3 has a layer behind its pooling: its features are wider than timm's num_features, 288."""
     import timm
     import torch
     from PIL import Image
 
-    backbone = "test_resnet"
     torch.manual_seed(0)
     model = timm.create_model(backbone, pretrained=False, num_classes=0)
     torch.save(model.state_dict(), tmp_path / "w.pt")
@@ -202,7 +203,7 @@ def test_pictures_are_encoded_by_a_timm_backbone(tmp_path):
     for name, end in (("a", ".jpg"), ("c", ".png")):
         Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{name}{end}")
     values, known = features.encode_pictures(tmp_path, ["a", "b", "c"], backbone, tmp_path / "w.pt")
-    assert known.tolist() == [True, False, True] and values.shape == (3, model.num_features)
+    assert known.tolist() == [True, False, True] and values.shape == (3, width)
     assert (values[1] == 0).all() and np.abs(values[0] - values[2]).max() > 1e-4
     with pytest.raises(UserError, match="has no backbone"):
         features.encode_pictures(tmp_path, ["a"], "resnet_none", tmp_path / "w.pt")
