@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
 from gfml.base.optim import light
+from gfml.base.settings import as_tokens
 from gfml.cml import FeatureProjection, ItemFeatures, MetricOptions
 from gfml.data.items import read_item_features
 from gfml.distances import SquaredDistance
@@ -232,7 +233,7 @@ class Recsys(Recommender):
             return [f"ials, weight {s.ials_alpha0:g} of what is not in train, l2 {s.ials_l2:g}, rows solved in turns"]
         lines = [f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}"]
         if s.is_searched(s):
-            point = " ".join(f"--{name} {value:g}" for name, value in SEARCHED[s.loss_mode].items())
+            point = " ".join(as_tokens(SEARCHED[s.loss_mode])).replace("=", " ")
             lines.append(
                 f"{point}: best over the searches of docs/studies/study-tail.md; --lr 1e-3 gives the published defaults"
             )

@@ -183,12 +183,12 @@ def test_published_flags_have_their_defaults():
 def test_without_lr_decay_and_lamb_a_searched_point_is_taken() -> None:
     def point(*words: str) -> dict[str, float]:
         options = parse(["--dataset", "ml1m", *words])
-        return {name: getattr(options, name) for name in ("lr", "lamb", "decay")}
+        return {name: getattr(options, name) for name in ("optimizer", "lr", "lamb", "decay")}
 
-    published = {"lr": 1e-3, "lamb": 1.0, "decay": 1e-4}
+    published = {"optimizer": "adamw", "lr": 1e-3, "lamb": 1.0, "decay": 1e-4}
     assert point() == published | SEARCHED["gravity"]
     assert point("--loss_mode", "bpr") == published | SEARCHED["bpr"]
-    for name, value in (("lr", 0.5), ("lamb", 2.0), ("decay", 0.5)):
+    for name, value in (("lr", 0.5), ("lamb", 2.0), ("decay", 0.5), ("optimizer", "adagrad")):
         assert point(f"--{name}", str(value)) == published | {name: value}
     for words in (
         ("--model", "lgn"),
@@ -202,7 +202,9 @@ def test_without_lr_decay_and_lamb_a_searched_point_is_taken() -> None:
 
 def test_a_searched_point_is_said_and_stored(train, tmp_path, capsys):
     run = train(tmp_path, "run")
-    assert "--lr 0.0022 --lamb 3 --decay 0.003: best over the searches" in capsys.readouterr().err
+    assert (
+        "--optimizer lazy_adamw --lr 0.0022 --lamb 3.0 --decay 0.003: best over the searches" in capsys.readouterr().err
+    )
     stored = read_config(run)
     assert {name: stored[name] for name in SEARCHED["gravity"]} == SEARCHED["gravity"]
     train(tmp_path, "other", "--lr", "1e-3")
