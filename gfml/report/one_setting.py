@@ -33,12 +33,13 @@ class Shared(NamedTuple):
 
 
 def trial_rows(known: Sequence[Known]) -> list[dict[str, str]]:
-    """A line per trial that is done."""
+    """A line per trial of every search that has ended."""
     from gfml.base.runs import cpu_seconds, read_result
 
     rows = []
+    under_way = {one.cell.row for one in known if one.cell.point and one.state not in ("done", "failed")}
     for one in known:
-        if one.cell.point and one.path:
+        if one.cell.point and one.path and one.cell.row not in under_way:
             chosen = read_result(one.path)["selection"]
             rows.append(
                 {"method": one.cell.row, "point": " ".join(one.cell.point), "value": f"{chosen['value']:.6g}",

@@ -70,10 +70,14 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known], out: Pa
         _store_frontiers(folder, name, points, {row["method"] for row in rows if row["n"]})
     store_rows(folder, name, rows, FIRST)
     trials = trial_rows(known)
-    old = [
-        row for row in stored_rows(folder, f"{name}-trials") if row["method"] not in {one["method"] for one in trials}
-    ]
-    store_rows(folder, f"{name}-trials", [*trials, *(row for row in old if row["method"] in labels)], TRIALS)
+    # Searches that ended elsewhere stay.
+    ended = {row["method"] for row in rows if row["n"]} - {row["method"] for row in trials}
+    store_rows(
+        folder,
+        f"{name}-trials",
+        [*trials, *(row for row in stored_rows(folder, f"{name}-trials") if row["method"] in ended)],
+        TRIALS,
+    )
     pairs: dict[tuple[str, str], None] = {}
     for one in known:
         # Two rows of one entry that both name each other are compared once.
@@ -362,20 +366,31 @@ def _area_tests(folder: Path, name: str, table: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _ranked(rows: Sequence[Row], metric: str) -> tuple[int, list[str], Friedman] | None:
-    """Number of data sets, the methods that all of them have, best first, and Friedman's test of these in that order."""
+def _ranked(rows: Sequence[Row], metric: str) -> tuple[list[str], list[str], Friedman] | None:
+    """Data sets, the methods that all of these have, best first, and Friedman's test of them in that order.
+
+    Of the data sets with the most methods as many as make the largest table: one where little has run takes no method away.
+    """
     import numpy as np
 
     from gfml.metrics.compare import friedman
 
-    by_data = [{_method(row): float(row[metric]) for row in own if row.get(metric)} for own in _by_data(rows).values()]
-    by_data = [own for own in by_data if own]
-    methods = [method for method in next(iter(by_data), {}) if all(method in own for own in by_data)]
-    if len(by_data) < 2 or len(methods) < 3:
+    figures = {
+        data: {_method(row): float(row[metric]) for row in own if row.get(metric)}
+        for data, own in _by_data(rows).items()
+    }
+    names = sorted(figures, key=lambda data: -len(figures[data]))
+    tables = []
+    for number in range(2, len(names) + 1):
+        sets = [data for data in figures if data in names[:number]]
+        methods = [method for method in figures[sets[0]] if all(method in figures[data] for data in sets)]
+        tables.append((sets, methods))
+    sets, methods = max(tables, key=lambda one: len(one[0]) * len(one[1]), default=([], []))
+    if len(methods) < 3:
         return None
-    found = friedman(np.array([[own[method] for method in methods] for own in by_data]))
+    found = friedman(np.array([[figures[data][method] for method in methods] for data in sets]))
     order = np.argsort(found.ranks, kind="stable")
-    return len(by_data), [methods[place] for place in order], found._replace(ranks=found.ranks[order])
+    return sets, [methods[place] for place in order], found._replace(ranks=found.ranks[order])
 
 
 def _across(rows: Sequence[Row], metric: str, name: str) -> str:
@@ -384,12 +399,12 @@ def _across(rows: Sequence[Row], metric: str, name: str) -> str:
 
     if (ranked := _ranked(rows, metric)) is None:
         return ""
-    number, methods, found = ranked
+    sets, methods, found = ranked
     order = ", ".join(f"{method} {rank:.2f}" for rank, method in zip(found.ranks.tolist(), methods, strict=True))
     return (
-        f"### Over {number} data sets\n\nMean ranks by {metric} of the methods that all have, 1 the best: {order}. Friedman's test:"
-        f" p {p_value(found.pvalue)}; two methods differ where their ranks do by {found.cd:.2f} or more (Nemenyi, level .05); bars join those"
-        f" that do not.\n\n![mean ranks](results/{name}-ranks.png)"
+        f"### Over {len(sets)} data sets\n\nMean ranks by {metric} on {', '.join(sets)} of the methods that all have, 1 the best: {order}."
+        f" Friedman's test: {p_value(found.pvalue)}; two methods differ where their ranks do by {found.cd:.2f} or more (Nemenyi, level"
+        f" .05); bars join those that do not.\n\n![mean ranks](results/{name}-ranks.png)"
     )
 
 

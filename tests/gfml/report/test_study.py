@@ -28,8 +28,10 @@ def rows_of(*figures: tuple[str, dict[str, float]]) -> list[dict[str, str]]:
 
 def test_methods_that_every_data_set_has_are_ranked(tmp_path: Path) -> None:
     rows = rows_of(("one", {"a": 0.1, "b": 0.3, "c": 0.2, "d": 9.0}), ("two", {"c": 0.5, "a": 0.4, "b": 0.6}))
-    number, methods, found = study._ranked(rows, "ndcg")
-    assert (number, methods, found.ranks.tolist()) == (2, ["b", "c", "a"], [1.0, 2.0, 3.0])
+    sets, methods, found = study._ranked(rows, "ndcg")
+    assert (sets, methods, found.ranks.tolist()) == (["one", "two"], ["b", "c", "a"], [1.0, 2.0, 3.0])
+    begun = [*rows, *rows_of(("three", {"a": 0.5}))]
+    assert study._ranked(begun, "ndcg")[:2] == (sets, methods)
     text = study._across(rows, "ndcg", "toy")
     assert "b 1.00, c 2.00, a 3.00" in text and "results/toy-ranks.png" in text
     (tmp_path / "results").mkdir()
