@@ -453,7 +453,10 @@ def fill(found: dict[str, Any], page: Path) -> None:
         "|---" * 7 + "|",
         *map(line, found["rows"]),
     ]
-    table = "\n".join([*lines, "", f"One thread, {found['cpus']} processors ({found['machine']}); {told}."])
+    loads = [row["load"] for row in found["rows"] if "load" in row]
+    busy = f", load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
+    about = f"One thread, {found['cpus']} processors ({found['machine']}){busy}. {told}."
+    table = "\n".join([*lines, "", about])
     page.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8")
 
 
