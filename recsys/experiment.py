@@ -236,7 +236,8 @@ class Recsys(Recommender):
             lines.append(
                 f"{point}: best over the searches of docs/studies/study-tail.md; --lr 1e-3 gives the published defaults"
             )
-        return [*lines, path_text(self.fused_or_reason(model))]
+        touched = s.batch_size * (3 if s.loss_mode == "cml" else 2 + s.num_neg)
+        return [*lines, path_text(self.fused_or_reason(model), touched)]
 
 
 def _schedule(s: Any, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
