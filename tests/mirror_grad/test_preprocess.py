@@ -391,6 +391,18 @@ def test_texts_and_pictures_beside_the_data_become_features(tmp_path, capsys):
     assert made["text"]["missing"] == ["11", "14"] and made["image"]["missing"] == ["10", "12", "14"]
 
 
+def test_a_table_of_ones_own_texts(tmp_path):
+    folder = movie_folder(tmp_path / "films", {})
+    (folder / "posters.zip").unlink()
+    (tmp_path / "own.csv").write_text("item_id,title,genres,description\n14,Pot,Drama|War,It boils\n10,Pan,,\n")
+    words = ["--meta", str(tmp_path / "own.csv"), "--text-encoder", "hashing", "--text-width", "32"]
+    assert run_main(preprocess.main, ["--features-of", str(folder), *words, "--out", str(tmp_path / "made")]) == 0
+    with np.load(tmp_path / "made" / "features.npz") as made:
+        assert made["has_text"].tolist() == [True, False, False, False, True] and "image" not in made.files
+        wanted = features.encode_texts(["Pan", "", "", "", "Pot Drama War It boils"], "hashing", 32)
+        np.testing.assert_array_equal(made["text"], wanted)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
