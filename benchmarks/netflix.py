@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 SHAPES = {10**6: (20_000, 2_000), 10**7: (200_000, 20_000), 10**8: (480_189, 17_770)}
 STAGES = ("generate", "write Parquet", "load and cut", "popularity", "item-knn", "ease", "ials epoch", "MF epoch",
           "evaluate")  # fmt: skip
@@ -42,7 +44,6 @@ def save(data: Any, folder: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-
     from gfml.data.interactions import Interactions, csr_from_parts
 
     shape = tuple(json.loads((folder / "shape.json").read_text()))
@@ -67,23 +68,14 @@ def write_parquet(data: Any, path: Path) -> None:
 
 def epoch(data: Any, steps: int) -> float:
     """An epoch of MF gravity, of which the first ``steps`` batches are done: the seconds that the others would take."""
-    import torch
-
-    from gfml.engine.optimizers import LazyAdamW
+    from benchmarks.mf import MatrixFactorisation
     from gfml.engine.train import plain_step
-    from gfml.fused import FusedPairLoss
-    from gfml.gravity import Gravity
-    from gfml.ranking.encoders import Tables
-    from gfml.ranking.sampling import TripleSampler
 
-    torch.manual_seed(0)
-    tables, gravity = Tables(data.num_users, data.num_items, 64), Gravity(data.num_users, data.num_items)
-    loss = FusedPairLoss(tables, gravity, "gravity", decay=1e-4, mass_decay=1e-2)
-    optimizer = LazyAdamW([*tables.parameters(), *gravity.parameters()], lr=1e-3)
-    batches = TripleSampler(data.train, batch_size=2048, seed=0).epoch(1)
+    training = MatrixFactorisation(data, "gravity", optimizer="lazy_adamw")
+    batches = training.sampler.epoch(1)
     begin = time.process_time()
     for batch in itertools.islice(batches, steps):
-        plain_step(lambda: loss(batch), optimizer)
+        plain_step(lambda: training.loss(batch), training.optimizer)
     return (time.process_time() - begin) * max(0, len(batches) / steps - 1)
 
 

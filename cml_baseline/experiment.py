@@ -188,7 +188,7 @@ class CML(Recommender):
             *lines,
             f"CML: D {s.embedding_dim}, margin {s.margin:g}, ball {s.clip_norm:g}, rank weight {weight}, "
             f"covariance {s.cov_weight:g}; {s.num_neg} {s.sampler} negatives, {s.optimizer} {s.lr:g}, batch {s.batch_size:,}",
-            path_text(self.fused_or_reason(model)),
+            path_text(self.fused_or_reason(model), 3 * s.batch_size),
         ]
 
     @classmethod

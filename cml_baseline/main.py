@@ -12,8 +12,6 @@ selects the epoch; test is read once, at the end, with the selected weights.
 Source: Hsieh, Yang, Cui, Lin, Belongie, Estrin, Collaborative Metric Learning, WWW 2017.
 """
 
-from __future__ import annotations
-
 import sys
 
 from cml_baseline.settings import CMLSettings

@@ -165,7 +165,7 @@ def _choose_data(options: argparse.Namespace) -> None:
 
     if options.dataset == "auto":
         roots = registry.data_roots(options.data_root)
-        here = registry.locate(registry.KNOWN[USUAL_DATA], roots) is not None
+        here = registry.locate(registry.known_sets()[USUAL_DATA], roots) is not None
         options.dataset = USUAL_DATA if here else "demo"
         why = "its files are here" if here else "MovieLens-1M is not in " + ", ".join(map(str, roots))
         print(f"data: {'MovieLens-1M' if here else 'the embedded demo'} ({why})", file=sys.stderr)

@@ -44,9 +44,8 @@ COUNTS = {
     "inshop": Counts(25_882, 3_997, 14_218, 3_985, 12_612),
     "inat": Counts(250_150, 5_003, 249_850, 4_997),
 }
-# iNaturalist's super-categories in alphabetical order, and the kingdom, phylum or class that a folder name tells.
-INAT_SUPERS = ("Amphibians", "Animalia", "Arachnids", "Birds", "Fungi", "Insects", "Mammals", "Mollusks", "Plants",
-               "Ray-finned Fishes", "Reptiles")  # fmt: skip
+# The kingdom, phylum or class that a folder name tells -> number of iNaturalist's super-category: Amphibians, Animalia (1),
+# Arachnids, Birds, Fungi, Insects, Mammals, Mollusks, Plants, Ray-finned Fishes, Reptiles.
 _INAT_BY_TAXON = {"Amphibia": 0, "Arachnida": 2, "Aves": 3, "Fungi": 4, "Insecta": 5, "Mammalia": 6, "Mollusca": 7,
                   "Plantae": 8, "Actinopterygii": 9, "Reptilia": 10}  # fmt: skip
 DIGITS_TRAINED = 6
@@ -76,6 +75,13 @@ class RetrievalData:
 
         parts = [part.fingerprint for part in (self.train, self.valid, self.test, self.gallery) if part is not None]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    @property
+    def sizes(self) -> str:
+        """Images and classes of every part."""
+        parts = {"train": self.train, "validation": self.valid, "test": self.test, "gallery": self.gallery}
+        known = {name: part for name, part in parts.items() if part is not None}
+        return ", ".join(f"{name} {len(part):,} of {len(part.classes):,} classes" for name, part in known.items())
 
     @property
     def num_classes(self) -> int:

@@ -279,11 +279,7 @@ class Retrieve(Experiment):
 
     def data_lines(self) -> list[str]:
         data = self.data
-        parts = {"train": data.train, "validation": data.valid, "test": data.test, "gallery": data.gallery}
-        sizes = [
-            f"{name} {len(part):,} of {len(part.classes):,} classes" for name, part in parts.items() if part is not None
-        ]
-        return [f"{data.name}: {', '.join(sizes)}", *(f"note: {note}" for note in data.notes)]
+        return [f"{data.name}: {data.sizes}", *(f"note: {note}" for note in data.notes)]
 
     def describe(self, model: Retriever) -> list[str]:
         s = self.settings

@@ -14,8 +14,6 @@ Optimization, ICML 2023. Published with this pipeline (ResNet-50, ImageNet weigh
 Cars 89.6, SOP 83.3, iNat 46.2, In-Shop 90.7.
 """
 
-from __future__ import annotations
-
 import sys
 
 from contextual.settings import ContextualSettings

@@ -34,11 +34,7 @@ def write_page(run: Run, data: RetrievalData, found: Retrieval, *, queries: int,
     )
     if "optimistic" in selection["protocol"] and not stored.on_test:
         page.note("warning", "The epoch was chosen by the figures reported here: they are optimistic.")
-    parts = {"train": data.train, "validation": data.valid, "test": data.test, "gallery": data.gallery}
-    sizes = [
-        f"{name} {len(part):,} of {len(part.classes):,} classes" for name, part in parts.items() if part is not None
-    ]
-    what_ran(page, [stored], lambda run: {"data": f"{data.name}: {', '.join(sizes)}", "model": run.label})
+    what_ran(page, [stored], lambda run: {"data": f"{data.name}: {data.sizes}", "model": run.label})
     _figures(page, stored)
     learning(page, [stored])
     _neighbours(page, data, found, queries, seed)

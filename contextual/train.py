@@ -11,8 +11,6 @@ takes + gamma regulariser too.
 Source: as ``contextual/main.py``; this pipeline follows Kim et al., Proxy Anchor Loss, CVPR 2020.
 """
 
-from __future__ import annotations
-
 import sys
 
 from contextual.settings import SmallSettings

@@ -13,6 +13,8 @@ Long-Tail Learning via Logit Adjustment, ICLR 2021; Cao et al., LDAM, NeurIPS 20
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -82,6 +84,12 @@ def class_weights(counts: np.ndarray, beta: float = 0.9999) -> np.ndarray:
     """Effective-number weights scaled to mean 1 over the classes, float64 [C]."""
     weights = effective_number_weights(counts, beta)
     return weights * (len(weights) / weights.sum())
+
+
+def sampling_probability(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Probability that a draw of examples with these class weights gives class c: n_c w_c / sum, float64 [C]."""
+    share = np.asarray(counts, np.float64) * weights
+    return share / share.sum()
 
 
 def shot_groups(counts: np.ndarray, *, many: int = 100, few: int = 20) -> dict[str, np.ndarray]:
@@ -263,3 +271,11 @@ def use_cosine_head(model: nn.Module, num_classes: int) -> nn.Module:
     new = CosineHead(old.in_features, num_classes).to(old.weight.device)
     setattr(model.get_submodule(parent), child, new)
     return model
+
+
+def count_labels(labels: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
+    """Examples per class, int64 [C]; ValueError for a label outside 0 .. C-1."""
+    labels = np.asarray(labels)
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(f"found labels {labels.min()} .. {labels.max()}, wanted 0 .. {num_classes - 1}")
+    return np.bincount(labels, minlength=num_classes)

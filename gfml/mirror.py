@@ -342,20 +342,7 @@ class MirrorGradient:
         self._index = int(state["index"])
 
     def _settings(self) -> dict[str, Any]:
-        names = (
-            "alpha1",
-            "alpha2",
-            "every",
-            "mode",
-            "counter",
-            "phase",
-            "rng",
-            "wd",
-            "clip",
-            "clip_halves",
-            "statistics",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*_CHOICES, "alpha1", "alpha2", "every", "phase", "clip")}
 
     def _check_settings(self) -> None:
         for name, known in _CHOICES.items():

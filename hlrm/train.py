@@ -13,8 +13,6 @@ Source: Tran, Salha-Galvan, Hennequin, Moussallam, Hierarchical Latent Relation 
 Learning, RecSys 2021.
 """
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

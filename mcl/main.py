@@ -13,8 +13,6 @@ Sources: Gao et al., MCL: Mixed-Centric Loss for Collaborative Filtering, WWW 20
 Applications of Artificial Intelligence 139, 109463, 2025.
 """
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

@@ -37,6 +37,7 @@ from gfml.ranking.topk import FactorScorer, Scorer
 from gfml.report.recommenders import GRIDS, build_baseline, tuned_baseline
 from recsys.model import BlendScorer, PairOptions
 from recsys.model import Recommender as Model
+from recsys.settings import SEARCHED
 
 MASS_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -229,10 +230,14 @@ class Recsys(Recommender):
         gravity = f", {s.dist_mode} distance, {s.mass_mode} mass, lambda {s.lamb:g}"
         if s.model == "ials":
             return [f"ials, weight {s.ials_alpha0:g} of what is not in train, l2 {s.ials_l2:g}, rows solved in turns"]
-        return [
-            f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}",
-            path_text(self.fused_or_reason(model)),
-        ]
+        lines = [f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}"]
+        if s.is_searched(s):
+            point = " ".join(f"--{name} {value:g}" for name, value in SEARCHED[s.loss_mode].items())
+            lines.append(
+                f"{point}: best over the searches of docs/studies/study-tail.md; --lr 1e-3 gives the published defaults"
+            )
+        touched = s.batch_size * (3 if s.loss_mode == "cml" else 2 + s.num_neg)
+        return [*lines, path_text(self.fused_or_reason(model), touched)]
 
 
 def _schedule(s: Any, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:

@@ -12,8 +12,6 @@ the selected weights (``--refit``: with a model trained anew on train and valida
 Source: Byun, Lim, Song, GFML, Engineering Applications of Artificial Intelligence 139, 109463, 2025.
 """
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

@@ -4,8 +4,6 @@ python recsys/recommend.py RUN --user 12 57 --top 20
 python recsys/recommend.py RUN --similar-items 4012 --titles items.csv
 """
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 from gfml.base import settings as kinds
 from gfml.base.errors import UserError
@@ -24,6 +25,10 @@ IALS_IGNORES = ("lr", "adamw_decay", "lr_schedule", "sampler", "num_neg", "clip_
                 "mass_reg", "mirror", "infer_mode")  # fmt: skip
 # The demo is small: larger steps and earlier evaluations take it to the same place in seconds. A flag given wins.
 DEMO_DEFAULTS = {"lr": 5e-3, "epochs": 200, "eval_every": 5, "patience": 6}
+# What a command of tables takes that gives none of these flags: the points that do best over the searches of study-tail
+# (docs/studies/study-tail.md), rounded. A command that gives one of them keeps the published defaults of the others.
+SEARCHED = {"bpr": {"lr": 2.5e-3, "decay": 1.25e-2}, "gravity": {"lr": 2.2e-3, "lamb": 3.0, "decay": 3e-3}}
+SEARCHED_FLAGS = frozenset(("lr", "lamb", "decay"))
 # The published formulas with their mistakes.
 COMPAT = {
     "mass_combine": "product",
@@ -109,7 +114,11 @@ class TrainingSettings(Settings):
         key="weight_decay",
         exact=True,
     )
-    lr: float = setting(1e-3, "learning rate", kinds.positive)
+    lr: float = setting(
+        1e-3,
+        "learning rate; mf with l2 distance and bpr or gravity loss takes a searched point if none of --lr, --decay and --lamb is given",
+        kinds.positive,
+    )
     adamw_decay: float = setting(
         1e-2,
         "AdamW's decoupled weight decay (the original calls it lr_decay); 0 is plain Adam",
@@ -217,9 +226,19 @@ class RecsysSettings(
     amp: bool = changed(RunSettings, "amp", False, late=False)
     compile: bool = changed(RunSettings, "compile", False, late=False)
 
+    @staticmethod
+    def is_searched(options: Any) -> bool:
+        """Whether parsed options or settings take the point of :data:`SEARCHED`."""
+        plain = (
+            options.model == "mf" and options.loss_mode in SEARCHED and options.dist_mode == "l2" and not options.compat
+        )
+        return plain and options.dataset != "demo" and not options.explicit & SEARCHED_FLAGS
+
     @classmethod
     def resolve(cls, options: argparse.Namespace) -> None:
         """Defaults that depend on other flags are filled in, so that the resolved config says what ran."""
+        if cls.is_searched(options):
+            fill(options, SEARCHED[options.loss_mode])
         if options.dataset == "demo":
             fill(options, DEMO_DEFAULTS)
         elif is_own(options.dataset):

@@ -1,7 +1,5 @@
 """Whether finished runs differ on the same users: ``gfml compare``. All of it is in :mod:`gfml.report.compare`."""
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

@@ -1,7 +1,5 @@
 """Judge recommendation lists that anyone made: ``gfml judge``. All of it is in :mod:`gfml.report.judge`."""
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

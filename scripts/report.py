@@ -1,7 +1,5 @@
 """One page about many runs: ``gfml report``. All of it is in :mod:`gfml.report.collection`."""
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

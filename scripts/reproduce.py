@@ -1,7 +1,5 @@
 """Reproduce the tables of the papers: ``gfml reproduce``. All of it is in :mod:`gfml.report.reproduce`."""
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

@@ -1,7 +1,5 @@
 """Tables of finished runs: ``gfml results-table``. All of it is in :mod:`gfml.report.results_table`."""
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

@@ -1,7 +1,5 @@
 """Run the commands of a sweep: ``gfml run-commands``. All of it is in :mod:`gfml.program.run_commands`."""
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

@@ -22,7 +22,9 @@ from collections.abc import Sequence
 from gfml.base.errors import UserError
 from gfml.program.cli import number, run_main
 
-PADDING = 4
+PADDING, SEED = 4, 2020
+# Of the row-wise AdaGrad, and the weight of the distance.
+LEARNING_RATE, LAMBDA = 0.05, 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--embedding-dim", type=number(int, least=4), default=64, help="width, a multiple of 4")
     parser.add_argument("--batch-size", type=count, default=2048, help="triples per step, over all processes")
     parser.add_argument("--steps", type=count, default=200, help="steps to make")
-    parser.add_argument("--lr", type=number(above=0), default=0.05, help="learning rate of the row-wise AdaGrad")
-    parser.add_argument("--lamb", type=number(above=0), default=3.0, help="lambda, the weight of the distance")
-    parser.add_argument("--seed", type=number(int, least=0), default=2020)
     given = parser.parse_args(argv)
     if given.embedding_dim % 4:
         raise UserError(f"found --embedding-dim {given.embedding_dim}, wanted a multiple of 4")
@@ -68,7 +67,7 @@ def build_tables(given: argparse.Namespace, device):
         for name, rows in sizes.items()
     ]  # fmt: skip
     collection = EmbeddingCollection(tables=tables, device=torch.device("meta"))
-    apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": given.lr})
+    apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": LEARNING_RATE})
     sharder = EmbeddingCollectionSharder()
     constraints = {name: ParameterConstraints(sharding_types=["row_wise"]) for name in sizes}
     topology = Topology(world_size=torch.distributed.get_world_size(), compute_device=device.type)
@@ -93,18 +92,15 @@ def train(given: argparse.Namespace) -> None:
     )
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(given.seed + rank)
+    torch.manual_seed(SEED + rank)
     tables = build_tables(given, device)
     # Every process draws the whole batch alike and keeps its part.
-    generator = torch.Generator().manual_seed(given.seed)
+    generator = torch.Generator().manual_seed(SEED)
     each, dim = given.batch_size // size, given.embedding_dim
     if each == 0:
         raise UserError(
             f"found --batch-size {given.batch_size}, wanted at least one triple for each of {size} processes"
         )
-
-    def log_mass(raw: torch.Tensor) -> torch.Tensor:
-        return F.softplus(raw[..., 0])
 
     total, started = 0.0, time.perf_counter()
     for step in range(1, given.steps + 1):
@@ -120,7 +116,8 @@ def train(given: argparse.Namespace) -> None:
         found = tables(KeyedJaggedTensor(["user", "item"], ids, lengths=lengths))
         user, item = found["user"].values()[:, None], found["item"].values().view(each, 2, -1)
         sq_distance = (user[..., :dim] - item[..., :dim]).square().sum(-1)
-        scores = log_mass(user[..., dim:]) + log_mass(item[..., dim:]) - given.lamb * torch.log(sq_distance + 0.01)
+        log_mass = F.softplus(user[..., dim]) + F.softplus(item[..., dim])
+        scores = log_mass - LAMBDA * torch.log(sq_distance + 0.01)
         loss = bpr(scores[:, 0], scores[:, 1:])
         loss.backward()
         total += loss.item()

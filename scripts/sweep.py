@@ -1,7 +1,5 @@
 """Search over flags with Ray Tune: ``gfml sweep``. All of it is in :mod:`gfml.program.sweep`."""
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

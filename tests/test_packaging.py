@@ -114,6 +114,7 @@ def test_the_wheel_is_complete_and_lies_where_it_was_installed(installed: Path, 
     code = "import gfml, gfml.base.home as h; print(gfml.__file__); print(h.configs())"
     package, configs = call([installed / "bin" / "python", "-c", code], tmp_path).split()
     assert str(installed) in package and str(installed) in configs
+    assert Path(package).with_name("report").joinpath("page.css").is_file()
     names = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.toml")}
     assert names == {path.relative_to(configs) for path in Path(configs).rglob("*.toml")} and len(names) > 50
     overview = call([installed / "bin" / "gfml"], tmp_path)

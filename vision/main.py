@@ -17,8 +17,6 @@ Source: Byun, Lim, Song, GFML, Engineering Applications of Artificial Intelligen
 changes the public ViT-CIFAR.
 """
 
-from __future__ import annotations
-
 import sys
 
 from gfml.program.cli import run_main

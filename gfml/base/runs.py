@@ -164,3 +164,9 @@ def train_anew(run: Path) -> str:
     """Advice that works for any run that can be read no more: its own flags again, in its own place."""
     place = f"`config {shlex.quote(str(run / 'config.toml'))}` `out {shlex.quote(str(run.parent))}`"
     return f"train anew with {place} `run_name {shlex.quote(run.name)}` `overwrite`, which keeps the old run"
+
+
+def cpu_seconds(path: Path) -> float:
+    """User and system seconds of all sessions of a run that ended by themselves."""
+    facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    return sum(session.get("cpu_seconds", 0.0) for session in facts.get("sessions", []))

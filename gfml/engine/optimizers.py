@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gfml.base.optim import light
+from gfml.base.optim import light, zeros_like
 from gfml.fused import Held, threads_for, touched_on_device, touched_rows
 
 OPTIMIZERS = ("adamw", "lazy_adamw", "adagrad")
@@ -76,7 +76,7 @@ class _AdamW(light(torch.optim.AdamW)):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = (_zeros_like(parameter) for _ in range(2))
+            state["exp_avg"], state["exp_avg_sq"] = (zeros_like(parameter) for _ in range(2))
         steps, (beta1, beta2) = _count(state, parameter), group["betas"]
         keep, rate = 1 - group["lr"] * group["weight_decay"], group["lr"] / (1 - beta1**steps)
         numbers = (keep, rate, beta1, beta2, _inverse_root(1 - beta2**steps), group["eps"])
@@ -89,7 +89,9 @@ class DenseAdamW(_AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure`` as in torch."""
-        loss = super().step(closure)
+        loss = _evaluated(closure)
+        if _with_gradient(self):
+            super().step()
         self._step_taken(dense=True)
         return loss
 
@@ -225,8 +227,9 @@ def _adagrad(p: Tensor, g: Tensor, total: Tensor, keep: float, rate: float, eps:
 def _count(state: dict[str, Any], parameter: Tensor) -> Tensor | float:
     """The number of this step. Elsewhere than on the CPU it stays on the device: recorded steps go on counting there."""
     if parameter.device.type == "cpu":
-        state["step"] += 1
-        return float(state["step"])
+        steps = state["step"].numpy()
+        steps += 1
+        return float(steps)
     state["step"] = state["step"].to(parameter.device)
     state["step"] += 1
     return state["step"].double()  # in float32 1 - beta2^steps would lose four digits
@@ -240,13 +243,6 @@ def _touched(gradient: Tensor) -> Tensor:
     """Bool, of a shape that broadcasts to the gradient's."""
     other = tuple(range(1, gradient.dim()))
     return (gradient != 0).any(other, keepdim=True) if other else gradient != 0
-
-
-def _zeros_like(parameter: Tensor) -> Tensor:
-    if parameter.device.type != "cpu":
-        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    # NumPy asks the system for large pages, which scattered rows need; torch does not.
-    return torch.from_numpy(np.zeros(tuple(parameter.shape), np.dtype(str(parameter.dtype).removeprefix("torch."))))
 
 
 def _with_gradient(optimizer: Optimizer) -> list[tuple[dict[str, Any], Tensor]]:

@@ -343,18 +343,11 @@ def _git(root: Path, *words: str) -> str:
 # -- random numbers
 
 
-def seed_everything(seed: int, *, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and torch (every device).
-
-    deterministic: also ask torch for repeatable kernels on CUDA, at some cost in speed.
-    """
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
 
 
 def rng_state() -> dict[str, Any]:

@@ -71,8 +71,9 @@ def plain_step(closure: Closure, optimizer: torch.optim.Optimizer, *, clip_norm:
     """
     optimizer.zero_grad(set_to_none=True)
     terms = closure()
-    with optimizer.taking() if clip_norm is None and hasattr(optimizer, "taking") else contextlib.nullcontext():
-        terms["loss"].backward()
+    takes = clip_norm is None and hasattr(optimizer, "taking")
+    with optimizer.taking() if takes else contextlib.nullcontext():
+        getattr(terms["loss"], "straight", terms["loss"].backward)()
     # Copies: a term may be a parameter itself, which is about to move.
     values = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in terms.items()}
     if clip_norm is not None:

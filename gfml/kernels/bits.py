@@ -1,7 +1,5 @@
 """Bitmaps of pairs."""
 
-from __future__ import annotations
-
 from gfml.base.compiled import compiled
 
 

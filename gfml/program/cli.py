@@ -27,11 +27,7 @@ from gfml.base.files import keep_handed_locks
 from gfml.base.home import find_config
 from gfml.base.settings import Setting, flags_of, groups, help_text
 from gfml.base.settings import TopksAction as TopksAction
-from gfml.base.settings import count as count
-from gfml.base.settings import nonnegative as nonnegative
 from gfml.base.settings import number as number
-from gfml.base.settings import positive as positive
-from gfml.base.settings import share as share
 
 if TYPE_CHECKING:
     import torch

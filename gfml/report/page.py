@@ -137,50 +137,14 @@ class Page:
         self._markdown.append(as_markdown)
 
     def _document(self) -> str:
+        css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{_h(self.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+            f"<title>{_h(self.title)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n<main>\n"
             + "\n".join(self._html)
             + "\n</main>\n</body>\n</html>\n"
         )
-
-
-CSS = """
-:root{color-scheme:light dark;--fg:#1d2026;--soft:#5f6672;--bg:#fbfbfc;--card:#fff;--line:#e0e3e8;--head:#f3f4f6;
---warn:#a34700;--warnbg:#fff4e5;--good:#12693d;--goodbg:#e9f7ef}
-@media(prefers-color-scheme:dark){:root{--fg:#e4e7ec;--soft:#a0a7b3;--bg:#14161a;--card:#1b1e23;--line:#30353d;
---head:#22262c;--warn:#ffb067;--warnbg:#33240f;--good:#6fd69c;--goodbg:#12291d}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:74rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
-h1{font-size:1.9rem;line-height:1.2;margin:0 0 .4rem}
-h2{font-size:1.25rem;margin:2.6rem 0 .8rem;padding-top:.9rem;border-top:1px solid var(--line)}
-p{margin:.5rem 0;max-width:62rem}
-.lead{color:var(--soft);font-size:1.05rem}
-.note{padding:.7rem 1rem;border-left:4px solid var(--line);border-radius:0 6px 6px 0;background:var(--head);max-width:none}
-.note.warning{border-color:var(--warn);background:var(--warnbg);color:var(--warn);font-weight:600}
-.note.good{border-color:var(--good);background:var(--goodbg);color:var(--good);font-weight:600}
-dl{display:grid;grid-template-columns:fit-content(15rem) 1fr;gap:.3rem 1.4rem;margin:.8rem 0}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-figure{margin:1.1rem 0;padding:1rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
-figure.table{padding:0;overflow:hidden}figure.table>div{overflow-x:auto}
-figure.table figcaption{padding:.7rem 1rem;margin:0;border-top:1px solid var(--line)}
-figcaption{color:var(--soft);font-size:.88rem;margin-top:.6rem}
-img{display:block;max-width:100%;height:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:.45rem .6rem;text-align:right;vertical-align:top}
-td{white-space:nowrap}td:first-child{white-space:normal;min-width:8.5rem}
-th:first-child,td:first-child,.left,.words th,.words td{text-align:left}
-th{background:var(--head);font-weight:600;vertical-align:bottom}
-.words td{white-space:normal}.words small{min-width:9rem;max-width:18rem}
-tbody tr+tr td{border-top:1px solid var(--line)}
-td.best{font-weight:700}
-td small{display:block;color:var(--soft);font-weight:400;font-size:.78rem}
-.dot{display:inline-block;width:.65em;height:.65em;border-radius:50%;margin-right:.55em}
-@media(max-width:40rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}}
-@media print{body{background:#fff}figure{break-inside:avoid}}
-"""
 
 
 def _h(text: str) -> str:
@@ -311,18 +275,15 @@ def png(figure: Figure, dpi: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int | None = None) -> None:
-    """The legend of some axes under the whole figure, where it covers nothing; bars first, then lines.
-
-    columns None: as many as the longest label leaves room for, at most 5.
-    """
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """The legend of some axes under the whole figure, where it covers nothing; bars first, then lines, at most 5 a row."""
     entries = sorted(
         zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: not isinstance(entry[0], tuple)
     )
     if entries:
         handles, labels = zip(*entries, strict=True)
         fitting = min(max(110 // (max(map(len, labels)) + 8), 1), 5)
-        figure.legend(handles, labels, loc="outside lower left", ncols=columns or fitting)
+        figure.legend(handles, labels, loc="outside lower left", ncols=fitting)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ A table is ``configs/tables/NAME.toml``:
 
     folder, title, metrics, columns, seeds     where the results go, what is kept and shown, default seeds
     main = ["recall@5"]                        metrics that are tested and drawn (scripts/table_pairs.py, table_figure.py)
+    cpu = true                                 CPU seconds of the runs are stored and shown in place of the wall clock
     needs = ["data:lastfm", "files:DIR", "gpu"]    without one of these a cell cannot run here, and says so (DIR: below the data
                                                root or this project)
     [[cell]] label, command, seeds, needs, paper    a row; "paper" names the published row beside it
@@ -36,6 +37,7 @@ import itertools
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -50,7 +52,7 @@ from gfml.base.home import configs, home
 from gfml.metrics import HEADLINE
 from gfml.program.cli import number
 from gfml.program.commands import read_command
-from gfml.report.results_table import PAIRED, paired_name, published_rows, rows_of_runs, store_rows, stored_rows
+from gfml.report.results_table import CPU, PAIRED, paired_name, published_rows, rows_of_runs, store_rows, stored_rows
 from gfml.report.results_table import main as write_table
 from gfml.report.table_figure import Drawn, write_figure
 from gfml.report.table_pairs import paired_rows
@@ -59,7 +61,7 @@ ROOT = home()
 # Where the folders of the tables lie.
 TABLE_ROOT = ROOT
 KEYS = {
-    "folder", "title", "metrics", "columns", "main", "needs", "seeds", "tolerance", "over", "cell", "published", "search",
+    "folder", "title", "metrics", "columns", "main", "needs", "seeds", "tolerance", "over", "cell", "published", "search", "cpu",
 }  # fmt: skip
 CELL_KEYS = {"label", "command", "seeds", "needs", "paper", "against", "over", "space"}
 # The texts for labels and for commands that stand for a name of ``over``.
@@ -330,7 +332,7 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None
 
     A row whose runs are not here keeps its stored figures; one that never ran says why.
     """
-    from gfml.base.runs import read_result
+    from gfml.base.runs import cpu_seconds, read_result
 
     folder, main = TABLE_ROOT / table["folder"], table.get("main", [])
     done = {(one.cell.label, one.cell.seed): one.path for one in known if one.state == "done"}
@@ -340,6 +342,11 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known]) -> None
         row["method"]: row
         for row in rows_of_runs([(label, path) for (label, _), path in done.items()], table.get("metrics", HEADLINE))
     }
+    if table.get("cpu"):
+        for row in fresh.values():
+            spent = [cpu_seconds(path) for (label, _), path in done.items() if label == row["method"]]
+            # Runs from before these seconds were kept have none.
+            row |= {CPU: f"{statistics.fmean(spent):.0f}"} if spent and all(spent) else {}
     stored = {row["method"]: row for row in stored_rows(folder, name)}
     labels = list(dict.fromkeys(one.cell.label for one in known))
     rows = [_best_row(label, fresh.get(label), stored.get(label), known) for label in labels]
@@ -370,7 +377,10 @@ def _best_row(label: str, fresh: dict | None, stored: dict | None, known: Sequen
     """The row made of more runs; a stored one of as many is made anew."""
     if fresh and int(fresh["n"]) >= int((stored or {}).get("n") or 0):
         # Only the clock went otherwise: the file stays as it is.
-        same = stored and all(stored.get(key) == value for key, value in fresh.items() if key != "train_seconds")
+        same = stored and all(
+            stored.get(key) if key in ("train_seconds", CPU) else stored.get(key) == value
+            for key, value in fresh.items()
+        )
         return {key: value for key, value in stored.items() if value} if same else fresh
     if stored and stored.get("n"):
         return {key: value for key, value in stored.items() if value}

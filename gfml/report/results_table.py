@@ -32,6 +32,8 @@ from gfml.metrics import HEADLINE
 
 ROOT = home()
 FACTS = ("method", "protocol", "n", "epoch", "train_seconds")
+# User and system seconds of a run's own processes, mean over its row: in tables that ask for it, in place of the wall clock.
+CPU = "cpu_seconds"
 # Columns of NAME-paired.csv: of each pair and metric a row of level users for each seed, then one of level seeds.
 # n: how many users or seeds; low, high: 95 % interval over users; std: over seeds.
 PAIRED = (
@@ -157,17 +159,19 @@ def to_markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str] = ()) 
 
     columns: the metrics to show; all without them.
     """
-    known = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in FACTS]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    known = [name for name in keys if name not in (*FACTS, CPU)]
+    clock = (CPU, "CPU s") if CPU in keys else (FACTS[-1], "train s")
     metrics = list(columns) or [name for name in known if not name.endswith(" std")]
     if unknown := [name for name in metrics if name not in known]:
         raise UserError(f"found the column {unknown[0]!r}, wanted metrics of the results such as {known[0]}")
     shown = [name for name in metrics if any(row.get(name) for row in rows)]
-    head = ["method", "protocol", "n", "epoch", *shown, "train s"]
+    head = ["method", "protocol", "n", "epoch", *shown, clock[1]]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [_shown(row, name) for name in shown]
-        facts = [row.get(name, "") for name in FACTS]
-        lines.append("| " + " | ".join([*facts[:-1], *cells, facts[-1]]) + " |")
+        facts = [row.get(name, "") for name in FACTS[:-1]]
+        lines.append("| " + " | ".join([*facts, *cells, row.get(clock[0], "")]) + " |")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, write_json
+from gfml.report.one_setting import section, trial_rows
 from gfml.report.results_table import PAIRED, paired_markdown, paired_name, rows_of_runs, store_rows, stored_rows
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ FIRST = (
     "cpu_search",
     "cpu_seeds",
 )
+TRIALS = ("method", "point", "value", "epoch", "cpu")
 
 
 def collect(name: str, table: Mapping[str, Any], known: Sequence[Known], out: Path, data_root: str | None) -> None:
@@ -67,6 +69,11 @@ def collect(name: str, table: Mapping[str, Any], known: Sequence[Known], out: Pa
         points = {key: _points(path, gammas, out, data_root) for key, path in done.items()}
         _store_frontiers(folder, name, points, {row["method"] for row in rows if row["n"]})
     store_rows(folder, name, rows, FIRST)
+    trials = trial_rows(known)
+    old = [
+        row for row in stored_rows(folder, f"{name}-trials") if row["method"] not in {one["method"] for one in trials}
+    ]
+    store_rows(folder, f"{name}-trials", [*trials, *(row for row in old if row["method"] in labels)], TRIALS)
     pairs: dict[tuple[str, str], None] = {}
     for one in known:
         # Two rows of one entry that both name each other are compared once.
@@ -100,7 +107,7 @@ def _beside(known: Sequence[Known], table: Mapping[str, Any]) -> list[Row]:
 
 def _row(label: str, known: Sequence[Known], table: Mapping[str, Any]) -> Row:
     """One row with its search; without finished seeds only how far it is."""
-    from gfml.base.runs import read_config, read_result
+    from gfml.base.runs import cpu_seconds, read_config, read_result
 
     seeds = [one for one in known if one.cell.label == label]
     trials = [one for one in known if one.cell.row == label and one.cell.point]
@@ -137,12 +144,6 @@ def _point(seeds: Sequence[Known], trials: Sequence[Known]) -> str:
     """The flags that the search chose."""
     words = seeds[0].cell.words
     return next((" ".join(one.cell.point) for one in trials if words[-len(one.cell.point) :] == one.cell.point), "")
-
-
-def cpu_seconds(path: Path) -> float:
-    """User and system seconds of all sessions of a run that ended by themselves."""
-    facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    return sum(session.get("cpu_seconds", 0.0) for session in facts.get("sessions", []))
 
 
 # -- frontiers
@@ -237,6 +238,8 @@ def write_page(folder: Path, name: str, table: Mapping[str, Any], *, check: bool
 
 def block(folder: Path, name: str, table: Mapping[str, Any]) -> str:
     """Everything of a page that has numbers."""
+    from gfml.report.reproduce import expand
+
     rows = stored_rows(folder, name)
     parts = [_state(rows)]
     for data, own in _by_data(rows).items():
@@ -246,6 +249,8 @@ def block(folder: Path, name: str, table: Mapping[str, Any]) -> str:
         parts.append(f"![frontiers](results/{name}.png)")
         parts.append(_area_tests(folder, name, table))
     parts.append(_across(rows, table["main"][0], name) if table.get("main") else "")
+    metric = table["search"]["metric"].partition("/")[2]
+    parts.append(section(stored_rows(folder, f"{name}-trials"), rows, expand(table), metric))
     if paired := stored_rows(folder, paired_name(name)):
         parts.append(
             f"### Paired tests{' at gamma 0' if table['search'].get('gammas') else ''}\n\n{paired_markdown(paired)}"

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gfml.base.optim import zeros_like
+
 # Rows gathered at a time: a block of wide rows stays in the cache between gathering and multiplying.
 ROWS_PER_BLOCK = 128
 
@@ -70,13 +72,17 @@ class _ProjectRows(torch.autograd.Function):
         to_table, to_weight, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             # Second derivatives are asked for: ordinary operations, which autograd follows.
-            spread = torch.zeros_like(table).index_add(0, rows, grad @ weight) if to_table else None
-            return spread, grad.T @ F.embedding(rows, table) if to_weight else None, None
-        table_grad = torch.zeros_like(table).index_add_(0, rows, grad @ weight) if to_table else None
-        weight_grad = torch.zeros_like(weight) if to_weight else None
-        if to_weight:
-            for part, block in _blocks(table, rows):
-                weight_grad.addmm_(grad[part].T, block)
+            everywhere = torch.zeros_like(table).index_add(0, rows, grad @ weight) if to_table else None
+            return everywhere, grad.T @ F.embedding(rows, table) if to_weight else None, None
+        table_grad, weight_grad = (
+            zeros_like(x) if wanted else None for x, wanted in ((table, to_table), (weight, to_weight))
+        )
+        for part, block in _blocks(table, rows) if to_weight else ():
+            weight_grad.addmm_(grad[part].T, block)
+        spread = weight.new_empty(min(ROWS_PER_BLOCK, len(rows)), weight.shape[1])
+        for start in range(0, len(rows), ROWS_PER_BLOCK) if to_table else ():
+            part = slice(start, start + ROWS_PER_BLOCK)
+            table_grad.index_add_(0, rows[part], torch.mm(grad[part], weight, out=spread[: len(rows[part])]))
         return table_grad, weight_grad, None
 
 

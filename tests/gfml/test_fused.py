@@ -201,6 +201,9 @@ def test_small_batches_take_one_thread() -> None:
     try:
         torch.set_num_threads(3)
         assert [fused.threads_for(fused.COORDINATES_PER_THREAD * n // 2) for n in (1, 3, 5, 100)] == [1, 1, 2, 3]
+        loss = Model(width=64).formula()
+        assert "row; 1 of 3 threads, since a batch has 6,400 numbers" in fused.path_text(loss, 100)
+        assert "threads" not in fused.path_text(loss, 100_000) and "autograd: so" in fused.path_text("so")
     finally:
         torch.set_num_threads(before)
 

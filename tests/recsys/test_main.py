@@ -18,11 +18,11 @@ import torch
 
 import recsys.experiment as experiment
 from gfml.base.checkpoints import load_state
-from gfml.base.runs import read_metrics, read_result, run_state
+from gfml.base.runs import read_config, read_metrics, read_result, run_state
 from gfml.program.cli import run_main
 from recsys.experiment import Recsys
 from recsys.main import PROGRAM, main
-from recsys.settings import DEMO_DEFAULTS, LOSSES, MODELS
+from recsys.settings import DEMO_DEFAULTS, LOSSES, MODELS, SEARCHED
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTS, MASSES = ("l1", "l2", "kl", "emd"), ("user", "item", "both", "none")
@@ -175,9 +175,38 @@ def test_item_features_are_regularised(train, tmp_path):
 
 
 def test_published_flags_have_their_defaults():
-    options, parser = vars(parse(["--dataset", "ml1m"])), build_parser()
+    options, parser = vars(parse(["--dataset", "ml1m", "--lr", "0.001"])), build_parser()
     for name, default in PUBLISHED.items():
         assert options[action_of(parser, name).dest] == default, name
+
+
+def test_without_lr_decay_and_lamb_a_searched_point_is_taken() -> None:
+    def point(*words: str) -> dict[str, float]:
+        options = parse(["--dataset", "ml1m", *words])
+        return {name: getattr(options, name) for name in ("lr", "lamb", "decay")}
+
+    published = {"lr": 1e-3, "lamb": 1.0, "decay": 1e-4}
+    assert point() == published | SEARCHED["gravity"]
+    assert point("--loss_mode", "bpr") == published | SEARCHED["bpr"]
+    for name, value in (("lr", 0.5), ("lamb", 2.0), ("decay", 0.5)):
+        assert point(f"--{name}", str(value)) == published | {name: value}
+    for words in (
+        ("--model", "lgn"),
+        ("--loss_mode", "mix"),
+        ("--dist_mode", "l1"),
+        ("--compat", "1"),
+        ("--model", "ials"),
+    ):
+        assert point(*words) == published
+
+
+def test_a_searched_point_is_said_and_stored(train, tmp_path, capsys):
+    run = train(tmp_path, "run")
+    assert "--lr 0.0022 --lamb 3 --decay 0.003: best over the searches" in capsys.readouterr().err
+    stored = read_config(run)
+    assert {name: stored[name] for name in SEARCHED["gravity"]} == SEARCHED["gravity"]
+    train(tmp_path, "other", "--lr", "1e-3")
+    assert "best over the searches" not in capsys.readouterr().err
 
 
 def test_the_bare_program_has_settings_of_its_own():
@@ -539,7 +568,7 @@ def test_a_finished_run_is_shown_without_torch(tmp_path, tiny, name):
 def test_a_finished_run_of_other_settings_is_refused(train, fail, tiny, tmp_path):
     run = train(tmp_path, "run")
     line = fail(main, *tiny, "--out", str(tmp_path), "--run-name", "run", "--lr", "0.5")
-    assert "lr 0.001 (now 0.5)" in line and (run / "done").exists(), line
+    assert "lr 0.0022 (now 0.5)" in line and (run / "done").exists(), line
     assert "only epochs and patience" in fail(main, "--resume", str(run), "--lr", "0.5")
 
 

@@ -21,7 +21,7 @@ from gfml.program.cli import run_main
 from gfml.program.recommend import main as recommend
 from gfml.program.recommender import STEPS_BETWEEN
 from recsys.main import main
-from recsys.settings import DEMO_DEFAULTS, RecsysSettings
+from recsys.settings import DEMO_DEFAULTS, SEARCHED, RecsysSettings
 
 FLAGS = """--epochs 2 --baselines none --report 0 --topks 3 --es_metric ndcg@3 --embedding-dim 4 --no-progress --no-cache
     --val-ratio 0.2 --run-name run --out""".split()
@@ -151,7 +151,11 @@ def test_flags_win_over_the_stop_of_own_files_and_known_data_keep_theirs() -> No
 
     assert stop() == (DEMO_DEFAULTS["eval_every"], DEMO_DEFAULTS["patience"])
     assert stop("--dataset", "gowalla") == stop("--dataset", "ml-1m") == (10, 30)
-    assert stop("--dataset", "mine.csv") == (None, 30)
+    assert stop("--dataset", "mine.csv", "--lr", "1e-3") == (None, 30)
+    assert stop("--dataset", "mine.csv") == (
+        None,
+        round(DEMO_DEFAULTS["patience"] * DEMO_DEFAULTS["lr"] / SEARCHED["gravity"]["lr"]),
+    )
     assert stop("--dataset", "mine.csv", "--lr", "5e-3") == (None, DEMO_DEFAULTS["patience"])
     assert stop("--dataset", "mine.csv", "--eval-every", "4", "--patience", "9") == (4, 9)
     assert stop("--dataset", "gowalla", "--eval-every", "none") == (None, 30)

@@ -104,7 +104,7 @@ def test_unreachable_is_one_line(server, tmp_path, url):
 def known(server, **changes) -> registry.KnownDataset:
     files = {"train.txt": f"{server.url}/train.txt", "test.txt": f"{server.url}/test.txt"}
     toy = replace(
-        registry.KNOWN["gowalla"],
+        registry.known_sets()["gowalla"],
         name="toy",
         folders=("toy",),
         expected=registry.Counts(2, 4, 5, 0, 2),
@@ -118,7 +118,7 @@ def known(server, **changes) -> registry.KnownDataset:
 def toy(server, monkeypatch) -> registry.KnownDataset:
     server.files = {"/train.txt": TRAIN, "/test.txt": TEST}
     entry = known(server)
-    monkeypatch.setitem(registry.KNOWN, "toy", entry)
+    monkeypatch.setitem(registry.known_sets(), "toy", entry)
     return entry
 
 
@@ -138,7 +138,7 @@ def test_archive_is_unpacked(server, toy, monkeypatch, tmp_path):
     server.files["/toy.zip"] = (tmp_path / "made.zip").read_bytes()
     members = {"train.txt": "inner/train.txt", "test.txt": "inner/test.txt"}
     plan = registry.Download(members, f"{server.url}/toy.zip", {"archive": sha256(server.files["/toy.zip"])})
-    monkeypatch.setitem(registry.KNOWN, "toy", replace(toy, download=plan))
+    monkeypatch.setitem(registry.known_sets(), "toy", replace(toy, download=plan))
     load_dataset("toy", data_root=tmp_path / "root", cache=False)
     assert sorted(path.name for path in (tmp_path / "root" / "toy").iterdir()) == ["test.txt", "train.txt"]
 
@@ -176,12 +176,12 @@ def test_folders_that_are_recognised(tmp_path, place, root):
     folder.mkdir(parents=True)
     (folder / "train.txt").write_bytes(TRAIN)
     (folder / "test.txt").write_bytes(TEST)
-    found = registry.locate(registry.KNOWN["gowalla"], [tmp_path / root])
+    found = registry.locate(registry.known_sets()["gowalla"], [tmp_path / root])
     assert (found is not None) == (root == "." or place == "gowalla")
 
 
 def test_differences_from_the_published_data_are_noted(toy, tmp_path, caplog, monkeypatch):
-    monkeypatch.setitem(registry.KNOWN, "toy", replace(toy, sha256={"toy/test.txt": "0" * 64}))
+    monkeypatch.setitem(registry.known_sets(), "toy", replace(toy, sha256={"toy/test.txt": "0" * 64}))
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "train.txt").write_bytes(b"0 1 2\n1 0\n")
     (tmp_path / "toy" / "test.txt").write_bytes(TEST)
@@ -194,18 +194,18 @@ def test_differences_from_the_published_data_are_noted(toy, tmp_path, caplog, mo
 
 
 def test_every_entry_says_where_it_is_from():
-    for name, entry in registry.KNOWN.items():
+    for name, entry in registry.known_sets().items():
         assert entry.name == name and entry.source and entry.terms and entry.folders and entry.layouts
         assert all(address.startswith("https://") for address in _addresses(entry))
         assert all(len(digest) == 64 for digest in entry.sha256.values())
-    assert set(registry.ALIASES.values()) <= set(registry.KNOWN)
+    assert set(registry.ALIASES.values()) <= set(registry.known_sets())
 
 
 @pytest.mark.parametrize("name", ("gowalla", "amazon-music", "amazon-baby", "ml1m", "citeulike-a", "citeulike-t"))
 def test_a_data_set_answers_to_its_folder(name, tmp_path, monkeypatch):
-    folder = registry.KNOWN[name].folders[0]
+    folder = registry.known_sets()[name].folders[0]
     monkeypatch.chdir(tmp_path)
-    assert registry.known_by(folder) is registry.known_by(name) is registry.KNOWN[name]
+    assert registry.known_by(folder) is registry.known_by(name) is registry.known_sets()[name]
     assert registry.known_by("mcl-nothing") is None
 
 
@@ -262,7 +262,7 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_data_has_the_published_counts(shared_data, name):
-    if registry.locate(registry.KNOWN[name], [shared_data]) is None:
+    if registry.locate(registry.known_sets()[name], [shared_data]) is None:
         pytest.skip(f"{name} is not in {shared_data}")
     data = load_dataset(name, data_root=shared_data, cache=False, val_ratio=0, download=False)
     assert (data.num_users, data.num_items, data.train.nnz, data.valid.nnz, data.test.nnz) == REAL[name]

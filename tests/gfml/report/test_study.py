@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gfml.report import study
+from gfml.report import one_setting, study
+from gfml.report.reproduce import Cell
 
 
 @given(st.lists(st.floats(1, 9), min_size=3, max_size=9).map(sorted), st.floats(0.1, 5))
@@ -45,3 +46,38 @@ def test_too_few_data_sets_or_methods_say_nothing(rows: list[dict[str, str]], tm
     assert study._across(rows, "ndcg", "toy") == ""
     study._draw_ranks(tmp_path, "toy", rows, "ndcg")
     assert not list(tmp_path.iterdir())
+
+
+def trials_of(method: str, **values: float) -> list[dict[str, str]]:
+    return [{"method": method, "point": point, "value": str(value)} for point, value in values.items()]
+
+
+TRIALS = [
+    *trials_of("one, M", a=1.0, b=0.98, c=0.5),
+    *trials_of("two, M", a=0.10, b=0.39, c=0.40),
+    *trials_of("one, N", a=1.0),
+]
+
+
+def test_the_setting_that_does_for_most_data_sets_comes_first() -> None:
+    shared = one_setting.shared_points(TRIALS)
+    assert list(shared) == ["M"]
+    assert [one.point for one in shared["M"]] == ["b", "c", "a"]
+    assert shared["M"][0].shares == pytest.approx({"one": 0.98, "two": 0.975})
+    assert one_setting.untuned_shares(TRIALS) == {"M": pytest.approx({"one": 0.98, "two": 0.975}), "N": {"one": 1.0}}
+
+
+def test_a_point_that_one_search_lacks_is_no_shared_one() -> None:
+    rows = [*trials_of("one, M", a=1.0, b=0.9), *trials_of("two, M", b=0.2)]
+    assert [one.point for one in one_setting.shared_points(rows)["M"]] == ["b"]
+
+
+def test_defaults_are_set_against_the_tuned_row() -> None:
+    rows = rows_of(("one", {"M": 0.5, "M, defaults": 0.49}), ("two", {"M": 0.2, "M, defaults": 0.19}))
+    cells = [
+        Cell(f"{data}, M, defaults", (), 1, against=(f"{data}, M", f"{data}, X")) for data in ("one", "two", "three")
+    ]
+    assert one_setting.default_shares(rows, cells, "ndcg") == {"M": pytest.approx({"one": 0.98, "two": 0.95})}
+    text = one_setting.section(TRIALS, rows, cells, "ndcg")
+    assert "| M | 0.980 | 0.950 | 1 of 2 | 0.965 |" in text and "| M | `b` | 0.980 | 0.975 | 2 of 2 | 0.978 |" in text
+    assert one_setting.section([], [], cells, "ndcg") == ""
