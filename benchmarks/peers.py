@@ -275,7 +275,9 @@ def prepare(side: str, work: str, path: str, data_root: str) -> tuple[Callable[[
     name, _, data = work.rpartition(", ")
     root = ("--data-root", data_root)
     if any(row.work == work for row in ATTENTION):
-        return attend(side, work)
+        call, units = attend(side, work)
+        call()
+        return call, units
     if data == "amazon-baby":
         if side == "peer":
             return mmrec_work(name, data_root)

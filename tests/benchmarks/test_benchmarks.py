@@ -56,6 +56,13 @@ def test_both_sides_are_timed_on_the_same_work(tmp_path: Path) -> None:
         assert ("floor_s" in found) == (row.work in ("top 20 of all users, D 64", "MF bpr epoch, D 64, AdamW"))
 
 
+def test_the_first_call_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers, calls = module("peers"), []
+    monkeypatch.setattr(peers, "attend", lambda side, work: (lambda: calls.append(work), 7))
+    peers.one_turn("peer", peers.ATTENTION[0].work, "", "")
+    assert calls == [peers.ATTENTION[0].work] * 2
+
+
 @pytest.mark.slow
 def test_attention_is_timed_on_both_sides() -> None:
     pytest.importorskip("timm")
