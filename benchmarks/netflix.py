@@ -8,7 +8,8 @@ Every stage runs in a process of its own and tells CPU seconds (user + system, i
 peak of its resident memory; data pass from stage to stage as files in the folder. Of the epoch at most
 --steps batches are done and timed, and the others taken to cost as much; the sampler, the draw of the epoch's pairs and
 all other stages do all of their work. The stage "MF rows alone" does of the epoch only what no program can leave out:
-weights and moments of the rows of each batch are read and written, asked for in advance.
+weights and moments of the rows of each batch are read and written, asked for in advance; it grows as tables outgrow the
+caches.
 """
 
 from __future__ import annotations
