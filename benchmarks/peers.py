@@ -7,7 +7,8 @@ Environments with the pinned peers are made in --env where there are none (0.7 G
 (A B A B ...), each in a process of its own on one thread; CPU seconds are user + system of the work alone, after the same
 work on a small part, and a figure is the median of the turns. A ratio is always of two figures of one run: the file holds
 versions, every turn, and nothing from elsewhere; --only measures rows whose name has one of the texts and leaves the others
-of the file. A peer that cannot be installed or fails has a row with the reason as it was printed. --table writes the rows
+of the file. A floor, timed in our turns, is what nobody can leave out: the product of the tables for lists, one step of the
+optimizer over all trained numbers for every batch, the linear maps of attention. A peer that cannot be installed or fails has a row with the reason as it was printed. --table writes the rows
 of a file between the markers of a Markdown page. All rows take about 25 minutes of one quiet processor.
 """
 
@@ -62,6 +63,7 @@ FRAMEWORKS = {
              Row("BPR epoch, D 64, Adam", "WarpRec BPR", None, "warprec")),
     "lastfm": (Row("LightGCN epoch, 2 layers, Adam", "RecBole LightGCN", None, "recbole"),),
 }  # fmt: skip
+WIDTHS = {"image": 4096, "text": 384}
 # MMRec's step and validation, rebuilt in mmrec.py; features are noise of the published widths.
 BABY = tuple(
     Row(work, "MMRec's step, rebuilt", bar)
@@ -213,18 +215,22 @@ def program_work(program: str, *tokens: str, validation: bool = False) -> tuple[
     return lambda: train(2), 1
 
 
+def baby_data(data_root: str) -> Any:
+    from gfml.data.options import load_dataset
+
+    return load_dataset("amazon-baby", data_root=data_root)
+
+
 def mmrec_work(work: str, data_root: str) -> tuple[Callable[[], object], float]:
     """The same by the rebuilt steps of ``mmrec.py``, on the same interactions and features."""
     import mmrec
     import torch
 
-    from gfml.data.options import load_dataset
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = load_dataset("amazon-baby", data_root=data_root)
+    data = baby_data(data_root)
     train = data.train.astype(float)
-    features = {name: torch.randn(data.num_items, width) for name, width in (("image", 4096), ("text", 384))}
+    features = {name: torch.randn(data.num_items, width) for name, width in WIDTHS.items()}
     model = mmrec.MODELS[work.split()[0]](train, features)
     batches, optimizer = mmrec.Batches(train), torch.optim.Adam(model.parameters(), lr=1e-3)
     mmrec.train_epoch(model, batches, optimizer, most=2)
@@ -269,7 +275,9 @@ def prepare(side: str, work: str, path: str, data_root: str) -> tuple[Callable[[
     name, _, data = work.rpartition(", ")
     root = ("--data-root", data_root)
     if any(row.work == work for row in ATTENTION):
-        return attend(side, work)
+        call, units = attend(side, work)
+        call()
+        return call, units
     if data == "amazon-baby":
         if side == "peer":
             return mmrec_work(name, data_root)
@@ -286,12 +294,48 @@ def prepare(side: str, work: str, path: str, data_root: str) -> tuple[Callable[[
     return make(name, whole)
 
 
-def one_turn(side: str, work: str, path: str, data_root: str) -> dict[str, float]:
-    """CPU seconds of one unit of work in this process."""
-    call, units = prepare(side, work, path, data_root)
+def floor(work: str, path: str, data_root: str) -> Callable[[], object] | None:
+    """The part of a unit of work that whoever does it must do, in torch's own operations; None where none is told."""
+    import torch
+
+    if "attention" in work:
+        layers = torch.nn.Linear(384, 3 * 384), torch.nn.Linear(384, 384)
+        tokens = torch.randn(int(work.split()[-1]), 65, 384, requires_grad=True)
+        return lambda: [layer(tokens).sum().backward() for layer in layers]
+    baby = work.endswith("amazon-baby")
+    if not baby and "top 20" not in work and "D 64, AdamW" not in work:
+        return None
+    train = baby_data(data_root).train if baby else matrix(path)
+    if "top 20" in work or "validation" in work:
+        user, item = (torch.randn(n, 64) for n in train.shape)
+        return lambda: [rows @ part.T for rows in user.split(256) for part in item.split(512)]  # tiles fit the cache
+    sizes = [sum(train.shape) * 64]
+    if work.startswith("VBPR"):
+        sizes += [train.shape[0] * 64, sum(WIDTHS.values()) * 64]
+    if work.startswith(("BM3", "FREEDOM")):
+        sizes += [train.shape[1] * width for width in WIDTHS.values()]
+    tables = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    optimizer = (torch.optim.Adam if baby else torch.optim.AdamW)(tables, fused=True)
+    for table in tables:
+        table.grad = torch.ones_like(table)
+    return lambda: [optimizer.step() for _ in range(-(-train.nnz // 2048))]
+
+
+def timed(call: Callable[[], object], units: float = 1) -> float:
+    """CPU seconds of a unit of work in this process."""
     begin = time.process_time()
     call()
-    return {"cpu_s": (time.process_time() - begin) / units}
+    return (time.process_time() - begin) / units
+
+
+def one_turn(side: str, work: str, path: str, data_root: str) -> dict[str, float]:
+    """CPU seconds of one unit of work in this process and, on our side, of its floor."""
+    found = {"cpu_s": timed(*prepare(side, work, path, data_root))}
+    alone = floor(work, path, data_root) if side == "ours" else None
+    if alone is not None:
+        alone()
+        found["floor_s"] = timed(alone)
+    return found
 
 
 def environment(name: str, folder: Path) -> str:
@@ -373,24 +417,25 @@ def reason(text: str) -> str:
 
 def in_turns(python: dict[str, str], work: str, path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians of both sides, all turns, and the ratio."""
-    turns: dict[str, list[float]] = {"ours": [], "peer": []}
+    turns: dict[str, list[float]] = {"ours": [], "peer": [], "floor": []}
     for side in ("ours", "peer") * arguments.turns:
         command = [python[side], __file__, "--data-root", str(arguments.data_root), "--turn", side, work, path]
         environ = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
-        turns[side].append(json.loads(done.stdout.splitlines()[-1])["cpu_s"])
-    medians = {side: statistics.median(seconds) for side, seconds in turns.items()}
+        found = json.loads(done.stdout.splitlines()[-1])
+        turns[side].append(found["cpu_s"])
+        turns["floor"] += [found["floor_s"]] if "floor_s" in found else []
+    medians = {side: statistics.median(seconds) for side, seconds in turns.items() if seconds}
     return {**medians, "turns": turns, "ratio": medians["ours"] / medians["peer"]}
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of the Markdown table."""
     if "failed" in row:
-        return f"| {row['work']} | {row['against']} | | | {row['failed'].replace('|', '/')} | |"
-    figures = (
-        f"{row['ours']:.3f} | {row['peer']:.3f} | {row['ratio']:.2f} | {format(row['bar'], 'g') if row['bar'] else ''}"
-    )
-    return f"| {row['work']} | {row['against']} | {figures} |"
+        return f"| {row['work']} | {row['against']} | | | | {row['failed'].replace('|', '/')} | |"
+    alone = f"{row['floor']:.3f}" if "floor" in row else ""
+    figures = f"{row['ours']:.3f} | {row['peer']:.3f} | {alone} | {row['ratio']:.2f}"
+    return f"| {row['work']} | {row['against']} | {figures} | {format(row['bar'], 'g') if row['bar'] else ''} |"
 
 
 def fill(found: dict[str, Any], page: Path) -> None:
@@ -405,11 +450,14 @@ def fill(found: dict[str, Any], page: Path) -> None:
         for side, those in found["versions"].items()
     )
     lines = [
-        "| work | against | ours, CPU s | theirs, CPU s | ratio | bar |",
-        "|---" * 6 + "|",
+        "| work | against | ours, CPU s | theirs, CPU s | floor, CPU s | ratio | bar |",
+        "|---" * 7 + "|",
         *map(line, found["rows"]),
     ]
-    table = "\n".join([*lines, "", f"One thread, {found['cpus']} processors ({found['machine']}); {told}."])
+    loads = [row["load"] for row in found["rows"] if "load" in row]
+    busy = f", load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
+    about = f"One thread, {found['cpus']} processors ({found['machine']}){busy}. {told}."
+    table = "\n".join([*lines, "", about])
     page.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8")
 
 

@@ -36,24 +36,12 @@ LOSSES = {
 HAS_PROXIES = frozenset({"proxy-anchor", "proxy-nca", "normalized-softmax", "cosface"})
 # Spellings of the published programs.
 ALIASES = {
-    "Hybrid": "hybrid",
-    "Contextual": "contextual",
-    "Contrastive": "contrastive",
-    "Roadmap": "roadmap",
-    "Triplet": "triplet",
-    "MS": "ms",
-    "multisimilarity": "ms",
-    "MS+miner": "ms+miner",
-    "Proxy_Anchor": "proxy-anchor",
-    "Proxy_NCA": "proxy-nca",
-    "proxynca": "proxy-nca",
-    "NormalizedSoftmax": "normalized-softmax",
-    "normsoftmax": "normalized-softmax",
-    "CosFace": "cosface",
-    "ntxent": "nt-xent",
-    "smoothap": "smooth-ap",
+    **{name.capitalize(): name for name in ("hybrid", "contextual", "contrastive", "roadmap", "triplet")},
+    "MS": "ms", "multisimilarity": "ms", "MS+miner": "ms+miner", "Proxy_Anchor": "proxy-anchor",
+    "Proxy_NCA": "proxy-nca", "proxynca": "proxy-nca", "NormalizedSoftmax": "normalized-softmax",
+    "normsoftmax": "normalized-softmax", "CosFace": "cosface", "ntxent": "nt-xent", "smoothap": "smooth-ap",
     "fastap": "fast-ap",
-}
+}  # fmt: skip
 # Variants of the contextual similarity, in the order of the published list (its ids 0 to 10).
 ABLATIONS = {
     "none": "the method as it is",

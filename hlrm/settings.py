@@ -285,16 +285,8 @@ def _apply_data_config(options: argparse.Namespace) -> None:
             f"cannot read {options.data_config} ({type(error).__name__} {error}): wanted JSON with an object dataset"
         ) from None
     known = {
-        "name",
-        "path",
-        "interactions",
-        "binary",
-        "pos_threshold",
-        "n_core",
-        "split_method",
-        "random_state",
-        "file_format",
-    }
+        "name", "path", "interactions", "binary", "pos_threshold", "n_core", "split_method", "random_state", "file_format",
+    }  # fmt: skip
     if unknown := sorted(config.keys() - known):
         raise UserError(f"{options.data_config} sets dataset.{unknown[0]}, wanted only {', '.join(sorted(known))}")
     if not config.get("binary", True) or config.get("file_format", "csv") != "csv":

@@ -75,7 +75,10 @@ class FeatureSettings(Settings):
         unit=("IMAGE", "TEXT"),
     )
     fill_missing: str = setting(
-        "mean", "row of an item without features; mean of the others as published", choices=("mean", "zero")
+        "mean",
+        "row of an item without features; mean of the others as published, which is near to every item where features are not "
+        "centred, as those of networks are not; zero is near to none",
+        choices=("mean", "zero"),
     )
     keep_cold_users: bool = setting(False, "also judge users without train interactions")
 

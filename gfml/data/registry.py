@@ -7,25 +7,17 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
 from gfml.base.home import configs
 from gfml.data.download import download, file_hash, unpack
-from gfml.data.interactions import Interactions
-from gfml.data.readers import (
-    Records,
-    read_adjacency_parts,
-    read_counted_lists,
-    read_lastfm,
-    read_mcl_parts,
-    read_movielens,
-    read_pairs_npz,
-    read_table,
-)
-from gfml.data.tables import PACKED, TABLE_SUFFIXES, suffix
+
+if TYPE_CHECKING:
+    from gfml.data.interactions import Interactions
+    from gfml.data.readers import Records
 
 logger = logging.getLogger("gfml.data")
 
@@ -91,20 +83,32 @@ PART_FILES = {"train": "train", "training": "train", "valid": "valid", "validati
               "test": "test"}  # fmt: skip
 
 
+def _reader(name: str, **how: Any) -> Callable[..., Records]:
+    """A function of :mod:`gfml.data.readers`, which is imported when something is read: to know a data set by name takes
+    neither SciPy nor pyarrow."""
+
+    def read(*places: Any) -> Records:
+        from gfml.data import readers
+
+        return getattr(readers, name)(*places, **how)
+
+    return read
+
+
 def _one(read: Callable[[Path], Records]) -> Callable[[Paths], Records]:
     return lambda paths: read(paths["all"])
 
 
 # What ``read`` in configs/data_sets.toml names.
 READERS: Mapping[str, Callable[[Paths], Records]] = {
-    "adjacency": read_adjacency_parts,
-    "pickles": read_mcl_parts,
-    "lastfm": read_lastfm,
-    "table": _one(read_table),
-    "pairs": _one(read_pairs_npz),
-    "movielens": _one(read_movielens),
-    "counted": _one(read_counted_lists),
-    "counted-as-items": _one(partial(read_counted_lists, counts_as_items=True)),
+    "adjacency": _reader("read_adjacency_parts"),
+    "pickles": _reader("read_mcl_parts"),
+    "lastfm": _reader("read_lastfm"),
+    "table": _one(_reader("read_table")),
+    "pairs": _one(_reader("read_pairs_npz")),
+    "movielens": _one(_reader("read_movielens")),
+    "counted": _one(_reader("read_counted_lists")),
+    "counted-as-items": _one(_reader("read_counted_lists", counts_as_items=True)),
 }
 ALIASES = {"amazon-digital-music": "amazon-music", "ml-1m": "ml1m", "ml-100k": "ml100k"}
 GENERATED = ("demo", "synthetic")
@@ -169,6 +173,8 @@ def folders_of(known: KnownDataset, roots: Iterable[Path]) -> list[Path]:
 
 def present(folder: Path, layout: Layout) -> Paths | None:
     """The files of ``layout`` in ``folder``, plain or packed, or None when one is missing."""
+    from gfml.data.tables import PACKED
+
     found = {}
     for part, name in layout.files.items():
         ends = ("", *(f".{packer}" for packer in PACKED))
@@ -181,6 +187,8 @@ def present(folder: Path, layout: Layout) -> Paths | None:
 
 def table_parts(folder: Path) -> dict[str, Path]:
     """Tables of a split that a folder ships: ``train.csv``, ``NAME.valid.inter``, ``test.parquet.gz`` and the like."""
+    from gfml.data.tables import PACKED, TABLE_SUFFIXES
+
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         words = path.name.lower().split(".")
@@ -199,6 +207,8 @@ def table_parts(folder: Path) -> dict[str, Path]:
 
 def only_table(folder: Path) -> Path | None:
     """The interactions of a folder: ``FOLDER.inter``, else its only ``.inter``, else its only table."""
+    from gfml.data.tables import suffix
+
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
     atomic = [path for path in files if suffix(path) == "inter"]
     named = [path for path in atomic if path.name.split(".")[0] == folder.resolve().name]

@@ -75,7 +75,13 @@ def generate(
     valid part. Raises UserError for sizes and parameters outside their range.
     """
     _check(num_users, num_items, num_interactions)
-    _check_ranges(tail_exponent, activity_spread, latent_dim, clusters, cluster_spread, lamb, eps, noise, test_ratio)
+    given = {"tail_exponent": tail_exponent, "activity_spread": activity_spread, "latent_dim": latent_dim, "clusters": clusters,
+             "cluster_spread": cluster_spread, "lamb": lamb, "eps": eps, "noise": noise, "test_ratio": test_ratio}  # fmt: skip
+    _require(", ".join(f"{name} {value}" for name, value in given.items()), {
+        "tail_exponent >= 0": tail_exponent >= 0, "activity_spread >= 0": activity_spread >= 0, "latent_dim >= 2": latent_dim >= 2,
+        "clusters >= 1": clusters >= 1, "0 < cluster_spread < 1": 0 < cluster_spread < 1, "lamb > 0": lamb > 0, "eps > 0": eps > 0,
+        "0 <= noise <= 1": 0 <= noise <= 1, "0 <= test_ratio < 1": 0 <= test_ratio < 1,
+    })  # fmt: skip
     rng = np.random.default_rng([seed, 0])
     world = _make_world(num_users, num_items, tail_exponent, activity_spread, latent_dim, clusters, cluster_spread,
                         lamb, eps, rng)  # fmt: skip
@@ -97,28 +103,6 @@ def _check(num_users: int, num_items: int, num_interactions: int) -> None:
             "num_users >= 1": num_users >= 1,
             "num_items >= 6": num_items >= 6,
             f"num_interactions from 3 per user ({low}) to half of all pairs ({high})": low <= num_interactions <= high,
-        },
-    )
-
-
-def _check_ranges(tail: float, activity: float, dim: int, clusters: int, spread: float, lamb: float, eps: float,
-                  noise: float, test_ratio: float) -> None:  # fmt: skip
-    given = (
-        f"tail_exponent {tail}, activity_spread {activity}, latent_dim {dim}, clusters {clusters}, "
-        f"cluster_spread {spread}, lamb {lamb}, eps {eps}, noise {noise}, test_ratio {test_ratio}"
-    )
-    _require(
-        given,
-        {
-            "tail_exponent >= 0": tail >= 0,
-            "activity_spread >= 0": activity >= 0,
-            "latent_dim >= 2": dim >= 2,
-            "clusters >= 1": clusters >= 1,
-            "0 < cluster_spread < 1": 0 < spread < 1,
-            "lamb > 0": lamb > 0,
-            "eps > 0": eps > 0,
-            "0 <= noise <= 1": 0 <= noise <= 1,
-            "0 <= test_ratio < 1": 0 <= test_ratio < 1,
         },
     )
 

@@ -153,7 +153,8 @@ class StepCapture:
             with self._rates.used(), _capturable(self.optimizer, self._watch):
                 form.recording = self.record(once)
         except (RuntimeError, AssertionError) as error:
-            _put_back(self.step, before)
+            for part, values in before:
+                vars(part).update(values)
             self.optimizer.zero_grad(set_to_none=True)
             raise CannotRecord(str(error).strip().splitlines()[0]) from error
         form.counts = [(count, count - old) for count, old in zip(counts, counted, strict=True)]
@@ -335,11 +336,6 @@ def _chain(step: Any) -> Iterator[Any]:
     while step is not None:
         yield step
         step = getattr(step, "inner", None)
-
-
-def _put_back(step: Any, state: list[tuple[Any, dict[str, Any]]]) -> None:
-    for owner, values in state:
-        vars(owner).update(values)
 
 
 def _settings(optimizer: Any, *, rates: bool) -> Hashable:

@@ -242,20 +242,14 @@ def open_run(*args: Any, **kwargs: Any) -> Run:
 
     A UserError of the first process is raised in all.
     """
-    if world_size() == 1:
-        return Run.open(*args, **kwargs)
-    run, answer = None, [None, None]
-    if is_main():
-        try:
-            run = Run.open(*args, **kwargs)
-            answer = [str(run.path), None]
-        except UserError as error:
-            answer = [None, str(error)]
-    dist.broadcast_object_list(answer, 0)
-    path, problem = answer
-    if problem is not None:
-        raise UserError(problem)
-    return run or Follower(Path(path), args[2] if len(args) > 2 else kwargs["config"])
+    mine: list[Run] = []
+
+    def opened() -> str:
+        mine.append(Run.open(*args, **kwargs))
+        return str(mine[0].path)
+
+    path = Path(from_main(opened))
+    return mine[0] if mine else Follower(path, args[2] if len(args) > 2 else kwargs["config"])
 
 
 class Follower(Run):

@@ -195,18 +195,9 @@ def _row(first: StoredRun, second: StoredRun, metric: str, resamples: int) -> di
 
 
 HEAD = (
-    "metric",
-    "run",
-    "against",
-    "mean",
-    "difference",
-    "95 % interval",
-    "Wilcoxon",
-    "Holm",
-    "dz",
-    "rank-biserial",
+    "metric", "run", "against", "mean", "difference", "95 % interval", "Wilcoxon", "Holm", "dz", "rank-biserial",
     "higher/same/lower",
-)
+)  # fmt: skip
 
 
 def cells_of(row: Mapping[str, Any]) -> list[str]:

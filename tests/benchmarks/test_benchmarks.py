@@ -51,7 +51,16 @@ def test_both_sides_are_timed_on_the_same_work(tmp_path: Path) -> None:
     path = tmp_path / "train.npz"
     np.savez(path, data=train.data, indices=train.indices, indptr=train.indptr, shape=train.shape)
     for row in peers.SPARSE:
-        assert peers.one_turn("ours", f"{row.work}, demo", str(path), "")["cpu_s"] > 0
+        found = peers.one_turn("ours", f"{row.work}, demo", str(path), "")
+        assert min(found.values()) > 0
+        assert ("floor_s" in found) == (row.work in ("top 20 of all users, D 64", "MF bpr epoch, D 64, AdamW"))
+
+
+def test_the_first_call_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers, calls = module("peers"), []
+    monkeypatch.setattr(peers, "attend", lambda side, work: (lambda: calls.append(work), 7))
+    peers.one_turn("peer", peers.ATTENTION[0].work, "", "")
+    assert calls == [peers.ATTENTION[0].work] * 2
 
 
 @pytest.mark.slow
@@ -77,15 +86,17 @@ def test_rows_that_are_asked_for_are_measured_and_the_others_of_the_file_stay(
         if "batch 8" in work and side == "peer":
             said = "Traceback\nERROR: needs Python 4\nERROR: no such version\n"
             raise subprocess.CalledProcessError(1, command, stderr=said)
-        return subprocess.CompletedProcess(command, 0, json.dumps({"cpu_s": 1.0 if side == "ours" else 4.0}), "")
+        return subprocess.CompletedProcess(
+            command, 0, json.dumps({"cpu_s": 4.0} if side == "peer" else {"cpu_s": 1.0, "floor_s": 0.5}), ""
+        )
 
     monkeypatch.setattr(peers.subprocess, "run", one)
     assert peers.main(["--only", "attention l2", "--json", str(file), "--env", str(tmp_path)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert rows[0] == old and [row["work"] for row in rows[1:]] == [row.work for row in peers.ATTENTION[:2]]
-    assert rows[1]["ratio"] == 0.25 and rows[1]["turns"] == {"ours": [1.0] * 3, "peer": [4.0] * 3}
+    assert rows[1]["ratio"] == 0.25 and rows[1]["turns"] == {"ours": [1.0] * 3, "peer": [4.0] * 3, "floor": [0.5] * 3}
     assert rows[2]["failed"] == "ERROR: needs Python 4 ERROR: no such version" and "ratio" not in rows[2]
-    assert peers.line(rows[2]).count("|") == 7
+    assert peers.line(rows[2]).count("|") == 8 and "| 1.000 | 4.000 | 0.500 | 0.25 | 1 |" in peers.line(rows[1])
 
 
 def test_the_page_is_filled_from_one_run(tmp_path: Path) -> None:
@@ -103,7 +114,7 @@ def test_the_page_is_filled_from_one_run(tmp_path: Path) -> None:
     assert peers.main(["--table", str(tmp_path / "run.json"), str(page)]) == 0
     text = page.read_text()
     assert (
-        "| w, d | p | 1.000 | 4.000 | 0.25 | 1.2 |" in text
+        "| w, d | p | 1.000 | 4.000 |  | 0.25 | 1.2 |" in text
         and "old" not in text
         and "ours: torch 2; implicit: implicit 0.7.3, numpy 1" in text
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -30,13 +30,13 @@ def test_an_epoch_trains_on_every_triple(kernel: str) -> None:
     assert (training.model.encoder.nodes != before).any()
 
 
-def test_calls_take_turns_and_the_smallest_counts() -> None:
-    order, given = [], iter([9.0, 5.0, 7.0])
-    clock = iter(range(100))
-    calls = {"clocked": lambda: order.append("clocked"), "own": lambda: order.append("own") or next(given)}
-    found = module("mf").in_turn(calls, 2, lambda: next(clock))
-    assert order == ["clocked", "own"] * 3
-    assert found == {"clocked": 1, "own": 5.0}
+def test_calls_take_turns_and_the_smallest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs, order = module("costs"), []
+    cpu, wall = iter([0, 9, 0, 4, 0, 5, 0, 8, 0, 7, 0, 6]), iter(range(100))
+    monkeypatch.setattr(costs, "time", SimpleNamespace(process_time=lambda: next(cpu), perf_counter=lambda: next(wall)))
+    found = costs.measure_in_turn({name: lambda name=name: order.append(name) for name in "ab"}, runs=2)
+    assert order == ["a", "b"] * 3
+    assert found == {"a": (5, 1), "b": (6, 1)}
 
 
 def test_the_page_shows_the_best_so_far_and_what_is_missing() -> None:

