@@ -360,8 +360,9 @@ class _Fused(torch.autograd.Function):
         ctx.loss, ctx.out = loss, found.out
         ctx.by_log_lamb = None if log_lamb is None else found.by_log_lamb
         # An array of the right type costs less than torch's conversion.
-        total, parts = (value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, _kind(nodes)))
-                        for value in (found.total, found.parts))  # fmt: skip
+        with np.errstate(over="ignore"):  # a loss beyond float32 is infinite, which the loop reports
+            total, parts = (value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, _kind(nodes)))
+                            for value in (found.total, found.parts))  # fmt: skip
         ctx.mark_non_differentiable(parts)
         return total, parts
 
