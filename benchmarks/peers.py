@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -404,12 +405,16 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
             print(line(facts), flush=True)
             if arguments.json:
                 stored = found | {"rows": list(found["rows"].values())}
-                arguments.json.write_text(json.dumps(stored, indent=1))
+                from gfml.base.files import write_json
+
+                write_json(arguments.json, stored)
     return found
 
 
 def reason(text: str) -> str:
     """What a failed program printed: the end of its lines of errors, or of all."""
+    if found := re.search(r"Requires-Python [^\s;]+", text):
+        return f"not installed: {found[0]}"
     lines = text.strip().splitlines() or ["no message"]
     said = " ".join([line for line in lines if line.startswith("ERROR:")] or lines[-1:])
     return said if len(said) < 200 else f"... {said[-190:]}"
