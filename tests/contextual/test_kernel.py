@@ -137,7 +137,7 @@ def test_labels_of_any_kind(name) -> None:
 
 def test_no_matrix_is_made_before_the_gradient_is_wanted_and_then_one() -> None:
     """By torch's count of bytes."""
-    peak_memory = runpy.run_path(str(ROOT / "scripts" / "bench.py"))["peak_memory"]
+    peak_memory = runpy.run_path(str(ROOT / "benchmarks" / "costs.py"))["peak_memory"]
     emb = torch.randn(256, 64, generator=torch.Generator().manual_seed(5))
     sim, labels = cosine_similarities(emb).requires_grad_(), torch.arange(256) // 4
     matrix = 4 * 256**2
