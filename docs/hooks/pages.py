@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from gfml.program.console import FIRST, commands, papers, programs_of
+from gfml.program.console import COMMANDS, FIRST, papers, programs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LOG = logging.getLogger("mkdocs.hooks.pages")
@@ -118,7 +118,7 @@ def flags() -> str:
     """The help of every program and command, as they print it."""
     programs = [(paper, name) for paper in papers() for name in programs_of(paper)]
     calls = [[paper, *([] if name == _first(paper) else [name])] for paper, name in programs]
-    calls += [[command] for command in commands()]
+    calls += [[command] for command in COMMANDS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         texts = list(pool.map(_help, calls))
     parts = [f"## gfml {' '.join(call)}\n\n```text\n{text}```\n" for call, text in zip(calls, texts, strict=True)]
