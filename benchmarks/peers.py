@@ -15,6 +15,7 @@ of a file between the markers of a Markdown page. All rows take about 25 minutes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -252,7 +253,8 @@ def recbole_work(work: str, train: Any) -> tuple[Callable[[], object], float]:
     torch.set_num_threads(1)
     sys.argv[1:] = []
     logging.disable()
-    with tempfile.TemporaryDirectory() as folder:
+    # A trainer writes its TensorBoard files into the folder it is made in.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         place = Path(folder) / "peers"
         place.mkdir()
         users, items = train.nonzero()

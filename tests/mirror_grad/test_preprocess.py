@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -323,6 +324,12 @@ MOVIES += (
 )
 
 
+def load_with(folder: Path, made: Path) -> Any:
+    """The data of a folder with the features that were made for it."""
+    words = ["-m", "VBPR", "--no-cache", "-d", folder, "--features", made, "--fill-missing", "zero"]
+    return load(parse([str(word) for word in words]), needs_features=True)
+
+
 def movie_folder(folder, pictures):
     """4 users and items 10 to 14 in MMRec's layout; texts of three items beside them, and an archive of pictures."""
     import zipfile
@@ -367,18 +374,7 @@ def test_texts_and_pictures_beside_the_data_become_features(tmp_path, capsys):
     assert re.search(r"text: 64 wide by hashing from .*extrainfos.dat.gz; 2 of 5 items have none", said.out)
     assert "1 of 3, their items have no own features" in said.out
     assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir()) == before
-    flags = [
-        "-m",
-        "VBPR",
-        "--no-cache",
-        "-d",
-        str(folder),
-        "--features",
-        str(tmp_path / "made"),
-        "--fill-missing",
-        "zero",
-    ]
-    data = load(parse(flags), needs_features=True)
+    data = load_with(folder, tmp_path / "made")
     assert {kind: torch.nonzero(rows)[:, 0].tolist() for kind, rows in data.known.items()} == {
         "image": [1, 3], "text": [0, 2, 3]}  # fmt: skip
     texts = ["Kettle Drama War A kettle boils.", "", "Ball", 'Café Drama Two: "quoted"', ""]
@@ -435,18 +431,7 @@ def test_packaged_encoders_of_pictures_and_texts(tmp_path):
     folder = movie_folder(tmp_path / "films", {f"1{i}.png": jpeg(i) for i in range(4)})
     words = ["--text-encoder", "packaged:all-MiniLM-L6-v2", "--image-encoder", "packaged:efficientnet_lite0"]
     assert run_main(preprocess.main, ["--features-of", str(folder), *words, "--out", str(tmp_path / "made")]) == 0
-    flags = [
-        "-m",
-        "VBPR",
-        "--no-cache",
-        "-d",
-        str(folder),
-        "--features",
-        str(tmp_path / "made"),
-        "--fill-missing",
-        "zero",
-    ]
-    data = load(parse(flags), needs_features=True)
+    data = load_with(folder, tmp_path / "made")
     assert {kind: tuple(table.shape) for kind, table in data.features.items()} == {"image": (5, 1280), "text": (5, 384)}
     assert not data.features["text"][[1, 4]].any() and not data.features["image"][4].any()
     assert torch.allclose(data.features["text"][[0, 2, 3]].norm(dim=1), torch.ones(3), atol=1e-4)
