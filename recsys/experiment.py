@@ -234,9 +234,7 @@ class Recsys(Recommender):
         lines = [f"{s.model}, loss {s.loss_mode}{'' if s.loss_mode in ('dot', 'bpr', 'cml') else gravity}"]
         if s.is_searched(s):
             point = " ".join(as_tokens(SEARCHED[s.loss_mode])).replace("=", " ")
-            lines.append(
-                f"{point}: best over the searches of docs/studies/study-tail.md; --lr 1e-3 gives the published defaults"
-            )
+            lines.append(f"{point}: as chosen in recsys/README.md, Defaults; --lr 1e-3 gives the published ones")
         touched = s.batch_size * (3 if s.loss_mode == "cml" else 2 + s.num_neg)
         return [*lines, path_text(self.fused_or_reason(model), touched)]
 
