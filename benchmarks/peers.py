@@ -54,6 +54,7 @@ class Row(NamedTuple):
 BPR_PEER = "implicit BayesianPersonalizedRanking"
 SPARSE = (
     Row("item-knn fit, K 100", "implicit CosineRecommender", 1.2, "implicit"),
+    Row("item-knn fit, K 100, added memory in MiB", "implicit CosineRecommender", 1.2, "implicit"),
     Row("iALS epoch, D 64", "implicit AlternatingLeastSquares", 1.2, "implicit"),
     Row("top 20 of all users, D 64", "implicit recommend", 0.5, "implicit"),
     Row("MF bpr epoch, D 64, lazy AdamW", BPR_PEER, 3.0, "implicit"),
@@ -375,9 +376,24 @@ def timed(call: Callable[[], object], units: float = 1) -> float:
     return (time.process_time() - begin) / units
 
 
+def added_memory(call: Callable[[], object]) -> float:
+    """MiB by which the resident memory of this process grew at most during a call (Linux)."""
+
+    def status(name: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = status("VmRSS")
+    call()
+    return (status("VmHWM") - before) / 1024
+
+
 def one_turn(side: str, work: str, path: str, data_root: str) -> dict[str, float]:
-    """CPU seconds of one unit of work in this process and, on our side, of its floor."""
-    found = {"cpu_s": timed(*prepare(side, work, path, data_root))}
+    """CPU seconds, or memory, of one unit of work in this process and, on our side, seconds of its floor."""
+    call, units = prepare(side, work, path, data_root)
+    if "memory" in work:
+        return {"cost": added_memory(call)}
+    found = {"cost": timed(call, units)}
     alone = floor(work, path, data_root) if side == "ours" else None
     if alone is not None:
         alone()
@@ -474,7 +490,7 @@ def in_turns(python: dict[str, str], work: str, path: str, arguments: argparse.N
         environ = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
         found = json.loads(done.stdout.splitlines()[-1])
-        turns[side].append(found["cpu_s"])
+        turns[side].append(found["cost"])
         turns["floor"] += [found["floor_s"]] if "floor_s" in found else []
     medians = {side: statistics.median(seconds) for side, seconds in turns.items() if seconds}
     return {**medians, "turns": turns, "ratio": medians["ours"] / medians["peer"]}
