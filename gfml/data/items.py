@@ -41,6 +41,7 @@ MOVIE_NAMES = ["id", "title", "year", "rated", "released", "genres", "director",
 TITLE_NAMES = ("title", "movie_title", "name")
 GENRE_NAMES = ("genres", "genre", "class", "categories", "category", "tags", "subjects")
 ABOUT_NAMES = ("plot", "description", "overview", "synopsis")
+NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.IGNORECASE).fullmatch
 
 
 class FeatureTable(NamedTuple):
@@ -297,7 +298,12 @@ class _Table:
         split = [cell.split() for cell in self.cells[name]]
         width = max(map(len, split), default=0)
         flat = [word for words in split for word in (words or ["0"] * width)]
-        if not width or len(flat) != width * len(split) or not all(map(is_number, flat)):
+        # "nan" and "inf" are numbers too: a table with them is refused, as arrays are, and not taken for text.
+        if (
+            not width
+            or len(flat) != width * len(split)
+            or not all(is_number(word) or NOT_FINITE(word) for word in flat)
+        ):
             return None
         return np.array(flat, dtype=np.float32).reshape(len(split), width)
 
@@ -333,6 +339,8 @@ def _columns(
         elif asked or normal(name) in GENRE_NAMES:
             found[name] = table.multi_hot(name)
     known = dict.fromkeys(table.cells)
+    if columns is None and (left := [name for name in known if name not in found and table.cells[name] is not ids]):
+        logger.warning("note: %s: neither numbers nor genres, left out: %s", path.name, ", ".join(left))
     unknown = next((name for name in columns or () if name not in known), None)
     if unknown is not None:
         raise UserError(
