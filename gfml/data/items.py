@@ -136,11 +136,13 @@ def standardised(table: FeatureTable) -> FeatureTable:
 
 def read_item_info(file: str | os.PathLike[str], data: Interactions) -> ItemInfo:
     """Titles, genres and descriptions, as far as the file has such columns; UserError when it has neither title nor genres."""
-    path = _existing(file, "`item_info`")
+    # Programs call the flag of this file --item-info, --titles, --item-text or --meta.
+    path = _existing(file, "the path")
     table = _Table.read(path)
     title, genre, about = (table.find(names) for names in (TITLE_NAMES, GENRE_NAMES, ABOUT_NAMES))
     if title is None and genre is None:
-        raise UserError(f"{path} has no title and no genres, found {', '.join(table.cells)}: check `item_info`")
+        found = f"{path} has no title and no genres, found {', '.join(table.cells)}"
+        raise UserError(f"{found}: give a table with a column of titles or genres")
     rows = _rows(path, table.ids(), data, table.num_rows)
     words = table.words(genre) if genre else [[]] * table.num_rows
     titles, genres, texts = [""] * data.num_items, [()] * data.num_items, [""] * data.num_items
