@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from gfml.engine.optimizers import OPTIMIZERS, build_optimizer
 from gfml.engine.train import plain_step
 from gfml.gravity import Gravity
 from gfml.ranking.encoders import Tables
+from gfml.ranking.evaluation import evaluate
 from gfml.ranking.sampling import TripleSampler
+from gfml.ranking.topk import FactorScorer
 from recsys.model import Recommender
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -77,8 +79,16 @@ def epochs(data: Interactions, runs: int) -> Iterator[dict[str, Any]]:
 
 
 def threads(data: Interactions, runs: int) -> Iterator[dict[str, Any]]:
-    """Wall seconds of an epoch with one thread and with two."""
-    calls = {}
+    """Wall seconds of an epoch, and of an evaluation of all users, with one thread and with two."""
+    scorer = FactorScorer(*(torch.randn(count, 64) for count in data.train.shape))
+    calls: dict[str, Callable[[], object]] = {}
+    for number in (1, 2):
+
+        def judge(number: int = number) -> None:
+            torch.set_num_threads(number)
+            evaluate(scorer, data, "test", [20])
+
+        calls[f"evaluation, {number} threads"] = judge
     for optimizer in ("adamw", "lazy_adamw"):
         for number in (1, 2):
             training = MatrixFactorisation(data, optimizer=optimizer)

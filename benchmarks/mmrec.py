@@ -2,8 +2,9 @@
 
 Written from the papers' formulas and a description of what the program computes; losses, scores and gradients equal
 vectors that the program itself gave (tests/benchmarks/test_mmrec.py). What costs time there costs time here: negatives are
-drawn row by row in Python, every batch propagates over the whole graph in COO and projects all items, Adam walks every
-table, and lists come from a dense block of scores whose hits are looked up item by item.
+drawn row by row in Python, every batch propagates over the whole graph, in COO or a gathered row per edge, and maps all
+items, Adam walks every table, LATTICE's item graph is dense, DRAGON's lists of similar users become a tensor in every batch,
+and lists come from a dense block of scores whose hits are looked up item by item.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BATCH, BLOCK, KS = 2048, 4096, (5, 10, 20, 50)
+NAMES = ("image", "text")
 
 
 def table(rows: int, columns: int) -> nn.Parameter:
@@ -54,6 +56,47 @@ def item_graph(features: list[Tensor], k: int, shares: tuple[float, ...]) -> Ten
     return coo(mixed)
 
 
+def nearest(features: Tensor, k: int) -> Tensor:
+    """The cosines of the k nearest rows of each row, dense; elsewhere 0."""
+    unit = F.normalize(features)
+    found = (unit @ unit.T).topk(k)
+    return torch.zeros(len(unit), len(unit)).scatter(1, found.indices, found.values)
+
+
+def balanced(graph: Tensor) -> Tensor:
+    """Divided by the roots of the row sums at both ends."""
+    scale = graph.sum(1) ** -0.5
+    return scale[:, None] * graph * scale
+
+
+def edges_of(train: Any) -> Tensor:
+    """Source and target of every edge, both ways, users first: int64 [2, 2 E]."""
+    users, items = (torch.from_numpy(ids.astype(np.int64)) for ids in train.nonzero())
+    return torch.stack([torch.cat([users, items + train.shape[0]]), torch.cat([items + train.shape[0], users])])
+
+
+def degrees(edges: Tensor, count: int) -> Tensor:
+    return torch.zeros(count).scatter_add(0, edges[1], torch.ones(edges.shape[1]))
+
+
+def gathered(messages: Tensor, edges: Tensor, count: int) -> Tensor:
+    """The sum of the messages [edges, D] at their targets."""
+    places = edges[1][:, None].expand_as(messages)
+    return torch.zeros(count, messages.shape[1]).scatter_add(0, places, messages)
+
+
+def likest_users(train: Any, most: int) -> list[tuple[list[int], list[float]]]:
+    """For each user those who share most items, at most ``most``, and how many."""
+    shared = sp.csr_array(train @ train.T)
+    shared.setdiag(0)
+    shared.eliminate_zeros()
+    found = []
+    for first, last in itertools.pairwise(shared.indptr):
+        best = np.argsort(-shared.data[first:last], kind="stable")[:most] + first
+        found.append((shared.indices[best].tolist(), shared.data[best].tolist()))
+    return found
+
+
 def norms(*blocks: Tensor) -> Tensor:
     """The sum of the blocks' Frobenius norms over the rows of the last."""
     return torch.stack([block.norm() for block in blocks]).sum() / len(blocks[-1])
@@ -63,24 +106,36 @@ def apart(left: Tensor, right: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(left, right.detach(), dim=-1).mean()
 
 
-class BPR(nn.Module):
-    """Matrix factorisation; the models below differ from it in where vectors come from."""
+class Model(nn.Module):
+    """Users and items ranked by dot products."""
 
-    width, triples = 1, True
+    triples = True
 
-    def __init__(self, train: Any, features: dict[str, Tensor], dim: int = 64, weight: float = 0.01) -> None:
+    def __init__(self, train: Any, weight: float) -> None:
         super().__init__()
         self.train_matrix, self.weight = train, weight
-        self.user, self.item = table(train.shape[0], self.width * dim), table(train.shape[1], dim)
 
     def new_epoch(self) -> None:
         """What is drawn once in an epoch."""
 
     def vectors(self) -> tuple[Tensor, Tensor]:
-        return self.user, self.item
+        raise NotImplementedError
 
     def scored(self) -> tuple[Tensor, Tensor]:
         return self.vectors()
+
+
+class BPR(Model):
+    """Matrix factorisation; most models below differ from it in where vectors come from."""
+
+    width = 1
+
+    def __init__(self, train: Any, features: dict[str, Tensor], dim: int = 64, weight: float = 0.01) -> None:
+        super().__init__(train, weight)
+        self.user, self.item = table(train.shape[0], self.width * dim), table(train.shape[1], dim)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        return self.user, self.item
 
     def loss(self, users: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
         every_user, every_item = self.vectors()
@@ -137,11 +192,17 @@ class Featured(LightGCN):
     """A propagation beside feature tables that are trained themselves."""
 
     def __init__(
-        self, train: Any, features: dict[str, Tensor], dim: int = 64, weight: float = 0.1, layers: int = 1
+        self,
+        train: Any,
+        features: dict[str, Tensor],
+        dim: int = 64,
+        weight: float = 0.1,
+        layers: int = 1,
+        mapped: int | None = None,
     ) -> None:
         super().__init__(train, features, dim, weight, layers)
-        self.image_table, self.text_table = (nn.Parameter(features[name].clone()) for name in ("image", "text"))
-        self.image_proj, self.text_proj = (nn.Linear(features[name].shape[1], dim) for name in ("image", "text"))
+        self.image_table, self.text_table = (nn.Parameter(features[name].clone()) for name in NAMES)
+        self.image_proj, self.text_proj = (nn.Linear(features[name].shape[1], mapped or dim) for name in NAMES)
 
     def projected(self) -> tuple[Tensor, Tensor]:
         return self.image_proj(self.image_table), self.text_proj(self.text_table)
@@ -210,7 +271,207 @@ class FREEDOM(Featured):
         return -F.logsigmoid((u * p).sum(1) - (u * n).sum(1)).mean()
 
 
-MODELS = {model.__name__: model for model in (BPR, VBPR, LightGCN, BM3, FREEDOM)}
+class Smoothed(Featured):
+    """Ranked without a guard, with the squares of the batch's vectors, over the batch size that is asked for."""
+
+    def __init__(self, *about: Any, rows: int = BATCH, k: int = 10, **more: Any) -> None:
+        super().__init__(*about, **({"layers": 2} | more))
+        self.rows, self.k = rows, k
+
+    def smoothed_loss(self, every: tuple[Tensor, Tensor], users: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+        u, p, n = every[0][users], every[1][pos], every[1][neg]
+        squares = 0.5 * sum(rows.square().sum() for rows in (u, p, n)) / self.rows
+        return -F.logsigmoid((u * p).sum(1) - (u * n).sum(1)).mean() + self.weight * squares
+
+
+class LATTICE(Smoothed):
+    """A dense graph of items, partly learned; learned anew at the first batch of an epoch, a constant in the others.
+
+    The learned part is scaled by two products with dense diagonal matrices, as in the program.
+    """
+
+    def __init__(self, *about: Any, frozen: float = 0.9, **more: Any) -> None:
+        super().__init__(*about, **({"weight": 0.0} | more))
+        both = sp.block_array([[None, self.train_matrix], [self.train_matrix.T, None]])
+        both = both + sp.eye_array(both.shape[0])
+        self.graph = coo(sp.diags_array(1 / both.sum(1)) @ both)
+        self.modal_weight = nn.Parameter(torch.full((2,), 0.5))
+        self.original = [balanced(nearest(found.detach(), self.k)) for found in (self.image_table, self.text_table)]
+        self.frozen, self.kept = frozen, None
+
+    def new_epoch(self) -> None:
+        self.kept = None
+
+    def near(self) -> Tensor:
+        shares = self.modal_weight.softmax(0)
+        learned = sum(share * nearest(found, self.k) for share, found in zip(shares, self.projected(), strict=True))
+        scale = torch.diag(learned.sum(1) ** -0.5)
+        original = sum(share * found for share, found in zip(shares, self.original, strict=True))
+        return (1 - self.frozen) * (scale @ learned @ scale) + self.frozen * original
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        return self.with_neighbours(self.near())
+
+    def with_neighbours(self, near: Tensor) -> tuple[Tensor, Tensor]:
+        users, items = self.propagated(self.graph)
+        return users, items + F.normalize(near @ self.item)
+
+    def loss(self, users: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+        near = self.near() if self.kept is None else self.kept
+        self.kept = near.detach()
+        return self.smoothed_loss(self.with_neighbours(near), users, pos, neg)
+
+
+class MGCN(Smoothed):
+    """Items gated by their features and smoothed over a graph of each kind, fused by attention with the propagated ids."""
+
+    def __init__(self, *about: Any, pull: float = 0.01, **more: Any) -> None:
+        super().__init__(*about, **({"weight": 1e-4} | more))
+        dim, tables = self.user.shape[1], (self.image_table, self.text_table)
+        self.to_users, self.pull = coo(scaled(self.train_matrix)), pull
+        self.near = [balanced(nearest(found.detach(), self.k)).to_sparse() for found in tables]
+        self.gate_image, self.gate_text, self.prefer_image, self.prefer_text, self.query1 = (
+            nn.Linear(dim, dim) for _ in range(5)
+        )
+        self.query2 = nn.Linear(dim, 1, bias=False)
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """What the features say of all nodes, and their propagated ids."""
+        ids, views = torch.cat(self.propagated(self.graph)), []
+        for found, gate, near in zip(self.projected(), (self.gate_image, self.gate_text), self.near, strict=True):
+            items = torch.sparse.mm(near, self.item * gate(found).sigmoid())
+            views.append(torch.cat([torch.sparse.mm(self.to_users, items), items]))
+        asked = torch.cat([self.query2(self.query1(view).tanh()) for view in views], 1).softmax(1)
+        common = asked[:, :1] * views[0] + asked[:, 1:] * views[1]
+        own = [prefer(ids).sigmoid() * (view - common)
+               for prefer, view in zip((self.prefer_image, self.prefer_text), views, strict=True)]  # fmt: skip
+        return (own[0] + own[1] + common) / 3, ids
+
+    def halves(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        users, items = nodes.split([len(self.user), len(self.item)])
+        return users, items
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        return self.halves(sum(self.sides()))
+
+    def loss(self, users: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+        side, ids = self.sides()
+        pairs = zip(self.halves(side), self.halves(ids), (users, pos), strict=True)
+        pulled = sum(self.contrast(left[which], right[which]) for left, right, which in pairs)
+        return self.smoothed_loss(self.halves(side + ids), users, pos, neg) + self.pull * pulled
+
+    def contrast(self, left: Tensor, right: Tensor, temperature: float = 0.2) -> Tensor:
+        left, right = F.normalize(left), F.normalize(right)
+        own = torch.exp((left * right).sum(1) / temperature)
+        return -torch.log(own / torch.exp(left @ right.T / temperature).sum(1)).mean()
+
+
+class MMGCN(Model):
+    """The mean of a graph network of each kind of features. Ids and preferences have gradients that nobody applies."""
+
+    def __init__(self, train: Any, features: dict[str, Tensor], dim: int = 64, weight: float = 1e-3) -> None:
+        super().__init__(train, weight)
+        self.features, self.edges, (users, items) = features, edges_of(train), train.shape
+        self.constants = {"id": torch.empty(users + items, dim)}
+        self.image_proj = nn.Linear(features["image"].shape[1], 256)
+        for name, found in features.items():
+            width = 256 if name == "image" else found.shape[1]
+            self.constants[f"{name}_pref"] = torch.empty(users, width)
+            for layer, size in enumerate((width, dim, dim), 1):
+                setattr(self, f"{name}_conv{layer}", nn.Parameter(nn.init.xavier_normal_(torch.empty(size, size))))
+                setattr(self, f"{name}_lin{layer}", nn.Linear(size, dim))
+                setattr(self, f"{name}_g{layer}", nn.Linear(size + dim, dim))
+        for found in self.constants.values():
+            nn.init.xavier_normal_(found).requires_grad_()
+
+    def mean(self, nodes: Tensor) -> Tensor:
+        count = degrees(self.edges, len(nodes)).clamp(min=1)[:, None]
+        return gathered(nodes[self.edges[0]], self.edges, len(nodes)) / count
+
+    def branch(self, name: str) -> Tensor:
+        found = self.image_proj(self.features[name]) if name == "image" else self.features[name]
+        nodes = F.normalize(torch.cat([self.constants[f"{name}_pref"], found]))
+        for layer in (1, 2, 3):
+            conv, lin, g = (getattr(self, f"{name}_{part}{layer}") for part in ("conv", "lin", "g"))
+            neighbours = F.leaky_relu(self.mean(nodes @ conv))
+            nodes = F.leaky_relu(g(torch.cat([neighbours, F.leaky_relu(lin(nodes)) + self.constants["id"]], 1)))
+        return nodes
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        users, items = (sum(map(self.branch, NAMES)) / 2).split(self.train_matrix.shape)
+        return users, items
+
+    def loss(self, users: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+        (every_user, every_item), ids = self.vectors(), self.constants["id"]
+        u, p, n = every_user[users], every_item[pos], every_item[neg]
+        of_items = ids[torch.cat([pos, neg]) + len(every_user)]
+        penalty = ids[users].square().mean() + of_items.square().mean() + self.constants["image_pref"].square().mean()
+        return -torch.log(torch.sigmoid((u * p).sum(1) - (u * n).sum(1))).mean() + self.weight * penalty
+
+
+class DRAGON(Model):
+    """Networks of both kinds of features side by side, with a graph of items and one of users on top."""
+
+    def __init__(
+        self,
+        train: Any,
+        features: dict[str, Tensor],
+        dim: int = 64,
+        weight: float = 1e-3,
+        k: int = 10,
+        user_k: int = 40,
+    ) -> None:
+        super().__init__(train, weight)
+        self.features, self.edges, self.user_k = features, edges_of(train), user_k
+        for name, found in features.items():
+            setattr(self, f"{name}_pref", nn.Parameter(nn.init.xavier_normal_(torch.empty(train.shape[0], dim))))
+            setattr(self, f"{name}_mlp1", nn.Linear(found.shape[1], 256))
+            setattr(self, f"{name}_mlp2", nn.Linear(256, dim))
+        self.wu = nn.Parameter(nn.init.xavier_normal_(torch.empty(train.shape[0], 2)).softmax(1))
+        self.near = item_graph([features[name] for name in NAMES], k, (0.1, 0.9))
+        self.likest, self.draws = likest_users(train, user_k), np.random.default_rng(0)
+        self.new_epoch()
+
+    def new_epoch(self) -> None:
+        """Lists of similar users, short ones filled up with elements drawn from them."""
+        self.similar, counts = [], torch.zeros(len(self.likest), self.user_k)
+        for user, (ids, shared) in enumerate(self.likest):
+            places = list(range(len(ids)))
+            while places and len(places) < self.user_k:
+                places.append(places[self.draws.integers(len(places))])
+            self.similar.append([ids[place] for place in places] or [0] * self.user_k)
+            counts[user] = torch.tensor([shared[place] for place in places] or [-torch.inf] * self.user_k)
+        self.similar_weight = counts.softmax(1).nan_to_num(0.0)
+
+    def branch(self, name: str) -> tuple[Tensor, Tensor]:
+        mapped = getattr(self, f"{name}_mlp2")(F.leaky_relu(getattr(self, f"{name}_mlp1")(self.features[name])))
+        total = layer = F.normalize(torch.cat([getattr(self, f"{name}_pref"), mapped]))
+        for _ in range(2):
+            root = degrees(self.edges, len(layer)) ** -0.5
+            messages = (root[self.edges[0]] * root[self.edges[1]])[:, None] * layer[self.edges[0]]
+            layer = gathered(messages, self.edges, len(layer))
+            total = total + layer
+        users, items = total.split(self.train_matrix.shape)
+        return users, items
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        (image_user, image), (text_user, text) = map(self.branch, NAMES)
+        users, items = (
+            torch.cat([self.wu[:, :1] * image_user, self.wu[:, 1:] * text_user], 1),
+            torch.cat([image, text], 1),
+        )
+        similar = torch.matmul(self.similar_weight[:, None], users[torch.tensor(self.similar)]).squeeze(1)
+        return users + similar, items + torch.sparse.mm(self.near, items)
+
+    def loss(self, users: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+        every_user, every_item = self.vectors()
+        u, p, n = every_user[users], every_item[pos], every_item[neg]
+        tables = (self.image_pref[users], self.text_pref[users], self.wu)
+        penalty = sum(found.square().mean() for found in tables)
+        return -torch.log2(torch.sigmoid((u * p).sum(1) - (u * n).sum(1))).mean() + self.weight * penalty
+
+
+MODELS = {model.__name__: model for model in (BPR, VBPR, LightGCN, BM3, FREEDOM, LATTICE, MGCN, MMGCN, DRAGON)}
 
 
 class Batches:
@@ -235,7 +496,7 @@ class Batches:
             yield [users, pos, *negatives]
 
 
-def train_epoch(model: BPR, batches: Batches, optimizer: torch.optim.Optimizer, most: int | None = None) -> float:
+def train_epoch(model: Model, batches: Batches, optimizer: torch.optim.Optimizer, most: int | None = None) -> float:
     """The sum of the losses of all batches, or of the first ``most``."""
     total = 0.0
     model.train()
@@ -250,7 +511,7 @@ def train_epoch(model: BPR, batches: Batches, optimizer: torch.optim.Optimizer, 
 
 
 @torch.no_grad()
-def validate(model: BPR, train: Any, judged: Any) -> dict[str, float]:
+def validate(model: Model, train: Any, judged: Any) -> dict[str, float]:
     """Recall, precision, NDCG and MAP at 5, 10, 20 and 50 over the users of ``judged``, train items masked."""
     every_user, every_item = model.eval().scored()
     users, hits = np.flatnonzero(np.diff(judged.indptr)), []

@@ -8,7 +8,8 @@ Environments with the pinned peers are made in --env where there are none (0.7 G
 work on a small part, and a figure is the median of the turns. A ratio is always of two figures of one run: the file holds
 versions, every turn, and nothing from elsewhere; --only measures rows whose name has one of the texts and leaves the others
 of the file. A floor, timed in our turns, is what nobody can leave out: the product of the tables for lists, one step of the
-optimizer over all trained numbers for every batch, the linear maps of attention. A peer that cannot be installed or fails has a row with the reason as it was printed. --table writes the rows
+optimizer over all trained numbers for every batch, with the linear maps of a multimodal model that maps all items, the linear
+maps of attention. A peer that cannot be installed or fails has a row with the reason as it was printed. --table writes the rows
 of a file between the markers of a Markdown page. All rows take about 25 minutes of one quiet processor.
 """
 
@@ -53,6 +54,7 @@ class Row(NamedTuple):
 BPR_PEER = "implicit BayesianPersonalizedRanking"
 SPARSE = (
     Row("item-knn fit, K 100", "implicit CosineRecommender", 1.2, "implicit"),
+    Row("item-knn fit, K 100, added memory in MiB", "implicit CosineRecommender", 1.2, "implicit"),
     Row("iALS epoch, D 64", "implicit AlternatingLeastSquares", 1.2, "implicit"),
     Row("top 20 of all users, D 64", "implicit recommend", 0.5, "implicit"),
     Row("MF bpr epoch, D 64, lazy AdamW", BPR_PEER, 3.0, "implicit"),
@@ -70,8 +72,12 @@ WIDTHS = {"image": 4096, "text": 384}
 BABY = tuple(
     Row(work, "MMRec's step, rebuilt", bar)
     for work, bar in {"BPR epoch": 0.15, "VBPR epoch": 0.35, "LightGCN epoch, 2 layers": 0.15, "BM3 epoch": 0.25,
-                      "FREEDOM epoch": 0.25, "BPR validation": 0.15}.items()
+                      "FREEDOM epoch": 0.25, "LATTICE epoch": 0.25, "MGCN epoch, its first 12 batches": 0.25,
+                      "MMGCN epoch, its first 12 batches": 0.25, "DRAGON epoch, its first 12 batches": 0.25,
+                      "BPR validation": 0.15}.items()
 )  # fmt: skip
+# Ours does what the program does: a graph once an epoch, tables that stay as drawn, lists that are filled up.
+AS_PUBLISHED = ("LATTICE", "MMGCN", "DRAGON")
 # Forward and backward of an attention layer as timm's small vision transformer has it; both sides run on our torch.
 ATTENTION = (
     Row("gravity attention l2, batch 64", "timm Attention", 1.0),
@@ -193,8 +199,18 @@ def implicit_work(work: str, train: Any) -> tuple[Callable[[], object], float]:
     return lambda: model.fit(train, **quiet), EPOCHS
 
 
-def program_work(program: str, *tokens: str, validation: bool = False) -> tuple[Callable[[], object], float]:
-    """An epoch, or a validation, of one of our programs, after two batches; what its flags say, sampling included."""
+def first_batches(work: str) -> int | None:
+    """How many batches of an epoch a work is; None for all."""
+    found = re.search(r"first (\d+) batches", work)
+    return int(found[1]) if found else None
+
+
+def program_work(
+    program: str, *tokens: str, validation: bool = False, most: int | None = None
+) -> tuple[Callable[[], object], float]:
+    """An epoch, or a validation, of one of our programs, after two batches; what its flags say, sampling included.
+
+    most: batches of the epoch, None for all."""
     import importlib
 
     import torch
@@ -214,7 +230,7 @@ def program_work(program: str, *tokens: str, validation: bool = False) -> tuple[
     train(1, 2)
     if validation:
         return lambda: this.evaluate(model.eval(), "valid"), 1
-    return lambda: train(2), 1
+    return lambda: train(2, most), 1
 
 
 def baby_data(data_root: str) -> Any:
@@ -238,7 +254,7 @@ def mmrec_work(work: str, data_root: str) -> tuple[Callable[[], object], float]:
     mmrec.train_epoch(model, batches, optimizer, most=2)
     if "validation" in work:
         return lambda: mmrec.validate(model, data.train, data.valid), 1
-    return lambda: mmrec.train_epoch(model, batches, optimizer), 1
+    return lambda: mmrec.train_epoch(model, batches, optimizer, first_batches(work)), 1
 
 
 def recbole_work(work: str, train: Any) -> tuple[Callable[[], object], float]:
@@ -284,8 +300,20 @@ def prepare(side: str, work: str, path: str, data_root: str) -> tuple[Callable[[
     if data == "amazon-baby":
         if side == "peer":
             return mmrec_work(name, data_root)
-        flags = ("--model", name.split()[0], "--dataset", "baby", "--not_mg", "--features", "random", *root)
-        return program_work("mirror_grad", *flags, validation="validation" in name)
+        model, behaviour = name.split()[0], "published" if name.startswith(AS_PUBLISHED) else "fixed"
+        flags = (
+            "--model",
+            model,
+            "--dataset",
+            "baby",
+            "--not_mg",
+            "--features",
+            "random",
+            "--behaviour",
+            behaviour,
+            *root,
+        )
+        return program_work("mirror_grad", *flags, validation="validation" in name, most=first_batches(name))
     if any(row.work == name for rows in FRAMEWORKS.values() for row in rows):
         if side == "peer":
             recbole_work(name, matrix(path)[:200])[0]()
@@ -312,16 +340,33 @@ def floor(work: str, path: str, data_root: str) -> Callable[[], object] | None:
     if "top 20" in work or "validation" in work:
         user, item = (torch.randn(n, 64) for n in train.shape)
         return lambda: [rows @ part.T for rows in user.split(256) for part in item.split(512)]  # tiles fit the cache
-    sizes = [sum(train.shape) * 64]
+    (users, items), image, text = train.shape, *WIDTHS.values()
+    sizes = [users * 64, (users if work.startswith("DRAGON") else items) * 64]
     if work.startswith("VBPR"):
-        sizes += [train.shape[0] * 64, sum(WIDTHS.values()) * 64]
-    if work.startswith(("BM3", "FREEDOM")):
-        sizes += [train.shape[1] * width for width in WIDTHS.values()]
-    tables = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
-    optimizer = (torch.optim.Adam if baby else torch.optim.AdamW)(tables, fused=True)
+        sizes += [users * 64, sum(WIDTHS.values()) * 64]
+    if work.startswith(("BM3", "FREEDOM", "MGCN")):
+        sizes += [items * width for width in WIDTHS.values()]
+    # Linear maps of all items or nodes in every batch: rows, widths, and whether what is mapped is trained.
+    maps: dict[str, list[tuple[int, int, int, bool]]] = {
+        "MGCN": [(items, image, 64, True), (items, text, 64, True)],
+        "MMGCN": [(items, image, 256, False), (users + items, 256, 256, True), (users + items, text, text, False)],
+        "DRAGON": [(items, image, 256, False), (items, text, 256, False)],
+    }
+    layers = [(torch.nn.Linear(inner, outer), torch.randn(rows, inner, requires_grad=trained))
+              for rows, inner, outer, trained in maps.get(work.split()[0], [])]  # fmt: skip
+    tables = [] if work.startswith("MMGCN") else [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    optimizer = (torch.optim.Adam if baby else torch.optim.AdamW)(
+        [*tables, *(number for layer, _ in layers for number in layer.parameters())], fused=True
+    )
     for table in tables:
         table.grad = torch.ones_like(table)
-    return lambda: [optimizer.step() for _ in range(-(-train.nnz // 2048))]
+
+    def step() -> None:
+        for layer, rows in layers:
+            layer(rows).sum().backward()
+        optimizer.step()
+
+    return lambda: [step() for _ in range(first_batches(work) or -(-train.nnz // 2048))]
 
 
 def timed(call: Callable[[], object], units: float = 1) -> float:
@@ -331,9 +376,24 @@ def timed(call: Callable[[], object], units: float = 1) -> float:
     return (time.process_time() - begin) / units
 
 
+def added_memory(call: Callable[[], object]) -> float:
+    """MiB by which the resident memory of this process grew at most during a call (Linux)."""
+
+    def status(name: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = status("VmRSS")
+    call()
+    return (status("VmHWM") - before) / 1024
+
+
 def one_turn(side: str, work: str, path: str, data_root: str) -> dict[str, float]:
-    """CPU seconds of one unit of work in this process and, on our side, of its floor."""
-    found = {"cpu_s": timed(*prepare(side, work, path, data_root))}
+    """CPU seconds, or memory, of one unit of work in this process and, on our side, seconds of its floor."""
+    call, units = prepare(side, work, path, data_root)
+    if "memory" in work:
+        return {"cost": added_memory(call)}
+    found = {"cost": timed(call, units)}
     alone = floor(work, path, data_root) if side == "ours" else None
     if alone is not None:
         alone()
@@ -430,7 +490,7 @@ def in_turns(python: dict[str, str], work: str, path: str, arguments: argparse.N
         environ = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
         found = json.loads(done.stdout.splitlines()[-1])
-        turns[side].append(found["cpu_s"])
+        turns[side].append(found["cost"])
         turns["floor"] += [found["floor_s"]] if "floor_s" in found else []
     medians = {side: statistics.median(seconds) for side, seconds in turns.items() if seconds}
     return {**medians, "turns": turns, "ratio": medians["ours"] / medians["peer"]}

@@ -21,6 +21,7 @@ from gfml.data.interactions import Interactions
 from gfml.engine.distributed import World
 from gfml.engine.runs import Run
 from gfml.engine.train import FitResult, Step, plain_step
+from gfml.fused import FusedPairLoss, path_text
 from gfml.mirror import MirrorGradient
 from gfml.program.experiment import Judged, Training
 from gfml.program.foreign import load_named
@@ -100,8 +101,15 @@ class MirrorGrad(Recommender):
         scheduler = None
         if base != 1.0:
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: base ** (epoch / period))
-        loss = self.shared(model.loss, model, reduction="mean")
+        found = self.loss_by_formula(model)
+        loss = self.shared(model.loss if isinstance(found, str) else found, model, reduction="mean")
         return Training(optimizer, self.batches(model), loss, step=build_step(s, optimizer), scheduler=scheduler)
+
+    def loss_by_formula(self, model: nn.Module) -> FusedPairLoss | str:
+        """A model's loss with gradients by formula, or why autograd makes them."""
+        if self.settings.compile or self.world.size > 1:
+            return "--compile" if self.settings.compile else "several processes"
+        return model.loss_by_formula() if hasattr(model, "loss_by_formula") else "a model of several parts"
 
     def batches(self, model: nn.Module) -> Callable[[int], TripleBatches]:
         """batches(epoch): every train pair once, shuffled, each with one negative among the items of train.
@@ -198,6 +206,7 @@ class MirrorGrad(Recommender):
             f"{s.model}, {s.behaviour}: {', '.join(f'{key} {value}' for key, value in vars(s.settings).items())}",
             f"arm {arm}: mirror {s.mirror}{'' if s.mirror == 'off' else ', ' + mirror}; "
             f"learning rate {s.learning_rate * arm_factor(s):g}; masked in test lists: {s.test_mask}",
+            *([path_text(self.loss_by_formula(model), 3 * s.batch_size)] if MODELS[s.model].trains else []),
         ]
 
     @classmethod

@@ -63,16 +63,7 @@ class Graph:
 
     def multiply_rows(self, rows: Tensor, dense: Tensor, values: Tensor | None = None) -> Tensor:
         """Rows ``rows`` of the product only: [len(rows), D]; cost grows with their degrees."""
-        values = self.values if values is None else values
-        start = self.indptr[rows].long()
-        length = self.indptr[rows + 1].long() - start
-        ends = length.cumsum(0)
-        # Position t of the gathered entries belongs to row r(t); its source is start[r] + (t - first[r]).
-        shift = start - (ends - length)
-        total = int(ends[-1]) if len(rows) else 0
-        source = torch.arange(total, device=rows.device) + torch.repeat_interleave(shift, length, output_size=total)
-        indptr = torch.cat([ends.new_zeros(1), ends]).to(self.indptr.dtype)
-        return csr_times_dense(indptr, self.indices[source], values[source], dense)
+        return csr_rows_times_dense(self.indptr, self.indices, self.values if values is None else values, rows, dense)
 
     def drop_edges(self, keep: float, *, undirected: bool = False) -> Tensor:
         """Values of A_hat with entries kept with probability ``keep`` and divided by it; a fresh mask each call.
@@ -214,6 +205,19 @@ class _Propagate(torch.autograd.Function):
             if weight:
                 result.add_(grad, alpha=weight)
         return result, None, None, None, None, None
+
+
+def csr_rows_times_dense(indptr: Tensor, indices: Tensor, values: Tensor, rows: Tensor, dense: Tensor) -> Tensor:
+    """Rows ``rows`` [n] of :func:`csr_times_dense`, which may repeat: [n, D]."""
+    start = indptr[rows].long()
+    length = indptr[rows + 1].long() - start
+    ends = length.cumsum(0)
+    # Position t of the gathered entries belongs to row r(t); its source is start[r] + (t - first[r]).
+    shift = start - (ends - length)
+    total = int(ends[-1]) if len(rows) else 0
+    source = torch.arange(total, device=rows.device) + torch.repeat_interleave(shift, length, output_size=total)
+    ends = torch.cat([ends.new_zeros(1), ends]).to(indptr.dtype)
+    return csr_times_dense(ends, indices[source], values[source], dense)
 
 
 def csr_times_dense(indptr: Tensor, indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.ranking.graph import csr_times_dense
+from gfml.ranking.graph import csr_rows_times_dense, csr_times_dense
 
 # Entries whose rows are gathered at a time for their dot products: on the CPU a block stays in the cache.
 ENTRIES_PER_BLOCK = {"cpu": 1 << 11, "other": 1 << 18}
@@ -62,6 +63,11 @@ class SparseMatrix(nn.Module):
     def forward(self, dense: Tensor, values: Tensor | None = None) -> Tensor:
         """self @ dense: [C, D] -> [R, D]; ``values`` [nnz], in the stored order, take the place of its own."""
         return _Product.apply(self.values if values is None else values, dense, self, False)
+
+    def at(self, rows: Tensor, dense: Tensor) -> Tensor:
+        """Rows int64 [n] of self @ dense, which may repeat: [n, D]. On the CPU only they are computed; elsewhere the whole
+        product costs less than learning how many entries they have."""
+        return _Rows.apply(dense, rows, self) if dense.device.type == "cpu" else F.embedding(rows, self(dense))
 
     def transpose_times(self, dense: Tensor, values: Tensor | None = None) -> Tensor:
         """self^T @ dense: [R, D] -> [C, D]."""
@@ -117,6 +123,22 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_dense = _Product.apply(values, grad, matrix, not ctx.transposed)
         return to_values, to_dense, None, None
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of A @ dense."""
+
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, rows: Tensor, matrix: SparseMatrix) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.matrix = matrix
+        return csr_rows_times_dense(matrix.indptr, matrix.indices, matrix.values, rows, dense)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        everywhere = grad.new_zeros(ctx.matrix.shape[0], grad.shape[1]).index_add(0, rows, grad)
+        return ctx.matrix.transpose_times(everywhere), None, None
 
 
 class _Dots(torch.autograd.Function):

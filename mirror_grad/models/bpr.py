@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gfml.fused import FusedPairLoss, why_not_fused
+from gfml.gravity import Gravity
 from gfml.ranking.encoders import Tables
 from gfml.ranking.sampling import Triples
 from mirror_grad.data import MultimodalData
@@ -31,5 +33,24 @@ class BPR(MultimodalModel):
         vectors, weight = (rows.user, *rows.items.unbind(1)), self.settings.reg_weight
         return ranking_terms(*vectors, ego, weight, published=self.published, rows=batch.weight)
 
+    def loss_by_formula(self) -> FusedLoss | str:
+        """:meth:`loss` with gradients by formula, where the vectors are tables on a CPU, or why there is none."""
+        unused = Gravity(self.num_users, self.num_items, mass="none")
+        weight = self.settings.reg_weight
+        # The loops tell the penalty with its weight on, from which 0 cannot be divided out.
+        reason = why_not_fused(self.encoder, unused, "bpr", compat=self.published) or ("" if weight else "reg_weight 0")
+        return reason or FusedLoss(self.encoder, unused, weight)
+
     def outputs(self) -> tuple[Tensor, Tensor]:
         return self.encoder.vectors()
+
+
+class FusedLoss(FusedPairLoss):
+    """The terms of :func:`mirror_grad.parts.losses.ranking_terms`, from :class:`gfml.fused.FusedPairLoss`."""
+
+    def __init__(self, encoder: Tables, unused: Gravity, weight: float) -> None:
+        super().__init__(encoder, unused, "bpr", decay=weight)
+
+    def __call__(self, batch: Triples) -> dict[str, Tensor]:
+        terms = super().__call__(batch)
+        return {"loss": terms["loss"], "bpr": terms["dot"], "reg": terms["emb_reg"] / self.decay}

@@ -29,11 +29,11 @@ class DRAGON(DualGNN):
         mixed = mixed_item_graph(data.features, self.settings.knn_k, self.settings.mm_image_weight, data.cache_dir)
         self.item_graph = SparseMatrix.from_scipy(mixed)
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """Final vectors of all users and all items, [., D * modalities]."""
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """The same, [., D * modalities]."""
         users, items = self.views()
         user = torch.cat([weight[:, None] * part for weight, part in zip(self.user_weight.unbind(1), users)], 1)
         item = smooth = torch.cat(items, 1)
         for _ in range(self.settings.n_mm_layers):
             smooth = self.item_graph(smooth)
-        return user + self.user_graph(user), item + smooth
+        return user, item + smooth

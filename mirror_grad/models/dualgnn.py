@@ -48,13 +48,21 @@ class DualGNN(MultimodalModel):
         users, items = zip(*(self.split(branch(self.light)) for branch in self.branches.values()))
         return users, items
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
-        """Final vectors of all users and all items."""
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """The users' mixes before the user graph, and the final vectors of the items."""
         users, items = self.views()
         if self.published:
             users = (sum(users), *users[1:])
-        mixed = sum(weight[:, None] * user for weight, user in zip(self.user_weight.unbind(1), users))
-        return mixed + self.user_graph(mixed), sum(items)
+        return sum(weight[:, None] * user for weight, user in zip(self.user_weight.unbind(1), users)), sum(items)
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        user, item = self.joined()
+        return user + self.user_graph(user), item
+
+    def final_rows(self, batch: Triples) -> tuple[Tensor, Tensor, Tensor]:
+        user, item = self.joined()
+        users = F.embedding(batch.users, user) + self.user_graph(user, batch.users)
+        return users, F.embedding(batch.pos, item), F.embedding(batch.neg, item)
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         rows = self.final_rows(batch)

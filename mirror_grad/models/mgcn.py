@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfml import losses
@@ -13,9 +14,9 @@ from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
 from mirror_grad.data import MultimodalData
 from mirror_grad.models.base import MultimodalModel
-from mirror_grad.parts.features import projected
+from mirror_grad.parts.features import distinct, projected
 from mirror_grad.parts.fusion import AttentionFusion
-from mirror_grad.parts.graphs import LightPropagation, user_block, weighted_item_graph
+from mirror_grad.parts.graphs import LightPropagation, weighted_item_graph
 from mirror_grad.parts.losses import dot_bpr, info_nce
 from mirror_grad.parts.modes import evaluating
 
@@ -44,9 +45,7 @@ class MGCN(MultimodalModel):
     def build_views(self, data: MultimodalData, dim: int, graphs: dict[str, sp.csr_array]) -> None:
         """Tables, projected features, the user-item graph, and an item graph for each view."""
         self.tables = Tables(self.num_users, self.num_items, dim)
-        train = data.interactions.train
-        self.light = LightPropagation(train)
-        self.to_users = SparseMatrix.from_scipy(user_block(train))
+        self.light = LightPropagation(data.interactions.train)
         self.features = projected(data.features, dim, trained=self.settings.train_features)
         self.item_graphs = nn.ModuleDict({name: SparseMatrix.from_scipy(graph) for name, graph in graphs.items()})
 
@@ -69,9 +68,11 @@ class MGCN(MultimodalModel):
             views[name] = items
         return views
 
-    def views(self) -> dict[str, Tensor]:
-        """The same of users and items: [U + I, D] each."""
-        return {name: torch.cat([self.to_users(items), items]) for name, items in self.of_items().items()}
+    def views(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """The same of users and items, or of these nodes alone: [U + I, D] or [n, D] each."""
+        # No user has a vector before his items are summed, and no item is changed by users who have none.
+        nodes = {name: F.pad(items, (0, 0, self.num_users, 0)) for name, items in self.of_items().items()}
+        return {name: self.light(part, 1, rows=rows, combine="sum") for name, part in nodes.items()}
 
     def side(self, ids: Tensor, views: dict[str, Tensor]) -> Tensor:
         """What the modalities say of nodes, by their propagated ids."""
@@ -79,20 +80,23 @@ class MGCN(MultimodalModel):
         own = sum(self.prefer[name](ids).sigmoid() * (view - common) for name, view in views.items())
         return (own + common) / (len(views) + 1)
 
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """(what the modalities say, propagated ids) of all nodes, [U + I, D] each."""
-        ids = self.light(self.tables.nodes, self.settings.n_ui_layers)
-        return self.side(ids, self.views()), ids
+    def sides(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(what the modalities say, propagated ids) of all nodes, or of these alone: [U + I, D] or [n, D] each."""
+        ids = self.light(self.tables.nodes, self.settings.n_ui_layers, rows=rows)
+        return self.side(ids, self.views(rows)), ids
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         return self.split(sum(self.sides()))
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        side, ids = self.sides()
-        final = self.node_rows(batch, side + ids)
+        rows, place = distinct(torch.cat([batch.users, self.num_users + batch.pos, self.num_users + batch.neg]))
+        # Elsewhere than on the CPU all nodes cost less than learning how many entries those of the batch have.
+        rows, place = (rows, place) if rows.device.type == "cpu" else (None, rows)
+        side, ids = self.sides(rows)
+        final = F.embedding(place, side + ids).chunk(3)
         terms = {"bpr": dot_bpr(*final), "reg": losses.half_mean_square(*final)}
-        for name, rows in {"user": batch.users, "item": self.num_users + batch.pos}.items():
-            terms[f"nce_{name}"] = info_nce(side, ids, TEMPERATURE, rows)
+        for name, part in zip(("user", "item"), place.chunk(3)):
+            terms[f"nce_{name}"] = info_nce(side, ids, TEMPERATURE, part)
         contrast = self.settings.cl_loss * (terms["nce_item"] + terms["nce_user"])
         return {"loss": terms["bpr"] + self.settings.reg_weight * terms["reg"] + contrast, **terms}
 

@@ -11,7 +11,7 @@ from gfml.ranking.sampling import Triples
 from gfml.ranking.sparse import SparseMatrix
 from mirror_grad.data import MultimodalData
 from mirror_grad.models.base import MultimodalModel
-from mirror_grad.parts.features import keep
+from mirror_grad.parts.features import distinct, keep
 from mirror_grad.parts.graphs import bipartite, row_mean
 from mirror_grad.parts.losses import dot_bpr
 
@@ -38,14 +38,17 @@ class MMGCN(MultimodalModel):
             how = {"layers": layers, "concat": concat, "frozen": published}
             self.branches[name] = Branch(features, self.num_users, dim, latent, **how)
 
+    def nodes(self, rows: Tensor | None = None) -> Tensor:
+        """Final vectors of all nodes, or of these alone: [U + I, D] or [n, D]."""
+        return sum(branch(self.mean, self.id, rows) for branch in self.branches.values()) / len(self.branches)
+
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """Final vectors of all users and all items."""
-        return self.split(sum(branch(self.mean, self.id) for branch in self.branches.values()) / len(self.branches))
+        return self.split(self.nodes())
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        rows = self.final_rows(batch)
-        bpr = dot_bpr(*rows, batch.weight)
         items = torch.cat([batch.pos, batch.neg]) + self.num_users
+        rows, place = distinct(torch.cat([batch.users, items]))
+        bpr = dot_bpr(*F.embedding(place, self.nodes(rows)).chunk(3), batch.weight)
         ids = [F.embedding(rows, self.id) for rows in (batch.users, items)]
         reg_id = sum(losses.row_mean(rows.square(), batch.weight) for rows in ids)
         reg_pref = next(iter(self.branches.values())).preference.square().mean()
@@ -56,7 +59,7 @@ class MMGCN(MultimodalModel):
 class Branch(nn.Module):
     """One modality: x = n([P ; G]), then in every layer
 
-        h = lrelu(M x W), z = lrelu(A x + a) + ID;   x <- lrelu(G [h ; z] + b)   or, added, lrelu(G h + b + z)
+        h = lrelu((M x) W), z = lrelu(A x + a) + ID;   x <- lrelu(G [h ; z] + b)   or, added, lrelu(G h + b + z)
 
     M: mean over neighbours. features [I, width] as they are, or projected to ``latent``. Returns [U + I, D].
     """
@@ -77,10 +80,16 @@ class Branch(nn.Module):
         for layer in (*self.message, *self.own, self.join[0]):
             nn.init.xavier_normal_(layer.weight)
 
-    def forward(self, mean: SparseMatrix, ids: Tensor) -> Tensor:
+    def forward(self, mean: SparseMatrix, ids: Tensor, rows: Tensor | None = None) -> Tensor:
+        """With rows int64 [n] the last layer is computed only there: [n, D]."""
         nodes = F.normalize(torch.cat([self.preference, self.project(self.features)]), dim=1)
         for message, own, join in zip(self.message, self.own, self.join):
-            neighbours = F.leaky_relu(mean(message(nodes)))
+            # The mean comes first: where nothing below the first layer is trained, it then needs no gradient.
+            if rows is None or join is not self.join[-1]:
+                near = mean(nodes)
+            else:
+                near, nodes, ids = mean.at(rows, nodes), F.embedding(rows, nodes), F.embedding(rows, ids)
+            neighbours = F.leaky_relu(message(near))
             itself = F.leaky_relu(own(nodes)) + ids
             if self.concat:
                 nodes = F.leaky_relu(join(torch.cat([neighbours, itself], 1)))

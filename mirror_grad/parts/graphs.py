@@ -41,12 +41,6 @@ def symmetric(adjacency: sp.csr_array) -> sp.csr_array:
     return (scale @ adjacency @ scale).tocsr()
 
 
-def user_block(train: sp.csr_array) -> sp.csr_array:
-    """The upper right block of :func:`symmetric`: sums of item rows for users. [U, I]."""
-    num_users = train.shape[0]
-    return symmetric(bipartite(train))[:num_users, num_users:]
-
-
 def row_mean(adjacency: sp.csr_array) -> sp.csr_array:
     """D^(-1) A: the mean over neighbours; rows sum to 1, or to 0 where there is no neighbour."""
     return (sp.diags_array(_power(adjacency.sum(1), -1.0)) @ adjacency).tocsr()

@@ -36,9 +36,10 @@ class UserGraph(nn.Module):
         """Use these positions int64 [U, k] into the lists, as another program drew them; with ``padded`` only."""
         self.training_operator = self.operator = self._operator(0, positions).to(self.operator.values)
 
-    def forward(self, users: Tensor) -> Tensor:
-        """X [U, D] -> H [U, D]."""
-        return (self.training_operator if self.training else self.operator)(users)
+    def forward(self, users: Tensor, rows: Tensor | None = None) -> Tensor:
+        """X [U, D] -> H [U, D], or H [n, D] of these users alone."""
+        operator = self.training_operator if self.training else self.operator
+        return operator(users) if rows is None else operator.at(rows, users)
 
     def _operator(self, epoch: int, filled: Tensor | None = None) -> SparseMatrix:
         position = torch.arange(self.k).expand_as(self.ids)

@@ -93,7 +93,7 @@ def test_published_behaviour_runs(model, run):
 # -- the mirror
 
 
-@pytest.mark.parametrize("model", ["BPR", "SELFCFED_LGN"])
+@pytest.mark.parametrize("model", ["LightGCN", "SELFCFED_LGN"])
 def test_off_is_plain_training_bit_for_bit(model, run, planted, tmp_path):
     """--not_mg equals a loop of one's own: backward and Adam, on the sampler's batches."""
     from gfml.engine.runs import seed_everything

@@ -374,3 +374,27 @@ def test_every_recommender_takes_new_users(data):
         scores = new.score(torch.arange(3))
         assert scores.shape == (3, data.num_items) and scores.isfinite().all()
         assert torch.equal(fold_in(model.scorer(), histories[[2]], encoder).score(torch.tensor([0]))[0], scores[2])
+
+
+@pytest.mark.parametrize("mode", ["off", "two_step", "sgd_mirror", "fused"])
+def test_gradients_by_formula_step_as_those_of_autograd(data, toy, mode):
+    found = {}
+    for path in ("autograd", "formula"):
+        torch.manual_seed(3)
+        model = kit.build("BPR", data, reg_weight=0.3).double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        step = plain_step if mode == "off" else MirrorGradient(optimizer, 1.0, 0.2, 2, mode)
+        loss = model.loss if path == "autograd" else model.loss_by_formula()
+        sampler = TripleSampler(data.interactions.train, batch_size=16, seed=1)
+        told = [step(partial(loss, batch), optimizer) for epoch in (1, 2) for batch in sampler.epoch(epoch)]
+        found[path] = [*model.parameters()], [{name: float(value) for name, value in terms.items()} for terms in told]
+    torch.testing.assert_close(found["formula"], found["autograd"], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "reason"),
+    [("LightGCN", {}, "vectors come from a graph"), ("BPR", {"behaviour": "published"}, "published formulas"),
+     ("BPR", {"reg_weight": 0.0}, "reg_weight 0")],
+)  # fmt: skip
+def test_autograd_says_why(data, name, how, reason):
+    assert kit.build(name, data, **how).loss_by_formula() == reason

@@ -47,6 +47,15 @@ def test_gradients_to_both_factors_of_first_and_second_order(right, transposed):
     assert torch.autograd.gradgradcheck(lambda d, v: product(d, v).square(), inputs)
 
 
+@pytest.mark.parametrize("rows", [[3, 0, 3, 2], []])
+def test_chosen_rows_of_a_product_and_their_gradients(right, rows):
+    matrix, dense, _ = example()
+    chosen = torch.tensor(rows, dtype=torch.int64)
+    torch.testing.assert_close(matrix.at(chosen, right), (dense @ right)[chosen])
+    assert torch.autograd.gradcheck(lambda d: matrix.at(chosen, d), right.requires_grad_())
+    assert not rows or torch.autograd.gradgradcheck(lambda d: matrix.at(chosen, d).square(), right)
+
+
 def test_dots_at_the_stored_places_with_gradients():
     matrix, _, _ = example()
     generator = torch.Generator().manual_seed(4)
