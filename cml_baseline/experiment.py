@@ -23,7 +23,7 @@ from gfml.fused import FusedHinge, path_text, why_no_fused_hinge
 from gfml.program.experiment import Judged, Training
 from gfml.program.index import measure_index
 from gfml.program.recommender import Recommender
-from gfml.program.steps import ProjectedStep, build_step, check_judgeable, cut_offs
+from gfml.program.steps import ProjectedStep, build_step, check_judgeable
 from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleSampler, TwoStageSampler
 from gfml.report.recommenders import USUAL_METRICS, other_conventions, table_columns, text_table
@@ -39,7 +39,7 @@ class CML(Recommender):
     @classmethod
     def load(cls, settings: Any) -> Interactions:
         data = sources.load(settings)
-        check_judgeable(data, cut_offs(settings.topks, settings.select_metric), settings.select_on)
+        check_judgeable(data, settings.topks, settings.select_metric, settings.select_on)
         return data
 
     @property

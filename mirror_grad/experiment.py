@@ -26,7 +26,7 @@ from gfml.mirror import MirrorGradient
 from gfml.program.experiment import Judged, Training
 from gfml.program.foreign import load_named
 from gfml.program.recommender import Recommender
-from gfml.program.steps import check_judgeable, cut_offs
+from gfml.program.steps import check_judgeable
 from gfml.program.sweep import keep_grid
 from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleBatches, TripleSampler
@@ -54,7 +54,7 @@ class MirrorGrad(Recommender):
     @classmethod
     def load(cls, settings: Any) -> MultimodalData:
         data = load(settings, needs_features=MODELS[settings.model].needs_features)
-        check_judgeable(data.interactions, cut_offs(settings.topks, settings.select_metric), settings.select_on)
+        check_judgeable(data.interactions, settings.topks, settings.select_metric, settings.select_on)
         return data
 
     @property

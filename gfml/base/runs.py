@@ -81,7 +81,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def require_run(path: Path) -> None:
     """UserError where no run is."""
     if not (path / "config.toml").is_file():
-        raise UserError(f"there is no run at {path}: check the directory, or train it first")
+        inside = sorted(file.parent for file in path.glob("*/config.toml"))
+        advice = f"give one of the {len(inside)} inside, such as {inside[0]}" if inside else "train it first"
+        raise UserError(f"there is no run at {path}: check the directory, or {advice}")
 
 
 def require_done(path: Path) -> None:

@@ -212,6 +212,14 @@ class Interactions:
         )
 
 
+def check_gains(ratings: np.ndarray) -> np.ndarray:
+    """The ratings as they are, for gains. UserError for one below 0: a list would be better without that hit than with it."""
+    if len(ratings) and (least := ratings.min()) < 0:
+        found = f"found a rating of {least:g} in the test part, wanted none below 0 for `graded`"
+        raise UserError(f"{found}: move the scale, remove such rows, or drop the flag")
+    return ratings
+
+
 def _digest(*parts: sp.csr_array) -> str:
     digest = hashlib.sha256()
     for part in parts:

@@ -41,6 +41,7 @@ MOVIE_NAMES = ["id", "title", "year", "rated", "released", "genres", "director",
 TITLE_NAMES = ("title", "movie_title", "name")
 GENRE_NAMES = ("genres", "genre", "class", "categories", "category", "tags", "subjects")
 ABOUT_NAMES = ("plot", "description", "overview", "synopsis")
+NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.IGNORECASE).fullmatch
 
 
 class FeatureTable(NamedTuple):
@@ -135,11 +136,13 @@ def standardised(table: FeatureTable) -> FeatureTable:
 
 def read_item_info(file: str | os.PathLike[str], data: Interactions) -> ItemInfo:
     """Titles, genres and descriptions, as far as the file has such columns; UserError when it has neither title nor genres."""
-    path = _existing(file, "`item_info`")
+    # Programs call the flag of this file --item-info, --titles, --item-text or --meta.
+    path = _existing(file, "the path")
     table = _Table.read(path)
     title, genre, about = (table.find(names) for names in (TITLE_NAMES, GENRE_NAMES, ABOUT_NAMES))
     if title is None and genre is None:
-        raise UserError(f"{path} has no title and no genres, found {', '.join(table.cells)}: check `item_info`")
+        found = f"{path} has no title and no genres, found {', '.join(table.cells)}"
+        raise UserError(f"{found}: give a table with a column of titles or genres")
     rows = _rows(path, table.ids(), data, table.num_rows)
     words = table.words(genre) if genre else [[]] * table.num_rows
     titles, genres, texts = [""] * data.num_items, [()] * data.num_items, [""] * data.num_items
@@ -297,7 +300,12 @@ class _Table:
         split = [cell.split() for cell in self.cells[name]]
         width = max(map(len, split), default=0)
         flat = [word for words in split for word in (words or ["0"] * width)]
-        if not width or len(flat) != width * len(split) or not all(map(is_number, flat)):
+        # "nan" and "inf" are numbers too: a table with them is refused, as arrays are, and not taken for text.
+        if (
+            not width
+            or len(flat) != width * len(split)
+            or not all(is_number(word) or NOT_FINITE(word) for word in flat)
+        ):
             return None
         return np.array(flat, dtype=np.float32).reshape(len(split), width)
 
@@ -333,6 +341,8 @@ def _columns(
         elif asked or normal(name) in GENRE_NAMES:
             found[name] = table.multi_hot(name)
     known = dict.fromkeys(table.cells)
+    if columns is None and (left := [name for name in known if name not in found and table.cells[name] is not ids]):
+        logger.warning("note: %s: neither numbers nor genres, left out: %s", path.name, ", ".join(left))
     unknown = next((name for name in columns or () if name not in known), None)
     if unknown is not None:
         raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from gfml.base.errors import UserError, choice_error
 from gfml.data import cache, registry
-from gfml.data.interactions import Interactions, pairs_from_csr
+from gfml.data.interactions import Interactions, check_gains, pairs_from_csr
 from gfml.data.names import places
 from gfml.data.readers import (
     PARTS,
@@ -235,7 +235,7 @@ def _test_ratings(source: Source, records: Records, cut: Cut, data: Interactions
     if cut.duplicates == "first":
         threshold, strict = _threshold(records, cut, source.above)
         records = keep_positive(records, threshold, strict=strict)
-    return ratings_of(records, data, cut.duplicates)
+    return check_gains(ratings_of(records, data, cut.duplicates))
 
 
 def _threshold(records: Records, cut: Cut, above: float | None) -> tuple[float | None, bool]:

@@ -80,7 +80,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
                 f"{path} is truncated or damaged {packer} ({short(error)}): fetch the file again"
             ) from error
     if not raw.strip():
-        raise UserError(f"{path} is empty: wanted interactions, fetch or write the file again")
+        raise UserError(f"{path} is empty: wanted at least one row, fetch or write the file again")
     return raw.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -337,7 +337,7 @@ class ParquetTable(Table):
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path} is no readable Parquet file ({short(error)}): write it again") from error
         if not table.num_rows:
-            raise UserError(f"{self.path} has no rows: wanted interactions, write the file again")
+            raise UserError(f"{self.path} has no rows: wanted at least one row, write the file again")
         return {name: table[name] for name in columns}
 
 
@@ -370,12 +370,12 @@ class TextTable(Table):
             head, dialect = _head(path, raw), dialect._replace(separator=UNIT)
         rows = _first(head, dialect, 2)
         if not rows:
-            raise UserError(f"{path} is empty: wanted interactions, fetch or write the file again")
+            raise UserError(f"{path} is empty: wanted at least one row, fetch or write the file again")
         if header is None:
             bare = rows[0][:1] if suffix(path) == "dat" else [cell for cell in rows[0] if cell.strip()]
             header = not all(is_number(cell) for cell in bare)
         if header and len(rows) == 1:
-            raise UserError(f"{path} has a header and no rows: wanted interactions, write the file again")
+            raise UserError(f"{path} has a header and no rows: wanted at least one row, write the file again")
         names, kinds = _typed(rows[0]) if header else ([str(column + 1) for column in range(len(rows[0]))], {})
         table = cls(path, names, kinds, notes, dialect=dialect, header=header, raw=raw, width=len(names))
         table._fit(rows[1] if header else rows[0], rows[0][-1])

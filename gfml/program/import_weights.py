@@ -141,7 +141,7 @@ def _judge(options: Options, state: Mapping[str, Tensor], users: int, score: str
     from gfml.ranking.evaluation import evaluate
 
     data = load_from_args(options)
-    check_judgeable(data, options.topks, "test")
+    check_judgeable(data, options.topks, "", "test")
     scorer = _scorer(options, state, users, score, data)
     found = evaluate(
         scorer, data, "test", options.topks, beyond=True, mask_valid=options.mask == "seen",

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError, suggest
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 # Where published data sets keep their titles.
 INFO_FILES = ("movies.dat", "ml-100k.item", "*.item")
+FORMATS = ("csv", "json", "parquet")
 # So many ids are searched for a near one when an id is unknown; difflib takes seconds for more.
 SUGGEST_AMONG = 20_000
 
@@ -62,7 +64,9 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="table with ids and titles (.csv, .tsv, .item, movies.dat; default: the data set's own, if any)",
     )
-    parser.add_argument("--format", choices=("csv", "json", "parquet"), default="csv", help="form of the output")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="form of the output (default: by the ending of --output, else csv)"
+    )
     parser.add_argument("--raw-cells", action="store_true",
                         help="in CSV, keep names that a spreadsheet would run as formulas (default: an apostrophe before)")  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="file to write (default: standard output)")
@@ -99,11 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         users = range(run.interactions.num_users) if options.all_users else find_users(run, options.user)
         lists = recommend(run, users, options.top, include_seen=options.include_seen, allowed=allowed)
     titles = find_titles(options.item_info, run)
-    with _output(options.output, binary=options.format == "parquet") as stream:
-        if options.format == "csv":
+    ending = Path(options.output or "").suffix[1:].lower()
+    form = options.format or (ending if ending in FORMATS else FORMATS[0])
+    with _output(options.output, binary=form == "parquet") as stream:
+        if form == "csv":
             write_csv(lists, stream, titles, raw=options.raw_cells)
         else:
-            (write_json if options.format == "json" else write_parquet)(lists, stream, titles)
+            (write_json if form == "json" else write_parquet)(lists, stream, titles)
     return 0
 
 

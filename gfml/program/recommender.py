@@ -38,7 +38,7 @@ class Recommender(Experiment):
     @classmethod
     def load(cls, settings: Any) -> Any:
         data = load_from_args(settings)
-        check_judgeable(data, cut_offs(settings.topks, settings.select_metric), settings.select_on)
+        check_judgeable(data, settings.topks, settings.select_metric, settings.select_on)
         return data
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable
 from functools import partial
 from typing import Any, Protocol
 
@@ -35,19 +35,21 @@ def definitions_of(settings: Any, *, judging: bool) -> Definitions:
     return Definitions(tuple(settings.metrics_as or ()), settings.map_denominator, settings.graded)
 
 
-def check_judgeable(data: Interactions, ks: Sequence[int], select_on: str) -> None:
+def check_judgeable(data: Interactions, topks: Collection[int], select_metric: str, select_on: str) -> None:
     """UserError unless lists of these lengths can be ranked and the split that selects, and test, have interactions."""
-    if max(ks) > data.num_items:
-        found = f"found a list length of {max(ks)}, wanted at most the {data.num_items} items of {data.name}"
-        raise UserError(f"{found}: mend --topks, or --select-metric, whose length counts too")
+    most, (name, _, k) = data.num_items, select_metric.partition("@")
+    if (longest := max(cut_offs(topks, select_metric))) > most:
+        lists = " ".join(map(str, sorted({min(length, most) for length in topks})))
+        flags = [f"--topks {lists}"] * (max(topks) > most) + [f"--select-metric {name}@{most}"] * (int(k or 0) > most)
+        found = f"found a list length of {longest}, wanted at most the {most} items of {data.name}"
+        raise UserError(f"{found}: give {' '.join(flags)}")
     if select_on == "val" and data.valid.nnz == 0:
-        raise UserError(
-            f"{data.name} has no validation part to select on: give --val-ratio 0.1, or --select-on test and say so"
-        )
+        found = f"{data.name} has no validation part to select on (users with fewer than 3 pairs give none)"
+        raise UserError(f"{found}: give --split global, a --val-ratio above 0, or --select-on test and say so")
     if data.test.nnz == 0:
         known = [f"{count:,} {what}" for what, count in data.notes.items() if what.startswith("test pairs also in")]
         found = f"{data.name} has no test interactions{''.join(f' ({what})' for what in known)}, wanted at least one"
-        raise UserError(f"{found}: give other test pairs, or --split per-user to cut some off")
+        raise UserError(f"{found}: give other test pairs, or --split global to cut some off")
 
 
 def build_step(settings: Any, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Step:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.ranking.graph import Graph, propagate, propagated
+from gfml.ranking.graph import Graph, propagate, propagate_rows, propagated
 
 INITS = ("xavier_uniform", "xavier_normal", "normal", "ball")
 
@@ -109,19 +109,26 @@ class LightGCN(Tables):
 
     def outputs(self, rows: Tensor | None = None) -> Tensor:
         """As :meth:`Tables.outputs`, or at ``rows`` only: [n, D]."""
-        values = None
-        if self.training and self.edge_keep < 1:
-            values = self.graph.drop_edges(self.edge_keep, undirected=self.undirected_dropout)
-        return propagate(self.graph, self.nodes, self.num_layers, combine=self.combine, rows=rows, values=values)
+        kept = self._kept_edges()
+        return propagate(self.graph, self.nodes, self.num_layers, combine=self.combine, rows=rows, values=kept)
+
+    def _kept_edges(self) -> Tensor | None:
+        if not self.training or self.edge_keep == 1:
+            return None
+        return self.graph.drop_edges(self.edge_keep, undirected=self.undirected_dropout)
 
     def forward(self, users: Tensor, items: Tensor) -> Embedded:
         """As :meth:`Tables.forward`; on the CPU the last layer is computed only where the batch needs it."""
         ids = self._node_ids(users, items)
         # Elsewhere the whole layer costs less than learning the number of rows, which would stall the device.
-        rows, place = ids.unique(return_inverse=True) if ids.device.type == "cpu" else (None, ids)
-        final = self.outputs(rows)
+        if ids.device.type == "cpu":
+            rows, place = ids.unique(return_inverse=True)
+            how = {"combine": self.combine, "values": self._kept_edges()}
+            final, start = propagate_rows(self.graph, self.nodes, self.num_layers, rows, **how)
+        else:
+            final, start, place = self.outputs(), self.nodes, ids
         user, item = self._shape(F.embedding(place, final), users, items)
-        ego_user, ego_item = self._shape(F.embedding(ids, self.nodes), users, items)
+        ego_user, ego_item = self._shape(F.embedding(place, start), users, items)
         return Embedded(user, item, ego_user, ego_item)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gfml.base.optim import zeros_like
+
 COMBINES = ("mean", "sum", "final")
 
 
@@ -133,7 +135,15 @@ def propagate(
         raise ValueError(f"found {num_layers} layers, wanted 0 or more")
     if nodes.shape[0] != graph.num_nodes:
         raise ValueError(f"found {nodes.shape[0]} node vectors, wanted {graph.num_nodes} (users then items)")
-    return _Propagate.apply(nodes, graph, num_layers, combine, rows, values)
+    return _Propagate.apply(nodes, graph, num_layers, combine, rows, values)[0]
+
+
+def propagate_rows(
+    graph: Graph, nodes: Tensor, num_layers: int, rows: Tensor, *, combine: str = "mean", values: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`propagate` at ``rows``, and ``nodes[rows]``: [n, D] each. Their gradients go into one table, not into two."""
+    final, start = _Propagate.apply(nodes, graph, num_layers, combine, rows, values)
+    return final, start
 
 
 @torch.no_grad()
@@ -172,16 +182,17 @@ def layer_weights(num_layers: int, combine: str) -> list[float]:
 
 
 class _Propagate(torch.autograd.Function):
-    """sum_k w_k A^k E at chosen rows; the backward is Horner's scheme with the transpose."""
+    """sum_k w_k A^k E at chosen rows, and E there; the backward is Horner's scheme with the transpose."""
 
     @staticmethod
     def forward(
         ctx: Any, nodes: Tensor, graph: Graph, num_layers: int, combine: str, rows: Tensor | None, values: Tensor | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.graph, ctx.rows, ctx.values = graph, rows, values
         ctx.weights = weights = layer_weights(num_layers, combine)
         pick = (lambda layer: layer) if rows is None else (lambda layer: layer[rows])
-        layer, output = nodes, pick(nodes) * weights[0]
+        start = None if rows is None else nodes[rows]
+        layer, output = nodes, (nodes if start is None else start) * weights[0]
         for k in range(1, num_layers + 1):
             if k == num_layers and rows is not None:
                 last = graph.multiply_rows(rows, layer, values)
@@ -189,21 +200,26 @@ class _Propagate(torch.autograd.Function):
                 layer = graph.multiply(layer, values)
                 last = pick(layer)
             output.add_(last, alpha=weights[k])
-        return output
+        return output, start
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        graph, weights = ctx.graph, ctx.weights
+    def backward(ctx: Any, grad: Tensor, to_start: Tensor | None) -> tuple[Tensor | None, ...]:
+        graph, weights, rows = ctx.graph, ctx.weights, ctx.rows
         values = None if ctx.values is None else ctx.values[graph.transposed]
-        if ctx.rows is not None:
-            full = grad.new_zeros(graph.num_nodes, grad.shape[1])
-            grad = full.index_add_(0, ctx.rows, grad)
-        # g_K = w_K g, then g_k = A^T g_{k+1} + w_k g.
-        result = grad * weights[-1]
+        # g_K = w_K g, then g_k = A^T g_{k+1} + w_k g; g is zero but at the rows.
+        if rows is None:
+            result = grad * weights[-1]
+        else:
+            result = zeros_like(grad.new_empty(1, 1).expand(graph.num_nodes, grad.shape[1]))
+            result.index_add_(0, rows, grad, alpha=weights[-1])
         for weight in reversed(weights[:-1]):
             result = graph.multiply(result, values)
-            if weight:
+            if weight and rows is None:
                 result.add_(grad, alpha=weight)
+            elif weight:
+                result.index_add_(0, rows, grad, alpha=weight)
+        if to_start is not None:
+            result.index_add_(0, rows, to_start)
         return result, None, None, None, None, None
 
 

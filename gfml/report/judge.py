@@ -73,6 +73,7 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
+    from gfml.data.interactions import check_gains
     from gfml.data.lists import read_pairs
     from gfml.ranking.judged import ground_of
 
@@ -80,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     truth, train = read_pairs(options.test), read_pairs(options.train)
     if options.graded and not truth.rated:
         raise UserError(f"{options.test} has no ratings, wanted them for --graded: give a file with a rating column")
+    if options.graded:
+        check_gains(truth.ratings)
     ground = ground_of(truth, train, tables)
     found = [judge(label, table, ground, options) for label, table in zip(_labels(options.lists), tables, strict=True)]
     print(text_of(found, ground, options))

@@ -430,7 +430,7 @@ def test_batches_are_a_function_of_seed_and_epoch_not_of_the_model(planted):
     ("words", "said"),
     [
         (["-d", "nowhere/at/all"], "no data set"),
-        (["--topks", 500], "mend --topks"),
+        (["--topks", 500], "give --topks [0-9]+"),
         (["--grid", "seed=1,2", "--run-name", "x"], "drop --run-name"),
         (["--mirror", "precond", "--learner", "sgd"], "needs Adam"),
         (["--lr", 1e30, "--learner", "sgd"], "not finite|is nan|is inf"),

@@ -443,7 +443,16 @@ def test_parquet_and_formulas(named, capsys):
     import pyarrow.parquet as pq
 
     flags = (str(named / "run"), "--user", "u0", "u3", "--top", "3")
-    assert run_main(main, [*flags, "--format", "parquet", "--output", str(named / "lists.parquet")]) == 0
+    # The form is that of the ending unless --format says another.
+    for file, more in (
+        ("lists.parquet", ()),
+        ("lists.json", ()),
+        ("lists.CSV", ()),
+        ("other.json", ("--format", "csv")),
+    ):
+        assert run_main(main, [*flags, *more, "--output", str(named / file)]) == 0
+    assert json.loads((named / "lists.json").read_text())
+    assert (named / "lists.CSV").read_text() == (named / "other.json").read_text()
     table, rows = pq.read_table(named / "lists.parquet").to_pylist(), rows_of(capsys, *flags)
     assert [(row["user"], str(row["item"]), row["rank"]) for row in table] == [
         (r["user"], r["item"], int(r["rank"])) for r in rows

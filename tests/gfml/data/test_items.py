@@ -60,9 +60,10 @@ def test_ids_may_be_words(tmp_path, caplog):
     assert caplog.messages == [said]
 
 
-def test_columns_of_text_tables(tmp_path):
+def test_columns_of_text_tables(tmp_path, caplog):
     (tmp_path / "f.csv").write_text("item_id,year,genres,note\n5,1990,War|Drama,x\n7,,Drama,y\n9,1991,Western,z\n")
     table = read_item_features(tmp_path / "f.csv", data_of())
+    assert caplog.messages[0] == "note: f.csv: neither numbers nor genres, left out: note"
     assert list(table.blocks) == ["year", "genres"]
     assert table.values.tolist() == [[0, 1, 0, 0], [0] * 4, [0] * 4, [1990, 1, 1, 0]]
     asked = read_item_features(tmp_path / "f.csv", data_of(), ["note"])
@@ -127,6 +128,8 @@ def test_standardised_tables_have_no_mean_and_unit_deviation(tmp_path):
             "has no 'test', found text; did you mean 'text'",
         ),
         (lambda p: write(p / "f.csv", "item,a\n7,x\n"), None, "no column of numbers or genres"),
+        (lambda p: write(p / "f.csv", "item,a,b\n7,1,2\n3,nan,4\n"), None, "a holds numbers that are not finite"),
+        (lambda p: write(p / "f.csv", "item,a\n7,-Inf\n3,1\n"), None, "a holds numbers that are not finite"),
         (lambda p: write(p / "f.csv", "item,a\n7,1\n"), ["b"], "no column 'b', found item, a"),
         (lambda p: write(p / "f.csv", "name,a\n7,1\n"), None, "no id column, found name, a"),
         (lambda p: write(p / "f.csv", "item,a\n7,1,2\n"), None, "line 2: found 3 cells, wanted 2"),

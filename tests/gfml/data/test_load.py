@@ -311,3 +311,13 @@ def test_no_ratings_to_keep(tmp_path: Path) -> None:
         load_dataset(tmp_path / "r.csv", rated=True, cache=False)
     with pytest.raises(UserError, match="has no ratings"):
         load_dataset("demo", rated=True)
+
+
+def test_ratings_below_zero_are_no_gains(tmp_path: Path) -> None:
+    """Truth rated 5 and -3, of which a list has the 5 alone: 5 / (5 - 3 / log2(3)) would be an NDCG of 1.6."""
+    rows = "".join(f"u,{item},{5 - 8 * (item % 2)}\n" for item in range(40))
+    (tmp_path / "r.csv").write_text(f"user,item,rating\n{rows}", encoding="utf-8")
+    assert load_dataset(tmp_path / "r.csv", cache=False).test.nnz == 4
+    with pytest.raises(UserError, match="found a rating of -3 .*none below 0 for `graded`"):
+        load_dataset(tmp_path / "r.csv", rated=True, cache=False)
+    assert load_dataset(tmp_path / "r.csv", rated=True, threshold=0, cache=False).test_ratings.tolist() == [5, 5]

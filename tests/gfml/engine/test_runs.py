@@ -17,7 +17,7 @@ import torch
 
 from gfml.base import checkpoints, files
 from gfml.base.errors import UserError
-from gfml.base.runs import read_config, read_metrics, read_result, run_id, run_state
+from gfml.base.runs import read_config, read_metrics, read_result, require_run, run_id, run_state
 from gfml.base.settings import frozen
 from gfml.engine import runs
 from gfml.engine.runs import Run
@@ -148,9 +148,12 @@ def test_overwrite_without_an_earlier_run(tmp_path):
 
 
 def test_read_only(tmp_path):
-    with pytest.raises(UserError, match="there is no run at"):
+    with pytest.raises(UserError, match="there is no run at .*, or train it first"):
         open_run(tmp_path, read_only=True)
     with open_run(tmp_path) as writer:
+        # What --out names holds runs and is none.
+        with pytest.raises(UserError, match=f"there is no run at .* one of the 1 inside, such as {writer.path}$"):
+            require_run(tmp_path)
         writer.save_best({"epoch": 3})
         reader = open_run(tmp_path, read_only=True)
         assert reader.load_best() == {"epoch": 3}

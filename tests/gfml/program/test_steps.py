@@ -34,14 +34,17 @@ def test_cut_offs_join_the_lists_and_the_metric_that_selects() -> None:
 def test_what_cannot_be_judged_is_one_line() -> None:
     data = generate(30, 20, 200, seed=0)
     nothing = csr_from_pairs([], [], 30, 20)
-    program.check_judgeable(data, (5,), "test")
-    for ks, select_on, case, word in (
-        ((21,), "test", data, "--topks"),
-        ((5,), "val", data, "--val-ratio"),
-        ((5,), "test", replace(data, test=nothing), "--split"),
+    program.check_judgeable(data, (5, 20), "ndcg@20", "test")
+    program.check_judgeable(data, (5,), "loss", "test")
+    for ks, metric, select_on, case, word in (
+        ((10, 21, 50), "ndcg@10", "test", data, "give --topks 10 20$"),
+        ((10,), "recall@50", "test", data, "give --select-metric recall@20$"),
+        ((21,), "recall@50", "test", data, "length of 50, .*the 20 items .*give --topks 20 --select-metric recall@20$"),
+        ((5,), "ndcg@5", "val", data, "--split global, a --val-ratio above 0"),
+        ((5,), "ndcg@5", "test", replace(data, test=nothing), "--split global"),
     ):
         with pytest.raises(UserError, match=word):
-            program.check_judgeable(case, ks, select_on)
+            program.check_judgeable(case, ks, metric, select_on)
 
 
 def test_step_of_the_flags() -> None:

@@ -8,7 +8,7 @@ import torch
 from gfml import losses
 from gfml.data.interactions import csr_from_pairs
 from gfml.ranking.encoders import LightGCN
-from gfml.ranking.graph import COMBINES, Graph, build_graph, propagate
+from gfml.ranking.graph import COMBINES, Graph, build_graph, propagate, propagate_rows
 
 LAYERS = (1, 2, 3, 4)
 
@@ -143,6 +143,13 @@ def test_chosen_rows_equal_the_full_output(close, rows, k, combine, dropped):
     close(output.detach(), expected.detach())
     for value in (output, expected):
         (weights * value).sum().backward()
+    close(some.grad, full.grad, grad=True)
+    final, start = propagate_rows(graph, some, k, rows, combine=combine, values=values)
+    close(final.detach(), expected.detach())
+    assert torch.equal(start, some[rows])
+    some.grad = None
+    (weights * (final + start.square())).sum().backward()
+    (weights * full[rows].square()).sum().backward()
     close(some.grad, full.grad, grad=True)
 
 

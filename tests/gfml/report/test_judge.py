@@ -81,6 +81,14 @@ def test_errors(change, message, tmp_path):
         main([str(STORED / "lists.tsv"), *WHERE, *change])
 
 
+def test_ratings_below_zero_are_no_gains(tmp_path):
+    lines = (STORED / "truth.tsv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "t.tsv").write_text("\n".join([*lines[:-1], lines[-1].rpartition("\t")[0] + "\t-2"]), encoding="utf-8")
+    flags = [str(STORED / "lists.tsv"), *WHERE, "--test", str(tmp_path / "t.tsv")]
+    with pytest.raises(UserError, match="found a rating of -2 .*wanted none below 0"):
+        main([*flags, "--graded", "linear"])
+
+
 def test_lists_of_other_data(tmp_path):
     (tmp_path / "l.csv").write_text("user,item,score\n999,1,2\n", encoding="utf-8")
     with pytest.raises(UserError, match="no user of the lists is in the truth"):
