@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # What is printed of a finished run, and where it is kept.
-IS_DONE, TEXT = "{} is done; this is its result (--overwrite trains anew)", "result.txt"
+IS_DONE, TEXT = "{} is done; this is its result (--eval-only judges it anew, --overwrite trains anew)", "result.txt"
 
 
 @dataclass(frozen=True)

@@ -471,7 +471,7 @@ def test_every_model_learns(model, run):
 def test_every_mirror_mode_trains_every_model_about_as_well(model, run):
     """Finite everywhere, and the ranking on planted groups stays within reach of ordinary training's.
 
-    Means of three seeds: 160 validation pairs give one seed a spread of a third.
+    Means of three seeds: 160 validation pairs give one seed a spread of a third, and so the mean one of a fifth.
     """
     words = ["-m", model, "--epochs", 12, "--baselines", "none", "--report", 0]
     found = {}
@@ -482,4 +482,4 @@ def test_every_mirror_mode_trains_every_model_about_as_well(model, run):
             assert code == 0 and all(np.isfinite(row["train/loss"]) for row in rows_of(path))
             values.append(result_of(path)["val"]["recall@10"])
         found[mode] = np.mean(values)
-    assert min(found.values()) > 0.75 * found["off"], found
+    assert min(found.values()) > 0.6 * found["off"], found
