@@ -10,7 +10,7 @@ versions, every turn, and nothing from elsewhere; --only measures rows whose nam
 of the file. A floor, timed in our turns, is what nobody can leave out: the product of the tables for lists, one step of the
 optimizer over all trained numbers for every batch, with the linear maps of a multimodal model that maps all items, the linear
 maps of attention. A peer that cannot be installed or fails has a row with the reason as it was printed. --table writes the rows
-of a file between the markers of a Markdown page. All rows take about 25 minutes of one quiet processor.
+of a file between the markers of a Markdown page. All rows take about 45 minutes of one quiet processor.
 """
 
 from __future__ import annotations
