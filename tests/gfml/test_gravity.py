@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 
@@ -442,13 +443,15 @@ before = peak()
 for kind, options, scorer in scorers(user, item):
     assert scorer.score(torch.arange(num_users)).shape == (num_users, num_items)
     print(kind, *options.values(), round(peak() - before, 1))
-sys.exit(peak() - before >= 256)
+sys.exit(peak() - before >= 160)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read in KiB, as Linux reports it")
-def test_scoring_a_large_catalogue_stays_below_256_mb():
-    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120)
+def test_scoring_a_large_catalogue_stays_below_160_mb():
+    # Large blocks go back at once: what glibc keeps for later is no part of what scoring needs, and differs by 80 MB.
+    steady = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    result = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, env=steady)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
