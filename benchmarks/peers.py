@@ -301,19 +301,8 @@ def prepare(side: str, work: str, path: str, data_root: str) -> tuple[Callable[[
         if side == "peer":
             return mmrec_work(name, data_root)
         model, behaviour = name.split()[0], "published" if name.startswith(AS_PUBLISHED) else "fixed"
-        flags = (
-            "--model",
-            model,
-            "--dataset",
-            "baby",
-            "--not_mg",
-            "--features",
-            "random",
-            "--behaviour",
-            behaviour,
-            *root,
-        )
-        return program_work("mirror_grad", *flags, validation="validation" in name, most=first_batches(name))
+        flags = f"--model {model} --dataset baby --not_mg --features random --behaviour {behaviour}".split()
+        return program_work("mirror_grad", *flags, *root, validation="validation" in name, most=first_batches(name))
     if any(row.work == name for rows in FRAMEWORKS.values() for row in rows):
         if side == "peer":
             recbole_work(name, matrix(path)[:200])[0]()

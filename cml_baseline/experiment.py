@@ -92,9 +92,7 @@ class CML(Recommender):
 
     def fused_or_reason(self, model: MetricLearner) -> FusedHinge | str:
         """The loss with gradients by formula, or why autograd makes them."""
-        if self.settings.compile or self.world.size > 1:
-            return "--compile" if self.settings.compile else "several processes"
-        reason = why_no_fused_hinge(model.encoder, model.options, model.features)
+        reason = self.why_autograd or why_no_fused_hinge(model.encoder, model.options, model.features)
         return reason or FusedHinge(model.encoder, model.options)
 
     def _optimizer(self, model: MetricLearner) -> torch.optim.Optimizer | Optimizers:

@@ -107,9 +107,9 @@ class MirrorGrad(Recommender):
 
     def loss_by_formula(self, model: nn.Module) -> FusedPairLoss | str:
         """A model's loss with gradients by formula, or why autograd makes them."""
-        if self.settings.compile or self.world.size > 1:
-            return "--compile" if self.settings.compile else "several processes"
-        return model.loss_by_formula() if hasattr(model, "loss_by_formula") else "a model of several parts"
+        if not hasattr(model, "loss_by_formula"):
+            return "a model of several parts"
+        return self.why_autograd or model.loss_by_formula()
 
     def batches(self, model: nn.Module) -> Callable[[int], TripleBatches]:
         """batches(epoch): every train pair once, shuffled, each with one negative among the items of train.

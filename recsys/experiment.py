@@ -164,10 +164,7 @@ class Recsys(Recommender):
         """The loss with gradients by formula, or why autograd makes them."""
         if self.settings.kernel == "autograd":
             return "--kernel autograd"
-        if self.settings.compile or self.world.size > 1:
-            found: FusedPairLoss | FusedHinge | str = "--compile" if self.settings.compile else "several processes"
-        else:
-            found = model.fused_loss(on_device=self.settings.kernel == "fused")
+        found = self.why_autograd or model.fused_loss(on_device=self.settings.kernel == "fused")
         if self.settings.kernel == "fused" and isinstance(found, str):
             raise UserError(
                 f"found --kernel fused, wanted a loss with gradients by formula ({found}): give --kernel auto"

@@ -109,6 +109,11 @@ class Recommender(Experiment):
         return shared_loss(loss, self.world, reduction=reduction)
 
     @property
+    def why_autograd(self) -> str | None:
+        """What keeps gradients from being taken by formula (:mod:`gfml.fused`), whatever the loss; None: nothing."""
+        return "--compile" if self.settings.compile else "several processes" if self.world.size > 1 else None
+
+    @property
     def constant_batches(self) -> bool:
         """Whether batches are filled up to one shape by rows without weight: where steps may be recorded and the loss is a
         sum over rows. On the CPU that would cost time for nothing."""
