@@ -133,7 +133,17 @@ def file_of(model: str, net: torch.nn.Module, num_users: int) -> dict[str, torch
 @pytest.mark.parametrize("model", sorted(NAMES))
 def test_every_model_comes_back_from_such_a_file(model: str, tmp_path: Path) -> None:
     """Written under the original's names by any way of saving, it scores as it did; what the file does not tell is said."""
-    small = ["--model", model, "--dataset", str(HERE / "ckpt_toy"), "--topks", "5", "--no-cache", "--embedding-dim", "6"]
+    small = [
+        "--model",
+        model,
+        "--dataset",
+        str(HERE / "ckpt_toy"),
+        "--topks",
+        "5",
+        "--no-cache",
+        "--embedding-dim",
+        "6",
+    ]
     asked = parse(small)
     grids = {name: asked.__dataclass_fields__[name].metadata["setting"].grid for name in foreign.ASSUMED.get(model, ())}
     first = [word for name, grid in grids.items() if grid for word in (f"--{name.replace('_', '-')}", str(grid[0]))]
@@ -176,7 +186,9 @@ def test_an_incomplete_file_is_one_line(tmp_path: Path) -> None:
         main(arguments("MMGCN", tmp_path / "w.pth"))
 
 
-def test_the_command_of_the_guide_word_for_word(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
+def test_the_command_of_the_guide_word_for_word(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
     """The usual list lengths are longer than the small catalogue: those that fit are judged, those asked for are refused."""
     monkeypatch.chdir(tmp_path)
     words = ["--model", "VBPR", "--dataset", str(HERE / "ckpt_toy"), "--resume", str(folder_of("VBPR") / "weights.pth")]
