@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -50,7 +50,7 @@ def ground_of(truth: PairTable, train: PairTable, lists: Sequence[ListTable]) ->
         f"train: {key}": n for key, n in train.notes.items()
     }
     return Ground(
-        _matrix(truth, users, items), _matrix(train, users, items), users, items, truth.rated,
+        _matrix(truth, users, items), _matrix(replace(train, ratings=np.ones(len(train.users))), users, items), users, items, truth.rated,
         np.argsort(np.argsort(appeared)), notes,
     )  # fmt: skip
 
