@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gfml.program.foreign import Source, renamed
+from gfml.program.foreign import Source, matching, renamed, require
 
 State = dict[str, Tensor]
 PIPELINES = {
@@ -25,7 +25,9 @@ PIPELINES = {
 
 def contextual(state: Mapping[str, Tensor]) -> State:
     """Backbone and head of either pipeline; the training-only bottleneck is in no file."""
-    return renamed(state, PIPELINES["256" if "remap.weight" in state else "224"])
+    ours = renamed(state, PIPELINES["256" if "remap.weight" in state else "224"])
+    require(ours, "head.weight", "head.bias")
+    return ours
 
 
 def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
@@ -47,4 +49,4 @@ def program(state: Mapping[str, Tensor]) -> str:
     return "contextual.main" if "remap.weight" in state else "contextual.train"
 
 
-SOURCES = {"contextual": Source(contextual, program=program, flags=flags)}
+SOURCES = {"contextual": Source(contextual, program=program, flags=flags, unread=matching(r"model\.fc\..+"))}

@@ -342,4 +342,9 @@ def flags(state: Mapping[str, Tensor], path: str) -> list[str]:
     return [f"--model={recognise(state)[0]}", f"--resume={path}", "--published-protocol"]
 
 
-SOURCES = {"mirror-gradient": Source(published, program=lambda _: "mirror_grad.main", flags=flags)}
+def unread(state: Mapping[str, Tensor]) -> list[str]:
+    """What no score of ours reads."""
+    return [name for name, ours in (_renamed_all(state, NAMES[recognise(state)[0]]) or {}).items() if ours == DROP]
+
+
+SOURCES = {"mirror-gradient": Source(published, program=lambda _: "mirror_grad.main", flags=flags, unread=unread)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gfml.base.errors import UserError
-from gfml.program.foreign import Source, renamed
+from gfml.program.foreign import Source, matching, renamed, require
 
 State = dict[str, Tensor]
 NAMES = {
@@ -39,6 +39,7 @@ def vit_cifar(state: Mapping[str, Tensor]) -> State:
     """
     own = {name.removeprefix("model."): value for name, value in state.items() if not name.startswith("criterion.")}
     found = renamed(own, NAMES)
+    require(own, "pos_emb", "emb.weight", "enc.0.mlp.0.bias")
     joined: State = {}
     for name, value in found.items():
         match = re.fullmatch(r"(blocks\.\d+\.attention\.)([qkv])\.(weight|bias)", name)
@@ -75,4 +76,11 @@ def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
     return found if with_token else [*found, "--off-cls-token"]
 
 
-SOURCES = {"vit-cifar": Source(vit_cifar, program=lambda _: "vision.main", flags=flags)}
+SOURCES = {
+    "vit-cifar": Source(
+        vit_cifar,
+        program=lambda _: "vision.main",
+        flags=flags,
+        unread=matching(r"(.+\.)?mass_q\.weight|model\.mass_k\.weight|criterion\..+"),
+    )
+}

@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     users = next((len(value) for name, value in theirs.items() if "user" in name and value.ndim == 2), 0)
     write_weights(out, ours, {"from": options.source, "users": str(users)})
     print(f"{len(ours)} tensors of {options.source} under our names  {out}")
+    if unread := source.unread(theirs):
+        print(f"{len(unread)} tensors of the file are read by nothing here and left out: {', '.join(unread[:5])}")
     if not has_dataset(argv):
         print(f"judge them: gfml import {options.file} --from {options.source} --dataset NAME"
               + (f", with flags of {program.replace('.', '/')}.py" if program else ""))  # fmt: skip

@@ -188,6 +188,20 @@ def test_vit_cifar_is_judged(tmp_path, capsys):
     assert f"{right.mean():.4f}" in said.splitlines()[-1]
 
 
+def test_what_is_left_out_is_said(tables, tmp_path, capsys):
+    other = {"user_embeddings.weight": tables["embedding_user.weight"], "item_embeddings.weight": tables["embedding_item.weight"],
+             "feat_extract_model.0.weight": torch.zeros(2, 2)}  # fmt: skip
+    torch.save(other, tmp_path / "cml.pth.tar")
+    assert main([str(tmp_path / "cml.pth.tar"), "--from", "gfml", "--out", str(tmp_path / "o.safetensors")]) == 0
+    assert (
+        "1 tensors of the file are read by nothing here and left out: feat_extract_model.0.weight"
+        in capsys.readouterr().out
+    )
+    assert sources()["vit-cifar"].unread(vit_state() | {"model.enc.0.msa.mass_q.weight": torch.zeros(5, 1)}) == [
+        "model.enc.0.msa.mass_q.weight"
+    ]
+
+
 def test_hlrm_is_judged(data, tmp_path, capsys):
     """By the port's relation, in float64 from its own names: hits of the five nearest items that a user has not."""
     torch.manual_seed(2)
@@ -324,6 +338,12 @@ def small_resnet(factor: int):
         ({"a.weight": torch.zeros(2, 2)}, "mirror-gradient", "names of none of"),
         ({"embedding_user.weight": torch.zeros(3, 2), "embedding_item.weight": torch.zeros(3, 2), "mass.weight": torch.zeros(3, 1)},
          "gfml", "whose they are is unclear"),
+        ({"user_emb.weight": torch.zeros(3, 2), "item_emb.weight": torch.zeros(4, 2), "userattn.val_.weight": torch.zeros(2, 2)},
+         "hlrm", r"lacks userattn\.key_\.weight"),
+        ({"user_emb.weight": torch.zeros(3, 2), "item_emb.weight": torch.zeros(4, 2), "userattn.other": torch.zeros(2, 2)},
+         "hlrm", "has userattn.other, which is no name"),
+        ({"backbone.conv1.weight": torch.zeros(2, 2), "remap.weight": torch.zeros(2, 2)}, "contextual", r"lacks head\.bias"),
+        ({"model.fc.0.bias": torch.zeros(2)}, "vit-cifar", "lacks pos_emb"),
     ],
 )  # fmt: skip
 def test_errors_leave_nothing(state, source, message, tmp_path, monkeypatch):
