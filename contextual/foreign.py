@@ -25,8 +25,9 @@ PIPELINES = {
 
 def contextual(state: Mapping[str, Tensor]) -> State:
     """Backbone and head of either pipeline; the training-only bottleneck is in no file."""
-    ours = renamed(state, PIPELINES["256" if "remap.weight" in state else "224"])
-    require(ours, "head.weight", "head.bias")
+    pipeline, head = ("256", "remap") if "remap.weight" in state else ("224", "model.embedding")
+    ours = renamed(state, PIPELINES[pipeline])
+    require(state, f"{head}.weight", f"{head}.bias")
     return ours
 
 

@@ -342,7 +342,7 @@ def small_resnet(factor: int):
          "hlrm", r"lacks userattn\.key_\.weight"),
         ({"user_emb.weight": torch.zeros(3, 2), "item_emb.weight": torch.zeros(4, 2), "userattn.other": torch.zeros(2, 2)},
          "hlrm", "has userattn.other, which is no name"),
-        ({"backbone.conv1.weight": torch.zeros(2, 2), "remap.weight": torch.zeros(2, 2)}, "contextual", r"lacks head\.bias"),
+        ({"backbone.conv1.weight": torch.zeros(2, 2), "remap.weight": torch.zeros(2, 2)}, "contextual", r"lacks remap\.bias"),
         ({"model.fc.0.bias": torch.zeros(2)}, "vit-cifar", "lacks pos_emb"),
     ],
 )  # fmt: skip
