@@ -50,4 +50,8 @@ def program(state: Mapping[str, Tensor]) -> str:
     return "contextual.main" if "remap.weight" in state else "contextual.train"
 
 
-SOURCES = {"contextual": Source(contextual, program=program, flags=flags, unread=matching(r"model\.fc\..+"))}
+SOURCES = {
+    "contextual": Source(
+        contextual, program=program, flags=flags, assumed=("pooling", "layer_norm"), unread=matching(r"model\.fc\..+")
+    )
+}

@@ -58,7 +58,7 @@ def vit_cifar(state: Mapping[str, Tensor]) -> State:
 def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
     """Sizes from the shapes, and the layers that have masses.
 
-    The published program's masses never reach its logits and its split heads are in another order, so a file with masses is
+    The original divides logits by the root of the full width. The published program's masses never reach its logits and its split heads are in another order, so a file with masses is
     judged so unless the flags say otherwise.
     """
     ours = vit_cifar(state)
@@ -68,7 +68,8 @@ def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
     with_token = "class_token" in ours
     patch, side = math.isqrt(tokens - with_token), math.isqrt(ours["embed.weight"].shape[1] // 3)
     found = [f"--patch={patch}", f"--image-size={patch * side}", f"--hidden={width}", f"--num-layers={layers}",
-             f"--mlp-hidden={len(ours['blocks.0.mlp.0.bias'])}", f"--model-name={'vit_gra' if massed else 'vit'}"]  # fmt: skip
+             f"--mlp-hidden={len(ours['blocks.0.mlp.0.bias'])}", f"--model-name={'vit_gra' if massed else 'vit'}",
+             "--dot-scale=sqrt_hidden"]  # fmt: skip
     if massed:
         shared = any(name.removeprefix("model.").startswith("mass_k.") for name in state)
         place = {(0,): "head", (layers - 1,): "tail"}.get(tuple(massed), "full_fix" if shared else "full")
@@ -81,6 +82,7 @@ SOURCES = {
         vit_cifar,
         program=lambda _: "vision.main",
         flags=flags,
+        assumed=("head",),
         unread=matching(r"(.+\.)?mass_q\.weight|model\.mass_k\.weight|criterion\..+"),
     )
 }

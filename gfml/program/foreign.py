@@ -23,13 +23,15 @@ class Source:
 
     convert: from its names to ours. score: how it ranks tables of users and items, "" where a file is no such tables.
     program: the module that judges other files, "" for tables. flags: what the file says of its flags, from its own tensors
-    and its path; flags of the user follow and win. unread: the names of the file that nothing here reads.
+    and its path; flags of the user follow and win. assumed: settings that change figures and that no file
+    tells. unread: the names of the file that nothing here reads.
     """
 
     convert: Callable[[Mapping[str, Tensor]], State]
     score: str = ""
     program: Callable[[Mapping[str, Tensor]], str] = lambda _: ""
     flags: Callable[[Mapping[str, Tensor], str], Sequence[str]] = lambda *_: ()
+    assumed: Sequence[str] = ()
     unread: Callable[[Mapping[str, Tensor]], Sequence[str]] = lambda _: ()
 
 

@@ -43,12 +43,15 @@ def test_every_source_is_found():
     assert set(sources()) == {"contextual", "gfml", "hlrm", "lightgcn", "mcl", "mirror-gradient", "vit-cifar"}
 
 
-@pytest.mark.parametrize("layers", [0, 3])
-def test_lightgcn_is_judged_as_its_program_ranks(layers, data, tables, tmp_path, capsys):
-    torch.save(tables, tmp_path / "lgn-demo.pth.tar", _use_new_zipfile_serialization=False)
+@pytest.mark.parametrize(
+    ("name", "layers"), [("mf.pth.tar", 0), ("mf.pth.tar", 3), ("lgn-demo-3-8.pth.tar", 3), ("lgn-demo-2-8.pth.tar", 0)]
+)
+def test_lightgcn_is_judged_as_its_program_ranks(name, layers, data, tables, tmp_path, capsys):
+    torch.save(tables, tmp_path / name, _use_new_zipfile_serialization=False)
     out = tmp_path / "w.safetensors"
-    words = ["--from", "lightgcn", "--out", str(out), "--layers", str(layers), "--metrics-as", "lightgcn"]
-    assert main([str(tmp_path / "lgn-demo.pth.tar"), *words, *DEMO]) == 0
+    words = ["--from", "lightgcn", "--out", str(out), "--metrics-as", "lightgcn"]
+    words += [] if f"-{layers}-" in name else ["--layers", str(layers)]
+    assert main([str(tmp_path / name), *words, *DEMO]) == 0
     found = figures(capsys.readouterr().out)
     nodes = torch.cat(list(tables.values()))
     assert torch.equal(read_weights(out)["encoder.nodes"], nodes)
@@ -179,6 +182,7 @@ def test_vit_cifar_is_judged(tmp_path, capsys):
     assert main([str(tmp_path / "w.pth"), *words]) == 0
     said = capsys.readouterr().out
     assert "--mass-pos=head --mass-from=none" in said and "weights of" in said
+    assert "--dot-scale=sqrt_hidden" in said and "assumed" not in said  # --head was given
     kind = PROGRAM.load_experiment()
     settings = PROGRAM.parse(said.split("judged by vision/main.py ")[1].split("\n")[0].split())
     this = kind(settings, kind.load(settings))
