@@ -170,14 +170,11 @@ def _picture(files: FilePictures, row: int) -> Any:
 
 
 def _load_weights(model: Any, backbone: str, weights: Path) -> None:
-    import torch
+    from gfml.base.weights import read_weights
 
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {weights}: check --image-weights") from None
-    except Exception as error:  # whatever torch raises for damaged files and for names or shapes of another network
+        model.load_state_dict(read_weights(weights))
+    except RuntimeError as error:  # names or shapes of another network
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{weights} holds no weights of {backbone} ({reason}): check --image-weights and --image-encoder"

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import tomllib
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -55,11 +56,34 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``result.json``; UserError when the run has none."""
-    found = read_json(Path(path) / "result.json")
+    file = Path(path) / "result.json"
+    found = read_json(file)
     if found is None:
         raise UserError(f"the run {path} has no result ({run_state(path)}): finish it with `resume {path}`")
-    if not isinstance(found, dict) or "selection" not in found:
-        raise UserError(f"{Path(path) / 'result.json'} is no result of a run: delete it and finish the run again")
+    done = file.with_name("done")
+    told = done.read_text(encoding="utf-8", errors="replace").split()[1:] if done.exists() else []
+    if "selection" not in found or told not in ([], checksum(file)):
+        raise UserError(f"{file} is no result of a run, or damaged: delete it and finish the run again")
+    return found
+
+
+def checksum(file: Path) -> list[str]:
+    """What ``done`` says of ``result.json`` behind the time, as words: one flipped bit would only change a figure."""
+    return ["crc32", f"{zlib.crc32(file.read_bytes()):08x}"]
+
+
+def trials_sum(content: Mapping[str, Any]) -> str:
+    """The checksum that ``trials.json`` of a sweep holds of its other content."""
+    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
+
+
+def read_trials(folder: Path) -> dict[str, Any] | None:
+    """The content of a sweep's ``trials.json``, None without one; UserError for a damaged one."""
+    found = read_json(folder / "trials.json", "trials")
+    if found is not None and found.pop("crc32", None) not in (None, trials_sum(found)):
+        raise UserError(
+            f"{folder / 'trials.json'} does not have its checksum: delete it and run the sweep again without --resume"
+        )
     return found
 
 
@@ -105,10 +129,13 @@ def _stored_config(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path / 'config.toml'} ({error}): restore it or give `overwrite`") from None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file, None without one; UserError for a damaged one."""
+def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
+    """The object in a JSON file, None without one; UserError for a damaged one, or one without these keys."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or (missing := [key for key in keys if key not in found]):
+            raise ValueError(f"no {missing[0]}" if isinstance(found, dict) else "no object")
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -170,5 +197,5 @@ def train_anew(run: Path) -> str:
 
 def cpu_seconds(path: Path) -> float:
     """User and system seconds of all sessions of a run that ended by themselves."""
-    facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    facts = read_json(path / "run.json") or {}
     return sum(session.get("cpu_seconds", 0.0) for session in facts.get("sessions", []))

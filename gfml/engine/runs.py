@@ -36,6 +36,7 @@ from gfml.base.files import atomic_open, os_errors, remove_leftovers, try_lock, 
 from gfml.base.runs import (
     State,
     checked_name,
+    checksum,
     goes_beyond,
     is_done,
     read_json,
@@ -233,7 +234,7 @@ class Run:
             raise ValueError(f"a result must say how its epoch was selected; found only {sorted(result)}")
         write_json(self.path / "result.json", result)
         with atomic_open(self.path / "done") as stream:
-            stream.write(_now() + "\n")
+            stream.write(" ".join([_now(), *checksum(self.path / "result.json")]) + "\n")
 
     def _writable(self) -> None:
         if self._lock is None:

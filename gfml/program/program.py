@@ -111,7 +111,10 @@ class Program:
         if path is None or not (path / TEXT).is_file():
             return None
         read_result(path)  # refuses a damaged one
-        text = (path / TEXT).read_text(encoding="utf-8").removesuffix("\n")
+        try:
+            text = (path / TEXT).read_text(encoding="utf-8").removesuffix("\n")
+        except (OSError, ValueError):
+            return None  # it is made again from the result
         return "\n".join([IS_DONE.format(path), text, places(path)])
 
 

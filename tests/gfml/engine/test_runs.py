@@ -339,6 +339,21 @@ def test_one_flipped_bit_in_a_checkpoint_is_told(tmp_path):
         assert torch.equal(run.load_checkpoint()["weights"], weights)
 
 
+def test_one_flipped_bit_in_a_result_is_told(tmp_path):
+    """It would only change a figure; the advice finishes the run again."""
+    path = finished(tmp_path)
+    file, found = path / "result.json", read_result(path)
+    flipped(file, file.read_bytes().index(b"0.") + 2)
+    assert "selection" in json.loads(file.read_text()) and json.loads(file.read_text()) != found
+    with pytest.raises(UserError, match="result.json is no result of a run, or damaged: delete it and finish") as error:
+        read_result(path)
+    one_line(error)
+    file.unlink()
+    assert run_state(path) == "incomplete" and read_result(finished(tmp_path)) == found
+    (path / "done").write_text("2026-01-01T00:00:00+00:00\n")  # as before results had checksums
+    assert read_result(path) == found
+
+
 def test_advice_about_damaged_files_names_what_helps(tmp_path):
     """last.pt may be deleted; of others the run's own flags are given again, in its place."""
     path = finished(tmp_path)
