@@ -60,16 +60,21 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = read_json(file)
     if found is None:
         raise UserError(f"the run {path} has no result ({run_state(path)}): finish it with `resume {path}`")
-    done = file.with_name("done")
-    told = done.read_text(encoding="utf-8", errors="replace").split()[1:] if done.exists() else []
-    if "selection" not in found or told not in ([], checksum(file)):
+    if "selection" not in found or told_checksums(file.parent)[:1] not in ([], checksums(file.parent)[:1]):
         raise UserError(f"{file} is no result of a run, or damaged: delete it and finish the run again")
     return found
 
 
-def checksum(file: Path) -> list[str]:
-    """What ``done`` says of ``result.json`` behind the time, as words: one flipped bit would only change a figure."""
-    return ["crc32", f"{zlib.crc32(file.read_bytes()):08x}"]
+def checksums(path: Path) -> list[str]:
+    """Of ``result.json`` and of its text, where one flipped bit would only change a figure."""
+    files = [path / name for name in ("result.json", "result.txt")]
+    return [f"{zlib.crc32(file.read_bytes()):08x}" for file in files if file.exists()]
+
+
+def told_checksums(path: Path) -> list[str]:
+    """What ``done`` says they are, behind the time and a word; nothing in runs from before it did."""
+    done = path / "done"
+    return done.read_text(encoding="utf-8", errors="replace").split()[2:] if done.exists() else []
 
 
 def trials_sum(content: Mapping[str, Any]) -> str:
@@ -98,8 +103,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not all(isinstance(row["epoch"], int) for row in rows):
             raise ValueError("an epoch is no number")
     except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{file} is damaged: restore it, or {train_anew(Path(path))}") from None
+        raise damaged_log(file) from None
     return rows
+
+
+def damaged_log(file: Path) -> UserError:
+    """The error for what a run wrote down epoch by epoch."""
+    return UserError(f"{file} is damaged: restore it, or {train_anew(file.parent)}")
 
 
 def require_run(path: Path) -> None:
