@@ -26,7 +26,7 @@ from gfml.mirror import MirrorGradient
 from gfml.program.experiment import Judged, Training
 from gfml.program.foreign import load_named
 from gfml.program.recommender import Recommender
-from gfml.program.steps import check_judgeable
+from gfml.program.steps import check_judgeable, usual_lengths
 from gfml.program.sweep import keep_grid
 from gfml.ranking.evaluation import Evaluation
 from gfml.ranking.sampling import TripleBatches, TripleSampler
@@ -266,8 +266,11 @@ def arm_factor(options: Any) -> float:
 
 def judge_weights(settings: Any, world: World) -> str:
     """The test figures of stored weights. Nothing is trained or written."""
-    this = MirrorGrad(settings, MirrorGrad.load(settings), world)
-    model, notes = weights_model(this, Path(settings.weights))
+    data = load(settings, needs_features=MODELS[settings.model].needs_features)
+    model, notes = weights_model(MirrorGrad(settings, data, world), Path(settings.weights))
+    settings = replace(settings, topks=usual_lengths(settings, data.interactions), select_metric="")
+    check_judgeable(data.interactions, settings.topks, "", "test")
+    this = MirrorGrad(settings, data, world)
     for note in notes:
         print(f"note: {settings.weights}: {note}", file=sys.stderr)
     rows = {settings.model: this.evaluation(model, "test", beyond=True).means}
@@ -292,6 +295,8 @@ def weights_model(this: MirrorGrad, path: Path) -> tuple[nn.Module, list[str]]:
     found = foreign.recognise(state)
     if found and name not in found:
         raise foreign.other_model(name, found, path)
+    if not found or any(theirs not in state for theirs, *_ in foreign.WIDTHS[name]):
+        foreign.check_whole(name, state, path)
     if found:
         options = argparse.Namespace(**vars(this.settings), settings=this.settings.settings)
         notes = foreign.adapt(options, state)
@@ -300,6 +305,7 @@ def weights_model(this: MirrorGrad, path: Path) -> tuple[nn.Module, list[str]]:
         this = type(this)(replace(this.settings, **changes | own), this.data, this.world)
     model = type(this)(this.settings, this.data).build()
     if found:
+        foreign.check_whole(name, state, path, model.state_dict().keys())
         state = foreign.rename(name, state)
         if this.settings.behaviour == "published":
             notes += foreign.complete(model, name, state, this.data, this.settings.seed, dim)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,7 +55,8 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     },
     "MGCN": {
         **_NODES,
-        r"query_common\.(\d)\.(weight|bias)": r"fusion.query.\1.\2",
+        r"query_common\.(0|2)\.(weight)": r"fusion.query.\1.\2",
+        r"query_common\.(0)\.(bias)": r"fusion.query.\1.\2",
         r"gate_([vt])\.0\.(weight|bias)": r"gate.\1.\2",
         r"gate_(image|text)_prefer\.0\.(weight|bias)": r"prefer.\1.\2",
     },
@@ -79,10 +81,10 @@ NAMES: Mapping[str, Mapping[str, str]] = {
         r"([vt])_gcn\.MLP\.(weight|bias)": r"features.\1.linear.\2",
     },
     "MMGCN": {
-        r"([vt])_gcn\.MLP\.(weight|bias)": r"branches.\1.project.\2",
-        r"([vt])_gcn\.conv_embed_(\d)\.weight": r"^branches.\1.message.#\2.weight",
-        r"([vt])_gcn\.linear_layer(\d)\.(weight|bias)": r"branches.\1.own.#\2.\3",
-        r"([vt])_gcn\.g_layer(\d)\.(weight|bias)": r"branches.\1.join.#\2.\3",
+        r"(v)_gcn\.MLP\.(weight|bias)": r"branches.\1.project.\2",
+        r"([vt])_gcn\.conv_embed_([123])\.weight": r"^branches.\1.message.#\2.weight",
+        r"([vt])_gcn\.linear_layer([123])\.(weight|bias)": r"branches.\1.own.#\2.\3",
+        r"([vt])_gcn\.g_layer([123])\.(weight|bias)": r"branches.\1.join.#\2.\3",
     },
     "MVGAE": {
         r"([vtc])_gcn\.MLP\.(weight|bias)": r"experts.\1.project.\2",
@@ -150,13 +152,45 @@ def rename(model: str, state: Mapping[str, Tensor]) -> State:
         if name == DROP:
             continue
         value = state[theirs].float()
-        name = re.sub(r"\.([vtc])\.", lambda found: f".{_SIDES[found[1]]}.", name + ".")[:-1]
-        name = re.sub(r"#(\d)", lambda found: str(int(found[1]) - 1), name)
         value = value.T.contiguous() if name.startswith("^") else value
-        ours[name.lstrip("^")] = value.squeeze(-1) if name in ("user_weight", "item_weight") else value
+        name = _spelled(name)
+        ours[name] = value.squeeze(-1) if name in ("user_weight", "item_weight") else value
     if USERS in ours:
         ours["tables.nodes"] = torch.cat([ours.pop(USERS), ours.pop(ITEMS)])
     return ours
+
+
+def _spelled(name: str) -> str:
+    """A name of ours with its marks resolved."""
+    name = re.sub(r"\.([vtc])\.", lambda found: f".{_SIDES[found[1]]}.", name + ".")[:-1]
+    return re.sub(r"#(\d)", lambda found: str(int(found[1]) - 1), name).lstrip("^")
+
+
+def _every_name(names: Mapping[str, str]) -> dict[str, str]:
+    """{ours: theirs} of all names that are not dropped: the patterns' alternatives, written out."""
+    found = {}
+    for pattern, ours in names.items():
+        parts = re.findall(r"\(\[(\w+)\]\)|\(([\w|]+)\)|([^()]+)", pattern.replace("\\", ""))
+        choices = [[*letters] or words.split("|") if letters or words else [text] for letters, words, text in parts]
+        for theirs in map("".join, product(*choices)) if ours != DROP else ():
+            found[_spelled(re.sub(pattern, ours, theirs))] = theirs
+    return found
+
+
+def check_whole(model: str, state: Mapping[str, Tensor], path: object, wanted: Collection[str] | None = None) -> None:
+    """UserError for a file that has most names of a model's original program, but not all, or others beside them.
+
+    wanted: our names that the file must have; None: what every file of the model has.
+    """
+    names = NAMES.get(model, {})
+    every = _every_name(names)
+    other = [name for name in state if not any(re.fullmatch(pattern, name) for pattern in names)]
+    if 2 * len(other) > len(state) or not (every.values() & state.keys()) - every.keys():
+        return  # another program's, or ours
+    needed = {theirs for ours, theirs in every.items() if wanted is None or ours.partition("/")[0] in wanted}
+    if (lacks := sorted(needed - state.keys())) or other:
+        found = f"lacks {', '.join(lacks[:3]) or 'nothing'} and has {', '.join(other[:3]) or 'nothing'} beyond them"
+        raise UserError(f"{path} has names of Mirror-Gradient's {model}, but {found}: give a whole file of that model")
 
 
 def adapt(options: Any, state: Mapping[str, Tensor]) -> list[str]:

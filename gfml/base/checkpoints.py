@@ -64,12 +64,13 @@ def broken_part(path: str | os.PathLike[str]) -> str | None:
 def damaged(path: str | os.PathLike[str], why: str) -> UserError:
     """The error for a checkpoint that cannot be used, with what helps for this file."""
     run = Path(path).parent
-    if Path(path).name == "last.pt":
+    own = (run / "config.toml").is_file()
+    if own and Path(path).name == "last.pt":
         advice = "delete it and run the same command again, which then trains from the start"
-    elif run.name.startswith("refit-"):
+    elif run.name.startswith("refit-") and (run.parent / "config.toml").is_file():
         advice = f"delete {run} and run the same command again"
-    elif (run / "config.toml").is_file():
+    elif own:
         advice = train_anew(run)
-    else:
+    else:  # somebody else's
         advice = "give another file"
     return UserError(f"cannot use the checkpoint {path} ({why}): {advice}")

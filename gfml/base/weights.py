@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from gfml.base.files import atomic_open
 
 # Where programs put the state inside what they save, outermost first.
 WRAPPERS = ("state", "model", "state_dict", "model_state_dict", "net", "module")
+# What torch.compile and DataParallel put before every name of the model they hold.
+_SHELLS = ("_orig_mod.", "module.", "_orig_mod.")
 _TENSORS = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
@@ -34,7 +37,8 @@ _TENSORS = {
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """{name: tensor} on the CPU. Of a tuple or list the first element that holds tensors counts.
+    """{name: tensor} on the CPU, without the prefixes of DataParallel and torch.compile. Of a tuple or list the first element
+    that holds tensors counts.
 
     Errors: UserError when there is no file, a damaged one, or nothing with named tensors in it.
     """
@@ -46,7 +50,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         if broken := broken_part(path):
             raise UserError(f"{path} is damaged: its part {broken} does not have its checksum; fetch or save it again")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about files that are none, which the error says
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception:  # classes, or a damaged file: the reader of shells tells which
@@ -56,6 +62,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise UserError(
             f"{path} holds no named tensors: give a file that torch.save wrote of a model or its state_dict()"
         )
+    for prefix in _SHELLS:
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): value for name, value in found.items()}
     return found
 
 
@@ -142,9 +151,9 @@ def _named(content: Any) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         return {}
     content = content["state"] if content.get("format") == FORMAT else content
+    inner = (_named(content[name]) for name in WRAPPERS if isinstance(content.get(name), (Mapping, _Shell)))
     own = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    inner = next((content[name] for name in WRAPPERS if isinstance(content.get(name), (Mapping, _Shell))), None)
-    return own or ({} if inner is None else _named(inner))
+    return next(filter(None, inner), own)
 
 
 def _of_module(shell: _Shell, prefix: str) -> list[tuple[str, Tensor]]:

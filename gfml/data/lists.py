@@ -7,7 +7,7 @@
     mmrec      one row a user: id, top_0, top_1, ... (MMRec's and Mirror-Gradient's saved recommendations)
     parquet    the columns of tsv
 
-A rank counts before a score. Ids stay text as written ("07" is not "7"). Nothing is dropped here without a note.
+A rank counts before a score; of a TREC run the trec convention reads the scores alone. Ids stay text as written ("07" is not "7"). Nothing is dropped here without a note.
 Truth and train are read by :func:`read_pairs`: the same tables, .inter files, TREC qrels, adjacency lists.
 """
 
@@ -44,6 +44,7 @@ class ListTable:
     """One row per recommended item, in the file's order.
 
     users, items: text ids. ranks, scores: float64 (NaN where a cell is empty), or None where there are none.
+    by_score: ranks are only an order of ours, as in a TREC run, whose programs read the scores alone.
     notes: what reading found and how it was treated, {"rows without a score left out": 3}.
     """
 
@@ -52,6 +53,7 @@ class ListTable:
     ranks: np.ndarray | None = None
     scores: np.ndarray | None = None
     notes: dict[str, int] = field(default_factory=dict)
+    by_score: bool = False
 
     def __len__(self) -> int:
         return len(self.users)
@@ -84,13 +86,20 @@ def read_lists(path: str | os.PathLike[str]) -> ListTable:
     names = [name.lower() for name in frame.columns] if header else []
     if len(names) > 1 and names[1] == "top_0":
         return _wide(frame)
-    if not header and frame.shape[1] == 6:
+    trec = not header and frame.shape[1] == 6
+    if trec:
         chosen = {"user": 0, "item": 2, "rank": 3, "score": 4}
     else:
         chosen = _columns(path, names, frame.shape[1], {"rank": RANK_NAMES, "score": SCORE_NAMES}, bare="score")
     column = {role: frame.iloc[:, place] for role, place in chosen.items()}
     ranks, scores = (_numbers(column[role], path, 1 + header) if role in column else None for role in ("rank", "score"))
-    return _noted(ListTable(_ids(column["user"], path), _ids(column["item"], path), ranks, scores))
+    table = ListTable(_ids(column["user"], path), _ids(column["item"], path), ranks, scores, by_score=trec)
+    table = replace(table, notes={} if trec else _unread(frame, header, chosen))
+    if not header and not trec and scores is not None:
+        counted = _counted(table)
+        table.notes.update({"rows of a third column that counts 1, 2, 3 for each user, taken for a score as there is no header "
+                            "(name it rank if it is one)": counted} if counted else {})  # fmt: skip
+    return _noted(table)
 
 
 def read_pairs(path: str | os.PathLike[str]) -> PairTable:
@@ -223,16 +232,29 @@ def _numbers(column: Any, path: Path, first_line: int) -> np.ndarray:
 
 def _noted(table: ListTable) -> ListTable:
     if table.ranks is not None:
-        missing = int(np.isnan(table.ranks).sum())
-        return replace(
-            table, notes={"rows without a rank, put behind the user's ranked ones": missing} if missing else {}
-        )
-    if table.scores is None:
-        return replace(table, notes={"rows without a rank or a score, ordered as in the file": len(table)})
-    if np.isnan(table.scores).any():
+        found = {"rows without a rank, put behind the user's ranked ones": int(np.isnan(table.ranks).sum())}
+    elif table.scores is None:
+        found = {"rows without a rank or a score, ordered as in the file": len(table)}
+    else:
         keep = ~np.isnan(table.scores)
-        return replace(table.take(keep), notes={"rows with an empty or NaN score, left out": int((~keep).sum())})
-    return table
+        table, found = table.take(keep), {"rows with an empty or NaN score, left out": int((~keep).sum())}
+    return replace(table, notes=table.notes | {key: n for key, n in found.items() if n})
+
+
+def _unread(frame: Any, header: bool, chosen: dict[str, int]) -> dict[str, int]:
+    """A note of the columns that no role has."""
+    rest = [str(name) if header else f"number {place + 1}" for place, name in enumerate(frame.columns)]
+    rest = [name for place, name in enumerate(rest) if place not in chosen.values()]
+    return {f"columns not read ({', '.join(rest[:5])})": len(rest)} if rest else {}
+
+
+def _counted(table: ListTable) -> int:
+    """How many rows there are if each user's scores are 1, 2, 3, ... in the file's order, else 0."""
+    _, user = np.unique(table.users, return_inverse=True)
+    order = np.argsort(user, kind="stable")
+    starts = np.flatnonzero(np.diff(user[order], prepend=-1))
+    place = np.arange(len(table)) - np.repeat(starts, np.diff(np.append(starts, len(table))))
+    return len(table) if len(starts) < len(table) and np.array_equal(table.scores[order], place + 1.0) else 0
 
 
 def ordered(table: ListTable) -> tuple[ListTable, np.ndarray]:
@@ -247,15 +269,22 @@ def ordered(table: ListTable) -> tuple[ListTable, np.ndarray]:
     rank = np.zeros(len(table)) if table.ranks is None else np.nan_to_num(table.ranks, nan=np.inf)
     order = np.lexsort((np.arange(len(table)), score, rank, user))
     same = np.diff(user[order]) == 0
-    notes = dict(table.notes)
+    rank, score = rank[order], score[order]
+    tied, found = same & (score[1:] == score[:-1]), {}
     if table.ranks is not None:
-        again = same & (np.diff(rank[order]) == 0) & np.isfinite(rank[order][1:])
-        if again.any():
-            notes["ranks that a user has twice, ordered by score, then as in the file"] = int(again.sum())
+        start = min(1.0, rank.min(initial=1.0)) - 1
+        before = np.append(start, np.where(same, rank[:-1], start))[: len(rank)]
+        found = {
+            "ranks that a user has twice, ordered by score, then as in the file": same
+            & (rank[1:] == rank[:-1])
+            & np.isfinite(rank[1:]),
+            "gaps in a user's ranks, closed up (rectools keeps them)": (rank > before + 1) & np.isfinite(rank),
+            "scores above that of the rank before, ordered by rank": same & (score[1:] < score[:-1]),
+        }
+        found |= {"tied scores, ordered by rank (trec: by item)": tied} if table.by_score else {}
     elif table.scores is not None:
-        tied = same & (np.diff(score[order]) == 0)
-        if tied.any():
-            notes["tied scores, ordered as in the file"] = int(tied.sum())
+        found = {"tied scores, ordered as in the file": tied}
+    notes = table.notes | {note: int(rows.sum()) for note, rows in found.items() if rows.any()}
     starts = np.flatnonzero(np.concatenate([[True], ~same])) if len(table) else np.empty(0, np.int64)
     lengths = np.diff(np.append(starts, len(table)))
     return replace(table.take(order), notes=notes), np.arange(len(table)) - np.repeat(starts, lengths)

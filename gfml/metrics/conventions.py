@@ -32,6 +32,7 @@ from gfml.base.errors import choice_error
 from gfml.metrics.beyond import exposure_counts, list_mean, mass_head
 from gfml.metrics.ranking import (
     average_precision,
+    find_hits,
     find_places,
     graded_ndcg,
     hit,
@@ -53,6 +54,8 @@ class Case:
 
     top: int64 [U, L], best first, -1 for no item. truth, train: CSR [U, I]; truth's data are ratings, or ones.
     scores: float64 [U, L] of the lists, where they have any. user_names, item_names: text [U], [I], where they have any.
+    again: int64 [U, L], what a list has once more, at its later places, where top has no item. given: int64 [U, L], the ranks
+    that the file itself gives the places.
     ranks: int64 [nnz], the rank of each truth item among the known candidates, where the model that made the lists is at hand.
     appeared: int64 [I], the place of each item in order of first appearance in train, then truth; None: by id.
     """
@@ -64,6 +67,9 @@ class Case:
     item_names: np.ndarray | None = None
     ranks: np.ndarray | None = None
     appeared: np.ndarray | None = None
+    again: np.ndarray | None = None
+    given: np.ndarray | None = None
+    repeats: bool = False
 
     @property
     def num_users(self) -> int:
@@ -76,7 +82,13 @@ class Case:
     @cached_property
     def places(self) -> np.ndarray:
         """Where each listed item is in ``truth.data``; -1 for a miss, int64 [U, L]."""
-        return find_places(self.top, self.truth)
+        return find_places(self.top, self.truth, repeats=self.repeats)
+
+    def as_listed(self) -> Case:
+        """The lists with what they have more than once, which then counts each time."""
+        if self.again is None:
+            return self
+        return replace(self, top=np.where(self.top < 0, self.again, self.top), again=None, repeats=True)
 
     @cached_property
     def hits(self) -> np.ndarray:
@@ -186,8 +198,11 @@ def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
     ndcg has the gain 2^(r + 1 - threshold) - 1 of the ratings, nDCGRendle2020 is binary. "map" is the mean of precision@n
     over n = 1..K and no average precision; "mar" the same of recall. gini is 1 - Gini: high is even. coverage counts
     items, entropy is in bits. Tail: items beyond the fewest most popular that hold 80 % of train. An item unknown to
-    train is most novel, and its popularity is undefined: ``arp`` is NaN for such a list, where Elliot itself stops.
+    train is most novel, and its popularity is undefined: ``arp`` is NaN for such a list, where Elliot itself stops. An item
+    that a list has twice counts twice, so that recall may pass 1, but once in the tail.
     """
+    once = case.top
+    case = case.as_listed()
     judged = (case.num_relevant > 0) & case.listed  # whose lists count, whatever their ratings
     case = case.with_truth(case.truth.data >= threshold)
     users = (case.num_relevant > 0) & case.listed
@@ -209,7 +224,7 @@ def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
         values[f"mar@{k}"] = running.mean(axis=1) / np.maximum(case.num_relevant, 1)
         top = case.top[:, :k]
         taken = np.maximum(1, (top >= 0).sum(axis=1))
-        in_tail = ((top >= 0) & tail[top]).sum(axis=1)
+        in_tail = ((once[:, :k] >= 0) & tail[top]).sum(axis=1)
         lists |= {f"aclt@{k}": in_tail.astype(float), f"aplt@{k}": in_tail / taken,
                   f"arp@{k}": np.where(top >= 0, unknown[top], 0).sum(axis=1) / taken}  # fmt: skip
         values |= {f"{name}@{k}": _discounted_hits(case, table, k) for name, table in novelty.items()}
@@ -223,13 +238,14 @@ def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
 def warprec(case: Case, ks: Sequence[int], *, seed: int = 42) -> Figures:
     """WarpRec's evaluator on a list file. Users: those of train with a known test item.
 
-    Users and items that train lacks are dropped from truth and lists. Train pairs are never recommended, so a test pair
+    Users and items that train lacks are dropped from truth and lists, and so is truth rated 0 or less. Train pairs are never recommended, so a test pair
     that is in train is a sure miss. Unlisted items score 0 (above listed ones with negative scores) and fill up short
     lists; equal scores are ordered by a hash of ``seed``, user and item. Tail: beyond the most popular items that hold more
     than 80 % of train. ndcg has the gain 2^(r+1)-1, map min(T, K).
     """
     known = case.popularity > 0
-    case = case.with_truth(known[case.truth.indices] & np.repeat(case.active, case.num_relevant))
+    rated = case.truth.data > 0
+    case = case.with_truth(rated & known[case.truth.indices] & np.repeat(case.active, case.num_relevant))
     case = replace(case, top=_warprec_lists(case, max(ks), seed), scores=None)
     values: Values = {}
     totals: dict[str, float] = {}
@@ -254,24 +270,34 @@ def rectools(case: Case, ks: Sequence[int], *, achievable: bool = False, divide_
 
     ndcg divides by the DCG of K hits for everybody (achievable: of min(T, K), its ``divide_by_achievable``), map by T
     (divide_by_k: by K). coverage is a number of items; novelty divides by the users of train. serendipity weighs a hit by how
-    much higher it stands here than in the ranking by popularity, items of equal popularity sharing a place.
+    much higher it stands here than in the ranking by popularity, items of equal popularity sharing a place. Ranks are those of
+    the file, gaps and all. A relevant item that a list has n times is n hits, and n of the user's truth.
     """
+    case = case.as_listed()
     values: Values = {}
     totals: dict[str, float] = {}
     users = case.num_relevant > 0
     lists: Values = {}
     share = np.maximum(case.popularity, 1) / max(1, int(np.count_nonzero(case.active)))
     known = int(np.count_nonzero(case.popularity))
+    ranks = np.arange(1.0, case.top.shape[1] + 1)[None, :] if case.given is None else case.given
+    once = find_hits(case.top, case.truth).sum(axis=1)
+    relevant = np.maximum(1, case.num_relevant + case.hits.sum(axis=1) - once)
     for k in ks:
-        values |= _binary(case, k, denominator="k" if divide_by_k else "n")
-        if not achievable:
-            values[f"ndcg@{k}"] = ndcg(case.hits, np.full(case.num_users, k), k)
-        values[f"r_precision@{k}"] = case.hits[:, :k].sum(axis=1) / np.maximum(1, np.minimum(case.num_relevant, k))
-        values[f"covered_users@{k}"] = case.listed.astype(float)
-        top = case.top[:, :k]
+        hits, top = case.hits & (ranks <= k), np.where(ranks <= k, case.top, -1)
+        found, ideal = hits.sum(axis=1), np.cumsum(1 / np.log2(np.arange(2, k + 2)))
+        reached = np.minimum(relevant, k) if achievable else np.full(case.num_users, k)
+        precise = (hits * np.cumsum(hits, axis=1) / ranks).sum(axis=1)
+        values |= {f"precision@{k}": found / k, f"recall@{k}": found / relevant, f"hit@{k}": (found > 0).astype(float),
+                   f"ndcg@{k}": (hits / np.log2(ranks + 1)).sum(axis=1) / ideal[reached - 1],
+                   f"map@{k}": precise / (k if divide_by_k else relevant),
+                   f"mrr@{k}": (hits / ranks).max(axis=1, initial=0.0),
+                   f"r_precision@{k}": found / np.minimum(relevant, k),
+                   f"covered_users@{k}": case.listed.astype(float)}  # fmt: skip
         arp = list_mean(top, case.popularity.astype(float))
         lists |= {f"arp@{k}": arp, f"arp_share@{k}": arp / max(1, case.train.nnz), f"novelty@{k}": list_mean(top, -np.log2(share)),
-                  f"serendipity@{k}": _serendipity(case, k), f"sufficient@{k}": (case.lengths >= k).astype(float)}  # fmt: skip
+                  f"serendipity@{k}": _serendipity(case, hits, top, ranks),
+                  f"sufficient@{k}": ((top >= 0).sum(axis=1) >= k).astype(float)}  # fmt: skip
         covered = float(np.count_nonzero(exposure_counts(top, case.num_items)))
         totals |= {f"coverage@{k}": covered, f"coverage_share@{k}": covered / max(1, known)}
     return Figures(_only(values, users) | _only(lists, case.listed), totals)
@@ -461,16 +487,14 @@ def _shifted(truth: sp.csr_array, by: float) -> sp.csr_array:
     return sp.csr_array((truth.data - by, truth.indices, truth.indptr), shape=truth.shape)
 
 
-def _serendipity(case: Case, k: int) -> np.ndarray:
+def _serendipity(case: Case, hits: np.ndarray, top: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     """Mean over the list of max(P_user - P_any, 0) of the hits, P = (I + 1 - rank) / I over the items of train."""
     known = case.popularity[case.popularity > 0]
     size = len(known)
     levels = np.unique(known)[::-1]  # the place of a popularity is its own rank among distinct ones
     place = len(levels) - np.searchsorted(levels[::-1], np.maximum(case.popularity, 1))
     anyone = np.where(case.popularity > 0, (size + 1 - place) / max(1, size), 0.0)
-    top, hits = case.top[:, :k], case.hits[:, :k]
-    own = (size + 1 - np.arange(1, top.shape[1] + 1)) / max(1, size)
-    gained = np.where(hits, np.maximum(own - anyone[top], 0.0), 0.0)
+    gained = np.where(hits, np.maximum((size + 1 - ranks) / max(1, size) - anyone[top], 0.0), 0.0)
     return gained.sum(axis=1) / np.maximum(1, (top >= 0).sum(axis=1))
 
 

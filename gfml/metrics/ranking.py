@@ -42,8 +42,9 @@ def find_hits(top: np.ndarray, relevant: sp.csr_array) -> np.ndarray:
     return find_places(top, relevant) >= 0
 
 
-def find_places(top: np.ndarray, relevant: sp.csr_array) -> np.ndarray:
-    """int64 [n, K]: where top[r, j] is stored in ``relevant.data``; -1 where it is not, and for repeats within a row.
+def find_places(top: np.ndarray, relevant: sp.csr_array, *, repeats: bool = False) -> np.ndarray:
+    """int64 [n, K]: where top[r, j] is stored in ``relevant.data``; -1 where it is not, and for repeats within a row
+    unless these are asked for.
 
     One binary search over the sorted keys row * I + item. ``relevant`` must have sorted indices.
     Errors: ValueError for another number of rows.
@@ -58,6 +59,8 @@ def find_places(top: np.ndarray, relevant: sp.csr_array) -> np.ndarray:
     place = np.searchsorted(keys, wanted)
     keys = np.append(keys, -1)  # the place of a key beyond the last
     place[(keys[place] != wanted) | (top < 0)] = -1
+    if repeats:
+        return place
     rows, columns = np.nonzero(place >= 0)  # by row, then rank: the first of equal places is the best rank
     _, first = np.unique(place[rows, columns], return_index=True)
     repeated = np.ones(len(rows), dtype=bool)

@@ -178,6 +178,11 @@ class Parser(argparse.ArgumentParser):
             else:
                 base = [str(Path(value) / "config.toml")]
                 rest.append(f"--resume={value}")
+        if base and (file := Path(base[0]).parent).is_file():
+            weights = f"weights of another program are judged by gfml import {file} --from NAME"
+            self.error(
+                f"found the file {file} for --resume, wanted the directory of an earlier run: give it; {weights}"
+            )
         if base and not Path(base[0]).is_file():
             self.error(f"--resume found no run: there is no file {base[0]}; give the directory of an earlier run")
         return base + files, rest

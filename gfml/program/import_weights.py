@@ -137,14 +137,15 @@ def sources() -> dict[str, Source]:
 
 def _judge(options: Options, state: Mapping[str, Tensor], users: int, score: str) -> None:
     """Print the test figures of tables."""
-    from gfml.program.steps import check_judgeable, definitions_of
+    from gfml.program.steps import check_judgeable, definitions_of, usual_lengths
     from gfml.ranking.evaluation import evaluate
 
     data = load_from_args(options)
-    check_judgeable(data, options.topks, "", "test")
+    topks = usual_lengths(options, data)
+    check_judgeable(data, topks, "", "test")
     scorer = _scorer(options, state, users, score, data)
     found = evaluate(
-        scorer, data, "test", options.topks, beyond=True, mask_valid=options.mask == "seen",
+        scorer, data, "test", topks, beyond=True, mask_valid=options.mask == "seen",
         definitions=definitions_of(options, judging=True),
     )  # fmt: skip
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Hashable
 from functools import partial
 from typing import Any, Protocol
@@ -26,6 +27,16 @@ def cut_offs(topks: Collection[int], select_metric: str) -> tuple[int, ...]:
     """The list lengths to judge, ascending: those asked for and that of the metric that selects (``ndcg@20``)."""
     k = select_metric.partition("@")[2]
     return tuple(sorted({*topks, *([int(k)] if k else [])}))
+
+
+def usual_lengths(settings: Any, data: Interactions) -> tuple[int, ...]:
+    """The list lengths asked for; of the usual ones, where none were asked for, those that the catalogue has items for."""
+    most = data.num_items
+    if "topks" in settings.explicit or max(settings.topks) <= most:
+        return tuple(settings.topks)
+    kept = tuple(k for k in settings.topks if k <= most) or (most,)
+    print(f"note: {data.name} has {most:,} items: lists of {', '.join(map(str, kept))} are judged", file=sys.stderr)
+    return kept
 
 
 def definitions_of(settings: Any, *, judging: bool) -> Definitions:

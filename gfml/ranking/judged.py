@@ -36,13 +36,13 @@ def ground_of(truth: PairTable, train: PairTable, lists: Sequence[ListTable]) ->
     """Number everything that occurs. UserError where the lists and truth have no user, or no item, in common."""
     for what, side in (("user", "users"), ("item", "items")):
         listed = np.concatenate([getattr(table, side) for table in lists])
-        if not np.isin(listed, getattr(truth, side)).any():
-            found = f"{str(listed[0])!r} against {str(getattr(truth, side)[0])!r}"
-            raise UserError(
-                f"no {what} of the lists is in the truth (ids such as {found}): give files with the same ids"
-            )
-    users = _names(truth.users, train.users, *(table.users for table in lists))
-    items = _names(truth.items, train.items, *(table.items for table in lists))
+        own = getattr(truth, side)
+        if not np.isin(listed, own).any() and (side == "users" or not np.isin(listed, train.items).any()):
+            where = "the truth" if side == "users" else "truth or train"
+            found = f"{str(listed[0])!r} against {str(own[0])!r}"
+            raise UserError(f"no {what} of the lists is in {where} (ids such as {found}): give files with the same ids")
+    users = _names(train.users, truth.users, *(table.users for table in lists))
+    items = _names(train.items, truth.items, *(table.items for table in lists))
     seen, first = np.unique(np.concatenate([train.items, truth.items]), return_index=True)
     appeared = np.full(len(items), len(items), dtype=np.int64) + np.arange(len(items))
     appeared[_places(items, seen)] = first
@@ -69,14 +69,18 @@ def case_of(table: ListTable, ground: Ground) -> tuple[Case, dict[str, int]]:
         scores[users, place] = np.nan_to_num(table.scores, nan=-np.inf)
     notes = dict(table.notes)
     repeats = _repeats(top)
+    again = np.where(repeats, top, -1)
     top[repeats] = -1
+    by_score = table.scores is not None and (table.ranks is None or table.by_score)
     case = Case(
         top,
         ground.truth,
         ground.train,
-        scores if table.scores is not None and table.ranks is None else None,
+        scores if by_score else None,
         ground.item_names,
         appeared=ground.appeared,
+        again=again if repeats.any() else None,
+        given=_given(table, users, place, shape),
     )
     known_item = np.bincount(
         np.concatenate([ground.train.indices, ground.truth.indices]), minlength=ground.truth.shape[1]
@@ -110,13 +114,24 @@ def ours(
     return Figures(values | beyond, totals), users
 
 
-def _names(*parts: np.ndarray) -> np.ndarray:
-    """The distinct ids; whole numbers by value, else as text."""
-    names = np.unique(np.concatenate(parts))
-    if not np.char.isdecimal(names).all():
+def _names(known: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """The distinct ids, as text; where all known ones are whole numbers, numbers by value and then what is none."""
+    names = np.unique(np.concatenate([known, *others]))
+    if not np.char.isdecimal(known).all():
         return names
-    values = names.astype(object).astype(int)
-    return names[np.lexsort((names, values))]
+    number = np.char.isdecimal(names)
+    values = np.where(number, names, "0").astype(object).astype(int)
+    return names[np.lexsort((names, values, ~number))]
+
+
+def _given(table: ListTable, users: np.ndarray, place: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
+    """The file's ranks by place, from 1; None where it has none, or other than whole numbers from 0 or 1 for all rows."""
+    ranks = table.ranks
+    if ranks is None or np.isnan(ranks).any() or (ranks < 0).any() or (ranks % 1 != 0).any():
+        return None
+    given = np.tile(np.arange(1.0, shape[1] + 1), (shape[0], 1))
+    given[users, place] = ranks + (ranks.min(initial=1) == 0)
+    return given
 
 
 def _places(names: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gfml.base.checkpoints import load_state
 from gfml.base.errors import UserError
 from gfml.base.files import read_arrays
+from gfml.base.weights import read_weights
 from gfml.data.interactions import Interactions
 from gfml.data.names import places
 
@@ -26,7 +27,7 @@ OWNER_NAMES = {"user": ("user_ids", "user_id"), "item": ("item_ids", "item_id")}
 def read_nodes(source: str | os.PathLike[str], shape: tuple[int, int, int], data: Interactions | None = None) -> Tensor:
     """Tables of all users and items as one float32 tensor [U + I, D]; shape is (U, I, D).
 
-    source: a run directory (its ``final.pt``), a checkpoint with ``encoder.nodes``, or an .npz with the arrays
+    source: a run directory (its ``final.pt``), a checkpoint or what ``gfml import`` wrote with ``encoder.nodes``, or an .npz with the arrays
     ``user`` [n, D] and ``item`` [m, D], matched to the users and items of ``data`` by the arrays ``user_ids`` and
     ``item_ids``, or in the order of the data where there are none. UserError for anything missing, of another shape
     or not finite.
@@ -41,7 +42,8 @@ def read_nodes(source: str | os.PathLike[str], shape: tuple[int, int, int], data
     path = path / "final.pt" if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"there is no {path} to start from: give a finished run directory, its final.pt or an .npz")
-    nodes = load_state(path).get("model", {}).get(NODES)
+    state = read_weights(path) if path.suffix == ".safetensors" else load_state(path).get("model", {})
+    nodes = state.get(NODES)
     if nodes is None:
         raise UserError(f"{path} holds no {NODES}, wanted a model with user and item tables: choose another run")
     num_users, num_items, dim = shape

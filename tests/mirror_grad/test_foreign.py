@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +115,89 @@ def test_another_model_is_named(model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"has the names of .*{model}.*give --model"):
         main(arguments(other, tmp_path / "theirs.pth"))
     assert [path.name for path in tmp_path.iterdir()] == ["theirs.pth"]
+
+
+def file_of(model: str, net: torch.nn.Module, num_users: int) -> dict[str, torch.Tensor]:
+    """The weights of one of our models under the original's names, as its program would have written them."""
+    state, theirs = net.state_dict(), {}
+    for ours, entry in NAMES[model].items():
+        value = state[ours]
+        if entry["how"] == "concatenate":
+            theirs |= dict(zip(entry["from"], (value[:num_users], value[num_users:]), strict=True))
+        elif entry["how"] != "random":
+            how = {"copy": lambda v: v, "squeeze": lambda v: v[..., None], "transpose": lambda v: v.T}[entry["how"]]
+            theirs[entry["from"][0]] = how(value).clone()
+    return theirs
+
+
+@pytest.mark.parametrize("model", sorted(NAMES))
+def test_every_model_comes_back_from_such_a_file(model: str, tmp_path: Path) -> None:
+    """Written under the original's names by any way of saving, it scores as it did; what the file does not tell is said."""
+    small = [
+        "--model",
+        model,
+        "--dataset",
+        str(HERE / "ckpt_toy"),
+        "--topks",
+        "5",
+        "--no-cache",
+        "--embedding-dim",
+        "6",
+    ]
+    asked = parse(small)
+    grids = {name: asked.__dataclass_fields__[name].metadata["setting"].grid for name in foreign.ASSUMED.get(model, ())}
+    first = [word for name, grid in grids.items() if grid for word in (f"--{name.replace('_', '-')}", str(grid[0]))]
+    options = parse([*small, *first, "--behaviour", "published"])
+    this = experiment.MirrorGrad(options, experiment.MirrorGrad.load(options))
+    net = this.build()
+    if model in foreign.DRAWS:
+        net.load_state_dict(net.state_dict() | foreign.DRAWS[model](this.data, net.state_dict(), options.seed))
+    if model in ("DRAGON", "DualGNN"):
+        net.user_graph.fill(foreign._numpy_positions(net.user_graph, this.data, options.seed, 6))
+    theirs = {f"module.{name}": value for name, value in file_of(model, net, this.data.num_users).items()}
+    torch.save({"state_dict": theirs, "epoch": 3, "best": torch.tensor(1.0)}, tmp_path / "w.pth")
+    found, notes = experiment.weights_model(experiment.MirrorGrad(asked, this.data), tmp_path / "w.pth")
+    users = torch.arange(this.data.num_users)
+    with torch.no_grad():
+        torch.testing.assert_close(found.scorer().score(users), net.eval().scorer().score(users))
+    said = " ".join(notes)
+    assert all(f"--{name.replace('_', '-')} " in said for name in foreign.ASSUMED.get(model, ()))
+    assert ("drawn again" in said) == (model in foreign.DRAWS)
+
+
+@pytest.mark.parametrize("model", sorted(NAMES))
+def test_what_an_incomplete_file_lacks_is_named(model: str, tmp_path: Path) -> None:
+    whole = theirs_of(model)
+    foreign.check_whole(model, whole, "w.pth")
+    for name in whole:
+        part = {other: value for other, value in whole.items() if other != name}
+        with pytest.raises(UserError, match=f"lacks {re.escape(name)} and has nothing"):
+            foreign.check_whole(model, part, "w.pth")
+    with pytest.raises(UserError, match="has extra.weight beyond them"):
+        foreign.check_whole(model, whole | {"extra.weight": torch.zeros(1)}, "w.pth")
+    foreign.check_whole(model, dict.fromkeys(NAMES[model], torch.zeros(1)), "w.pth")  # names of ours are no such file
+
+
+def test_an_incomplete_file_is_one_line(tmp_path: Path) -> None:
+    state = torch.load(folder_of("MMGCN") / "weights.pth", weights_only=True)
+    del state["v_gcn.MLP.weight"]  # the width of the image branch is read from it
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"lacks v_gcn\.MLP\.weight and has nothing"):
+        main(arguments("MMGCN", tmp_path / "w.pth"))
+
+
+def test_the_command_of_the_guide_word_for_word(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    """The usual list lengths are longer than the small catalogue: those that fit are judged, those asked for are refused."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "VBPR", "--dataset", str(HERE / "ckpt_toy"), "--resume", str(folder_of("VBPR") / "weights.pth")]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "ckpt_toy has 24 items: lists of 5, 10, 20 are judged" in said.err and "recall@20" in said.out
+    assert "recall@50" not in said.out and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="list length of 50, wanted at most the 24 items"):
+        main([*words, "--topks", "5", "50"])
 
 
 def test_the_command_of_the_guide(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:

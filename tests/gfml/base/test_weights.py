@@ -30,7 +30,9 @@ def model():
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m.state_dict(), lambda m: {"model_state_dict": m.state_dict(), "epoch": 3},
-                                  lambda m: {"state_dict": dict(m.state_dict())}, lambda m: (m, [1.0, 2.0], None), lambda m: m])  # fmt: skip
+                                  lambda m: {"state_dict": dict(m.state_dict())}, lambda m: (m, [1.0, 2.0], None), lambda m: m,
+                                  lambda m: {"model": m.state_dict(), "best": torch.tensor(1.0)}, nn.DataParallel,
+                                  lambda m: {f"_orig_mod.module.{k}": v for k, v in m.state_dict().items()}])  # fmt: skip
 @pytest.mark.parametrize("zipped", [True, False])
 def test_forms_of_torch_save(wrap, zipped, model, tmp_path):
     torch.save(wrap(model), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)

@@ -325,6 +325,8 @@ def test_toml_text_refuses_what_toml_flags_cannot_hold():
 def test_resume_takes_the_runs_config_as_base(tmp_path, capsys):
     run = tmp_path / "run"
     assert "--resume found no run" in error_of(capsys, "--resume", str(run))
+    file = write(tmp_path / "theirs.pth", "")
+    assert f"gfml import {file} --from NAME" in error_of(capsys, "--resume", file)
     run.mkdir()
     write(run / "config.toml", "lr = 0.5\nseed = 3\n")
     other = write(tmp_path / "c.toml", "seed = 4\n")

@@ -9,6 +9,7 @@ import torch
 from gfml.base.checkpoints import save_state
 from gfml.base.errors import UserError
 from gfml.base.files import read_arrays
+from gfml.base.weights import write_weights
 from gfml.data.interactions import Interactions, csr_from_pairs
 from gfml.ranking.pretrained import join_tables, read_nodes, read_table
 
@@ -23,7 +24,8 @@ def nodes():
 def test_a_run_directory_a_checkpoint_and_an_archive_give_the_same(tmp_path, nodes):
     save_state(tmp_path / "final.pt", {"model": {"encoder.nodes": nodes, "other": torch.zeros(1)}})
     np.savez(tmp_path / "start.npz", user=nodes[:3].double().numpy(), item=nodes[3:].numpy())
-    for source in (tmp_path, tmp_path / "final.pt", tmp_path / "start.npz"):
+    write_weights(tmp_path / "imported.safetensors", {"encoder.nodes": nodes}, {"from": "lightgcn"})
+    for source in (tmp_path, *(tmp_path / name for name in ("final.pt", "start.npz", "imported.safetensors"))):
         found = read_nodes(source, SHAPE)
         assert found.dtype == torch.float32 and torch.equal(found, nodes)
     np.save(tmp_path / "item.npy", nodes[3:].numpy())

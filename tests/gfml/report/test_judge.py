@@ -17,7 +17,7 @@ WHERE = ["--train", str(STORED / "train.tsv"), "--test", str(STORED / "truth.tsv
 
 
 def judged(out: Path, *argv: str) -> dict:
-    assert main([*argv, *WHERE, "--out", str(out), "--resamples", "100"]) == 0
+    assert main([*WHERE, *argv, "--out", str(out), "--resamples", "100"]) == 0
     return json.loads((out / "judged.json").read_text(encoding="utf-8"))
 
 
@@ -47,6 +47,55 @@ def test_other_forms_give_the_same_figures(form, tmp_path):
     first = judged(tmp_path / "a", str(STORED / "lists.tsv"), "--write", f"{form}={file}")
     again = judged(tmp_path / "b", str(file))
     assert again["lists"][file.name]["figures"] == first["lists"]["lists.tsv"]["figures"]
+
+
+def test_a_trec_run_is_read_by_score_where_trec_reads_it_so(tmp_path):
+    """It has ranks and scores; trec_eval looks at the scores alone, in which the stored lists have ties."""
+    rows = [line.split("\t") for line in (STORED / "lists.tsv").read_text(encoding="utf-8").splitlines()[1:]]
+    run, truth = tmp_path / "run.txt", tmp_path / "truth.tsv"
+    run.write_text("".join(f"{u} Q0 {i} {rank} {score} run\n" for u, i, rank, score in rows), encoding="utf-8")
+    pairs = (STORED / "truth.tsv").read_text(encoding="utf-8").splitlines()
+    truth.write_text("\n".join(line.rpartition("\t")[0] for line in pairs), encoding="utf-8")
+    flags = ["--test", str(truth), "--metrics-as", "trec"]
+    one = judged(tmp_path / "out", str(run), *flags)["lists"]["run.txt"]
+    for name in ("ndcg@10", "map@10", "recall@5"):
+        stored = name.replace("@", "[score ties]@")
+        assert one["as"]["trec"][name] == pytest.approx(VALUES["pytrec-eval-terrier"][stored], abs=2e-9)
+        assert one["figures"][name] == pytest.approx(VALUES["gfml"][name], abs=2e-9)
+
+
+def test_what_a_table_holds_is_noted(tmp_path):
+    """Ranks with gaps, ranks against scores, a third column that may be a rank, columns that nothing reads."""
+    users, items = (["u07", "u08"], ["i0001", "i0002", "i0003"])
+    ranked = [(u, i, 1 + 2 * n, n, "x") for u in users for n, i in enumerate(items)]
+    (tmp_path / "ranked.csv").write_text(
+        "user,item,rank,score,who\n" + "".join(",".join(map(str, row)) + "\n" for row in ranked), encoding="utf-8"
+    )
+    (tmp_path / "bare.tsv").write_text(
+        "".join(f"{u}\t{i}\t{n + 1}\n" for u in users for n, i in enumerate(items)), encoding="utf-8"
+    )
+    found = judged(tmp_path / "out", str(tmp_path / "ranked.csv"), str(tmp_path / "bare.tsv"), "--topks", "3")["lists"]
+    notes = found["ranked.csv"]["notes"]
+    assert (
+        notes["columns not read (who)"] == 1 and notes["gaps in a user's ranks, closed up (rectools keeps them)"] == 4
+    )
+    assert notes["scores above that of the rank before, ordered by rank"] == 4
+    (counted,) = (note for note in found["bare.tsv"]["notes"] if "counts 1, 2, 3" in note)
+    assert found["bare.tsv"]["notes"][counted] == 6 and "name it rank" in counted
+
+
+def test_a_list_without_any_hit_is_judged(tmp_path):
+    """One user whose only item is known and not in the truth: figures of 0, no error about ids."""
+    for name, text in (
+        ("train", "user,item\na,1\na,2\n"),
+        ("test", "user,item\na,3\n"),
+        ("list", "user,item,rank\na,2,1\n"),
+    ):
+        (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8")
+    flags = [flag for name in ("train", "test") for flag in (f"--{name}", str(tmp_path / f"{name}.csv"))]
+    assert main([str(tmp_path / "list.csv"), *flags, "--out", str(tmp_path / "out"), "--topks", "1"]) == 0
+    found = json.loads((tmp_path / "out" / "judged.json").read_text(encoding="utf-8"))
+    assert found["lists"]["list.csv"]["figures"]["recall@1"] == 0
 
 
 def test_a_run_against_a_file(tmp_path):
