@@ -83,7 +83,7 @@ def _checksum(state: Mapping[str, Tensor]) -> str:
     """Of all bytes in the order of the names; the format has none."""
     total = 0
     for name in sorted(state):
-        total = zlib.crc32(state[name].cpu().reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(state[name].cpu().reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
 
 
