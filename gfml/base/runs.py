@@ -87,7 +87,7 @@ def read_trials(folder: Path) -> dict[str, Any] | None:
     found = read_json(folder / "trials.json", "trials")
     if found is not None and found.pop("crc32", None) not in (None, trials_sum(found)):
         raise UserError(
-            f"{folder / 'trials.json'} does not have its checksum: delete it and run the sweep again without --resume"
+            f"{folder / 'trials.json'} does not have its checksum: delete it and run the sweep again without `resume`"
         )
     return found
 
