@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import os
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ import numpy as np
 
 from gfml.base.errors import UserError
 from gfml.base.files import write_csv
+from gfml.base.runs import read_json
 from gfml.data.items import by_title
 from gfml.program.cli import number, run_main
 from gfml.report.page import COLORS, GREYS, Cell, Page, label_points, legend_below, panels, styled
@@ -41,6 +41,8 @@ PROJECTIONS = ("tsne", "pca")
 # Points of the map: the most popular items; a t-SNE of more takes minutes.
 MAP_POINTS = 1500
 NEIGHBOURS, SHOWN_ITEMS = 10, 10
+# What gfml/program/index.py stores.
+ANN = ("exact_queries_per_second", "searches", "top", "kind", "items", "queries")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -261,10 +263,9 @@ def _neighbours(page: Page, items: Items, chosen: Sequence[int], name: str) -> N
 
 def _search(page: Page, runs: Sequence[StoredRun]) -> None:
     for run in runs:
-        file = run.path / "ann" / "ann.json"
-        if not file.exists():
+        found = read_json(run.path / "ann" / "ann.json", *ANN)
+        if found is None:
             continue
-        found = json.loads(file.read_text(encoding="utf-8"))
         page.section("Nearest-neighbour index")
         rows = [["exact (one matrix product)", "1.0000", f"{found['exact_queries_per_second']:,.0f}"]]
         rows += [

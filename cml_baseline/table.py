@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gfml.base.files import write_csv
+from gfml.base.runs import damaged_log
 from gfml.engine.tracking import Tracker
 
 
@@ -60,8 +61,14 @@ class EpochTable(Tracker):
 
 
 def read_epochs(path: Path) -> list[dict[str, str]]:
-    """The lines stored so far; none without the file."""
+    """The lines stored so far; none without the file. UserError for a damaged one."""
     if not path.exists():
         return []
-    with open(path, encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+    try:
+        with open(path, encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+            if not all(row["epoch"].isdecimal() for row in rows):
+                raise ValueError("an epoch is no number")
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error):
+        raise damaged_log(path) from None
+    return rows

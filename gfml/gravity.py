@@ -211,11 +211,21 @@ class Gravity(nn.Module):
         """Scores of matching pairs.
 
         Shape: x [B, D]; y [B, D] or [B, W, D]; users int64 [B]; items int64 [B] or [B, W] -> [B] or [B, W].
-        Ids are only read where the mass mode needs them.
+        Ids are only read where the mass mode needs them. ValueError for ids of another shape.
         """
         with torch.autocast(x.device.type, enabled=False):
             sq_distance = self.distance.paired(self._prepare(x), self._prepare(y))
-            return self.from_sq_distance(sq_distance, self.mass(users, items))
+            mu = self.mass(users, items)
+            # Masses of another shape may broadcast where the batch has as many rows as there are candidates.
+            for side, table, ids, shape in (
+                ("user", self.mass.user, users, sq_distance.shape[:1]),
+                ("item", self.mass.item, items, sq_distance.shape),
+            ):
+                if table is not None and ids is not None and ids.shape != shape:
+                    raise ValueError(f"found {side} ids of shape {tuple(ids.shape)}, wanted {tuple(shape)}")
+            if isinstance(mu, Tensor) and mu.dim() < sq_distance.dim():
+                mu = mu.unsqueeze(-1)
+            return self.from_sq_distance(sq_distance, mu)
 
     def from_sq_distance(self, sq_distance: Tensor, mu: Tensor | float = 0.0) -> Tensor:
         """The score of given squared distances and log-mass terms (shapes broadcast)."""

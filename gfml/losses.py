@@ -275,6 +275,7 @@ def covariance(rows: Tensor, form: str = "squared", weight: Tensor | None = None
     if weight is None:
         centred = rows - rows.mean(0)
     else:
+        weight = weight.to(rows.dtype)
         number = weight.sum()
         centred = (rows - weight @ rows / number) * weight[:, None]
     matrix = centred.T @ centred / number

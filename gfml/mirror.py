@@ -186,7 +186,7 @@ class MirrorGradient:
         self._filter = None if params is None else self._checked_filter(params)
         self._pair: _Pair | None = None
         self._index = 0
-        self._skipped = False
+        self._skipped = self._noted = False
         self._diagnosis: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ use
@@ -265,9 +265,9 @@ class MirrorGradient:
             raise ValueError("this batch is to be mirrored: ask is_mirror_step() and use first_half, second_half")
         self.optimizer.zero_grad(set_to_none=True)
         buffers = self._buffers() if self._must_check else {}
-        yield
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        with self._put_back_after_errors(buffers):
+            yield
+        self._unscale()
         skipped = self._must_skip()
         if skipped:
             self._put_buffers(buffers)
@@ -284,7 +284,8 @@ class MirrorGradient:
         pair = _Pair(random_state=self._random_state() if self.rng == "replay" else [])
         pair.buffers = self._buffers() if self._must_check else {}
         self.optimizer.zero_grad(set_to_none=True)
-        yield
+        with self._put_back_after_errors(pair.buffers):
+            yield
         if self.scaler is not None:
             # unscale_ works once per update and is kept for the second half, whose check update() reads.
             self._multiply(1.0 / self.scaler.get_scale())
@@ -294,8 +295,7 @@ class MirrorGradient:
             self._to_middle(pair)
         else:
             self._put_buffers(pair.buffers)
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)  # records what was found, so that update() lowers the scale
+            self._unscale()  # records what was found, so that update() lowers the scale
 
     @contextmanager
     def second_half(self) -> Iterator[None]:
@@ -308,15 +308,15 @@ class MirrorGradient:
             restore()
         still = self._buffers(_NormBase) if self.statistics == "first" else {}
         try:
-            yield
+            with self._put_back_after_errors(still):
+                yield
         except BaseException:
             self._roll_back(pair)
             self._pair = None
             raise
         self._put_buffers(still)
         if not pair.skipped:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
+            self._unscale()
             pair.skipped = self._must_skip()
             if pair.skipped:
                 self._roll_back(pair)
@@ -491,6 +491,14 @@ class MirrorGradient:
             place, _, key = name.rpartition(".")
             getattr(self.module.get_submodule(place), key).copy_(value)
 
+    @contextmanager
+    def _put_back_after_errors(self, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._put_buffers(buffers)
+            raise
+
     # ------------------------------------------------------------------ gradients
 
     def _backward(self, closure: Closure) -> tuple[Tensor, dict[str, Any]]:
@@ -520,6 +528,12 @@ class MirrorGradient:
         if grads and factor != 1:
             torch._foreach_mul_(grads, factor)
 
+    def _unscale(self) -> None:
+        """Divide by the scale and note whether all is finite, which a batch without any gradient cannot."""
+        if self.scaler is not None and self._gradients():
+            self.scaler.unscale_(self.optimizer)
+            self._noted = True
+
     def _clip(self) -> None:
         if self.clip is not None:
             torch.nn.utils.clip_grad_norm_([*self._gradients()], self.clip)
@@ -537,12 +551,12 @@ class MirrorGradient:
 
     def _close(self, skipped: bool) -> None:
         """End of a batch: the scale is updated and the batch counted once, mirrored or not."""
-        if self.scaler is not None:
+        if self.scaler is not None and self._noted:
             self.scaler.update()
         if skipped:
             self.optimizer.zero_grad(set_to_none=True)
             self._diagnosis = {}
-        self._pair, self._skipped = None, skipped
+        self._pair, self._skipped, self._noted = None, skipped, False
         self._index += 1
 
     def _random_state(self) -> list[Callable[[], Any]]:
@@ -576,7 +590,7 @@ def _read_loss(output: Tensor | Sequence[Tensor] | Mapping[str, Any]) -> tuple[T
             raise ValueError(f"the closure's dict needs the key 'loss', found {', '.join(map(str, output))}")
         loss = output["loss"]
     else:
-        loss = output if isinstance(output, Tensor) else sum(output)
+        loss = sum(output) if isinstance(output, Sequence) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError("the closure must return a scalar tensor, several to be summed, or a dict with 'loss'")
     loss = loss.reshape(())

@@ -8,17 +8,16 @@ backbone over a folder or zip archive of pictures.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from gfml.base.errors import UserError
-from gfml.data.images import FilePictures, open_zip
+from gfml.data.images import SUFFIXES, FilePictures, is_hidden, open_zip
 
 LOCAL_ENCODERS = ("tfidf-svd", "hashing")
 AMAZON_WIDTH = 4096
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def encode_texts(texts: Sequence[str], encoder: str, width: int = 384, seed: int = 0) -> np.ndarray:
@@ -96,15 +95,21 @@ def read_amazon_images(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np
 
 
 def find_pictures(place: Path, names: Sequence[str]) -> list[str | None]:
-    """Where ``NAME.jpg`` (or .png, ...) of each item lies in a folder or anywhere in a zip archive; None where it does not."""
+    """Where ``NAME.jpg`` (or .png, ...) of each item lies in a folder or anywhere in a zip archive; None where it does not.
+
+    Hidden files and folders are passed over; of several pictures of an item the first by its name counts.
+    """
     if place.is_dir():
-        ends = ([place / f"{name}{end}" for end in PICTURES] for name in names)
-        return [next((str(path) for path in paths if path.is_file()), None) for paths in ends]
-    if not place.is_file():
+        inside = [path.name for path in place.iterdir() if path.is_file()]
+    elif place.is_file():
+        with open_zip(place) as archive:
+            inside = archive.namelist()
+    else:
         raise UserError(f"there is no folder or archive {place}: check --image-folder")
-    with open_zip(place) as archive:
-        inside = {name.rpartition("/")[2]: name for name in archive.namelist()}
-    return [next((inside[name + end] for end in PICTURES if name + end in inside), None) for name in names]
+    paths = [PurePosixPath(name) for name in sorted(inside, reverse=True)]
+    shown = [path for path in paths if path.suffix.lower() in SUFFIXES and not any(map(is_hidden, path.parts))]
+    found = {path.stem: str(place / path if place.is_dir() else path) for path in shown}
+    return [found.get(name) for name in names]
 
 
 def encode_pictures(
@@ -165,14 +170,11 @@ def _picture(files: FilePictures, row: int) -> Any:
 
 
 def _load_weights(model: Any, backbone: str, weights: Path) -> None:
-    import torch
+    from gfml.base.weights import read_weights
 
     try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {weights}: check --image-weights") from None
-    except Exception as error:  # whatever torch raises for damaged files and for names or shapes of another network
+        model.load_state_dict(read_weights(weights))
+    except RuntimeError as error:  # names or shapes of another network
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"{weights} holds no weights of {backbone} ({reason}): check --image-weights and --image-encoder"

@@ -8,12 +8,12 @@ means and standard deviations.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from gfml.base.errors import UserError
+from gfml.base.runs import read_json
 from gfml.program.cli import run_main
 from gfml.report.page import Cell, Page, figure_of
 from gfml.report.ranking_page import HOLDS, build_parser, write_report
@@ -48,8 +48,8 @@ def features(page: Page, runs: Sequence[StoredRun]) -> None:
     tables = {run.label: run.result["features"]["widths"].items() for run in runs}
     said = {label: ", ".join(f"{name} {width} wide" for name, width in known) for label, known in tables.items()}
     page.facts({run.label: f"{said[run.label] or 'none'} ({run.result['features']['source']})" for run in runs})
-    files = [(run, run.path / "robustness.json") for run in runs]
-    found = [(run, json.loads(file.read_text(encoding="utf-8"))) for run, file in files if file.exists()]
+    known = ((run, read_json(run.path / "robustness.json", "clean", "noise", "swap")) for run in runs)
+    found = [(run, one) for run, one in known if one is not None]
     if not found:
         return
     ks = runs[0].result["topks"]

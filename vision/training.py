@@ -34,7 +34,10 @@ class Objective(nn.Module):
     def __init__(self, settings: VisionSettings, counts: np.ndarray) -> None:
         super().__init__()
         self.counts, self.epochs = counts, settings.epochs
-        eps = settings.smoothing if settings.label_smoothing else 0.0
+        eps, most = settings.smoothing if settings.label_smoothing else 0.0, 1 - 1 / len(counts)
+        if eps > most:
+            found = f"found --smoothing {eps:g} with {len(counts)} classes"
+            raise UserError(f"{found}: above {most:.3g} a label would weigh less than each other class; lower it")
         try:
             self.loss = class_loss(
                 LOSS_NAMES.get(settings.long_tail, settings.long_tail), counts, smoothing=eps * len(counts) / (len(counts) - 1),

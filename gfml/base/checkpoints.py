@@ -36,9 +36,7 @@ def load_state(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     It costs about a second for each 2 GB, as the file is then read a second time, from the system's cache.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
+        if broken := broken_part(path):
             raise damaged(path, f"its part {broken} does not have its checksum")
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -53,6 +51,14 @@ def load_state(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise damaged(path, f"not a {FORMAT!r}")
     return content["state"]
+
+
+def broken_part(path: str | os.PathLike[str]) -> str | None:
+    """The first part of torch's archive that does not have its checksum; None where all have, or where it is no archive."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def damaged(path: str | os.PathLike[str], why: str) -> UserError:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import tomllib
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -55,11 +56,39 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``result.json``; UserError when the run has none."""
-    found = read_json(Path(path) / "result.json")
+    file = Path(path) / "result.json"
+    found = read_json(file)
     if found is None:
         raise UserError(f"the run {path} has no result ({run_state(path)}): finish it with `resume {path}`")
-    if not isinstance(found, dict) or "selection" not in found:
-        raise UserError(f"{Path(path) / 'result.json'} is no result of a run: delete it and finish the run again")
+    if "selection" not in found or told_checksums(file.parent)[:1] not in ([], checksums(file.parent)[:1]):
+        raise UserError(f"{file} is no result of a run, or damaged: delete it and finish the run again")
+    return found
+
+
+def checksums(path: Path) -> list[str]:
+    """Of ``result.json`` and of its text, where one flipped bit would only change a figure."""
+    files = [path / name for name in ("result.json", "result.txt")]
+    return [f"{zlib.crc32(file.read_bytes()):08x}" for file in files if file.exists()]
+
+
+def told_checksums(path: Path) -> list[str]:
+    """What ``done`` says they are, behind the time and a word; nothing in runs from before it did."""
+    done = path / "done"
+    return done.read_text(encoding="utf-8", errors="replace").split()[2:] if done.exists() else []
+
+
+def trials_sum(content: Mapping[str, Any]) -> str:
+    """The checksum that ``trials.json`` of a sweep holds of its other content."""
+    return f"{zlib.crc32(json.dumps(content).encode()):08x}"
+
+
+def read_trials(folder: Path) -> dict[str, Any] | None:
+    """The content of a sweep's ``trials.json``, None without one; UserError for a damaged one."""
+    found = read_json(folder / "trials.json", "trials")
+    if found is not None and found.pop("crc32", None) not in (None, trials_sum(found)):
+        raise UserError(
+            f"{folder / 'trials.json'} does not have its checksum: delete it and run the sweep again without `resume`"
+        )
     return found
 
 
@@ -74,8 +103,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not all(isinstance(row["epoch"], int) for row in rows):
             raise ValueError("an epoch is no number")
     except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{file} is damaged: restore it, or {train_anew(Path(path))}") from None
+        raise damaged_log(file) from None
     return rows
+
+
+def damaged_log(file: Path) -> UserError:
+    """The error for what a run wrote down epoch by epoch."""
+    return UserError(f"{file} is damaged: restore it, or {train_anew(file.parent)}")
 
 
 def require_run(path: Path) -> None:
@@ -105,10 +139,13 @@ def _stored_config(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path / 'config.toml'} ({error}): restore it or give `overwrite`") from None
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a JSON file, None without one; UserError for a damaged one."""
+def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
+    """The object in a JSON file, None without one; UserError for a damaged one, or one without these keys."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or (missing := [key for key in keys if key not in found]):
+            raise ValueError(f"no {missing[0]}" if isinstance(found, dict) else "no object")
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -170,5 +207,5 @@ def train_anew(run: Path) -> str:
 
 def cpu_seconds(path: Path) -> float:
     """User and system seconds of all sessions of a run that ended by themselves."""
-    facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    facts = read_json(path / "run.json") or {}
     return sum(session.get("cpu_seconds", 0.0) for session in facts.get("sessions", []))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfml.base.checkpoints import FORMAT
+from gfml.base.checkpoints import FORMAT, broken_part
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open
 
@@ -39,7 +40,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """{name: tensor} on the CPU, without the prefixes of DataParallel and torch.compile. Of a tuple or list the first element
     that holds tensors counts.
 
-    Errors: UserError when there is no file, or nothing with named tensors in it.
+    Errors: UserError when there is no file, a damaged one, or nothing with named tensors in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,9 +48,13 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _safetensors(path)
     try:
+        if broken := broken_part(path):
+            raise UserError(f"{path} is damaged: its part {broken} does not have its checksum; fetch or save it again")
         with warnings.catch_warnings():  # about files that are none, which the error says
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception:  # classes, or a damaged file: the reader of shells tells which
         content = _shells(path)
     found = _named(content)
@@ -70,18 +75,32 @@ def write_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], abo
     except ImportError:
         raise UserError("writing weights needs safetensors: pip install safetensors") from None
     with atomic_open(path, "wb") as stream:
-        stream.write(save({name: value.contiguous().clone() for name, value in state.items()}, dict(about)))
+        state = {name: value.contiguous().clone() for name, value in state.items()}
+        stream.write(save(state, {**about, "crc32": _checksum(state)}))
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    """Of all bytes in the order of the names; the format has none."""
+    total = 0
+    for name in sorted(state):
+        total = zlib.crc32(state[name].cpu().reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ImportError:
         raise UserError(f"reading {path} needs safetensors: pip install safetensors") from None
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as archive:
+            names, about = archive.keys(), archive.metadata() or {}
+            state = {name: archive.get_tensor(name) for name in names}
     except Exception as error:  # the library's own error class is not public
         raise UserError(f"{path} is no readable safetensors file ({_line(error)}): give another file") from error
+    if about.get("crc32") not in (None, _checksum(state)):
+        raise UserError(f"{path} is damaged: it does not have its checksum; export it again")
+    return state
 
 
 class _Shell:

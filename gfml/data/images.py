@@ -17,17 +17,20 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from gfml.base.errors import UserError, suggest
 from gfml.base.files import read_arrays
 from gfml.data.registry import data_roots
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Unreadable = Literal["error", "skip"]
 
@@ -41,6 +44,8 @@ STATISTICS = {
     "fashion-mnist": ((0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530)),
 }
 DIGITS_TEST_PER_CLASS = 50
+# Tags of a TIFF: bits of a pixel, and whether 0 is white (0) or black (1).
+BITS, PHOTOMETRIC = 258, 262
 
 
 # -- pictures
@@ -137,7 +142,7 @@ class FilePictures:
 def decode(content: bytes, name: str, *, upright: bool = False) -> np.ndarray:
     """uint8 [H, W, 3] of an encoded image; UserError names it when it cannot be decoded.
 
-    16-bit grey is scaled by 255 / 65535. Floating-point and 32-bit pictures have no stated range and are refused.
+    Grey of 12 or 16 bits is scaled to 8. Floating-point, 32-bit and signed pictures have no stated range and are refused.
     upright: see :class:`FilePictures`.
     """
     from PIL import Image, ImageOps
@@ -145,23 +150,30 @@ def decode(content: bytes, name: str, *, upright: bool = False) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             if upright:
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":
-                return _eight_bits(np.asarray(image), image.mode)
+                return _eight_bits(image, upright)
             if upright and image.has_transparency_data:
                 whole = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file raises almost anything: OSError, SyntaxError, struct.error
         what = str(error).split(" <_io")[0] or type(error).__name__
         raise UserError(f"cannot read the image {name} ({what}): mend or remove it, or skip such images") from None
 
 
-def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Grey of 16 bits, which the library would cut off at 255, as uint8 [H, W, 3]."""
-    if mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"it has pixels of the kind {mode!r}, wanted 8 or 16 bits")
-    grey = ((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8)
+def _eight_bits(image: Image.Image, upright: bool) -> np.ndarray:
+    """Grey of more bits, which the library would cut off at 255, as uint8 [H, W, 3]."""
+    # 16 bits have the mode "I" in two formats alone; a TIFF's is wider or has a sign.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"it has pixels of the kind {image.mode!r}, wanted 8 or 16 bits")
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    top, values = 2 ** tags.get(BITS, (16,))[0] - 1, np.asarray(image).astype(np.int64)
+    if tags.get(PHOTOMETRIC) == 0:
+        values = top - values
+    if upright and "transparency" in image.info:
+        values = np.where(values == image.info["transparency"], top, values)
+    grey = ((values * 255 + top // 2) // top).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(grey[..., None], (*grey.shape, 3)))
 
 
@@ -651,22 +663,27 @@ def read_folder(folder: Path, test_fraction: float = 0.2, seed: int = 2020) -> I
     )
 
 
-def _hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """What systems and editors leave in folders: .DS_Store, ._1.png, .ipynb_checkpoints, __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def class_folders(folder: Path) -> list[str]:
     """Names of the folders in a folder of images by class, sorted; hidden ones are left out."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path.name))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def image_files(folder: Path) -> list[Path]:
     """The images below a folder at any depth, sorted; hidden files and folders are left out at every level."""
+    seen: set[Path] = set()
 
     def walk(place: Path) -> Iterator[Path]:
-        for path in place.iterdir():
-            if not _hidden(path.name):
+        # A link back to a folder above would repeat its images.
+        if (real := place.resolve()) in seen:
+            return
+        seen.add(real)
+        for path in sorted(place.iterdir()):
+            if not is_hidden(path.name):
                 yield from walk(path) if path.is_dir() else (path,)
 
     return sorted(path for path in walk(folder) if path.suffix.lower() in SUFFIXES)

@@ -264,7 +264,7 @@ class Follower(Run):
     def log(self, row: Mapping[str, Any]) -> None:
         pass
 
-    def truncate_metrics(self, epoch: int) -> None:
+    def truncate_metrics(self, epoch: int, logged: int | None = None) -> None:
         pass
 
     def finish(self, result: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 import weakref
+import zlib
 from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -36,6 +37,8 @@ from gfml.base.files import atomic_open, os_errors, remove_leftovers, try_lock, 
 from gfml.base.runs import (
     State,
     checked_name,
+    checksums,
+    damaged_log,
     goes_beyond,
     is_done,
     read_json,
@@ -57,7 +60,7 @@ class Run:
     def __init__(self, path: Path, config: Mapping[str, Any], lock: IO[str] | None) -> None:
         self.path = path
         self.config = dict(config)
-        self._lock = lock
+        self._lock, self._rows_sum = lock, 0
         self._facts: dict[str, Any] = read_json(path / "run.json") or {}
 
     @classmethod
@@ -210,17 +213,24 @@ class Run:
         path = self.path / "metrics.jsonl"
         with os_errors(path), open(path, "a", encoding="utf-8") as stream:
             stream.write(line + "\n")
+        self._rows_sum = zlib.crc32(f"{line}\n".encode(), self._rows_sum)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows logged so far."""
         return read_metrics(self.path)
 
-    def truncate_metrics(self, epoch: int) -> None:
-        """Forget the rows after ``epoch``: what was logged since the checkpoint will be logged again."""
+    def truncate_metrics(self, epoch: int, logged: int | None = None) -> None:
+        """Forget the rows after ``epoch``: what was logged since the checkpoint will be logged again.
+
+        logged: the checksum of the rows before, as the checkpoint has it; UserError when they have another.
+        """
         self._writable()
-        rows = [row for row in self.metrics() if row["epoch"] <= epoch]
+        text = "".join(json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= epoch)
+        self._rows_sum = zlib.crc32(text.encode())
+        if logged not in (None, self._rows_sum):
+            raise damaged_log(self.path / "metrics.jsonl")
         with atomic_open(self.path / "metrics.jsonl") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
+            stream.write(text)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write ``result.json`` and mark the run done.
@@ -233,7 +243,7 @@ class Run:
             raise ValueError(f"a result must say how its epoch was selected; found only {sorted(result)}")
         write_json(self.path / "result.json", result)
         with atomic_open(self.path / "done") as stream:
-            stream.write(_now() + "\n")
+            stream.write(" ".join([_now(), "crc32", *checksums(self.path)]) + "\n")
 
     def _writable(self) -> None:
         if self._lock is None:
@@ -244,9 +254,9 @@ class Run:
     # -- checkpoints
 
     def checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace ``last.pt``."""
+        """Replace ``last.pt``; it also holds a checksum of the rows logged so far."""
         self._writable()
-        save_state(self.path / "last.pt", state)
+        save_state(self.path / "last.pt", {**state, "logged": self._rows_sum})
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The content of ``last.pt`` on the CPU; None when there is none yet."""

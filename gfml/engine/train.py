@@ -674,7 +674,7 @@ def _restore(state: _Progress, run: Run, select: str) -> None:
         state.load_state_dict(saved)
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise damaged(path, f"of another model or program: {str(error).splitlines()[0]}") from error
-    run.truncate_metrics(state.epoch)
+    run.truncate_metrics(state.epoch, saved.get("logged"))
     # A process that only follows may read the rows before they are truncated.
     state.rows = [row for row in run.metrics() if row["epoch"] <= state.epoch]
     _restore_best(state, run, select)

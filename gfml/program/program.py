@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gfml.base.errors import UserError
-from gfml.base.runs import find_done, read_result
+from gfml.base.runs import checksums, find_done, read_result, told_checksums
 from gfml.base.settings import Settings, about, as_tokens, frozen
 from gfml.base.toml import LOCATION_FLAGS
 from gfml.program.cli import Parser, parser_of
@@ -111,7 +111,9 @@ class Program:
         if path is None or not (path / TEXT).is_file():
             return None
         read_result(path)  # refuses a damaged one
-        text = (path / TEXT).read_text(encoding="utf-8").removesuffix("\n")
+        if told_checksums(path)[1:] not in ([], checksums(path)[1:]):
+            return None  # it is made again from the result
+        text = (path / TEXT).read_text(encoding="utf-8", errors="replace").removesuffix("\n")
         return "\n".join([IS_DONE.format(path), text, places(path)])
 
 

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import shlex
@@ -37,7 +36,7 @@ from typing import Any
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open, write_csv, write_json
 from gfml.base.home import find_config, home
-from gfml.base.runs import read_config, read_result
+from gfml.base.runs import read_config, read_result, read_trials, trials_sum
 from gfml.base.toml import LOCATION_FLAGS, toml_text
 from gfml.program.cli import Parser, number
 from gfml.program.commands import last_line, read_command
@@ -130,9 +129,8 @@ class Trials:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.all: list[dict[str, Any]] = []
-        file = folder / "trials.json"
-        if file.exists():
-            self.all = json.loads(file.read_text(encoding="utf-8"))["trials"]
+        if found := read_trials(folder):
+            self.all = found["trials"]
 
     @classmethod
     @contextmanager
@@ -165,10 +163,11 @@ class Trials:
 
     def write(self, spec: Spec) -> None:
         """Write everything down."""
-        facts = {"metric": spec.metric, "mode": spec.mode, "search": spec.search}
+        facts: dict[str, Any] = {"metric": spec.metric, "mode": spec.mode, "search": spec.search}
         # Settings that were drawn by logarithm are shown so.
         facts["log"] = [one.name.replace("-", "_") for one in spec.space if one.kind == "loguniform"]
-        write_json(self.folder / "trials.json", facts | {"trials": self.all})
+        facts["trials"] = self.all
+        write_json(self.folder / "trials.json", facts | {"crc32": trials_sum(facts)})
 
 
 def run_of(trial: Mapping[str, Any], out: Path) -> Path | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open
+from gfml.distances import common_floats
 from gfml.ranking.topk import FactorScorer, topk_items
 
 logger = logging.getLogger("gfml.ranking.neighbours")
@@ -30,13 +31,14 @@ def nearest_rows(
         s(i, j) = f_i . f_j / (|f_i| |f_j| + shrink)
 
     Of equally similar rows the lower number is nearer. A row of zeros is like itself alone (s = 1), so that nothing is
-    ever divided by zero. Shape: features [n, width], float.
+    ever divided by zero. Shape: features [n, width], float, computed in float32 at least.
     Cost: n^2 * width products once; ``memory_mb`` MiB beside features and result; n * k stored entries.
     cache_dir: where the result is kept, by the hash of the features' bytes, k and shrink; None keeps nothing.
     Errors: UserError if k is not in 1..n; ValueError for features that are not finite.
     """
     if not 1 <= k <= len(features):
         raise UserError(f"found {k} neighbours an item, wanted 1 to the {len(features)} items there are: mend `knn_k`")
+    (features,) = common_floats(features)
     path = None if cache_dir is None else Path(cache_dir) / f"neighbours-{_key(features, k, shrink)}.npz"
     found = None if path is None else _load(path, len(features), k)
     if found is None:
@@ -48,7 +50,8 @@ def nearest_rows(
 
 def nearest_ids(features: Tensor, k: int, memory_mb: float = 256) -> Tensor:
     """Ids of the k rows of highest cosine for each row: int64 [n, k], on the device of the features; no gradient."""
-    unit = F.normalize(features.detach(), dim=1)
+    (features,) = common_floats(features.detach())
+    unit = F.normalize(features, dim=1)
     everyone = torch.arange(len(unit), device=unit.device)
     return topk_items(FactorScorer(unit, unit), everyone, k, seen=None, memory_mb=memory_mb)
 

@@ -10,7 +10,6 @@ validation. Reads run directories alone; trains nothing and shows test figures o
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -23,7 +22,7 @@ import numpy as np
 
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open
-from gfml.base.runs import read_config
+from gfml.base.runs import read_config, read_trials
 from gfml.base.toml import toml_text
 from gfml.program.cli import Parser
 from gfml.report.page import COLORS, TEXT, Cell, Curves, Page, best_rows, figure_of, panels, styled
@@ -114,11 +113,7 @@ class Collection:
 def collect(paths: Sequence[Path], metric: str | None, mode: str | None) -> Collection:
     """Read a sweep or runs. UserError when there is nothing, or when the runs are of several programs or data sets."""
 
-    sweep = (
-        json.loads((paths[0] / "trials.json").read_text(encoding="utf-8"))
-        if (paths[0] / "trials.json").exists()
-        else None
-    )
+    sweep = read_trials(paths[0])
     if sweep and len(paths) > 1:
         raise UserError(
             f"found {len(paths)} directories, wanted one sweep or any number of runs: give {paths[0]} alone"

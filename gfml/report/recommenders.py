@@ -248,7 +248,7 @@ def _stored(file: Path | None, key: Mapping[str, Any]) -> dict[str, Any] | None:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return None  # cut short by a full disk of old: computed again and replaced
-    return content["result"] if content.get("key") == key else None
+    return content.get("result") if isinstance(content, dict) and content.get("key") == key else None
 
 
 def _judge_baseline(

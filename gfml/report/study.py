@@ -9,7 +9,6 @@ row's label is "DATA, METHOD". A study that has not run to its end says which ro
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -155,11 +154,12 @@ def _point(seeds: Sequence[Known], trials: Sequence[Known]) -> str:
 
 def _points(path: Path, gammas: Sequence[float], out: Path, data_root: str | None) -> list[dict[str, Any]]:
     """The points of a run's frontier, from its stored model; kept below ``out``, as nothing but the model and gammas decides them."""
+    from gfml.base.runs import read_json
     from gfml.program.loading import load
     from gfml.ranking.damping import frontier
 
     file = out / "frontiers" / f"{path.name}.json"
-    if file.exists() and (kept := json.loads(file.read_text(encoding="utf-8")))["gammas"] == list(gammas):
+    if (kept := read_json(file, "gammas", "points")) and kept["gammas"] == list(gammas):
         return kept["points"]
     run = load(path, device="cpu", **({"data_root": data_root} if data_root else {}))
     this, model = run.experiment, run.model

@@ -469,3 +469,19 @@ def test_forgotten_ids_of_masses_are_told(mode, side) -> None:
         with pytest.raises(ValueError, match="needs item ids"):
             gravity(x, y, ids)
     assert gravity(x, y, ids, ids).shape == (4,) and gravity.all_items(x, y, ids).shape == (4, 4)
+    with pytest.raises(ValueError, match=rf"found {side} ids of shape \(1,\), wanted \(4,"):
+        gravity(x, y, ids[:1], ids[:1])
+
+
+def test_user_masses_belong_to_rows_of_as_many_candidates() -> None:
+    """Without item ids, which this mode does not read, masses [B] would broadcast along W = B candidates."""
+    torch.manual_seed(0)
+    gravity = Gravity(4, 4, mass="user")
+    torch.nn.init.normal_(gravity.mass.user)
+    x, y, users = torch.randn(4, 3), torch.randn(4, 4, 3), torch.tensor([2, 0, 3, 1])
+    found = gravity(x, y, users)
+    for b in range(4):
+        assert torch.allclose(found[b], gravity(x[[b] * 4], y[b], users[[b] * 4]))
+    for mode in ("item", "both"):
+        with pytest.raises(ValueError, match=r"found item ids of shape \(4,\), wanted \(4, 4\)"):
+            Gravity(4, 4, mass=mode)(x, y, users, users)

@@ -593,6 +593,15 @@ def test_equal_rows_have_no_covariance_and_a_finite_gradient(form) -> None:
     assert value.item() == 0 and rows.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("form", ["squared", "paper", "signed"])
+@pytest.mark.parametrize("rows, weight", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_weighted_covariance_of_mixed_types(form, rows, weight):
+    values, counts = randn(5, 3).to(rows), torch.tensor([1, 1, 0, 1, 1])
+    found = losses.covariance(values, form, counts.to(weight))
+    wanted = losses.covariance(values[counts > 0].double(), form)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("mode", PAIR_MODES)
 def test_scores_in_half_precision_are_summed_in_float32(mode):
     """In bfloat16 the sum of 5 000 terms near 1 would stop at 256."""

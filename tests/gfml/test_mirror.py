@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -754,8 +755,9 @@ def normed_model() -> nn.Module:
 @pytest.mark.parametrize("bad_call", [1, 2])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("every", [0, 1])
-def test_a_skipped_batch_leaves_running_statistics_alone(mode, bad_call, scaled, every):
-    """A batch with NaN, in either half of a mirrored one or in an ordinary one; the model is alive in eval mode."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_skipped_batch_leaves_running_statistics_alone(mode, bad_call, scaled, every, fails):
+    """A batch with NaN or an error, in either half of a mirrored one or in an ordinary one; the model is alive in eval mode."""
     model, x = normed_model(), torch.randn(8, 3)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -767,9 +769,14 @@ def test_a_skipped_batch_leaves_running_statistics_alone(mode, bad_call, scaled,
 
     def closure() -> Tensor:
         calls.append(1)
-        return model(x * (float("nan") if len(calls) == (bad_call if every else 1) else 1.0)).square().mean()
+        bad = len(calls) == (bad_call if every else 1)
+        loss = model(x * (float("nan") if bad and not fails else 1.0)).square().mean()
+        if bad and fails:
+            raise MemoryError
+        return loss
 
-    assert mirror.step(closure).skipped
+    with contextlib.suppress(MemoryError):
+        assert mirror.step(closure).skipped
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.eval()(x).isfinite().all()
 
@@ -798,11 +805,15 @@ def test_statistics_of_the_first_half_alone(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_halves_that_touch_other_parameters_or_none(mode):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_halves_that_touch_other_parameters_or_none(mode, scaled):
+    """A GradScaler by itself fails where there is no gradient: it has nothing to unscale and no check to read."""
     a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
     mirror = MirrorGradient(
-        torch.optim.Adam([a, b], lr=0.1), mode=mode, every=1, guard=True, diagnostics=True, module=nn.Module()
-    )
+        torch.optim.Adam([a, b], lr=0.1), mode=mode, every=1, guard=not scaled, scaler=scaler, diagnostics=True,
+        module=nn.Module(),
+    )  # fmt: skip
     turns = iter([a, b])
     found = mirror.step(lambda: next(turns).square().sum())
     assert not found.skipped and found.diagnostics["grad_norm"] == found.diagnostics["mirror_grad_norm"] > 0
@@ -811,6 +822,10 @@ def test_halves_that_touch_other_parameters_or_none(mode):
     before = flat([a, b])
     none = mirror.step(lambda: elsewhere.sum())
     assert not none.skipped and none.diagnostics["grad_norm"] == 0 and np.isfinite(before).all()
+    for turns in (iter([a, elsewhere]), iter([elsewhere, a])):
+        assert mirror.step(lambda turns=turns: next(turns).square().sum()).mirrored
+    mirror.every = 0
+    assert not mirror.step(lambda: elsewhere.sum()).skipped
 
 
 def test_what_cannot_be_mirrored_is_one_line():

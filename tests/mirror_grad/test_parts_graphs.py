@@ -265,3 +265,13 @@ def test_filling_copies_elements_of_the_growing_list():
     many = filled_positions(torch.full((4000,), 2), 40, seeded_generator("cpu", 2))
     share = (many == 0).double().mean(1)
     assert share.mean().item() == pytest.approx(0.5, abs=0.02) and share.std() > 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shrink", [0.0, 5.0])
+def test_neighbours_of_rows_in_half_precision(dtype, shrink):
+    """Unit rows rounded to bfloat16 rank otherwise, and norms above 256 have no square in float16."""
+    features = (300 * torch.randn(40, 6, generator=torch.Generator().manual_seed(3))).to(dtype)
+    wanted = nearest_rows(features.double(), 4, shrink=shrink).toarray()
+    assert np.abs(nearest_rows(features, 4, shrink=shrink).toarray() - wanted).max() < 1e-6
+    assert nearest_ids(features, 4).tolist() == nearest_ids(features.double(), 4).tolist()

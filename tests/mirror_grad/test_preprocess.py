@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,22 @@ def test_one_command_from_raw_files_to_a_run(tmp_path, capsys):
         names[0]
     ]
     assert manifest["sha256"] == json.loads((tmp_path / "again/toys/manifest.json").read_text())["sha256"]
+
+
+def test_pictures_are_found_by_any_ending_and_not_among_hidden_ones(tmp_path):
+    """As vision and contextual find theirs; of several the first by its name."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for name in ("a.jfif", "b.JPG", "c.tiff", "c.png", "._d.jpg", "e.txt", "f.1.jpg"):
+        (folder / name).touch()
+    (folder / "e.jpg").mkdir()
+    names = ["a", "b", "c", "d", "e", "f.1"]
+    wanted = [str(folder / name) for name in ("a.jfif", "b.JPG", "c.png")]
+    assert features.find_pictures(folder, names) == [*wanted, None, None, str(folder / "f.1.jpg")]
+    with zipfile.ZipFile(tmp_path / "own.zip", "w") as archive:
+        for name in ("in/a.Jpeg", "in/.ipynb_checkpoints/a.jpg", "__MACOSX/in/b.jpg", "in/._d.jpg", "f.1.webp"):
+            archive.writestr(name, b"")
+    assert features.find_pictures(tmp_path / "own.zip", names) == ["in/a.Jpeg", None, None, None, None, "f.1.webp"]
 
 
 @pytest.mark.parametrize(("backbone", "width"), [("test_resnet", 96), ("mobilenetv3_small_050", 1024)])

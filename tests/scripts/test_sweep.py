@@ -273,6 +273,23 @@ def test_known_trials_come_first_and_the_plan_goes_on_after_them(script: dict, t
         assert trials.all[1]["command"].startswith("python toy_paper/main.py --epochs 3 --lr")
 
 
+def test_a_damaged_ledger_is_told_and_made_again(script: dict, toy: Path) -> None:
+    """One flipped bit may only change a value; without the file the same points come again, whose runs are there."""
+    spec, folder = load_spec(write(toy)), toy / "runs" / "sweeps" / "x"
+    with script["Trials"].open(folder) as trials:
+        first = script["Source"](spec, trials).next()["point"]
+        trials.end(spec, trials.all[0], "done", 3, 0.5)
+    file = folder / "trials.json"
+    whole = file.read_text()
+    for damage in (whole.replace("0.5", "0.7"), whole.replace('"trials"', '"trialr"'), whole[:-9], "[]"):
+        file.write_text(damage)
+        with pytest.raises(UserError, match="trials.json.*: delete it and run the"):
+            script["Trials"].open(folder).__enter__()
+    file.unlink()
+    with script["Trials"].open(folder) as trials:
+        assert script["Source"](spec, trials).next()["point"] == first
+
+
 @needs_ray
 def test_optuna_goes_on_with_what_is_known(script: dict, toy: Path) -> None:
     spec = load_spec(write(toy, search='"optuna"', trials="30"))

@@ -131,6 +131,16 @@ def test_a_loss_that_needs_every_class_says_so():
         Objective(options_of("--long-tail balanced-softmax"), np.array([9, 3, 0]))
 
 
+@pytest.mark.parametrize("name", ["ce", "class-balanced", "ldam-drw", "logit-adjustment"])
+def test_smoothing_beyond_equal_weights_is_refused_before_training(name):
+    """The library refuses it at the first loss only: of two classes .6 is .4 for the label, a smoothing of 1.2."""
+    options = options_of("--label-smoothing --smoothing 0.6 --long-tail", name)
+    with pytest.raises(UserError, match=r"--smoothing 0.6 with 2 classes: above 0.5 "):
+        Objective(options, np.array([5, 9]))
+    least = Objective(options_of("--label-smoothing --smoothing 0.5 --long-tail", name), np.array([5, 9]))
+    assert least.loss(torch.randn(3, 2), torch.tensor([0, 1, 0])).isfinite()
+
+
 def test_without_the_flag_nothing_is_smoothed(batch, logits):
     whole = Batch(batch.images, batch.labels, batch.labels, 1.0)
     terms = Objective(options_of("--smoothing 0.3"), COUNTS).terms(logits, whole)

@@ -47,6 +47,22 @@ def test_own_checkpoints_and_safetensors(model, tmp_path):
     same(read_weights(tmp_path / "w.safetensors"), model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_one_flipped_bit_is_told(name, model, tmp_path):
+    """Neither torch.load nor safetensors notices it."""
+    path, state = tmp_path / name, model.state_dict()
+    if name.endswith("tensors"):
+        pytest.importorskip("safetensors")
+        write_weights(path, state, {"from": "a test"})
+    else:
+        torch.save(state, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(state["a.weight"].numpy().tobytes()) + 1] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} is damaged: .*checksum; "):
+        read_weights(path)
+
+
 class Evil:
     def __init__(self, command):
         self.command = command

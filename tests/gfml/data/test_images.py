@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -309,11 +311,48 @@ def test_sixteen_bits_are_scaled(kind):
 
 
 def test_pixels_without_a_range_are_refused():
-    for values in (np.zeros((2, 2), np.float32), np.full((2, 2), 70_000, np.int32)):
+    """Whatever values they hold: taken for 16 bits, a 32-bit picture of 0 to 252 would be black."""
+    for values in (np.zeros((2, 2), np.float32), np.full((2, 2), 70_000, np.int32), np.full((2, 2), 252, np.int32)):
         with pytest.raises(
             UserError, match="cannot read the image x.tif .it has pixels of the kind '[FI]', wanted 8 or 16 bits"
         ):
             decode(saved(Image.fromarray(values), "TIFF"), "x.tif")
+
+
+def tiff(bits: int, photometric: int, rows: bytes) -> bytes:
+    """A grey picture of 2 x 1 pixels."""
+    tags = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(rows)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    rows += bytes(len(rows) % 2)
+    return b"II*\0" + struct.pack("<I", 8 + len(rows)) + rows + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_twelve_bits_white_zero_and_a_transparent_grey():
+    """The library hands these on as they stand in the file: 4095 of 4095 as a sixteenth of white, and white as black."""
+    assert decode(tiff(12, 1, bytes([0xFF, 0xF8, 0x00])), "x")[0, :, 0].tolist() == [255, round(0x800 * 255 / 4095)]
+    assert decode(tiff(16, 0, struct.pack("<HH", 0, 65_535)), "x")[0, :, 0].tolist() == [255, 0]
+    marked = saved(Image.fromarray(np.array([[0, 257]], np.uint16)), "PNG", transparency=0)
+    assert decode(marked, "x")[0, :, 0].tolist() == [0, 1]
+    assert decode(marked, "x", upright=True)[0, :, 0].tolist() == [255, 1]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_damaged_note_in_a_picture_is_one_line():
+    """The library turns what it cannot write back into struct.error."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "abc"
+    content = bytearray(saved(Image.new("RGB", (3, 2)), "WEBP", exif=exif))
+    for place in range(content.index(b"EXIF"), len(content)):
+        for value in (0, 3, 255):
+            broken = content[:place] + bytes([value]) + content[place + 1 :]
+            with contextlib.suppress(UserError):
+                assert decode(bytes(broken), "x.webp", upright=True).shape[2] == 3
+
+
+def test_a_link_back_to_its_folder_repeats_no_image(tmp_path, pictures):
+    folder = write_tree(tmp_path / "photos", pictures)
+    (folder / "train" / "cat" / "again").symlink_to(folder / "train" / "cat")
+    assert load_images(folder, size=4).train.counts.tolist() == [6, 6]
 
 
 def test_own_pictures_are_upright_and_on_white(tmp_path):

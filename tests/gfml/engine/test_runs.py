@@ -241,6 +241,24 @@ def test_metrics_lines(tmp_path):
         assert [row["epoch"] for row in run.metrics()] == [1]
 
 
+def test_a_changed_line_is_told_when_the_run_goes_on(tmp_path):
+    """The checkpoint holds the checksum of the lines before it: one flipped bit would only change a figure."""
+    for keep in (3, 2):
+        with open_run(tmp_path, overwrite=keep == 2) as run:
+            for epoch in (1, 2, 3):
+                run.log({"epoch": epoch, "loss": 0.5 / epoch, "none": float("inf")})
+                if epoch <= keep:
+                    run.checkpoint({"epoch": epoch})
+            logged = run.load_checkpoint()["logged"]
+            run.truncate_metrics(keep, logged)
+            run.log({"epoch": keep + 1, "loss": 0.1})
+            run.truncate_metrics(keep, logged)
+            assert [row["epoch"] for row in run.metrics()] == [*range(1, keep + 1)]
+            flipped(run.path / "metrics.jsonl", (run.path / "metrics.jsonl").read_bytes().index(b"0.25") + 2)
+            with pytest.raises(UserError, match="metrics.jsonl is damaged: restore it, or train anew"):
+                run.truncate_metrics(keep, logged)
+
+
 def test_a_line_cut_short_is_dropped_but_damage_is_told(tmp_path):
     with open_run(tmp_path) as run:
         run.log({"epoch": 1})
@@ -286,7 +304,7 @@ def test_checkpoint_round_trip(tmp_path):
         state = {"weights": torch.randn(3), "epoch": 2, "nested": {"a": [1.5, None, (1, "x")]}}
         run.checkpoint(state)
         loaded = run.load_checkpoint()
-        assert torch.equal(loaded.pop("weights"), state.pop("weights")) and loaded == state
+        assert torch.equal(loaded.pop("weights"), state.pop("weights")) and loaded == state | {"logged": 0}
         assert not list(run.path.glob(".*.tmp"))
         with pytest.raises(UserError, match="there is no .*best.pt"):
             run.load_best()
@@ -337,6 +355,21 @@ def test_one_flipped_bit_in_a_checkpoint_is_told(tmp_path):
             one_line(error)
             flipped(path, place + offset)
         assert torch.equal(run.load_checkpoint()["weights"], weights)
+
+
+def test_one_flipped_bit_in_a_result_is_told(tmp_path):
+    """It would only change a figure; the advice finishes the run again."""
+    path = finished(tmp_path)
+    file, found = path / "result.json", read_result(path)
+    flipped(file, file.read_bytes().index(b"0.") + 2)
+    assert "selection" in json.loads(file.read_text()) and json.loads(file.read_text()) != found
+    with pytest.raises(UserError, match="result.json is no result of a run, or damaged: delete it and finish") as error:
+        read_result(path)
+    one_line(error)
+    file.unlink()
+    assert run_state(path) == "incomplete" and read_result(finished(tmp_path)) == found
+    (path / "done").write_text("2026-01-01T00:00:00+00:00\n")  # as before results had checksums
+    assert read_result(path) == found
 
 
 def test_advice_about_damaged_files_names_what_helps(tmp_path):
@@ -442,7 +475,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="disk full while writing .*last.pt") as error:
             run.checkpoint({"epoch": 2})
         one_line(error)
-        assert run.load_checkpoint() == {"epoch": 1}
+        assert run.load_checkpoint() == {"epoch": 1, "logged": 0}
         assert not list(run.path.glob(".*.tmp"))
 
 
