@@ -89,7 +89,7 @@ def read_lists(path: str | os.PathLike[str]) -> ListTable:
     names = [normal(name) for name in frame.columns] if header else []
     if len(names) > 1 and names[1] == "top0":
         return _wide(frame)
-    trec = not header and frame.shape[1] == 6
+    trec = not header and frame.shape[1] == 6 and frame.iloc[:, 1].nunique() == 1  # Q0, or another word of no meaning
     if trec:
         chosen = {"user": 0, "item": 2, "rank": 3, "score": 4}
     else:

@@ -40,6 +40,7 @@ def test_written_and_read_back(form, tmp_path):
         ("id\ttop_0\ttop_1\nu1\td2\td1\n", ["d2", "d1"]),  # MMRec
         ("user;item\nu1;d2\nu1;d1\n", ["d2", "d1"]),  # neither rank nor score: the file's order
         ("user,item,rank,score\nu1,d1,2,9\nu1,d2,1,1\n", ["d2", "d1"]),  # the rank counts before the score
+        ("u1,d1,1,x,7,8\nu1,d2,2,y,7,8\n", ["d2", "d1"]),  # six columns, but no TREC run
         ("userId;movieId;prediction\nu1;d1;1\nu1;d2;2\n", ["d2", "d1"]),
         ("id\ttop_0\ttop_1\ttop_2\nu1\td2\td1\t\n", ["d2", "d1"]),  # an empty place is no item
         ('"user","item","score"\n"u1","d1","1"\n"u1","d2","2"\n', ["d2", "d1"]),
