@@ -57,6 +57,13 @@ def test_scores_and_metrics_of_the_original(model: str) -> None:
         assert {u: top.tolist() for u, top in zip(judged.users.tolist(), judged.top, strict=True)} == {
             u: lists[u] for u in judged.users.tolist()
         }
+    if model in foreign.DRAWS:  # where both behaviours rank alike
+        asked = parse([*arguments(model, folder / "weights.pth"), "--behaviour", "fixed"])
+        fixed, _ = experiment.weights_model(experiment.MirrorGrad(asked, data), folder / "weights.pth")
+        with torch.no_grad():
+            np.testing.assert_allclose(
+                fixed.scorer().score(torch.arange(data.num_users)).numpy(), stored, rtol=0, atol=5e-6
+            )
     if (folder / "not_in_the_file.npz").is_file():  # what the original drew, or made of the data
         check_drawn(found, dict(np.load(folder / "not_in_the_file.npz")))
     exact = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["exact"]
