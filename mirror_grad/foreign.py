@@ -230,6 +230,8 @@ def complete(model: nn.Module, name: str, state: State, data: MultimodalData, se
         drawn = DRAWS[name](data, state, seed)
         yield f"drawn again after seed {seed}, as the original does: {', '.join(sorted(drawn))}"
         state |= drawn
+    if name == "LATTICE":  # the original keeps two weights where it has one kind of features, and reads none
+        state["modal_weight"] = state["modal_weight"][: len(data.features)]
     if settings.behaviour == "fixed":
         state.pop("item_weight", None)
     elif name in ("DRAGON", "DualGNN"):
