@@ -35,6 +35,7 @@ from gfml.report.recommenders import USUAL_METRICS, judged_text, other_conventio
 from mirror_grad import foreign
 from mirror_grad.data import MultimodalData, load
 from mirror_grad.models import MODELS, load_model
+from mirror_grad.parts.features import halve_fixed
 from mirror_grad.settings import PROGRAM_FILE, arm_of
 
 LEARNERS = {
@@ -83,6 +84,8 @@ class MirrorGrad(Recommender):
         s = self.settings
         build = load_model(s.model)
         model = build(self.data, s.settings, behaviour=s.behaviour, embedding_dim=s.embedding_dim, seed=s.seed)
+        if s.feature_dtype == "bfloat16":
+            halve_fixed(model)
         return model.to(self.device)
 
     def training(self, model: nn.Module) -> Training | None:
