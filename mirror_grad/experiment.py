@@ -310,8 +310,5 @@ def weights_model(this: MirrorGrad, path: Path) -> tuple[nn.Module, list[str]]:
     if found:
         foreign.check_whole(name, state, path, model.state_dict().keys())
         state = foreign.rename(name, state)
-        if this.settings.behaviour == "published":
-            notes += foreign.complete(model, name, state, this.data, this.settings.seed, dim)
-        else:
-            state = {key: value for key, value in state.items() if key != "item_weight"}
+        notes += foreign.complete(model, name, state, this.data, this.settings, dim)
     return load_named(model, state, path, name).to(this.device), notes

@@ -88,7 +88,7 @@ def case_of(table: ListTable, ground: Ground) -> tuple[Case, dict[str, int]]:
     has_truth, trained = case.num_relevant > 0, case.active
     taken = top >= 0
     notes |= {
-        "items that a user has twice, counted at the better place": int(repeats.sum()),
+        "items that a user has twice, counted at the better place (elliot, rectools: each time)": int(repeats.sum()),
         "listed users without truth, not judged": int((case.listed & ~has_truth).sum()),
         "listed users in neither train nor truth": int((case.listed & ~has_truth & ~trained).sum()),
         "users with truth and without a list, counted as 0": int((has_truth & ~case.listed).sum()),

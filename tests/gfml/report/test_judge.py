@@ -148,6 +148,11 @@ def test_ratings_below_zero_are_no_gains(tmp_path):
         main([*flags, "--graded", "linear"])
 
 
+def test_a_directory_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="which is no run: give"):
+        main([str(tmp_path), *WHERE])
+
+
 def test_lists_of_other_data(tmp_path):
     (tmp_path / "l.csv").write_text("user,item,score\n999,1,2\n", encoding="utf-8")
     with pytest.raises(UserError, match="no user of the lists is in the truth"):
