@@ -109,7 +109,7 @@ def section(trials: Sequence[Row], rows: Sequence[Row], cells: Sequence[Cell], m
             "How much a method needs its search: the median of the trials over the best one. Spaces are in the study's table.\n\n"
             + _table({method: ("", shares) for method, shares in untuned.items()}, "")
         )
-    return "\n\n".join(["### One setting for all data sets", *parts]) if parts else ""
+    return "\n\n".join(["### Settings", *parts]) if parts else ""
 
 
 def _table(found: Mapping[str, tuple[str, Mapping[str, float]]], what: str) -> str:
