@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gfml.program.foreign import Source, renamed
+from gfml.program.foreign import Source, matching, renamed, require
 
 State = dict[str, Tensor]
 PIPELINES = {
@@ -25,7 +25,10 @@ PIPELINES = {
 
 def contextual(state: Mapping[str, Tensor]) -> State:
     """Backbone and head of either pipeline; the training-only bottleneck is in no file."""
-    return renamed(state, PIPELINES["256" if "remap.weight" in state else "224"])
+    pipeline, head = ("256", "remap") if "remap.weight" in state else ("224", "model.embedding")
+    ours = renamed(state, PIPELINES[pipeline])
+    require(state, f"{head}.weight", f"{head}.bias")
+    return ours
 
 
 def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
@@ -47,4 +50,8 @@ def program(state: Mapping[str, Tensor]) -> str:
     return "contextual.main" if "remap.weight" in state else "contextual.train"
 
 
-SOURCES = {"contextual": Source(contextual, program=program, flags=flags)}
+SOURCES = {
+    "contextual": Source(
+        contextual, program=program, flags=flags, assumed=("pooling", "layer_norm"), unread=matching(r"model\.fc\..+")
+    )
+}

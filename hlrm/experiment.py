@@ -100,21 +100,26 @@ class HLRM(Recommender):
             diff_memory=s.diff_memory,
         )  # fmt: skip
 
+    def check(self) -> None:
+        """Start vectors whose files are there must fit the data."""
+        s = self.settings
+        if s.is_pretrained_embs and all(Path(file).exists() for file in (s.pretrained, s.user_emb, s.item_emb) if file):
+            self._vectors()
+
+    def _vectors(self) -> Tensor:
+        """The given start vectors of users and items."""
+        s = self.settings
+        shape = (self.data.num_users, self.data.num_items, s.embedding_dim)
+        if s.pretrained is not None:
+            return read_nodes(s.pretrained, shape, self.data)
+        tables = (read_table(file, side, self.data) for file, side in ((s.user_emb, "user"), (s.item_emb, "item")))
+        return join_tables(*tables, shape, f"{s.user_emb} and {s.item_emb}")
+
     @torch.no_grad()
     def _start(self, model: RelationModel) -> None:
         """Copy given vectors; into the ball unless they are frozen, which leaves them exactly as they are."""
         s = self.settings
-        shape = (self.data.num_users, self.data.num_items, s.embedding_dim)
-        if s.pretrained is not None:
-            nodes = read_nodes(s.pretrained, shape, self.data)
-        else:
-            nodes = join_tables(
-                read_table(s.user_emb, "user", self.data),
-                read_table(s.item_emb, "item", self.data),
-                shape,
-                f"{s.user_emb} and {s.item_emb}",
-            )
-        model.encoder.nodes.copy_(nodes)
+        model.encoder.nodes.copy_(self._vectors())
         if not s.freeze_embs:
             clip_rows_(model.encoder.nodes, s.clip_norm, compat=bool(s.compat))
 

@@ -5,11 +5,12 @@ Source: nlee-208/HLRM, commit de6df3b3 (names and shapes).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from gfml.program.foreign import Source, renamed, tables_of
+from gfml.program.foreign import Source, renamed, require, tables_of
 
 State = dict[str, Tensor]
 NAMES = {
@@ -22,7 +23,9 @@ NAMES = {
 
 def hlrm(state: Mapping[str, Tensor]) -> State:
     """Points of users and items, and keys and values of the port's relation (``--form port``); HLR++ has the item's too."""
-    tables = tables_of(state, "user_emb.weight", "item_emb.weight", rest=("userattn.", "itemattn."))
+    tables = tables_of(state, "user_emb.weight", "item_emb.weight", rest=[re.escape(name) for name in NAMES])
+    both = any(name.startswith("itemattn.") for name in state)
+    require(state, *(name for name in NAMES if both or name.startswith("userattn.")))
     return tables | renamed({name: value for name, value in state.items() if name in NAMES}, NAMES)
 
 

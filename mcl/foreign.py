@@ -16,7 +16,7 @@ State = dict[str, Tensor]
 
 def mcl(state: Mapping[str, Tensor]) -> State:
     """``embedding_user``, ``embedding_item`` and, of the gravity version, the raw masses ``mass_u``, ``mass_i``."""
-    tables = tables_of(state, "embedding_user.weight", "embedding_item.weight", rest=("mass_u.", "mass_i."))
+    tables = tables_of(state, "embedding_user.weight", "embedding_item.weight", rest=(r"mass_[ui]\.weight",))
     return tables | masses_of(state, len(state["embedding_user.weight"]), len(state["embedding_item.weight"]))
 
 

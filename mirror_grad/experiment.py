@@ -35,6 +35,7 @@ from gfml.report.recommenders import USUAL_METRICS, judged_text, other_conventio
 from mirror_grad import foreign
 from mirror_grad.data import MultimodalData, load
 from mirror_grad.models import MODELS, load_model
+from mirror_grad.parts.features import halve_fixed
 from mirror_grad.settings import PROGRAM_FILE, arm_of
 
 LEARNERS = {
@@ -83,6 +84,8 @@ class MirrorGrad(Recommender):
         s = self.settings
         build = load_model(s.model)
         model = build(self.data, s.settings, behaviour=s.behaviour, embedding_dim=s.embedding_dim, seed=s.seed)
+        if s.feature_dtype == "bfloat16":
+            halve_fixed(model)
         return model.to(self.device)
 
     def training(self, model: nn.Module) -> Training | None:
@@ -307,8 +310,5 @@ def weights_model(this: MirrorGrad, path: Path) -> tuple[nn.Module, list[str]]:
     if found:
         foreign.check_whole(name, state, path, model.state_dict().keys())
         state = foreign.rename(name, state)
-        if this.settings.behaviour == "published":
-            notes += foreign.complete(model, name, state, this.data, this.settings.seed, dim)
-        else:
-            state = {key: value for key, value in state.items() if key != "item_weight"}
+        notes += foreign.complete(model, name, state, this.data, this.settings, dim)
     return load_named(model, state, path, name).to(this.device), notes

@@ -219,16 +219,22 @@ def adapt(options: Any, state: Mapping[str, Tensor]) -> list[str]:
     return notes
 
 
-def complete(model: nn.Module, name: str, state: State, data: MultimodalData, seed: int, dim: int) -> Iterator[str]:
+def complete(model: nn.Module, name: str, state: State, data: MultimodalData, settings: Any, dim: int) -> Iterator[str]:
     """Put what the original draws after its seed, and the file lacks, into ``state`` and ``model``; say what was drawn.
 
-    dim: the published ``embedding_size``, which decides how much DRAGON and DualGNN draw before their neighbours.
+    dim: the published ``embedding_size``, which decides how much DRAGON and DualGNN draw before their neighbours. With
+    ``--behaviour fixed`` these have neighbours of their own and no weights of items.
     """
+    seed = settings.seed
     if name in DRAWS:
         drawn = DRAWS[name](data, state, seed)
         yield f"drawn again after seed {seed}, as the original does: {', '.join(sorted(drawn))}"
         state |= drawn
-    if name in ("DRAGON", "DualGNN"):
+    if name == "LATTICE":  # the original keeps two weights where it has one kind of features, and reads none
+        state["modal_weight"] = state["modal_weight"][: len(data.features)]
+    if settings.behaviour == "fixed":
+        state.pop("item_weight", None)
+    elif name in ("DRAGON", "DualGNN"):
         short = int(((model.user_graph.degree > 0) & (model.user_graph.degree < model.user_graph.k)).sum())
         model.user_graph.fill(_numpy_positions(model.user_graph, data, seed, dim))
         if short:
@@ -342,4 +348,9 @@ def flags(state: Mapping[str, Tensor], path: str) -> list[str]:
     return [f"--model={recognise(state)[0]}", f"--resume={path}", "--published-protocol"]
 
 
-SOURCES = {"mirror-gradient": Source(published, program=lambda _: "mirror_grad.main", flags=flags)}
+def unread(state: Mapping[str, Tensor]) -> list[str]:
+    """What no score of ours reads."""
+    return [name for name, ours in (_renamed_all(state, NAMES[recognise(state)[0]]) or {}).items() if ours == DROP]
+
+
+SOURCES = {"mirror-gradient": Source(published, program=lambda _: "mirror_grad.main", flags=flags, unread=unread)}

@@ -80,6 +80,12 @@ class FeatureSettings(Settings):
         "centred, as those of networks are not; zero is near to none",
         choices=("mean", "zero"),
     )
+    feature_dtype: str = setting(
+        "float32",
+        "bfloat16 holds and multiplies features that are not trained in 16 bits: half the memory; see the README for what it costs",
+        choices=("float32", "bfloat16"),
+        late=True,
+    )
     keep_cold_users: bool = setting(False, "also judge users without train interactions")
 
 
@@ -402,6 +408,18 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.mirror_clip_halves == "second" and options.mirror not in ("off", "two_step"):
         raise UserError(f"--mirror-clip-halves second is defined for --mirror two_step, not {options.mirror}")
+    if options.feature_dtype != "float32":
+        mapping = [name for name, entry in MODELS.items() if entry.maps_features]
+        if options.model not in mapping:
+            raise UserError(
+                f"found --feature-dtype {options.feature_dtype} with {options.model}, which has no linear map of features, "
+                f"wanted float32 or one of {', '.join(mapping)}"
+            )
+        if getattr(options, "train_features", False):
+            raise UserError(
+                f"found --feature-dtype {options.feature_dtype} with {options.model}, which trains its features, "
+                "wanted --no-train-features beside it, or float32"
+            )
 
 
 def grid_space(settings: type, options: Any) -> tuple[Dimension, ...]:

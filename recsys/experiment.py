@@ -62,6 +62,15 @@ class Recsys(Recommender):
 
     # -- building
 
+    def check(self) -> None:
+        """A --pretrain-file that is there must fit the data."""
+        if self.settings.pretrain and Path(self.settings.pretrain_file).exists():
+            self._start()
+
+    def _start(self) -> Tensor:
+        shape = (self.data.num_users, self.data.num_items, self.settings.embedding_dim)
+        return read_nodes(self.settings.pretrain_file, shape, self.data)
+
     def build(self, *, start: bool = True) -> Model:
         s, data = self.settings, self.data
         distance = SquaredDistance(s.dist_mode, emd_input=s.emd_input, emd_power=s.emd_power, kl_kind=s.kl_kind)
@@ -80,8 +89,7 @@ class Recsys(Recommender):
             features=None if s.features is None else self._features(),
         )  # fmt: skip
         if s.pretrain and start:
-            shape = (data.num_users, data.num_items, s.embedding_dim)
-            model.encoder.nodes.data.copy_(read_nodes(s.pretrain_file, shape, data))
+            model.encoder.nodes.data.copy_(self._start())
         return model.to(self.device)
 
     def _encoder(self) -> Tables:

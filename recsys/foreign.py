@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gfml.program.foreign import Source, masses_of, tables_of
+from gfml.program.foreign import Source, masses_of, matching, tables_of
 
 State = dict[str, Tensor]
+FEATURES = r"feat_extract_model\..+"
 
 
 def lightgcn(state: Mapping[str, Tensor]) -> State:
@@ -22,10 +23,10 @@ def lightgcn(state: Mapping[str, Tensor]) -> State:
 def gravity(state: Mapping[str, Tensor]) -> State:
     """The tables of mf, lgn and cml, with raw masses of users, items or both where there are any."""
     if "user_embeddings.weight" in state:
-        return tables_of(state, "user_embeddings.weight", "item_embeddings.weight", rest=("feat_extract_model.",))
-    tables = tables_of(state, "embedding_user.weight", "embedding_item.weight", rest=("mass.", "mass_u.", "mass_i."))
+        return tables_of(state, "user_embeddings.weight", "item_embeddings.weight", rest=(FEATURES,))
+    tables = tables_of(state, "embedding_user.weight", "embedding_item.weight", rest=(r"mass(_[ui])?\.weight",))
     return tables | masses_of(state, len(state["embedding_user.weight"]), len(state["embedding_item.weight"]))
 
 
 # What a file is from, and by which score its program ranks where it has no masses.
-SOURCES = {"lightgcn": Source(lightgcn, "dot"), "gfml": Source(gravity, "dot")}
+SOURCES = {"lightgcn": Source(lightgcn, "dot"), "gfml": Source(gravity, "dot", unread=matching(FEATURES))}

@@ -276,6 +276,8 @@ def _check(options: argparse.Namespace) -> None:
         _check_ials(options)
     if options.pretrain and not options.pretrain_file:
         raise UserError("--pretrain 1 needs --pretrain-file RUN_DIR or FILE.npz")
+    if options.pretrain_file and not options.pretrain:
+        raise UserError("found --pretrain-file without --pretrain 1: give it, or drop the file")
     if options.compat and options.loss_mode == "cml":
         raise UserError("--compat 1 covers the six pair losses; the published cml cannot run as published")
     published_kl = options.compat and options.dist_mode == "kl" and options.infer_mode == "original"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gfml.base.errors import UserError
-from gfml.program.foreign import Source, renamed
+from gfml.program.foreign import Source, matching, renamed, require
 
 State = dict[str, Tensor]
 NAMES = {
@@ -39,6 +39,7 @@ def vit_cifar(state: Mapping[str, Tensor]) -> State:
     """
     own = {name.removeprefix("model."): value for name, value in state.items() if not name.startswith("criterion.")}
     found = renamed(own, NAMES)
+    require(own, "pos_emb", "emb.weight", "enc.0.mlp.0.bias")
     joined: State = {}
     for name, value in found.items():
         match = re.fullmatch(r"(blocks\.\d+\.attention\.)([qkv])\.(weight|bias)", name)
@@ -57,7 +58,7 @@ def vit_cifar(state: Mapping[str, Tensor]) -> State:
 def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
     """Sizes from the shapes, and the layers that have masses.
 
-    The published program's masses never reach its logits and its split heads are in another order, so a file with masses is
+    The original divides logits by the root of the full width. The published program's masses never reach its logits and its split heads are in another order, so a file with masses is
     judged so unless the flags say otherwise.
     """
     ours = vit_cifar(state)
@@ -67,7 +68,8 @@ def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
     with_token = "class_token" in ours
     patch, side = math.isqrt(tokens - with_token), math.isqrt(ours["embed.weight"].shape[1] // 3)
     found = [f"--patch={patch}", f"--image-size={patch * side}", f"--hidden={width}", f"--num-layers={layers}",
-             f"--mlp-hidden={len(ours['blocks.0.mlp.0.bias'])}", f"--model-name={'vit_gra' if massed else 'vit'}"]  # fmt: skip
+             f"--mlp-hidden={len(ours['blocks.0.mlp.0.bias'])}", f"--model-name={'vit_gra' if massed else 'vit'}",
+             "--dot-scale=sqrt_hidden"]  # fmt: skip
     if massed:
         shared = any(name.removeprefix("model.").startswith("mass_k.") for name in state)
         place = {(0,): "head", (layers - 1,): "tail"}.get(tuple(massed), "full_fix" if shared else "full")
@@ -75,4 +77,12 @@ def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
     return found if with_token else [*found, "--off-cls-token"]
 
 
-SOURCES = {"vit-cifar": Source(vit_cifar, program=lambda _: "vision.main", flags=flags)}
+SOURCES = {
+    "vit-cifar": Source(
+        vit_cifar,
+        program=lambda _: "vision.main",
+        flags=flags,
+        assumed=("head",),
+        unread=matching(r"(.+\.)?mass_q\.weight|model\.mass_k\.weight|criterion\..+"),
+    )
+}

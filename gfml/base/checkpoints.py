@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ def load_state(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     try:
         if broken := broken_part(path):
             raise damaged(path, f"its part {broken} does not have its checksum")
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = load_plain(path, device)
     except FileNotFoundError:
         # Training makes the missing file, except in a run that is done.
         if (Path(path).parent / "done").exists():
@@ -51,6 +52,13 @@ def load_state(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise damaged(path, f"not a {FORMAT!r}")
     return content["state"]
+
+
+def load_plain(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
+    """What torch.save wrote of tensors and plain values; its warnings about other files are left to the errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def broken_part(path: str | os.PathLike[str]) -> str | None:

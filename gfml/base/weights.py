@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gfml.base.checkpoints import FORMAT, broken_part
+from gfml.base.checkpoints import FORMAT, broken_part, load_plain
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open
 
@@ -50,9 +49,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         if broken := broken_part(path):
             raise UserError(f"{path} is damaged: its part {broken} does not have its checksum; fetch or save it again")
-        with warnings.catch_warnings():  # about files that are none, which the error says
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_plain(path)
     except UserError:
         raise
     except Exception:  # classes, or a damaged file: the reader of shells tells which

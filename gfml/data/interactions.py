@@ -50,6 +50,14 @@ def place_in_groups(groups: np.ndarray, size: int, key: np.ndarray) -> np.ndarra
     return place
 
 
+def column_counts(matrix: sp.csr_array, block: int = 1 << 20) -> np.ndarray:
+    """Entries of each column, int64 [columns]; counted in blocks, since bincount copies what it counts to 64 bits."""
+    counts = np.zeros(matrix.shape[1], dtype=np.int64)
+    for start in range(0, matrix.nnz, block):
+        counts += np.bincount(matrix.indices[start : start + block], minlength=len(counts))
+    return counts
+
+
 def _starts(degree: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(degree)])
 
@@ -146,7 +154,7 @@ class Interactions:
     @cached_property
     def item_popularity(self) -> np.ndarray:
         """Train interactions of each item, int64 [I]."""
-        return np.bincount(self.train.indices, minlength=self.num_items).astype(np.int64)
+        return column_counts(self.train)
 
     @cached_property
     def user_activity(self) -> np.ndarray:

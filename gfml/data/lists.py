@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ import numpy as np
 from gfml.base.errors import UserError
 from gfml.base.files import atomic_open
 from gfml.data import readers
+from gfml.data.tables import normal
 
 FORMS = ("tsv", "csv", "trec", "recbole", "elliot", "warprec", "parquet")
 SCORE_NAMES = ("score", "scores", "prediction", "rating", "ratings", "relevance", "sim")
+TRUTH_NAMES = (*readers.RATING_NAMES, "relevance", "rel")
 RANK_NAMES = ("rank", "position", "pos")
 _COLUMNS = {
     "tsv": ("user", "item", "rank", "score"),
@@ -83,10 +86,10 @@ def read_lists(path: str | os.PathLike[str]) -> ListTable:
     """
     path = Path(path)
     frame, header = _frame(path)
-    names = [name.lower() for name in frame.columns] if header else []
-    if len(names) > 1 and names[1] == "top_0":
+    names = [normal(name) for name in frame.columns] if header else []
+    if len(names) > 1 and names[1] == "top0":
         return _wide(frame)
-    trec = not header and frame.shape[1] == 6
+    trec = not header and frame.shape[1] == 6 and frame.iloc[:, 1].nunique() == 1  # Q0, or another word of no meaning
     if trec:
         chosen = {"user": 0, "item": 2, "rank": 3, "score": 4}
     else:
@@ -109,14 +112,15 @@ def read_pairs(path: str | os.PathLike[str]) -> PairTable:
     """
     path = Path(path)
     frame, header = _frame(path)
-    names = [name.lower() for name in frame.columns] if header else []
+    names = [normal(name) for name in frame.columns] if header else []
     wide = frame.shape[1]
-    if not header and wide == 4 and frame.iloc[:, 1].isin(["0", "Q0"]).all():
+    qrels = not header and wide == 4 and frame.iloc[:, 1].isin(["0", "Q0"]).all()
+    if qrels:
         chosen = {"user": 0, "item": 2, "rating": 3}
     elif not header and ((path.name.endswith(".txt") and frame.iloc[:, -1].eq("").any()) or wide > 5):
         return _adjacency(frame)
     else:
-        chosen = _columns(path, names, wide, {"rating": SCORE_NAMES}, bare="rating")
+        chosen = _columns(path, names, wide, {"rating": TRUTH_NAMES}, bare="rating")
     users, items = (_ids(frame.iloc[:, chosen[role]], path) for role in ("user", "item"))
     rated = "rating" in chosen
     ratings = _numbers(frame.iloc[:, chosen["rating"]], path, 1 + header) if rated else np.ones(len(users))
@@ -125,7 +129,7 @@ def read_pairs(path: str | os.PathLike[str]) -> PairTable:
         raise UserError(
             f"{path}, line {row + 1 + header}: found no rating, wanted a number: write it or drop the column"
         )
-    return _once(PairTable(users, items, ratings, rated))
+    return _once(PairTable(users, items, ratings, rated, {} if qrels else _unread(frame, header, chosen)))
 
 
 def _once(table: PairTable) -> PairTable:
@@ -135,7 +139,7 @@ def _once(table: PairTable) -> PairTable:
     if not again.any():
         return table
     parts = {name: getattr(table, name)[~again] for name in ("users", "items", "ratings")}
-    return replace(table, **parts, notes={"repeated pairs, counted once": int(again.sum())})
+    return replace(table, **parts, notes=table.notes | {"repeated pairs, counted once": int(again.sum())})
 
 
 def _adjacency(frame: Any) -> PairTable:
@@ -161,16 +165,18 @@ def _frame(path: Path) -> tuple[Any, bool]:
     head = text.split("\n", 1)[0].strip("\r")
     separator = next((mark for mark in ("\t", ",", ";") if mark in head), r"\s+")
     cells = [cell.strip().strip('"') for cell in (head.split(separator) if separator != r"\s+" else head.split())]
-    named = {cell.split(":")[0].lower() for cell in cells}
+    named = {normal(cell.split(":")[0]) for cell in cells}
     # One long name is enough; "u" and "i" may be ids, unless they stand side by side.
-    usual = {name for name in (*readers.USER_NAMES, *readers.ITEM_NAMES, "top_0") if len(name) > 1}
+    usual = {normal(name) for name in (*readers.USER_NAMES, *readers.ITEM_NAMES, "top_0") if len(name) > 1}
     header = bool(named & usual) or {"u", "i"} <= named
     width = max(len(line.split(separator if separator != r"\s+" else None)) for line in text.splitlines() or [""])
     names = [cell.split(":")[0] for cell in cells] if header else list(map(str, range(width)))
     try:
-        frame = pd.read_csv(io.StringIO(text), sep=separator, header=None, names=names, skiprows=int(header), dtype=str,
-                            keep_default_na=False, engine="python" if separator == r"\s+" else "c")  # fmt: skip
-    except (pd.errors.ParserError, ValueError) as error:
+        with warnings.catch_warnings():  # a row longer than the header
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(io.StringIO(text), sep=separator, header=None, names=names, skiprows=int(header), dtype=str,
+                                keep_default_na=False, index_col=False, engine="python" if separator == r"\s+" else "c")  # fmt: skip
+    except (pd.errors.ParserError, pd.errors.ParserWarning, ValueError) as error:
         raise UserError(f"{path} is no readable table ({' '.join(str(error).split())[:160]}): correct it") from error
     if not len(frame) or frame.shape[1] < 2:
         raise UserError(f"{path}: found {len(frame)} rows of {frame.shape[1]} columns, wanted at least user and item")
@@ -194,7 +200,10 @@ def _columns(
     if not names:
         return {role: place for place, role in enumerate(("user", "item", bare)[:width])}
     wanted = {"user": readers.USER_NAMES, "item": readers.ITEM_NAMES, **optional}
-    found = {role: next((names.index(n) for n in usual if n in names), None) for role, usual in wanted.items()}
+    found = {
+        role: next((names.index(normal(n)) for n in usual if normal(n) in names), None)
+        for role, usual in wanted.items()
+    }
     for role in ("user", "item"):
         if found[role] is None:
             raise UserError(f"{path} has no {role} column: found {', '.join(names)}; call it {role}")
@@ -206,7 +215,8 @@ def _wide(frame: Any) -> ListTable:
     cells = frame.to_numpy().astype(str)
     count = cells.shape[1] - 1
     ranks = np.tile(np.arange(1.0, count + 1), len(cells))
-    return ListTable(np.repeat(cells[:, 0], count), cells[:, 1:].reshape(-1), ranks)
+    table = ListTable(np.repeat(cells[:, 0], count), cells[:, 1:].reshape(-1), ranks)
+    return table.take(table.items != "")
 
 
 def _ids(column: Any, path: Path) -> np.ndarray:
@@ -233,6 +243,8 @@ def _numbers(column: Any, path: Path, first_line: int) -> np.ndarray:
 def _noted(table: ListTable) -> ListTable:
     if table.ranks is not None:
         found = {"rows without a rank, put behind the user's ranked ones": int(np.isnan(table.ranks).sum())}
+        if table.scores is not None:
+            found["rows with an empty or NaN score, ordered by rank"] = int(np.isnan(table.scores).sum())
     elif table.scores is None:
         found = {"rows without a rank or a score, ordered as in the file": len(table)}
     else:

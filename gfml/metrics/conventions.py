@@ -306,14 +306,15 @@ def rectools(case: Case, ks: Sequence[int], *, achievable: bool = False, divide_
 def cornac(case: Case, ks: Sequence[int], *, exclude_unknowns: bool = True, threshold: float = 1.0) -> Figures:
     """Cornac's ``ranking_eval``. Users: those with a test item rated ``threshold`` or more, by default known ones alone.
 
-    exclude_unknowns: users and items that train lacks are dropped. Candidates are all items but train's, a test item
-    that is in train stays one. ``map`` and ``mrr`` have no cut-off: unlisted items follow the list in order of first
+    exclude_unknowns: users and items that train lacks are dropped; without it items of the test part are candidates too.
+    Candidates are all known items but train's, a test item that is in train stays one. ``map`` and ``mrr`` have no cut-off: unlisted items follow the list in order of first
     appearance unless the case has the whole ranking. ncrr: sum of 1 / rank of the hits over its best value.
     """
     keep = case.truth.data >= threshold
-    known = np.ones(case.num_items, dtype=bool)
-    if exclude_unknowns:
-        known = case.popularity > 0
+    known = case.popularity > 0
+    if not exclude_unknowns:
+        known = known | (np.bincount(case.truth.indices, minlength=case.num_items) > 0)
+    else:
         keep &= known[case.truth.indices] & np.repeat(case.active, case.num_relevant)
     case = case.with_truth(keep)
     users = case.num_relevant > 0

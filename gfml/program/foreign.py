@@ -23,13 +23,16 @@ class Source:
 
     convert: from its names to ours. score: how it ranks tables of users and items, "" where a file is no such tables.
     program: the module that judges other files, "" for tables. flags: what the file says of its flags, from its own tensors
-    and its path; flags of the user follow and win.
+    and its path; flags of the user follow and win. assumed: settings that change figures and that no file
+    tells. unread: the names of the file that nothing here reads.
     """
 
     convert: Callable[[Mapping[str, Tensor]], State]
     score: str = ""
     program: Callable[[Mapping[str, Tensor]], str] = lambda _: ""
     flags: Callable[[Mapping[str, Tensor], str], Sequence[str]] = lambda *_: ()
+    assumed: Sequence[str] = ()
+    unread: Callable[[Mapping[str, Tensor]], Sequence[str]] = lambda _: ()
 
 
 def load_named(model: nn.Module, state: Mapping[str, Tensor], origin: object, name: str = "the model") -> nn.Module:
@@ -45,6 +48,18 @@ def load_named(model: nn.Module, state: Mapping[str, Tensor], origin: object, na
         raise UserError(f"{origin} has {shapes}: give the --dataset and the hyper-parameters it was trained with")
     model.load_state_dict(state)
     return model.eval()
+
+
+def matching(pattern: str) -> Callable[[Mapping[str, Tensor]], list[str]]:
+    """Which names of a file the pattern matches as a whole."""
+    return lambda state: [name for name in state if re.fullmatch(pattern, name)]
+
+
+def require(state: Mapping[str, Tensor], *names: str) -> None:
+    """UserError for a file that lacks one of the names."""
+    if (missing := next((name for name in names if name not in state), None)) is not None:
+        listed = ", ".join(list(state)[:4])
+        raise UserError(f"the file lacks {missing} (it has {listed}): give a whole file, or choose another --from")
 
 
 def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
@@ -65,19 +80,15 @@ def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
 
 
 def tables_of(state: Mapping[str, Tensor], user: str, item: str, *, rest: Sequence[str]) -> State:
-    """{"encoder.nodes": [U + I, D]} from two tables. rest: beginnings of further names the file may have."""
-    for name in (user, item):
-        if name not in state:
-            listed = ", ".join(list(state)[:4])
-            raise UserError(f"the file lacks {name} (it has {listed}): choose another --from")
+    """{"encoder.nodes": [U + I, D]} from two tables. rest: patterns of further names the file may have."""
+    require(state, user, item)
     if state[user].ndim != 2 or state[user].shape[1:] != state[item].shape[1:]:
         shapes = f"{tuple(state[user].shape)} and {tuple(state[item].shape)}"
         raise UserError(
             f"the tables {user} and {item} have shapes {shapes}, wanted [U, D] and [I, D]: give another file"
         )
-    other = next(
-        (name for name in state if name not in (user, item) and not name.startswith(tuple(rest) or ("\0",))), None
-    )
+    known = "|".join([re.escape(user), re.escape(item), *rest])
+    other = next((name for name in state if not re.fullmatch(known, name)), None)
     if other is not None:
         raise UserError(f"the file has {other}, which is no name of that program: give one of its files")
     return {"encoder.nodes": torch.cat([state[user], state[item]]).float()}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,11 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     users = next((len(value) for name, value in theirs.items() if "user" in name and value.ndim == 2), 0)
     write_weights(out, ours, {"from": options.source, "users": str(users)})
     print(f"{len(ours)} tensors of {options.source} under our names  {out}")
+    if unread := source.unread(theirs):
+        print(f"{len(unread)} tensors of the file are read by nothing here and left out: {', '.join(unread[:5])}")
     if not has_dataset(argv):
         print(f"judge them: gfml import {options.file} --from {options.source} --dataset NAME"
               + (f", with flags of {program.replace('.', '/')}.py" if program else ""))  # fmt: skip
     elif program:
-        _judge_by(program, [*source.flags(theirs, options.file), *rest], ours, options.file)
+        _judge_by(program, [*source.flags(theirs, options.file), *rest], ours, options.file, source.assumed)
     else:
         _judge(options, ours, users, source.score)
     return 0
@@ -113,7 +116,7 @@ def _parsed(argv: list[str], found: Mapping[str, Source]) -> tuple[Any, list[str
     return options, rest
 
 
-def _judge_by(program: str, argv: Sequence[str], ours: Mapping[str, Tensor], file: str) -> None:
+def _judge_by(program: str, argv: Sequence[str], ours: Mapping[str, Tensor], file: str, assumed: Sequence[str]) -> None:
     """Let the program that has the model judge the weights; one that takes a file gets it."""
     from gfml.program.driver import judge_weights
     from gfml.program.program import program_of
@@ -123,7 +126,11 @@ def _judge_by(program: str, argv: Sequence[str], ours: Mapping[str, Tensor], fil
         importlib.import_module(program).main(argv)
         return
     one = program_of(program)
-    print(judge_weights(one, one.parse(argv), ours, file))
+    settings = one.parse(argv)
+    values = {name: getattr(settings, name) for name in assumed if name not in settings.explicit}
+    if words := [f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None]:
+        print(f"assumed, as the file does not say: {' '.join(words)}")
+    print(judge_weights(one, settings, ours, file))
 
 
 def sources() -> dict[str, Source]:
@@ -158,6 +165,15 @@ def _judge(options: Options, state: Mapping[str, Tensor], users: int, score: str
         print(f"{name:<24} {found.means[name]:.4f}")
 
 
+def _layers(options: Options, width: int) -> int:
+    """``--layers``; where it is not given, what LightGCN-PyTorch's names of files say: lgn-DATASET-LAYERS-WIDTH.pth.tar."""
+    named = re.fullmatch(r"lgn-.+-(\d+)-(\d+)\.pth\.tar", Path(options.file).name)
+    if named is None or "layers" in options.explicit or int(named[2]) != width:
+        return int(options.layers)
+    print(f"--layers {named[1]}, by the name of the file")
+    return int(named[1])
+
+
 def _scorer(options: Options, state: Mapping[str, Tensor], users: int, score: str, data: Interactions) -> Scorer:
     """The scorer of the tables: propagated, with masses, by the score asked for."""
     from gfml.cml import SquaredDistanceScorer
@@ -173,9 +189,10 @@ def _scorer(options: Options, state: Mapping[str, Tensor], users: int, score: st
         )
     masses = {side: state[name] for side in ("user", "item") if (name := f"gravity.mass.{side}") in state}
     kind = options.score or ("gravity" if masses else score)
-    print(f"assumed, as the file does not say: --layers {options.layers} --combine {options.combine} --score {kind}"
+    layers = _layers(options, nodes.shape[1])
+    print(f"assumed, as the file does not say: --layers {layers} --combine {options.combine} --score {kind}"
           + (f" --lamb {options.lamb:g}" if kind == "gravity" else ""))  # fmt: skip
-    nodes = propagate(build_graph(data.train), nodes, options.layers, combine=options.combine)
+    nodes = propagate(build_graph(data.train), nodes, layers, combine=options.combine)
     user, item = nodes[:users], nodes[users:]
     if kind == "dot":
         return FactorScorer(user, item)

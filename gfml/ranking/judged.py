@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -50,7 +50,7 @@ def ground_of(truth: PairTable, train: PairTable, lists: Sequence[ListTable]) ->
         f"train: {key}": n for key, n in train.notes.items()
     }
     return Ground(
-        _matrix(truth, users, items), _matrix(train, users, items), users, items, truth.rated,
+        _matrix(truth, users, items), _matrix(replace(train, ratings=np.ones(len(train.users))), users, items), users, items, truth.rated,
         np.argsort(np.argsort(appeared)), notes,
     )  # fmt: skip
 
@@ -88,7 +88,7 @@ def case_of(table: ListTable, ground: Ground) -> tuple[Case, dict[str, int]]:
     has_truth, trained = case.num_relevant > 0, case.active
     taken = top >= 0
     notes |= {
-        "items that a user has twice, counted at the better place": int(repeats.sum()),
+        "items that a user has twice, counted at the better place (elliot, rectools: each time)": int(repeats.sum()),
         "listed users without truth, not judged": int((case.listed & ~has_truth).sum()),
         "listed users in neither train nor truth": int((case.listed & ~has_truth & ~trained).sum()),
         "users with truth and without a list, counted as 0": int((has_truth & ~case.listed).sum()),

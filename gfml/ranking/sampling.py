@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gfml.base.errors import UserError
+from gfml.data.interactions import column_counts
 
 SCHEMES = ("user", "interaction", "per_user")
 NEGATIVES = ("uniform", "popularity", "train-items")
@@ -225,7 +226,7 @@ class TripleSampler:
         self.device = torch.device(device)
         self._user_type, self._item_type = (_smallest_type(count, self.device) for count in train.shape)
         self._by_popularity = negatives == "popularity"
-        counts = np.bincount(train.indices, minlength=self.num_items)
+        counts = column_counts(train)
         weights = {"popularity": counts, "train-items": counts > 0}.get(negatives, np.ones(self.num_items))
         self._pool = (
             torch.from_numpy(np.flatnonzero(counts)).to(self.device, self._item_type)

@@ -107,6 +107,8 @@ def run_lists(path: Path) -> ListTable:
     from gfml.data.lists import ListTable
     from gfml.report.stored import read_arrays
 
+    if not any((path / name).is_file() for name in ("analysis.npz", "config.toml")):
+        raise UserError(f"found the directory {path}, which is no run: give that of a finished run, or a file of lists")
     arrays = read_arrays(path)
     if "top" not in arrays or "test_users" not in arrays:
         raise UserError(f"{path} stored no lists: give the directory of a recommender's finished run")

@@ -33,9 +33,10 @@ class ProjectedFeatures(nn.Module):
 
     def forward(self, rows: Tensor | None = None) -> Tensor:
         """Projections of these items, by default of all: only what is asked for is computed."""
+        weight = self.linear.weight
         if rows is None:
-            return self.linear(self.table)
-        return project_rows(self.table, self.linear.weight, rows) + self.linear.bias
+            return F.linear(self.table, weight.to(self.table.dtype)).to(weight.dtype) + self.linear.bias
+        return project_rows(self.table, weight, rows) + self.linear.bias
 
 
 def projected(features: dict[str, Tensor], out_dim: int, *, trained: bool) -> nn.ModuleDict:
@@ -43,13 +44,24 @@ def projected(features: dict[str, Tensor], out_dim: int, *, trained: bool) -> nn
     return nn.ModuleDict({name: ProjectedFeatures(f, out_dim, trained=trained) for name, f in features.items()})
 
 
+def halve_fixed(model: nn.Module) -> None:
+    """Hold the features that a model maps and does not train in bfloat16, which has 8 significant bits.
+
+    Their products are of bfloat16 too; the map's weights and gradients stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, ProjectedFeatures) and not module.table.requires_grad:
+            module.table = module.table.bfloat16()
+
+
 def project_rows(table: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     """table[rows] @ weight.T with gradient to both factors. Shape: [I, width], [D, width], int64 [n] -> [n, D].
 
-    On the CPU the gathered rows never stand in memory together: for wide tables that halves the cost.
+    On the CPU the gathered rows never stand in memory together: for wide tables that halves the cost. A table of
+    another type than the weights is multiplied in its own.
     """
     if table.device.type != "cpu":
-        return F.embedding(rows, table) @ weight.T
+        return (F.embedding(rows, table) @ weight.to(table.dtype).T).to(weight.dtype)
     return _ProjectRows.apply(table, weight, rows)
 
 
@@ -57,11 +69,11 @@ class _ProjectRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         ctx.save_for_backward(table, weight, rows)
-        output = table.new_empty(len(rows), len(weight))
+        output = weight.new_empty(len(rows), len(weight))
         # oneDNN uses the widest vector units of any CPU; the library behind torch.mm does not on all. Its tensors cannot be compiled.
         plain = torch.compiler.is_compiling() or table.dtype != torch.float32
         one_dnn = not plain and torch.backends.mkldnn.is_available()
-        factor = weight.to_mkldnn() if one_dnn else weight
+        factor = weight.to_mkldnn() if one_dnn else weight.to(table.dtype)
         for part, block in _blocks(table, rows):
             output[part] = F.linear(block.to_mkldnn(), factor).to_dense() if one_dnn else F.linear(block, factor)
         return output
@@ -73,12 +85,15 @@ class _ProjectRows(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Second derivatives are asked for: ordinary operations, which autograd follows.
             everywhere = torch.zeros_like(table).index_add(0, rows, grad @ weight) if to_table else None
-            return everywhere, grad.T @ F.embedding(rows, table) if to_weight else None, None
+            return everywhere, grad.T @ F.embedding(rows, table).to(grad.dtype) if to_weight else None, None
         table_grad, weight_grad = (
             zeros_like(x) if wanted else None for x, wanted in ((table, to_table), (weight, to_weight))
         )
         for part, block in _blocks(table, rows) if to_weight else ():
-            weight_grad.addmm_(grad[part].T, block)
+            if block.dtype == grad.dtype:
+                weight_grad.addmm_(grad[part].T, block)
+            else:
+                weight_grad += grad[part].T.to(block.dtype) @ block
         spread = weight.new_empty(min(ROWS_PER_BLOCK, len(rows)), weight.shape[1])
         for start in range(0, len(rows), ROWS_PER_BLOCK) if to_table else ():
             part = slice(start, start + ROWS_PER_BLOCK)

@@ -228,6 +228,8 @@ def test_grid_points():
         (["--mirror-phase", "3"], "wanted less than --mirror-every 3"),
         (["--mirror", "fused", "--mirror-clip-halves", "second"], "two_step"),
         (["--select-metric", "recall"], "ndcg@20"),
+        (["--feature-dtype", "bfloat16"], "which has no linear map of features"),
+        (["-m", "FREEDOM", "--feature-dtype", "bfloat16"], "wanted --no-train-features beside it"),
         (["--grid", "reg_weight"], "wanted published or NAME=V,V"),
         (["--grid", "reg_wight=1,2"], "did you mean '--reg-weight'"),
         (["--baselines", "none", "ease"], "cannot stand beside"),
@@ -236,6 +238,11 @@ def test_grid_points():
 )  # fmt: skip
 def test_flags_that_do_not_go_together(words, said, capsys):
     assert said in refused(capsys, *(["-m", "BPR", *words] if words != ["--model"] else words))
+
+
+def test_features_that_are_not_trained_may_be_of_bfloat16():
+    for words in (["-m", "VBPR"], ["-m", "FREEDOM", "--no-train-features"]):
+        assert parse([*words, "--feature-dtype", "bfloat16"]).feature_dtype == "bfloat16"
 
 
 def test_flags_without_effect_say_so(capsys):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from gfml import losses as core
 from mirror_grad.parts import features as features_module
 from mirror_grad.parts import gaussian, losses
-from mirror_grad.parts.features import ProjectedFeatures, distinct, project_rows, projected
+from mirror_grad.parts.features import ProjectedFeatures, distinct, halve_fixed, project_rows, projected
 from mirror_grad.parts.fusion import AttentionFusion
 
 
@@ -112,6 +112,27 @@ def test_projected_rows_in_single_precision_equal_those_in_double(monkeypatch):
     torch.testing.assert_close(project_rows(table, weight, ids).double(), wanted, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     torch.testing.assert_close(project_rows(table, weight, ids).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_features_in_bfloat16_are_multiplied_as_rounded_and_keep_gradients_in_the_weights_type():
+    part = projected({"text": rows(300, 40).float()}, 8, trained=False)["text"]
+    exact, weight, ids = part.table.double(), part.linear.weight, torch.arange(290)
+    halve_fixed(part)
+    assert part.table.dtype == torch.bfloat16
+    up = rows(290, 8, seed=2).float()
+    (part(ids) * up).sum().backward()
+    assert part(ids).dtype == part().dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(part(ids), part()[ids])
+    wanted = exact[ids] @ weight.detach().double().T + part.linear.bias.detach().double()
+    assert (part(ids) - wanted).norm() / wanted.norm() < 2**-7
+    gradient = up.double().T @ exact[ids]
+    assert 0 < (weight.grad - gradient).norm() / gradient.norm() < 2**-7
+
+
+def test_features_that_are_trained_keep_their_type():
+    part = projected({"text": rows(6, 5).float()}, 3, trained=True)
+    halve_fixed(part)
+    assert part["text"].table.dtype == torch.float32
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -286,6 +286,7 @@ def test_the_program_runs_from_another_directory(run_script, tmp_path):
         (["--val_ratio", "0"], ["no validation part", "--val-ratio"]),
         (["--val_ratio", "1"], ["validation ratio of 1"]),
         (["--pretrain", "1"], ["--pretrain-file"]),
+        (["--pretrain-file", "no/such.npz"], ["without --pretrain 1"]),
         (["--pretrain", "1", "--pretrain-file", "no/such.npz"], ["no/such.npz"]),
         (["--model", "cml", "--loss_mode", "cml", "--features", "no/such.npy"], ["no/such.npy"]),
         (["--features", "some.npy"], ["--loss_mode cml"]),
@@ -317,6 +318,15 @@ def test_bad_flags(fail, tmp_path, monkeypatch, flags, words):
     line = fail(main, *tiny, *rest, "--out", str(tmp_path / "runs"), *flags)
     for word in words:
         assert word in line, line
+
+
+def test_a_foreign_start_file_leaves_no_run(fail, tmp_path):
+    theirs = tmp_path / "last.pt"
+    torch.save({"embedding_user.weight": torch.zeros(60, 8)}, theirs)
+    line = fail(
+        main, "--dataset", "demo", "--pretrain", "1", "--pretrain-file", str(theirs), "--out", str(tmp_path / "runs")
+    )
+    assert line.endswith("give another file") and [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_an_unknown_config_key(fail, tmp_path):

@@ -40,6 +40,9 @@ def test_written_and_read_back(form, tmp_path):
         ("id\ttop_0\ttop_1\nu1\td2\td1\n", ["d2", "d1"]),  # MMRec
         ("user;item\nu1;d2\nu1;d1\n", ["d2", "d1"]),  # neither rank nor score: the file's order
         ("user,item,rank,score\nu1,d1,2,9\nu1,d2,1,1\n", ["d2", "d1"]),  # the rank counts before the score
+        ("u1,d1,1,x,7,8\nu1,d2,2,y,7,8\n", ["d2", "d1"]),  # six columns, but no TREC run
+        ("userId;movieId;prediction\nu1;d1;1\nu1;d2;2\n", ["d2", "d1"]),
+        ("id\ttop_0\ttop_1\ttop_2\nu1\td2\td1\t\n", ["d2", "d1"]),  # an empty place is no item
         ('"user","item","score"\n"u1","d1","1"\n"u1","d2","2"\n', ["d2", "d1"]),
     ],
 )
@@ -58,6 +61,8 @@ def test_forms(text, wanted, tmp_path):
         ("user,item,rank\nu,a,\nu,b,2\nu,c,1\n", ["c", "b", "a"], ("rows without a rank, put behind the user's ranked ones", 1)),
         ("user,item\nu,b\nu,a\n", ["b", "a"], ("rows without a rank or a score, ordered as in the file", 2)),
         ("user,item,score\nu,a,1\nu,b,1\nu,c,2\n", ["c", "a", "b"], ("tied scores, ordered as in the file", 1)),
+        ("user,item,rank,score\nu,a,1,2\nu,b,2,nan\n", ["a", "b"], ("rows with an empty or NaN score, ordered by rank", 1)),
+        ("user,item,rank\nu,a,0\nu,b,1\nu,c,3\n", ["a", "b", "c"], ("gaps in a user's ranks, closed up (rectools keeps them)", 1)),
         ("user,item,rank,score\nu,a,1,1\nu,b,1,2\n", ["b", "a"], ("ranks that a user has twice, ordered by score, then as in the file", 1)),
     ],
 )  # fmt: skip
@@ -74,6 +79,7 @@ def test_odd_rows_are_counted(text, wanted, note, tmp_path):
         ("user,price\nu,3\n", "no item column: found user, price"),
         ("user,item,score\nu,,1\n", "empty id"),
         ("lonely\n", "at least user and item"),
+        ("user,item,score\nu,a,1,7\nu,b,2,7\n", "no readable table"),  # whose columns would be read one to the side
     ],
 )
 def test_what_cannot_be_read(text, message, tmp_path):
@@ -93,6 +99,9 @@ def test_pairs(tmp_path):
         table = read_pairs(tmp_path / name)
         assert table.items.tolist() == ["a", "b"] and table.ratings.tolist() == [4, 2] and table.rated, name
         assert table.notes == {"repeated pairs, counted once": 1}
+    (tmp_path / "stars.csv").write_text("userId,movieId,stars,timestamp\nu,a,4,9\n", encoding="utf-8")
+    table = read_pairs(tmp_path / "stars.csv")
+    assert table.rated and table.ratings.tolist() == [4] and table.notes == {"columns not read (timestamp)": 1}
     (tmp_path / "test.txt").write_text("0 5 6 7 8 9 10\n1 5\n", encoding="utf-8")
     table = read_pairs(tmp_path / "test.txt")
     assert not table.rated and table.users.tolist() == ["0"] * 6 + ["1"] and table.items.tolist()[-1] == "5"

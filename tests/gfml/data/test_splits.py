@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gfml.base.errors import UserError
 from gfml.data import interactions, splits
-from gfml.data.interactions import pairs_from_csr, sorted_unique
+from gfml.data.interactions import column_counts, pairs_from_csr, sorted_unique
 from gfml.data.readers import Records
 from gfml.data.splits import Split
 
@@ -288,3 +289,9 @@ def test_orders_equal_sorting_of_tuples(monkeypatch, many, groups, seed):
     order, by_user, by_item = interactions.pair_order(groups, items)
     assert order.tolist() == sorted(range(len(groups)), key=lambda row: (groups[row], items[row], row))
     assert by_user.tolist() == groups[order].tolist() and by_item.tolist() == items[order].tolist()
+
+
+def test_column_counts_are_those_of_every_block_size() -> None:
+    rows = sp.csr_array((np.ones(5), [0, 2, 2, 1, 2], [0, 2, 2, 5]), shape=(3, 4))
+    for block in (1, 2, 5, 100):
+        assert column_counts(rows, block).tolist() == [1, 1, 3, 0]

@@ -151,7 +151,7 @@ def test_ours_are_the_stored_values_but_for_novelty() -> None:
 
 OTHER = json.loads((STORED / "other_lists.json").read_text(encoding="utf-8"))["cases"]
 OTHER_KS = (3, 10, 30)
-VARIANTS = {"ir": partial(conventions.trec, complete=True), "elliot-t3": partial(conventions.elliot, threshold=3),
+VARIANTS = {"cornac-all": partial(conventions.cornac, exclude_unknowns=False), "ir": partial(conventions.trec, complete=True), "elliot-t3": partial(conventions.elliot, threshold=3),
             "rectools-ach": partial(conventions.rectools, achievable=True, divide_by_k=True)}  # fmt: skip
 
 

@@ -43,12 +43,15 @@ def test_every_source_is_found():
     assert set(sources()) == {"contextual", "gfml", "hlrm", "lightgcn", "mcl", "mirror-gradient", "vit-cifar"}
 
 
-@pytest.mark.parametrize("layers", [0, 3])
-def test_lightgcn_is_judged_as_its_program_ranks(layers, data, tables, tmp_path, capsys):
-    torch.save(tables, tmp_path / "lgn-demo.pth.tar", _use_new_zipfile_serialization=False)
+@pytest.mark.parametrize(
+    ("name", "layers"), [("mf.pth.tar", 0), ("mf.pth.tar", 3), ("lgn-demo-3-8.pth.tar", 3), ("lgn-demo-2-8.pth.tar", 0)]
+)
+def test_lightgcn_is_judged_as_its_program_ranks(name, layers, data, tables, tmp_path, capsys):
+    torch.save(tables, tmp_path / name, _use_new_zipfile_serialization=False)
     out = tmp_path / "w.safetensors"
-    words = ["--from", "lightgcn", "--out", str(out), "--layers", str(layers), "--metrics-as", "lightgcn"]
-    assert main([str(tmp_path / "lgn-demo.pth.tar"), *words, *DEMO]) == 0
+    words = ["--from", "lightgcn", "--out", str(out), "--metrics-as", "lightgcn"]
+    words += [] if f"-{layers}-" in name else ["--layers", str(layers)]
+    assert main([str(tmp_path / name), *words, *DEMO]) == 0
     found = figures(capsys.readouterr().out)
     nodes = torch.cat(list(tables.values()))
     assert torch.equal(read_weights(out)["encoder.nodes"], nodes)
@@ -179,6 +182,7 @@ def test_vit_cifar_is_judged(tmp_path, capsys):
     assert main([str(tmp_path / "w.pth"), *words]) == 0
     said = capsys.readouterr().out
     assert "--mass-pos=head --mass-from=none" in said and "weights of" in said
+    assert "--dot-scale=sqrt_hidden" in said and "assumed" not in said  # --head was given
     kind = PROGRAM.load_experiment()
     settings = PROGRAM.parse(said.split("judged by vision/main.py ")[1].split("\n")[0].split())
     this = kind(settings, kind.load(settings))
@@ -186,6 +190,20 @@ def test_vit_cifar_is_judged(tmp_path, capsys):
     model.load_state_dict({k: v for k, v in read_weights(tmp_path / "o.safetensors").items() if ".mass." not in k})
     right = this.predict(model.eval(), this.data.source.test).argmax(-1).numpy() == this.data.source.test.labels
     assert f"{right.mean():.4f}" in said.splitlines()[-1]
+
+
+def test_what_is_left_out_is_said(tables, tmp_path, capsys):
+    other = {"user_embeddings.weight": tables["embedding_user.weight"], "item_embeddings.weight": tables["embedding_item.weight"],
+             "feat_extract_model.0.weight": torch.zeros(2, 2)}  # fmt: skip
+    torch.save(other, tmp_path / "cml.pth.tar")
+    assert main([str(tmp_path / "cml.pth.tar"), "--from", "gfml", "--out", str(tmp_path / "o.safetensors")]) == 0
+    assert (
+        "1 tensors of the file are read by nothing here and left out: feat_extract_model.0.weight"
+        in capsys.readouterr().out
+    )
+    assert sources()["vit-cifar"].unread(vit_state() | {"model.enc.0.msa.mass_q.weight": torch.zeros(5, 1)}) == [
+        "model.enc.0.msa.mass_q.weight"
+    ]
 
 
 def test_hlrm_is_judged(data, tmp_path, capsys):
@@ -324,6 +342,12 @@ def small_resnet(factor: int):
         ({"a.weight": torch.zeros(2, 2)}, "mirror-gradient", "names of none of"),
         ({"embedding_user.weight": torch.zeros(3, 2), "embedding_item.weight": torch.zeros(3, 2), "mass.weight": torch.zeros(3, 1)},
          "gfml", "whose they are is unclear"),
+        ({"user_emb.weight": torch.zeros(3, 2), "item_emb.weight": torch.zeros(4, 2), "userattn.val_.weight": torch.zeros(2, 2)},
+         "hlrm", r"lacks userattn\.key_\.weight"),
+        ({"user_emb.weight": torch.zeros(3, 2), "item_emb.weight": torch.zeros(4, 2), "userattn.other": torch.zeros(2, 2)},
+         "hlrm", "has userattn.other, which is no name"),
+        ({"backbone.conv1.weight": torch.zeros(2, 2), "remap.weight": torch.zeros(2, 2)}, "contextual", r"lacks remap\.bias"),
+        ({"model.fc.0.bias": torch.zeros(2)}, "vit-cifar", "lacks pos_emb"),
     ],
 )  # fmt: skip
 def test_errors_leave_nothing(state, source, message, tmp_path, monkeypatch):

@@ -84,6 +84,16 @@ def test_what_a_table_holds_is_noted(tmp_path):
     assert found["bare.tsv"]["notes"][counted] == 6 and "name it rank" in counted
 
 
+def test_ratings_of_train_do_not_count(tmp_path):
+    lines = (STORED / "train.tsv").read_text(encoding="utf-8").splitlines()
+    rated = tmp_path / "train.tsv"
+    rated.write_text("\n".join([lines[0] + "\trating", *(f"{line}\t{1 + n % 5}" for n, line in enumerate(lines[1:]))]))
+    flags = [str(STORED / "lists.tsv"), "--topks", "10", "--metrics-as", "elliot", "warprec"]
+    plain, weighed = (judged(tmp_path / name, *flags, "--train", str(file))["lists"]["lists.tsv"]
+                      for name, file in (("a", STORED / "train.tsv"), ("b", rated)))  # fmt: skip
+    assert plain["figures"] == weighed["figures"] and plain["as"] == weighed["as"]
+
+
 def test_a_list_without_any_hit_is_judged(tmp_path):
     """One user whose only item is known and not in the truth: figures of 0, no error about ids."""
     for name, text in (
@@ -136,6 +146,11 @@ def test_ratings_below_zero_are_no_gains(tmp_path):
     flags = [str(STORED / "lists.tsv"), *WHERE, "--test", str(tmp_path / "t.tsv")]
     with pytest.raises(UserError, match="found a rating of -2 .*wanted none below 0"):
         main([*flags, "--graded", "linear"])
+
+
+def test_a_directory_that_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="which is no run: give"):
+        main([str(tmp_path), *WHERE])
 
 
 def test_lists_of_other_data(tmp_path):
