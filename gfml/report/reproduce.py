@@ -494,6 +494,11 @@ def _run(given: argparse.Namespace, table: Mapping[str, Any]) -> int:
         study.collect(given.table, table, known, Path(given.out), given.data_root)
     else:
         collect(given.table, table, known)
+    if given.collect:
+        done = sum(one.state == "done" for one in known)
+        print(
+            f"{given.table}: {done} of {len(known)} runs are here, collected into {table['folder']}; other rows keep their figures"
+        )
     return 0
 
 

@@ -13,6 +13,7 @@ import pytest
 from scipy.stats import wilcoxon
 
 from gfml.base.errors import UserError
+from gfml.base.runs import checksums
 from gfml.program.cli import run_main
 from gfml.program.commands import read_command
 from gfml.report import reproduce, results_table, table_figure
@@ -226,6 +227,8 @@ def test_a_small_table_from_nothing_to_numbers(
     for path in (toy / "runs").glob("recsys-*/result.json"):
         result = json.loads(path.read_text())
         path.write_text(json.dumps(result | {"seconds": {"train": 1e6}}))
+        done = path.parent / "done"
+        done.write_text(" ".join([*done.read_text().split()[:2], *checksums(path.parent)]))
     assert run_main(script.main, ["toy", *out, "--collect"]) == 0 and stored.read_bytes() == kept
     capsys.readouterr()
     assert run_main(script.main, ["--list", *out]) == 0
@@ -236,6 +239,7 @@ def test_a_small_table_from_nothing_to_numbers(
     assert run_main(script.main, ["toy", *out, "--launch", "--only", "lambda 1"]) == 0
     assert {path: path.stat().st_mtime_ns for path in (toy / "runs").glob("*/done")} == before
     assert run_main(script.main, ["toy", "--out", str(toy / "elsewhere"), "--collect"]) == 0
+    assert "0 of 7 runs are here" in capsys.readouterr().out
     assert script.stored_rows(toy / "paper", "toy")[0] == rows["lambda 1"]
 
     capsys.readouterr()
