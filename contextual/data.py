@@ -141,14 +141,27 @@ def hold_out(data: RetrievalData, share: float, seed: int) -> RetrievalData:
 
 
 def without_singles(data: RetrievalData) -> RetrievalData:
-    """Training classes with one image left out."""
+    """Training classes with one image left out; UserError when all are such."""
     kept = np.flatnonzero(data.train.counts >= 2)
     dropped = data.num_classes - len(kept)
     if not dropped:
         return data
+    if not len(kept):
+        raise UserError(
+            f"every training class of {data.name} has one image: add images, or give --single-images repeat"
+        )
     supers = None if data.supers is None else data.supers[kept]
     notes = (*data.notes, f"{dropped} training classes with one image left out")
     return replace(data, train=data.train.of_classes(kept.tolist()), supers=supers, notes=notes)
+
+
+def require_matches(data: RetrievalData) -> RetrievalData:
+    """Itself; UserError when no test image has another of its class to be found."""
+    others = data.test.counts - 1 if data.gallery is None else np.minimum(data.test.counts, data.gallery.counts)
+    if not (others > 0).any():
+        where = "one image in each class" if data.gallery is None else "no class that the gallery has"
+        raise UserError(f"{data.test.name} has {where}, nothing can be found: add images")
+    return data
 
 
 def without_unreadable(data: RetrievalData) -> RetrievalData:

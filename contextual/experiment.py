@@ -91,6 +91,7 @@ class Retrieve(Experiment):
             data = datasets.without_singles(data)
         elif settings.single_images == "error" and settings.ipc:
             check_single_images(data.train.labels, data.train.classes)
+        data = datasets.require_matches(data)
         if settings.frozen:
             data = with_features(data, settings)
         return (

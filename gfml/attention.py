@@ -30,7 +30,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gfml.distances import DISTANCES, SquaredDistance, at_least_float32, common_floats
+from gfml.distances import DISTANCES, SquaredDistance, common_floats
 from gfml.gravity import log_mass
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class AttentionSettings:
     head_order: natural, or original, where the weights come in the order dot heads, gravity heads while the values
         keep theirs.
     kernel: auto, the closed form with a backward pass of its own where there is one (l2), on CUDA one that keeps no
-        [n, n] tensor, else explicit; explicit, logits by the definition.
+        [n, n] tensor, else explicit, and the library's fused attention for dot heads, which has no second derivative;
+        explicit, logits by the definition.
     """
 
     lamb: float = 1.0
@@ -188,18 +189,19 @@ def gravity_logits(q: Tensor, k: Tensor, mu: Tensor | float, *, lamb: Tensor | f
 
 
 @torch.fx.wrap
-def power_law_weights(q: Tensor, k: Tensor, column: Tensor, beta: Tensor | float, alpha: float = 0.0) -> Tensor:
+def power_law_weights(q: Tensor, k: Tensor, column: Tensor | None, beta: Tensor | float, alpha: float = 0.0) -> Tensor:
     """softmax_j( column_j - beta log(1 + D2_ij) + 2 alpha q_i . k_j ) with D2 = |q_i - k_j|^2 in float32 at least.
 
     One matrix product gives 1 + D2; the dot term needs none of its own, as 2 q.k = |q|^2 + |k|^2 - D2 and the
     softmax cancels |q_i|^2. The backward pass is written by hand: two products and no stored logits.
 
-    Shape: q, k [B, H, n, d]; column broadcasts to [B, H, 1, n]; beta a number or [H, 1, 1]. Returns [B, H, n, n].
+    Shape: q, k [B, H, n, d]; column broadcasts to [B, H, 1, n], None is 0; beta a number or [H, 1, 1]. Returns [B, H, n, n].
     Gradient: to q, k, column and beta; a second derivative goes through the definition. Equals :func:`gravity_logits`
     with l2 and a softmax.
     """
     with torch.autocast(q.device.type, enabled=False):
         q, k = common_floats(q, k)
+        column = q.new_zeros(()) if column is None else column
         column = column + alpha * k.square().sum(-1).unsqueeze(-2) if alpha else column
         try:
             return _PowerLaw.apply(q, k, column, beta, alpha)[0]
@@ -346,6 +348,8 @@ def _by_definition(
     grad: Tensor, inputs: tuple[Tensor, ...], wanted: Sequence[bool], beta: Any, alpha: float
 ) -> tuple[Tensor | None, ...]:
     """The gradients of :class:`_PowerLaw` by the definition, with a graph."""
+    # Aliases: where the column comes from the keys, the gradient to them as such does not hold that part too.
+    inputs = tuple(None if part is None else part.view_as(part) for part in inputs)
     q, k, column, learned = inputs
     z = 1 + (q.unsqueeze(-2) - k.unsqueeze(-3)).square().sum(-1)
     weights = (column - (beta if learned is None else learned) * z.log() - alpha * z).softmax(-1)
@@ -513,7 +517,7 @@ class GravityAttention(nn.Module):
         if not self._has_closed_form:
             return self._gravity_logits(q, k).softmax(-1)
         column = self._key_mass(k)
-        column = q.new_zeros((), dtype=at_least_float32(q).dtype) if column is None else column * self._mass_scale
+        column = None if column is None else column * self._mass_scale
         return power_law_weights(q, k, column, self._beta, self._alpha)
 
     @property

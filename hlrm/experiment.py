@@ -218,7 +218,11 @@ class HLRM(Recommender):
         history = f", at most {s.num_inter} {s.history_sampling} history items" if s.num_inter else ""
         if s.judge_inter != s.num_inter:
             history += f" ({s.judge_inter} when judging)"
-        return [f"{self.name}, margin {s.margin:g} on {'squared' if s.squared else 'plain'} distances{history}"]
+        short = ["warning: one epoch, the port's default, leaves the model untrained: give --epochs 100"]
+        return [
+            *short * (s.epochs == 1),
+            f"{self.name}, margin {s.margin:g} on {'squared' if s.squared else 'plain'} distances{history}",
+        ]
 
     @classmethod
     def result_text(cls, result: Mapping[str, Any]) -> str:

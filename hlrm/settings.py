@@ -184,10 +184,6 @@ class HLRMSettings(
             options.include_user_slot = options.relation_form == "memory" and options.hlrm_type == "base"
         _check(options)
         super().resolve(options)
-        if options.epochs == 1:
-            print(
-                "warning: one epoch, the port's default, leaves the model untrained: give --epochs 100", file=sys.stderr
-            )
         # Flags that mean nothing here stay out of the config, which is read back as if its flags had been given.
         options.unused = frozenset(unused | ({"clip"} if options.mirror != "off" else set()))
 

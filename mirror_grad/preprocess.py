@@ -142,6 +142,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     users, user_names = by_appearance(rows.users)
     items, item_names = by_appearance(rows.items)
     labels = split_rows(options.split, users, rows.times, options.ratios, options.seed)
+    if options.split != "random" and np.ptp(rows.times) == 0:
+        if options.split == "global-time":
+            raise UserError(
+                "all rows have one moment, which --split global-time does not tear apart: give --split random"
+            )
+        rows.notes["times"] = f"all rows have one moment: --split {options.split} takes them in the order of the file"
     folder = write(options, rows, users, user_names, items, item_names, labels)
     gone = "".join(f"; {count:,} {why}, dropped" for why, count in rows.dropped.items())
     for line in (

@@ -56,6 +56,11 @@ PROGRAMS = {
     "--no-progress --pictures 0 --baselines none --nmi 0 --ks 1 2 --checkpoint-every 1 --report 0",
 }  # fmt: skip
 
+GRID = (
+    f"mirror_grad.main {RANKING.removesuffix(' --report 0')} -m BPR --embedding-dim 8 --batch-size 64 "
+    "--select-metric recall@5 --grid learning_rate=0.02,0.001"
+)
+
 
 # -- runs as children
 
@@ -70,7 +75,7 @@ def preload() -> None:
 
 def command(name: str) -> tuple[str, list[str]]:
     """Module and flags of a program's small run."""
-    module, *words = PROGRAMS[name].split()
+    module, *words = (PROGRAMS | {"grid": GRID})[name].split()
     return module, words
 
 
@@ -141,6 +146,16 @@ def outcome(path: Path) -> dict[str, Any]:
     return found | {"rows": without_times(rows), "test": without_times(result.get("test", result.get("selection")))}
 
 
+def grid_outcome(out: Path) -> dict[str, Any]:
+    """What a finished sweep computed: its ledger and every run."""
+    [ledger] = out.glob("sweeps/*/trials.json")
+    trials = [
+        {key: trial[key] for key in ("run", "state", "epoch", "value")}
+        for trial in json.loads(ledger.read_text())["trials"]
+    ]
+    return {"trials": trials} | {path.parent.name: outcome(path.parent) for path in sorted(out.glob("*/done"))}
+
+
 def without_times(value: Any) -> Any:
     """The value without what a clock says, and without the checksum of that."""
     if isinstance(value, dict):
@@ -168,19 +183,21 @@ class Undisturbed:
     def of(self, name: str) -> dict[str, Any]:
         if name not in self.found:
             module, words = command(name)
-            number = start(module, [*words, "--out", str(self.folder), "--run-name", name], self.folder / f"{name}.log")
-            await_epoch(number, self.folder / name)
+            path = self.folder / name
+            place = ["--out", str(path)] if name == "grid" else ["--out", str(self.folder), "--run-name", name]
+            number = start(module, [*words, *place], self.folder / f"{name}.log")
+            await_epoch(number, path)
             began = time.monotonic()
             if finish(number):
                 raise RuntimeError(f"{name} does not run: {(self.folder / f'{name}.log').read_text().splitlines()[-1]}")
             self.seconds[name] = time.monotonic() - began
-            self.found[name] = outcome(self.folder / name)
+            self.found[name] = grid_outcome(path) if name == "grid" else outcome(path)
         return self.found[name]
 
 
 def await_epoch(number: int, path: Path) -> bool:
-    """Whether the child has finished an epoch and still runs."""
-    while not (path / "metrics.jsonl").is_file() or not (path / "metrics.jsonl").stat().st_size:
+    """Whether the child has finished an epoch, of a run in the path or below it, and still runs."""
+    while not any(rows.stat().st_size for rows in (*path.glob("metrics.jsonl"), *path.glob("*/metrics.jsonl"))):
         if os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return False
         time.sleep(0.002)
@@ -191,10 +208,10 @@ def await_epoch(number: int, path: Path) -> bool:
 
 
 def kills(folder: Path, number: int, draw: random.Random) -> Counter[str]:
-    """``number`` kills, dealt to the programs in turn, one in fifteen to a list of commands."""
+    """``number`` kills, dealt to the programs in turn, one in fifteen to a list of commands or to a sweep."""
     counts: Counter[str] = Counter()
     whole = Undisturbed(folder)
-    turns = itertools.cycle([*PROGRAMS] * 2 + ["commands"])
+    turns = itertools.cycle([*PROGRAMS] * 2 + ["commands"] + [*PROGRAMS] * 2 + ["grid"])
     for attempt in range(4 * number):
         if counts["killed"] == number:
             break
@@ -214,8 +231,9 @@ def kills(folder: Path, number: int, draw: random.Random) -> Counter[str]:
 def kill(name: str, folder: Path, attempt: int, draw: random.Random, whole: Undisturbed) -> tuple[bool, str]:
     expected = whole.of(name)
     module, words = command(name)
-    words, log = [*words, "--out", str(folder), "--run-name", f"k{attempt}"], folder / f"k{attempt}.log"
-    path, number = folder / f"k{attempt}", start(module, words, log)
+    path, log = folder / f"k{attempt}", folder / f"k{attempt}.log"
+    words += ["--out", str(path)] if name == "grid" else ["--out", str(folder), "--run-name", path.name]
+    number = start(module, words, log)
     killed = await_epoch(number, path)
     if killed:
         time.sleep(draw.uniform(0, whole.seconds[name]))
@@ -224,8 +242,9 @@ def kill(name: str, folder: Path, attempt: int, draw: random.Random, whole: Undi
     code, text = run(module, words, log)
     if code:
         return killed, f"LOST: exit code {code}: {text.strip().splitlines()[-1][:200]}"
-    verdict = "equal" if equal(expected, outcome(path)) else "DIFFERENT"
-    if [*path.glob(".*.tmp")]:
+    found = grid_outcome(path) if name == "grid" else outcome(path)
+    verdict = "equal" if equal(expected, found) else "DIFFERENT"
+    if [*path.rglob(".*.tmp")]:
         verdict = "LEFT a temporary file"
     shutil.rmtree(path)
     return killed, verdict

@@ -85,6 +85,10 @@ def _with_valid(data: ImageData, fraction: float, seed: int) -> ImageData:
     if data.valid is not None:
         return data
     rest, part = stratified_split(data.train.labels, fraction, seed)
+    if not len(part):
+        raise UserError(
+            f"{data.name} has one train image a class, none is left to validate on: add images, raise --imb-factor or drop --val_fraction"
+        )
     return replace(data, train=data.train.subset(rest), valid=data.train.subset(part, f"{data.name} valid"))
 
 

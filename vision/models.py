@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from gfml.attention import AttentionSettings, replace_attention
@@ -21,6 +22,8 @@ VITS = ("vit", "vit_gra")
 CNNS = ("resnet18", "densenet121", "efficientnetb2", "vgg19")
 MODELS = (*VITS, *CNNS)
 STEMS = ("imagenet", "cifar")
+# What each of them takes, with either stem.
+CNN_SIZE = 32
 GRAVITY_SUFFIX = "_gra"
 
 
@@ -48,7 +51,7 @@ def build_model(
             plain = AttentionSettings(mix="split", num_split=0, dot_scale=attention.dot_scale, kernel=attention.kernel)
             return ViT(num_classes, **sizes, attention=attention if name == "vit_gra" else plain)
         if name in CNNS:
-            return _cnn(name, num_classes, in_channels, stem)
+            return _fitting(_cnn(name, num_classes, in_channels, stem), name, image_size, in_channels, CNN_SIZE)
         return _timm(name, num_classes, image_size, in_channels, vit.mass_pos, attention)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from error
@@ -108,7 +111,7 @@ def _timm(
 
 
 def _create(name: str, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
-    """timm's model; those with a grid of patches are told the image size, the others take any."""
+    """timm's model; those with a grid of patches are told the image size, the others may take any."""
     import timm
 
     options = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
@@ -117,8 +120,22 @@ def _create(name: str, num_classes: int, image_size: int, in_channels: int) -> n
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return timm.create_model(name, **options)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))
-    if any(image_size % side for side in patch):
-        raise ValueError(f"found images of side {image_size} and patches of {patch[0]} pixels, wanted a multiple")
-    return model
+        model = timm.create_model(name, **options)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    side = max(patch) if isinstance(patch, tuple) else patch
+    if image_size % side:
+        raise ValueError(f"found images of side {image_size} and patches of {side} pixels, wanted a multiple")
+    return _fitting(model, name, image_size, in_channels, model.pretrained_cfg["input_size"][-1])
+
+
+def _fitting(model: nn.Module, name: str, image_size: int, in_channels: int, usual: int) -> nn.Module:
+    """The model; UserError where images of this size do not pass."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, in_channels, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(
+            f"model {name} takes no images of side {image_size} ({why}): give --image-size {usual}"
+        ) from error
+    return model.train()

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,9 @@ def draw(
 def _settings(run: StoredRun, data_root: str | None) -> VisionSettings:
     from vision.main import PROGRAM
 
-    return PROGRAM.with_changes(str(run.path / "config.toml"), {"data_root": data_root} if data_root else {})
+    found = PROGRAM.with_changes(str(run.path / "config.toml"), {"data_root": data_root} if data_root else {})
+    # What a refit reports was trained on all of it.
+    return replace(found, val_fraction=0.0) if found.refit else found
 
 
 # -- tables

@@ -131,9 +131,13 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+# A full disk, and a used-up quota.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 def explain_os_error(error: OSError, path: str | os.PathLike[str]) -> UserError:
     """One line for the usual reasons why a file cannot be written."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in FULL:
         return UserError(
             f"disk full while writing {path}: free some space and run the same command again; earlier files are intact"
         )

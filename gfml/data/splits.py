@@ -290,6 +290,10 @@ def prepare(
     items, item_ids, num_items = _compact(records, "item", records.min_size[1], core=kcore > 1)
     records = replace(records, users=users, items=items, notes=_row_notes(records.notes, counts, always=not file_order))
     labels = _labels(records, name, split)
+    by_time = split.kind in TIMED and split.kind != "time" and records.times is not None and len(records)
+    if by_time and np.ptp(records.times) == 0:
+        told = f"all {len(records):,} pairs have one moment: --split {split.kind} cuts them at random"
+        records = replace(records, notes={**records.notes, "times": told})
     shape, ids = (num_users, num_items), {"user_ids": user_ids, "item_ids": item_ids}
     return assemble(name, records.users, records.items, labels, shape, notes=records.notes, **ids)
 

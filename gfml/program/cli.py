@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfml.base import settings as kinds
 from gfml.base.errors import Terminated, UserError, as_flags, suggest
-from gfml.base.files import keep_handed_locks
+from gfml.base.files import FULL, keep_handed_locks
 from gfml.base.home import find_config
 from gfml.base.settings import Setting, flags_of, groups, help_text
 from gfml.base.settings import TopksAction as TopksAction
@@ -406,6 +406,9 @@ def _say(error: object) -> int:
 def _mendable(error: Exception) -> str | None:
     """What to tell the user of an error that is no fault of the program; None for others."""
     if isinstance(error, OSError):
+        if error.errno in FULL:  # of a stream, such as the log
+            where = f" while writing {error.filename}" if error.filename is not None else ""
+            return f"disk full{where}: free some space and run the same command again; earlier files are intact"
         places = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
         if error.filename is not None and error.errno in places:
             name = str(error.filename)

@@ -187,7 +187,10 @@ def _given_items(run: Loaded, options: Any) -> list[int]:
     from gfml.ranking.lists import read_ids
 
     if options.items_file is None:
-        return find_items(run, [name for name in options.items.split(",") if name])
+        try:
+            return find_items(run, [name for name in options.items.split(",") if name])
+        except UserError as error:
+            raise UserError(f"{error}; items whose names have a comma are read from --items-file") from None
     return find_items(run, read_ids(options.items_file, "--items-file"))
 
 

@@ -86,7 +86,9 @@ class _SumInBlocks(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         inputs, grads = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
         if torch.is_grad_enabled():
-            # Second derivatives are asked for: ordinary operations, which autograd follows.
+            # Second derivatives are asked for: ordinary operations, which autograd follows. Of aliases, because one input
+            # may be made of another.
+            inputs = [tensor.view_as(tensor) for tensor in inputs]
             grads = torch.autograd.grad(ctx.term(*inputs), [inputs[place] for place in ctx.places], create_graph=True)
         found: list[Tensor | None] = [None] * ctx.num_inputs
         for place, grad in zip(ctx.places, grads):

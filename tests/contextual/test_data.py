@@ -239,6 +239,25 @@ def test_single_images_are_dropped_and_unreadable_ones_named(tmp_path: Path) -> 
     assert "1 images of" in found.notes[0] and "class2/0.png" in found.notes[0]
 
 
+def test_where_nothing_can_be_found_is_told(tmp_path: Path) -> None:
+    """Of classes with one image each there is nothing to learn, and no neighbour of a query is right."""
+    root = folder_of_classes(tmp_path)
+    whole = load(str(root), None)
+    assert datasets.require_matches(whole) is whole
+    for name in whole.test.classes:
+        for path in sorted((root / name).iterdir())[1:]:
+            path.unlink()
+    with pytest.raises(UserError, match="test has one image in each class, nothing can be found: add images"):
+        datasets.require_matches(load(str(root), None))
+    for name in whole.train.classes:
+        for path in sorted((root / name).iterdir())[1:]:
+            path.unlink()
+    with pytest.raises(
+        UserError, match="every training class of .* has one image: add images, or give --single-images r"
+    ):
+        datasets.without_singles(load(str(root), None))
+
+
 @pytest.mark.parametrize(
     ("name", "lost", "words"),
     [

@@ -751,7 +751,15 @@ def test_masses_and_lambdas_do_not_decay_in_timm_s_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"mix": "normal"}, {"mix": "split", "num_split": 1}, {"mass": "content"}, {"distance": "l1"}]
+    "settings",
+    [
+        {},
+        {"mix": "normal"},
+        {"mix": "split", "num_split": 1},
+        {"mass": "content"},
+        {"mass": "none"},
+        {"distance": "l1"},
+    ],
 )
 def test_torch_fx_traces_what_the_model_computes(settings) -> None:
     model = replace_attention(small_vit(), AttentionSettings(**settings)).eval()
@@ -771,12 +779,35 @@ def test_second_derivatives_of_the_closed_form(alpha) -> None:
     assert torch.autograd.gradgradcheck(lambda *inputs: power_law_weights(*inputs, alpha), (q, k, column, beta))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"mix": "normal"}, {"mass": "content"}, {"mass": "content", "mix": "normal", "learn_lamb": True}]
+)
+def test_second_derivatives_where_masses_and_dot_terms_come_from_the_keys(settings) -> None:
+    """Against the definition: their part of the gradient to the keys was counted twice."""
+    layer, explicit = (
+        GravityAttention(8, 2, 3, AttentionSettings(kernel=kernel, **settings)).double()
+        for kernel in ("auto", "explicit")
+    )
+    generator = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(2, 3, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5, generator=generator)
+    explicit.load_state_dict(layer.state_dict())
+    found, wanted = (
+        torch.autograd.functional.hvp(lambda z, own=own: own(z).square().sum(), x, v) for own in (layer, explicit)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 def test_functional_transforms_work_or_name_what_does() -> None:
     layer, explicit = (GravityAttention(8, 2, 3, AttentionSettings(kernel=kernel)) for kernel in ("auto", "explicit"))
     explicit.load_state_dict(layer.state_dict())
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     found, wanted = (torch.func.grad(lambda v, own=own: own(v).square().sum())(x) for own in (layer, explicit))
     torch.testing.assert_close(found, wanted)
+    found, wanted = (torch.func.jacrev(lambda v, own=own: own(v).sum(0))(x) for own in (layer, explicit))
+    torch.testing.assert_close(found, wanted)
+    wanted = torch.func.grad(lambda v: explicit(v).square().sum())(x)
     per_row = torch.func.vmap(torch.func.grad(lambda v: explicit(v[None]).square().sum()))(x)
     torch.testing.assert_close(per_row, wanted)
     with pytest.raises(ValueError, match="cannot be mapped over: give the settings kernel='explicit'"):

@@ -337,6 +337,13 @@ def test_flags_that_do_not_fit(flags, message, capsys):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+def test_an_untrained_model_is_warned_of_once_and_in_training(capsys):
+    assert train.main(tiny("--epochs", "1")) == 0
+    assert capsys.readouterr().err.count("leaves the model untrained: give --epochs 100") == 1
+    assert evaluation.main([]) == 0
+    assert "untrained" not in capsys.readouterr().err
+
+
 def test_what_eval_refuses(tmp_path):
     with pytest.raises(UserError, match="there is no saved model hlrm_base.pt"):
         evaluation.main([])

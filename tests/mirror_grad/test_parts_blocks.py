@@ -48,6 +48,16 @@ def test_gradients_of_both_orders(three_rows_a_block):
     assert torch.autograd.gradgradcheck(lambda a, b: log_sum_exps(a, b, 2.0), inputs)
 
 
+def test_second_derivatives_where_one_side_is_made_of_the_other(three_rows_a_block):
+    """As users and items of one graph are: the shared part was counted twice."""
+    x, v = rows(8, 3), rows(8, 3, seed=1)
+    found, wanted = (
+        torch.autograd.functional.hvp(loss, x, v)[1]
+        for loss in (lambda z: log_sum_exps(z, 2 * z), lambda z: (2 * z @ z.T).logsumexp(1).sum())
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 def test_only_inputs_that_want_a_gradient_have_one(three_rows_a_block):
     first, second = rows(7, 3), rows(5, 3, seed=1).requires_grad_()
     (found,) = torch.autograd.grad(log_sum_exps(first, second), second)

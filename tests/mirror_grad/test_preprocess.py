@@ -273,6 +273,22 @@ def prepared(tmp_path, *words):
     return {line.split("\t")[0] for line in maps}, json.loads((tmp_path / "out" / "manifest.json").read_text())
 
 
+@pytest.mark.parametrize("split", ["user-time", "leave-last", "global-time"])
+def test_a_cut_by_times_that_are_all_one_is_told(tmp_path, split, capsys):
+    """By quantiles all rows would be test rows."""
+    rows = [f"A{u},B{i},5.0,1500000000" for u in range(6) for i in range(6)]
+    (tmp_path / "ratings.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "meta.json").write_text("".join(f'{{"asin": "B{i}", "title": "t{i} x"}}\n' for i in range(6)))
+    words = ["--reviews", str(tmp_path / "ratings.csv"), "--meta", str(tmp_path / "meta.json"), "--split", split]
+    if split == "global-time":
+        assert run_main(preprocess.main, [*words, "--out", str(tmp_path / "out")]) == 2
+        assert "all rows have one moment, which --split global-time does not tear apart" in capsys.readouterr().err
+        words[-1] = "random"
+    _, manifest = prepared(tmp_path, *words)
+    told = f"all rows have one moment: --split {split} takes them in the order of the file"
+    assert manifest["notes"].get("times") == (None if split == "global-time" else told)
+
+
 @pytest.mark.parametrize("reviews", ["rat_na.csv", "rev2023.jsonl"])
 def test_every_user_of_the_cases_stays(tmp_path, reviews):
     users, manifest = prepared(tmp_path, "--reviews", str(CASES / reviews), "--meta", str(CASES / "meta2018.json"))

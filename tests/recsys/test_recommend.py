@@ -401,6 +401,8 @@ def test_a_new_user_is_recommended_from_his_items(finished, named, capsys):
     flags = (named / "run", "--top", "4", "--device", "cpu")
     rows = rows_of(capsys, *flags, "--items", "1000,1007")
     assert rows == rows_of(capsys, *flags, "--items-file", named / "have.txt")
+    with pytest.raises(UserError, match="unknown item 'a', .*names have a comma are read from --items-file"):
+        main([str(word) for word in (*flags, "--items", "1000,a,b")])
     assert (
         len(rows) == 4
         and {row["user"] for row in rows} == {"new"}

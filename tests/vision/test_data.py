@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gfml.base.errors import UserError
 from gfml.data.images import ArrayPictures, ImageData, ImageSet
@@ -168,6 +169,17 @@ def test_a_class_without_train_images_is_kept_and_told():
     data = load(options_of("--imb-factor", 0.001, "--val_fraction", 0.1))
     assert data.num_classes == 10 and data.counts[-1] == 0 and len(data.source.test) == 500
     assert data.source.notes == ("3 classes have no train image (7, 8, 9), as in the published draw",)
+
+
+def test_a_train_part_with_nothing_to_set_aside_is_told(tmp_path):
+    """A folder whose classes have two images: one trains, one tests."""
+    for number in range(6):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "ab"[number % 2] / f"{number // 4}.png")
+    words = "--dataset", tmp_path, "--model-name", "vit"
+    assert len(load(options_of(*words)).source.train) == 2
+    with pytest.raises(UserError, match="one train image a class, none is left to validate on.*drop --val_fraction"):
+        load(options_of(*words, "--val_fraction", 0.3))
 
 
 def test_cimb10_is_the_published_cut(shared_data):

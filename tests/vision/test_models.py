@@ -74,6 +74,8 @@ def test_any_timm_model() -> None:
     model = build_model("resnet10t", num_classes=3, image_size=32, in_channels=1).eval()
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 3)
     options = {"num_classes": 3, "image_size": 32, "vit": ViTSettings(mass_pos="tail")}
+    # Its patch size is one number.
+    assert build_model("xcit_nano_12_p16_224", num_classes=3).training
     model = build_model("vit_tiny_patch16_224_gra", **options, attention=AttentionSettings(mix="split", num_split=1))
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
     assert [(name, layer.num_gravity_heads) for name, layer in gravity_attentions(model)] == [("blocks.11.attn", 1)]
@@ -91,6 +93,9 @@ def test_any_timm_model() -> None:
         ("vit_tiny_patch16_224", {"image_size": 30}, "found images of side 30 and patches of 16 pixels"),
         ("resnet10t_gra", {}, r"found no standard timm attention in ResNet"),
         ("resnet18", {"stem": "large"}, "unknown stem 'large'"),
+        ("densenet121", {"image_size": 16}, "densenet121 takes no images of side 16 .*: give --image-size 32"),
+        ("crossvit_tiny_240", {}, "takes no images of side 32 .*: give --image-size 240"),
+        ("crossvit_tiny_240_gra", {}, "takes no images of side 32 .*: give --image-size 240"),
     ],
 )
 def test_wrong_names_and_sizes_are_one_line(name, options, message) -> None:

@@ -101,6 +101,7 @@ def test_refit_trains_anew_on_train_and_validation(tmp_path):
     )
     assert all(torch.equal(reported[key], fresh[key]) for key in fresh)
     assert any(not torch.equal(reported[key], first[key]) for key in first), "the headline is the refit's"
+    assert report([str(path)]) == 0  # of the images that the refit was trained on
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,18 @@ def test_cuts_by_time_equal_plain_loops():
             assert own[0] + own[1] + own[2] == sorted(times)  # nothing in train is later than what is held out
 
 
+@pytest.mark.parametrize("kind", ["user-time", "leave-one-out", "leave-k-out", "per-user"])
+def test_a_cut_by_time_without_an_order_is_told(kind):
+    """Of one moment: the pairs held out are drawn at random."""
+    pairs = np.arange(60)
+    records = splits.Records(pairs // 6, pairs % 6, times=np.full(60, 7.0))
+    notes = splits.prepare(records, "toy", Split(kind, RATIOS)).notes
+    told = f"all 60 pairs have one moment: --split {kind} cuts them at random"
+    assert notes.get("times") == (None if kind == "per-user" else told)
+    records = splits.Records(pairs // 6, pairs % 6, times=np.where(pairs == 3, 8.0, 7.0))
+    assert "times" not in splits.prepare(records, "toy", Split(kind, RATIOS)).notes
+
+
 def test_a_date_cuts_at_that_moment():
     records = Records(
         np.array([0, 0, 0, 1]),

@@ -35,6 +35,18 @@ def test_places_that_cannot_be_used(code, capsys):
     )
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_under_a_stream(code, capsys):
+    """The log of a run is written line by line; the error of a flush names no file."""
+    assert told(OSError(code, os.strerror(code)), capsys).startswith(
+        "error: disk full: free some space and run the same"
+    )
+    assert "disk full while writing /data/x: " in told(OSError(code, os.strerror(code), "/data/x"), capsys)
+    with pytest.raises(OSError) as full, open("/dev/full", "w") as stream:
+        stream.write("x\n")
+    assert "disk full: free some space" in told(full.value, capsys)
+
+
 def test_a_very_long_name_is_shown_short(capsys):
     def main(argv: object) -> None:
         (Path("x" * 300) / "y").stat()
