@@ -331,6 +331,22 @@ class _FusedPowerLaw(torch.autograd.Function):
         return to_q, to_k, to_v, to_column, None if to_beta is None else to_beta.reshape(ctx.beta_shape), None
 
 
+def _differentiable_once(part: Tensor) -> None:
+    """Second derivatives with respect to what goes into the library's fused attention, which has none, are one line."""
+
+    def refuse(_: Tensor) -> None:
+        raise RuntimeError(
+            "found a second derivative of torch's fused attention, which has none: give the settings kernel='explicit'"
+        )
+
+    def guard(grad: Tensor) -> None:
+        if grad.requires_grad:
+            grad.register_hook(refuse)
+
+    if part.requires_grad:
+        part.register_hook(guard)
+
+
 def power_law_attention(
     q: Tensor, k: Tensor, v: Tensor, column: Tensor, beta: Tensor | float, *, scale: float = 1.0, alpha: float = 0.0
 ) -> Tensor:
@@ -499,10 +515,19 @@ class GravityAttention(nn.Module):
         if count:
             parts.append(self._gravity_heads(q[:, :count], k[:, :count], v_gravity))
         if count < self.num_heads:
-            dropout = self.attn_drop.p if self.training else 0.0
-            q, k = q[:, count:].to(v.dtype), k[:, count:].to(v.dtype)
-            parts.append(F.scaled_dot_product_attention(q, k, v_dot, dropout_p=dropout, scale=1 / self.dot_divisor))
+            parts.append(self._dot_heads(q[:, count:].to(v.dtype), k[:, count:].to(v.dtype), v_dot))
         return torch.cat(parts[::-1] if original else parts, 1)
+
+    def _dot_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mixed values [B, heads, n, d] of dot heads: the library's fused attention, which torch.func cannot transform."""
+        if torch._C._functorch.maybe_current_level() is not None:
+            return self.attn_drop((q @ k.mT / self.dot_divisor).softmax(-1)) @ v
+        dropout = self.attn_drop.p if self.training else 0.0
+        traced = torch.compiler.is_compiling() or not isinstance(q, Tensor)
+        if not traced and torch._fused_sdp_choice(q, k, v, dropout_p=dropout):
+            for part in (q, k, v):
+                _differentiable_once(part)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=1 / self.dot_divisor)
 
     def _gravity_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mixed values [B, G, n, d] of the gravity heads."""

@@ -779,6 +779,21 @@ def test_second_derivatives_of_the_closed_form(alpha) -> None:
     assert torch.autograd.gradgradcheck(lambda *inputs: power_law_weights(*inputs, alpha), (q, k, column, beta))
 
 
+def test_fused_dot_heads_have_no_second_derivative_and_transforms_take_the_definition() -> None:
+    x = rows(3, 2, 3, 8).requires_grad_()
+    layer, explicit = (
+        GravityAttention(8, 2, 3, replace(PLAIN, kernel=kernel)).double() for kernel in ("auto", "explicit")
+    )
+    explicit.load_state_dict(layer.state_dict())
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="give the settings kernel='explicit'"):
+        first.square().sum().backward()
+    found, wanted = (
+        torch.func.hessian(lambda z, own=own: own(z).square().sum())(x.detach()) for own in (layer, explicit)
+    )
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize(
     "settings", [{"mix": "normal"}, {"mass": "content"}, {"mass": "content", "mix": "normal", "learn_lamb": True}]
 )
