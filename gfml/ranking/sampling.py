@@ -325,6 +325,9 @@ class TripleSampler:
         users = torch.randint(self.num_users, (count,), generator=generator, device=self.device, dtype=self._user_type)
         if not self._all_usable:
             users = users[self._usable[users.long()]]
+        if not len(users):  # of very few users none may have been drawn who can be used
+            some = torch.randint(len(self._usable_ids), (1,), generator=generator, device=self.device)
+            users = self._usable_ids[some].to(self._user_type)
         return users, self._random_positive(users, generator)
 
     def _pairs_per_user(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,8 @@ def test_what_cannot_be_judged_is_one_line() -> None:
         ((10, 21, 50), "ndcg@10", "test", data, "give --topks 10 20$"),
         ((10,), "recall@50", "test", data, "give --select-metric recall@20$"),
         ((21,), "recall@50", "test", data, "length of 50, .*the 20 items .*give --topks 20 --select-metric recall@20$"),
-        ((5,), "ndcg@5", "val", data, "--split global, a --val-ratio above 0"),
-        ((5,), "ndcg@5", "test", replace(data, test=nothing), "--split global"),
+        ((5,), "ndcg@5", "val", data, "--split global, a larger --val-ratio or --split-ratios"),
+        ((5,), "ndcg@5", "test", replace(data, test=nothing), "--split global with --split-ratios"),
     ):
         with pytest.raises(UserError, match=word):
             program.check_judgeable(case, ks, metric, select_on)

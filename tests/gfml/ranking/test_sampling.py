@@ -179,6 +179,14 @@ def test_batches_filled_up_have_one_shape_and_the_same_real_rows(num_negatives):
     assert [batch.weight for batch in make_sampler(constant=True, batch_size=100).epoch(0)] == [None]
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_epoch_is_never_empty(scheme):
+    sampler = make_sampler([[3]] + [[]] * 50, scheme=scheme)
+    for epoch in range(5):
+        batches = list(sampler.epoch(epoch))
+        assert batches and all((batch.users == 0).all() and (batch.pos == 3).all() and len(batch) for batch in batches)
+
+
 def test_interaction_epochs_hold_every_pair_once_in_random_order():
     sampler = make_sampler(scheme="interaction")
     expected = [(user, item) for user in USABLE for item in ROWS[user]]
