@@ -56,11 +56,15 @@ def check_judgeable(data: Interactions, topks: Collection[int], select_metric: s
         raise UserError(f"{found}: give {' '.join(flags)}")
     if select_on == "val" and data.valid.nnz == 0:
         found = f"{data.name} has no validation part to select on (users with fewer than 3 pairs give none)"
-        raise UserError(f"{found}: give --split global, a larger --val-ratio or --split-ratios with a larger share for it, or --select-on test and say so")
+        raise UserError(
+            f"{found}: give --split global, a larger --val-ratio or --split-ratios with a larger share for it, or --select-on test and say so"
+        )
     if data.test.nnz == 0:
         known = [f"{count:,} {what}" for what, count in data.notes.items() if what.startswith("test pairs also in")]
         found = f"{data.name} has no test interactions{''.join(f' ({what})' for what in known)}, wanted at least one"
-        raise UserError(f"{found}: give other test pairs, or --split global with --split-ratios that leave test a larger share")
+        raise UserError(
+            f"{found}: give other test pairs, or --split global with --split-ratios that leave test a larger share"
+        )
 
 
 def build_step(settings: Any, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> Step:
