@@ -520,14 +520,14 @@ class GravityAttention(nn.Module):
 
     def _dot_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mixed values [B, heads, n, d] of dot heads: the library's fused attention, which torch.func cannot transform."""
-        if torch._C._functorch.maybe_current_level() is not None:
-            return self.attn_drop((q @ k.mT / self.dot_divisor).softmax(-1)) @ v
-        dropout = self.attn_drop.p if self.training else 0.0
-        traced = torch.compiler.is_compiling() or not isinstance(q, Tensor)
-        if not traced and torch._fused_sdp_choice(q, k, v, dropout_p=dropout):
-            for part in (q, k, v):
-                _differentiable_once(part)
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=1 / self.dot_divisor)
+        dropout, scale = self.attn_drop.p if self.training else 0.0, 1 / self.dot_divisor
+        if isinstance(q, Tensor) and not torch.compiler.is_compiling():  # nothing traces this
+            if torch._C._functorch.maybe_current_level() is not None:
+                return self.attn_drop((q @ k.mT * scale).softmax(-1)) @ v
+            if torch._fused_sdp_choice(q, k, v, dropout_p=dropout):
+                for part in (q, k, v):
+                    _differentiable_once(part)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
 
     def _gravity_heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Mixed values [B, G, n, d] of the gravity heads."""

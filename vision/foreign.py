@@ -58,8 +58,8 @@ def vit_cifar(state: Mapping[str, Tensor]) -> State:
 def flags(state: Mapping[str, Tensor], _: str) -> list[str]:
     """Sizes from the shapes, and the layers that have masses.
 
-    The original divides logits by the root of the full width. The published program's masses never reach its logits and its split heads are in another order, so a file with masses is
-    judged so unless the flags say otherwise.
+    The original divides logits by the root of the full width. Its masses never reach its logits and its split heads are in
+    another order, so a file with masses is judged so unless the flags say otherwise.
     """
     ours = vit_cifar(state)
     tokens, width = ours["position"].shape[1:]

@@ -7,7 +7,8 @@
     mmrec      one row a user: id, top_0, top_1, ... (MMRec's and Mirror-Gradient's saved recommendations)
     parquet    the columns of tsv
 
-A rank counts before a score; of a TREC run the trec convention reads the scores alone. Ids stay text as written ("07" is not "7"). Nothing is dropped here without a note.
+A rank counts before a score; of a TREC run the trec convention reads the scores alone. Ids stay text as written ("07" is not
+"7"). Nothing is dropped here without a note.
 Truth and train are read by :func:`read_pairs`: the same tables, .inter files, TREC qrels, adjacency lists.
 """
 

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse as sp
 
+from gfml.data.interactions import column_counts
 from gfml.metrics.ranking import find_hits, ndcg, recall
 
 
@@ -161,7 +162,7 @@ def beyond_accuracy(
 
     Shape: top int [n, >= max(ks)]; relevant CSR [n, I], rows as top; train CSR [U, I]; users int [n].
     """
-    popularity = np.bincount(train.indices, minlength=train.shape[1])
+    popularity = column_counts(train)
     groups, hits = item_groups(popularity), find_hits(top, relevant)
     per_user, totals = {}, group_shares(groups, popularity, relevant)
     fifths = quantile_groups(np.diff(train.indptr))[users]

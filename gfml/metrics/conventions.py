@@ -29,6 +29,7 @@ import scipy.sparse as sp
 import torch
 
 from gfml.base.errors import choice_error
+from gfml.data.interactions import column_counts
 from gfml.metrics.beyond import exposure_counts, list_mean, mass_head
 from gfml.metrics.ranking import (
     average_precision,
@@ -110,7 +111,7 @@ class Case:
     @cached_property
     def popularity(self) -> np.ndarray:
         """Train interactions of each item, int64 [I]."""
-        return np.bincount(self.train.indices, minlength=self.num_items)
+        return column_counts(self.train)
 
     @cached_property
     def active(self) -> np.ndarray:
@@ -238,8 +239,8 @@ def elliot(case: Case, ks: Sequence[int], *, threshold: float = 0.0) -> Figures:
 def warprec(case: Case, ks: Sequence[int], *, seed: int = 42) -> Figures:
     """WarpRec's evaluator on a list file. Users: those of train with a known test item.
 
-    Users and items that train lacks are dropped from truth and lists, and so is truth rated 0 or less. Train pairs are never recommended, so a test pair
-    that is in train is a sure miss. Unlisted items score 0 (above listed ones with negative scores) and fill up short
+    Users and items that train lacks are dropped from truth and lists, and so is truth rated 0 or less. Train pairs are never
+    recommended, so a test pair that is in train is a sure miss. Unlisted items score 0 (above listed ones with negative scores) and fill up short
     lists; equal scores are ordered by a hash of ``seed``, user and item. Tail: beyond the most popular items that hold more
     than 80 % of train. ndcg has the gain 2^(r+1)-1, map min(T, K).
     """
@@ -307,8 +308,8 @@ def cornac(case: Case, ks: Sequence[int], *, exclude_unknowns: bool = True, thre
     """Cornac's ``ranking_eval``. Users: those with a test item rated ``threshold`` or more, by default known ones alone.
 
     exclude_unknowns: users and items that train lacks are dropped; without it items of the test part are candidates too.
-    Candidates are all known items but train's, a test item that is in train stays one. ``map`` and ``mrr`` have no cut-off: unlisted items follow the list in order of first
-    appearance unless the case has the whole ranking. ncrr: sum of 1 / rank of the hits over its best value.
+    Candidates are all known items but train's, a test item that is in train stays one. ``map`` and ``mrr`` have no cut-off:
+    unlisted items follow the list in order of first appearance unless the case has the whole ranking. ncrr: sum of 1 / rank of the hits over its best value.
     """
     keep = case.truth.data >= threshold
     known = case.popularity > 0

@@ -27,8 +27,8 @@ OWNER_NAMES = {"user": ("user_ids", "user_id"), "item": ("item_ids", "item_id")}
 def read_nodes(source: str | os.PathLike[str], shape: tuple[int, int, int], data: Interactions | None = None) -> Tensor:
     """Tables of all users and items as one float32 tensor [U + I, D]; shape is (U, I, D).
 
-    source: a run directory (its ``final.pt``), a checkpoint or what ``gfml import`` wrote with ``encoder.nodes``, or an .npz with the arrays
-    ``user`` [n, D] and ``item`` [m, D], matched to the users and items of ``data`` by the arrays ``user_ids`` and
+    source: a run directory (its ``final.pt``), a checkpoint or what ``gfml import`` wrote with ``encoder.nodes``, or an .npz
+    with the arrays ``user`` [n, D] and ``item`` [m, D], matched to the users and items of ``data`` by the arrays ``user_ids`` and
     ``item_ids``, or in the order of the data where there are none. UserError for anything missing, of another shape
     or not finite.
     """

@@ -25,6 +25,7 @@ from gfml.ranking.foldin import fold_in
 from gfml.ranking.sampling import Triples, TripleSampler
 from mirror_grad.data import MultimodalData
 from mirror_grad.models import MODELS, load_model
+from mirror_grad.parts.features import ProjectedFeatures, halve_fixed
 
 kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toy.py"))))
 TRAINED = [name for name, entry in MODELS.items() if entry.trains]
@@ -50,6 +51,34 @@ def data(toy):
 def batch_for(name, toy):
     batch = kit.toy_batch(toy)
     return batch if MODELS[name].needs_negatives else Triples(batch.users, batch.pos, batch.neg[:, None][:, :0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_map_features_train_on_them_in_bfloat16(name, data, toy):
+    entry = MODELS[name]
+    own = (
+        {"train_features": False}
+        if "train_features" in {one.name for one in dataclasses.fields(entry.settings)}
+        else {}
+    )
+    losses = []
+    for halve in (False, True):
+        torch.manual_seed(0)
+        model = kit.build(name, data, **own).train()
+        parts = [part for part in model.modules() if isinstance(part, ProjectedFeatures)]
+        # What the registry says of a model is what it is made of.
+        assert entry.maps_features == bool(parts)
+        if not parts:
+            return
+        if halve:
+            halve_fixed(model)
+        assert all(part.table.dtype == (torch.bfloat16 if halve else torch.float32) for part in parts)
+        torch.manual_seed(0)
+        loss = model.loss(batch_for(name, toy))["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        assert all(one.isfinite().all() and one.dtype == torch.float32 for one in model.eval().outputs())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 @pytest.mark.parametrize("name", MODELS)
