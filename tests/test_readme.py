@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def help_of(installed: bool, *called: str) -> str:
     """What a script, or the command ``gfml ...``, prints for --help."""
     words = ["-m", "gfml.program.console", *called] if installed else [str(ROOT / called[0])]
     command = [sys.executable, *words, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT.parent)
+    with tempfile.TemporaryDirectory() as elsewhere:  # where no file has the name of a module
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=elsewhere)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -191,7 +191,7 @@ def test_every_evaluation_is_reported_once_with_the_best_so_far(toy: Path) -> No
 
 
 def test_a_stopped_run_goes_on_where_it_was(toy: Path) -> None:
-    one = follower(toy, "--seconds", "0.4")
+    one = follower(toy, "--seconds", "1.5")
     assert one.next().epoch == 1
     one.stop()
     assert one.command.state() == "incomplete"
@@ -201,7 +201,7 @@ def test_a_stopped_run_goes_on_where_it_was(toy: Path) -> None:
 
 
 def test_a_trial_that_was_stopped_early_is_not_started_again(toy: Path) -> None:
-    one = follower(toy, "--seconds", "0.4")
+    one = follower(toy, "--seconds", "1.5")
     one.next()
     one.stop()
     assert [report[0] for report in reports(follower(toy, until=1))] == [1] and starts_of(toy) == 1
