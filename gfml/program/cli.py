@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gfml.base import settings as kinds
+from gfml.base.allocator import keep_freed_memory
 from gfml.base.errors import Terminated, UserError, as_flags, suggest
 from gfml.base.files import FULL, keep_handed_locks
 from gfml.base.home import find_config
@@ -334,9 +335,10 @@ def resolve_device(options: Any) -> torch.device:
 
 
 def set_threads(options: Any) -> None:
-    """Apply ``--threads``, and ``--tf32`` where a program has it."""
+    """Apply ``--threads``, and ``--tf32`` where a program has it; memory that a step frees is kept for the next one."""
     import torch
 
+    keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     if (wanted := getattr(options, "tf32", "auto")) != "auto":

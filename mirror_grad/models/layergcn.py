@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from mirror_grad.models.base import MultimodalModel
 from mirror_grad.parts.graphs import ThinnedGraph
 from mirror_grad.parts.losses import dot_bpr, half_square_sum
 from mirror_grad.parts.modes import evaluating
+
+EPS = 1e-8
 
 
 class LayerGCN(MultimodalModel):
@@ -35,19 +39,29 @@ class LayerGCN(MultimodalModel):
 
     def nodes(self) -> Tensor:
         """Final vectors of users, then items: [U + I, D]."""
-        light, layer = self.graph(), self.tables.nodes
-        total = torch.zeros_like(layer)
-        for _ in range(self.settings.n_layers):
-            layer = self.refined(light(layer, 1, combine="final"))
-            total = total + layer
-        return total
+        return self.refined_layers(None)
 
-    def refined(self, layer: Tensor) -> Tensor:
-        """A layer, as far as it is like the free vectors."""
-        return F.cosine_similarity(layer, self.tables.nodes, dim=1)[:, None] * layer
+    def refined_layers(self, rows: Tensor | None) -> Tensor:
+        """Final vectors of all nodes, or of ``rows`` alone, which take the last layer only there."""
+        light, free, total = self.graph(), self.tables.nodes, None
+        layer, depth = free, self.settings.n_layers
+        for _ in range(depth - (rows is not None)):
+            layer = refined(light(layer, 1, combine="final"), free)
+            total = layer if total is None else total + layer
+        total = torch.zeros_like(free) if total is None else total
+        if rows is None:
+            return total
+        total = F.embedding(rows, total)
+        if not depth:
+            return total
+        return total + refined(light(layer, 1, rows=rows, combine="final"), F.embedding(rows, free))
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        final, ego = self.node_rows(batch, self.nodes()), self.node_rows(batch, self.tables.nodes)
+        ids = torch.cat([batch.users, self.num_users + batch.pos, self.num_users + batch.neg])
+        # As in LightPropagation.at: the last layer only where it is wanted, where finding out does not stall a device.
+        rows, place = ids.unique(return_inverse=True) if ids.device.type == "cpu" else (None, ids)
+        final = F.embedding(place, self.refined_layers(rows)).chunk(3)
+        ego = self.node_rows(batch, self.tables.nodes)
         bpr = dot_bpr(*final, batch.weight)
         reg = losses.half_mean_square(*ego, weight=batch.weight)
         if self.published:
@@ -66,5 +80,40 @@ class LayerGCN(MultimodalModel):
             user = sum_of_items(light.graph, layer[light.num_users :], histories)
             own = user if own is None else own
             total = total + F.cosine_similarity(user, own, dim=1)[:, None] * user
-            layer = self.refined(light(layer, 1, combine="final"))
+            layer = refined(light(layer, 1, combine="final"), self.tables.nodes)
         return total
+
+
+def refined(layer: Tensor, free: Tensor) -> Tensor:
+    """cos(z_n, e_n) z_n: each row of a layer as far as it is like the free vector. Shape: layer z, free e [N, D] -> [N, D].
+
+    0 where either row is 0. With its gradient by formula, several times cheaper than the library's cosine.
+    """
+    return _Refined.apply(layer, free)
+
+
+class _Refined(torch.autograd.Function):
+    """The backward is made of the inputs alone, so that it can be differentiated in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Tensor, free: Tensor) -> Tensor:
+        ctx.save_for_backward(layer, free)
+        return layer * _cosines(layer, free)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        layer, free = ctx.saved_tensors
+        cos, of_layer, of_free = _cosines(layer, free)
+        # With s = g . z: dcos/dz = e / (|z| |e|) - cos z / |z|^2, and the same for e.
+        s = (grad * layer).sum(1, keepdim=True)
+        both, s = s * of_layer * of_free, s * cos
+        to_layer = (grad * cos).addcmul(free, both).addcmul(layer, -s * of_layer**2)
+        return to_layer, (layer * both).addcmul(free, -s * of_free**2)
+
+
+def _cosines(layer: Tensor, free: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """cos(z_n, e_n), 1 / |z_n| and 1 / |e_n|: [N, 1] each; norms are at least EPS."""
+    of_layer, of_free = (
+        torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(EPS).reciprocal() for x in (layer, free)
+    )
+    return (layer * free).sum(1, keepdim=True) * of_layer * of_free, of_layer, of_free
