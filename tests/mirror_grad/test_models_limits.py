@@ -15,7 +15,6 @@ from gfml.ranking.graph import build_graph
 from gfml.ranking.sampling import Triples
 from mirror_grad.data import MultimodalData
 from mirror_grad.models import damrs, lgmrec, smore
-from mirror_grad.models.layergcn import refined
 
 kit = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("toy.py"))))
 
@@ -160,22 +159,6 @@ def test_layergcn_by_dense_loop(data):
         total = total + layer
     torch.testing.assert_close(model.nodes(), total)
     assert not kit.build("LayerGCN", data, n_layers=0).nodes().any()
-
-
-def test_layergcn_refinement_is_the_library_cosine():
-    """Value, first and second derivatives; a row of zeros gives zeros."""
-    generator = torch.Generator().manual_seed(0)
-    layer, free, grad = (torch.randn(9, 5, dtype=torch.float64, generator=generator) for _ in range(3))
-    layer[0] = 0.0
-    found, wanted = [], []
-    for kind, results in ((refined, found), (lambda z, e: F.cosine_similarity(z, e, dim=1)[:, None] * z, wanted)):
-        inputs = layer.clone().requires_grad_(), free.clone().requires_grad_()
-        value = kind(*inputs)
-        results += [value, *torch.autograd.grad(value, inputs, grad)]
-    torch.testing.assert_close(found, wanted)
-    assert not found[0][0].any() and not found[1][0].any()
-    inputs = layer[1:].requires_grad_(), free[1:].requires_grad_()
-    assert torch.autograd.gradgradcheck(refined, inputs)
 
 
 def test_layergcn_takes_the_last_layer_at_the_batch_alone(data):
