@@ -28,6 +28,8 @@ from torch import Tensor
 from gfml.base.optim import zeros_like
 
 COMBINES = ("mean", "sum", "final")
+# Rows that hold more than this share of all entries are not picked out: gathering their entries costs more than it saves.
+WORTH_PICKING = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,14 @@ class Graph:
         return csr_times_dense(self.indptr, self.indices, self.values if values is None else values, dense)
 
     def multiply_rows(self, rows: Tensor, dense: Tensor, values: Tensor | None = None) -> Tensor:
-        """Rows ``rows`` of the product only: [len(rows), D]; cost grows with their degrees."""
+        """Rows ``rows`` of the product only: [len(rows), D]; cost grows with their degrees.
+
+        On the CPU the whole product is taken instead where it costs less; the numbers are the same.
+        """
+        if rows.device.type == "cpu":
+            entries = int((self.indptr[rows + 1] - self.indptr[rows]).sum())
+            if entries > WORTH_PICKING * self.num_entries:
+                return self.multiply(dense, values)[rows]
         return csr_rows_times_dense(self.indptr, self.indices, self.values if values is None else values, rows, dense)
 
     def drop_edges(self, keep: float, *, undirected: bool = False) -> Tensor:

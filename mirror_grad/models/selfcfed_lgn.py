@@ -39,8 +39,9 @@ class SELFCFED_LGN(MultimodalModel):
         return torch.where(torch.rand_like(values) >= rate, values / (1.0 - rate), 0.0)
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
-        nodes = self.light(self.tables.nodes, self.settings.n_layers, values=self.edge_values())
-        user, item = F.embedding(torch.cat([batch.users, self.num_users + batch.pos]), nodes).chunk(2)
+        ids = torch.cat([batch.users, self.num_users + batch.pos])
+        rows = self.light.at(ids, self.tables.nodes, self.settings.n_layers, values=self.edge_values())
+        user, item = rows.chunk(2)
         user_target, item_target = (F.dropout(x.detach(), self.settings.dropout) for x in (user, item))
         cos_ui = 0.5 * (cosine_gap(self.predictor(user), item_target) - 1.0)
         cos_iu = 0.5 * (cosine_gap(self.predictor(item), user_target) - 1.0)

@@ -77,14 +77,14 @@ class LightPropagation(nn.Module):
         """nodes [N, D] -> [N, D], or the given rows of it; ``values`` of the same pattern replace those of A_hat."""
         return propagate(self.graph, nodes, num_layers, combine=combine, rows=rows, values=values)
 
-    def at(self, ids: Tensor, nodes: Tensor, num_layers: int) -> Tensor:
-        """The propagated vectors of nodes ``ids`` [n], which may repeat: [n, D].
+    def at(self, ids: Tensor, nodes: Tensor, num_layers: int, *, values: Tensor | None = None) -> Tensor:
+        """The propagated vectors of nodes ``ids`` [n], which may repeat: [n, D]. values: as in :meth:`forward`.
 
         On the CPU the last layer is computed only there; elsewhere the whole layer costs less than learning the number
         of different nodes, which would stall the device.
         """
         rows, place = ids.unique(return_inverse=True) if ids.device.type == "cpu" else (None, ids)
-        return F.embedding(place, self(nodes, num_layers, rows=rows))
+        return F.embedding(place, self(nodes, num_layers, rows=rows, values=values))
 
     def of_new_users(self, nodes: Tensor, num_layers: int, histories: sp.csr_array) -> Tensor:
         """Vectors of users with these histories, see :func:`gfml.ranking.graph.propagated`: [n, D]."""

@@ -172,10 +172,13 @@ def test_backward_uses_the_transpose(combine, rows, undirected):
     torch.testing.assert_close(output(randn(14, 2)), expected if rows is None else expected[rows])
 
 
-def test_rows_of_a_product(close):
+@pytest.mark.parametrize("share", (0.0, 1.0), ids=("the whole product", "picked out"))
+def test_rows_of_a_product(share, monkeypatch):
+    """Either way the same bits: a row's entries are summed in their order."""
+    monkeypatch.setattr("gfml.ranking.graph.WORTH_PICKING", share)
     graph, _ = random_graph()
     dense, rows = randn(14, 3), torch.tensor([13, 2, 2, 0, 9])
-    close(graph.multiply_rows(rows, dense), graph.multiply(dense)[rows])
+    assert torch.equal(graph.multiply_rows(rows, dense), graph.multiply(dense)[rows])
 
 
 # ---------------------------------------------------------------- properties of the adjacency
