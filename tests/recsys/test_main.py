@@ -202,7 +202,7 @@ def test_without_lr_decay_and_lamb_a_searched_point_is_taken() -> None:
 
 def test_a_searched_point_is_said_and_stored(train, tmp_path, capsys):
     run = train(tmp_path, "run")
-    assert "--optimizer lazy_adamw --lr 0.0022 --lamb 3.0 --decay 0.003: as chosen in" in capsys.readouterr().err
+    assert "--optimizer lazy_adamw --lr 0.0025 --lamb 4.0 --decay 0.0003: as chosen in" in capsys.readouterr().err
     stored = read_config(run)
     assert {name: stored[name] for name in SEARCHED["gravity"]} == SEARCHED["gravity"]
     train(tmp_path, "other", "--lr", "1e-3")
@@ -578,7 +578,7 @@ def test_a_finished_run_is_shown_without_torch(tmp_path, tiny, name):
 def test_a_finished_run_of_other_settings_is_refused(train, fail, tiny, tmp_path):
     run = train(tmp_path, "run")
     line = fail(main, *tiny, "--out", str(tmp_path), "--run-name", "run", "--lr", "0.5")
-    assert "lr 0.0022 (now 0.5)" in line and (run / "done").exists(), line
+    assert "lr 0.0025 (now 0.5)" in line and (run / "done").exists(), line
     assert "only epochs and patience" in fail(main, "--resume", str(run), "--lr", "0.5")
 
 
