@@ -449,6 +449,7 @@ def backward_cases() -> dict[str, tuple[type, list[object]]]:
     from gfml.ranking.sparse import SparseMatrix, _Dots, _Product
     from mcl.pairs import _PairDistances
     from mirror_grad.parts.blocks import _SumInBlocks
+    from mirror_grad.parts.refine import _Refined
 
     matrix, ints = toy(), torch.randint(30, (8,))
     sparse, q = SparseMatrix.from_scipy(matrix), torch.randn(2, 3, 5, 4)
@@ -461,6 +462,7 @@ def backward_cases() -> dict[str, tuple[type, list[object]]]:
         "dots": (_Dots, [torch.randn(30, 4), torch.randn(400, 4), sparse]),
         "pair distances": (_PairDistances, pairs),
         "gram": (_Gram, [torch.randn(6, 4)]),
+        "refinement": (_Refined, [torch.randn(9, 4), torch.randn(9, 4)]),
         "once": (
             _Once,
             [torch.randn(6, 6), torch.randn(()), lambda upstream, saved: upstream * saved, torch.randn(6, 6)],
@@ -494,6 +496,7 @@ def test_every_backward_pass_by_hand_is_looked_at() -> None:
         "dots",
         "pair distances",
         "gram",
+        "refinement",
         "once",
         "blocks",
         "fused power law",

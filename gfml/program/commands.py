@@ -231,9 +231,11 @@ def launch(
 
 def stop(launched: Sequence[Launched], grace: float = GRACE_SECONDS) -> None:
     """End programs as Ctrl-C does, and by force those that are still there after ``grace`` seconds or at a second Ctrl-C."""
+    # A launcher in the background of a script was told to ignore Ctrl-C, and what it launched was told so too.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     try:
         for one in launched:
-            one.signal(signal.SIGINT)
+            one.signal(signal.SIGTERM if ignored else signal.SIGINT)
         deadline = time.monotonic() + grace
         while any(one.poll() is None for one in launched) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)

@@ -190,10 +190,16 @@ def test_every_evaluation_is_reported_once_with_the_best_so_far(toy: Path) -> No
     assert [report[1] for report in reports(less)] == [0.5] * 4
 
 
-def test_a_stopped_run_goes_on_where_it_was(toy: Path) -> None:
-    one = follower(toy, "--seconds", "1.5")
-    assert one.next().epoch == 1
-    one.stop()
+@pytest.mark.parametrize("where", ("foreground", "background"))
+def test_a_stopped_run_goes_on_where_it_was(toy: Path, where: str) -> None:
+    """A shell tells what a script starts with & to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if where == "background" else signal.default_int_handler)
+    try:
+        one = follower(toy, "--seconds", "1.5")
+        assert one.next().epoch == 1
+        one.stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert one.command.state() == "incomplete"
     assert [report[0] for report in reports(follower(toy))] == [1, 2, 3, 3] and starts_of(toy) == 2
     [path] = toy.glob("runs/*/metrics.jsonl")
