@@ -13,7 +13,7 @@ from gfml.ranking.graph import sum_of_items
 from gfml.ranking.sampling import Triples
 from mirror_grad.data import MultimodalData
 from mirror_grad.models.base import MultimodalModel
-from mirror_grad.parts.graphs import ThinnedGraph
+from mirror_grad.parts.graphs import ThinnedGraph, wanted_rows
 from mirror_grad.parts.losses import dot_bpr, half_square_sum
 from mirror_grad.parts.modes import evaluating
 from mirror_grad.parts.refine import refined
@@ -34,30 +34,22 @@ class LayerGCN(MultimodalModel):
     def new_epoch(self, epoch: int) -> None:
         self.graph.new_epoch(epoch)
 
-    def nodes(self) -> Tensor:
-        """Final vectors of users, then items: [U + I, D]."""
-        return self.refined_layers(None)
-
-    def refined_layers(self, rows: Tensor | None) -> Tensor:
-        """Final vectors of all nodes, or of ``rows`` alone, which take the last layer only there."""
-        light, free, total = self.graph(), self.tables.nodes, None
-        layer, depth = free, self.settings.n_layers
-        for _ in range(depth - (rows is not None)):
+    def nodes(self, rows: Tensor | None = None) -> Tensor:
+        """Final vectors of users, then items: [U + I, D]; or of ``rows`` [n] alone, which take the last layer only there."""
+        light, free, depth = self.graph(), self.tables.nodes, self.settings.n_layers
+        layer, total = free, torch.zeros_like(free)
+        for _ in range(depth if rows is None else depth - 1):
             layer = refined(light(layer, 1, combine="final"), free)
-            total = layer if total is None else total + layer
-        total = torch.zeros_like(free) if total is None else total
+            total = total + layer
         if rows is None:
             return total
         total = F.embedding(rows, total)
-        if not depth:
-            return total
-        return total + refined(light(layer, 1, rows=rows, combine="final"), F.embedding(rows, free))
+        return total + refined(light(layer, 1, rows=rows, combine="final"), F.embedding(rows, free)) if depth else total
 
     def loss(self, batch: Triples) -> dict[str, Tensor]:
         ids = torch.cat([batch.users, self.num_users + batch.pos, self.num_users + batch.neg])
-        # As in LightPropagation.at: the last layer only where it is wanted, where finding out does not stall a device.
-        rows, place = ids.unique(return_inverse=True) if ids.device.type == "cpu" else (None, ids)
-        final = F.embedding(place, self.refined_layers(rows)).chunk(3)
+        rows, place = wanted_rows(ids)
+        final = F.embedding(place, self.nodes(rows)).chunk(3)
         ego = self.node_rows(batch, self.tables.nodes)
         bpr = dot_bpr(*final, batch.weight)
         reg = losses.half_mean_square(*ego, weight=batch.weight)

@@ -51,6 +51,15 @@ def _power(sums: np.ndarray, exponent: float) -> np.ndarray:
     return np.power(sums, exponent, out=np.zeros(len(sums)), where=sums > 0)
 
 
+def wanted_rows(ids: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The rows to take of a last layer, None for all, and where in them ``ids`` [n] are: int64 [n].
+
+    On the CPU each row once; elsewhere the whole layer costs less than learning the number of different nodes, which would
+    stall the device.
+    """
+    return ids.unique(return_inverse=True) if ids.device.type == "cpu" else (None, ids)
+
+
 class LightPropagation(nn.Module):
     """Propagation over A_hat of a train matrix, see :func:`gfml.ranking.graph.propagate`; moves with the model around it."""
 
@@ -78,12 +87,8 @@ class LightPropagation(nn.Module):
         return propagate(self.graph, nodes, num_layers, combine=combine, rows=rows, values=values)
 
     def at(self, ids: Tensor, nodes: Tensor, num_layers: int, *, values: Tensor | None = None) -> Tensor:
-        """The propagated vectors of nodes ``ids`` [n], which may repeat: [n, D]. values: as in :meth:`forward`.
-
-        On the CPU the last layer is computed only there; elsewhere the whole layer costs less than learning the number
-        of different nodes, which would stall the device.
-        """
-        rows, place = ids.unique(return_inverse=True) if ids.device.type == "cpu" else (None, ids)
+        """The propagated vectors of nodes ``ids`` [n], which may repeat: [n, D]. values: as in :meth:`forward`."""
+        rows, place = wanted_rows(ids)
         return F.embedding(place, self(nodes, num_layers, rows=rows, values=values))
 
     def of_new_users(self, nodes: Tensor, num_layers: int, histories: sp.csr_array) -> Tensor:

@@ -164,8 +164,8 @@ def test_layergcn_by_dense_loop(data):
 def test_layergcn_takes_the_last_layer_at_the_batch_alone(data):
     model = kit.build("LayerGCN", data, n_layers=3, dropout=0.0)
     rows = torch.tensor([0, 3, 4, data.num_users + 2])
-    torch.testing.assert_close(model.refined_layers(rows), model.nodes()[rows])
-    assert not kit.build("LayerGCN", data, n_layers=0).refined_layers(rows).any()
+    torch.testing.assert_close(model.nodes(rows), model.nodes()[rows])
+    assert not kit.build("LayerGCN", data, n_layers=0).nodes(rows).any()
 
 
 def test_lattice_sparse_and_dense_graphs_agree(data):

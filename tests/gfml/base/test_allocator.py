@@ -41,8 +41,8 @@ def test_freed_blocks_serve_the_next_step():
     if not told:
         pytest.skip("the C library is not glibc")
     _, fetched = run("leave")
-    # 64 MB in pages of 4 KiB are 15,625 a step where they are fetched again.
-    assert kept < 0.05 * fetched
+    # 64 MB in pages of 4 KiB are 15,625 a step where they are fetched again; larger pages, fewer.
+    assert kept < 0.2 * fetched
 
 
 def test_what_the_user_set_holds(monkeypatch):
